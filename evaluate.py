@@ -10,6 +10,7 @@ features are extracted once: results/features holds them, keyed by weights, prep
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fcntl
 import functools
@@ -17,6 +18,8 @@ import hashlib
 import json
 import re
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +83,7 @@ class ImageFiles(Sequence):
     def __getitem__(self, i: int) -> np.ndarray:
         from PIL import Image
         with Image.open(self.files[i]) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
 
 
 def load_folder(folder: Path) -> Benchmark:
@@ -151,9 +154,10 @@ def stamp(path: Path) -> list:
 
 def data_stamp(benchmark: Benchmark) -> str:
     """Fingerprint of a benchmark's images: ids, and size and time of every file behind them. Labels are not in it."""
-    files = dict.fromkeys(map(str, getattr(benchmark.images, "files", [])))
-    rule = getattr(benchmark.images, "rule", "")
-    return digest(benchmark.ids, [stamp(f) for f in files], rule)
+    if not hasattr(benchmark, "stamp"):
+        files = dict.fromkeys(map(str, getattr(benchmark.images, "files", [])))
+        benchmark.stamp = digest(benchmark.ids, [stamp(f) for f in files], getattr(benchmark.images, "rule", ""))
+    return benchmark.stamp
 
 
 @functools.lru_cache(maxsize=1)   # models come one after another: never two in memory
@@ -180,9 +184,24 @@ def card(name: str, results: Path, *, weights: str | None = None, **options) -> 
     model = _load(name, weights, tuple(sorted(options.items())))
     known = {"key": key, "name": name, "display": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
              "parameters": model.parameters_count, "input_size": model.input_size, "metadata": model.metadata,
-             "embedding": model.embedding, "weights": weights or "hub"}
+             "embedding": model.embedding, "weights": weights or "hub", "ms_per_image": milliseconds(model)}
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
+
+
+def milliseconds(model) -> float:
+    """Median time of one forward pass per image, batch 32 on a GPU and 4 on a CPU, preprocessing not counted."""
+    import torch
+    device = next(model.parameters()).device
+    batch = 32 if device.type == "cuda" else 4
+    x = torch.zeros(batch, 3, model.input_size, model.input_size, device=device)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            model(x).float().sum().item()   # .item() waits for the device
+            seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds[1:])) / batch
 
 
 def display(name: str) -> str:
@@ -203,30 +222,49 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
 
     from models import extract_features, setup_distributed
     rank, world, _ = setup_distributed(options.get("device", "cpu"))
-    model_card = card(name, results, weights=weights, **options)
-    key = digest(model_card["fingerprint"], model_card["key"], data_stamp(benchmark))
+    about = card(name, results, weights=weights, **options)
+    key = feature_key(about, benchmark)
     path = Path(results) / "features" / safe(display(name)) / f"{safe(benchmark.name)}.safetensors"
     cached = load_file(path) if path.is_file() else {}
-    fresh = bool(cached) and bytes(cached["fingerprint"]).decode() == key
+    names = json.loads(bytes(cached["names"])) if cached else {}
+    fresh = names.get("key") == key
     if world > 1:   # one answer for all ranks, whatever each saw on disk
         import torch.distributed as dist
         answer = [fresh]
         dist.broadcast_object_list(answer)
         fresh = answer[0]
-    if not fresh:
-        model = _load(name, weights, tuple(sorted(options.items())))
-        part = path.with_name(f"{path.stem}.{key}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        array = extract_features(model, benchmark.images, batch_size=batch_size, workers=workers, cache=part)
-        if rank == 0:
-            names = json.dumps({"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes})
-            with atomic(path) as temporary:
-                save_file({"features": np.ascontiguousarray(array, dtype=np.float32), "labels": benchmark.labels,
-                           "names": np.frombuffer(names.encode(), np.uint8),
-                           "fingerprint": np.frombuffer(key.encode(), np.uint8)}, temporary)
+    if fresh:
+        array, errors = cached["features"], names["errors"]
     else:
-        array = cached["features"]
+        errors = []
+        print(f"{display(name)} on {benchmark.name}: {len(benchmark)} images", file=sys.stderr) if rank == 0 else None
+        array = extract_features(_load(name, weights, tuple(sorted(options.items()))), benchmark.images, key=key,
+                                 batch_size=batch_size, workers=workers, cache=path.with_suffix(".part"), errors=errors)
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    lost = ~np.isfinite(array).all(1)
+    if errors and rank == 0:
+        print(f"{benchmark.name}: {len(errors)} of {len(benchmark)} images could not be read:", file=sys.stderr)
+        for i, why in errors[:5]:
+            print(f"  {benchmark.ids[i]}: {why}", file=sys.stderr)
+    if lost.sum() > max(max_unreadable * len(array), 0) and len(errors) >= lost.sum():
+        first, why = errors[0]
+        raise UserError(f"{benchmark.name}: {lost.sum()} of {len(array)} images cannot be read, first "
+                        f"{benchmark.ids[first]} ({why}); mend them, or allow more by --max-unreadable")
+    if lost.sum() > len(errors):
+        raise UserError(f"{display(name)}: {lost.sum() - len(errors)} of {len(array)} embeddings on {benchmark.name} are "
+                        "NaN or infinite; check its weights (python models.py NAME --check FILE) or use --precision fp32")
+    if not fresh and rank == 0:
+        names = json.dumps({"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes,
+                            "errors": errors, "key": key, "fingerprint": about["fingerprint"]})
+        with atomic(path) as temporary:
+            save_file({"features": array, "labels": benchmark.labels, "names": np.frombuffer(names.encode(), np.uint8)},
+                      temporary)
     return array
+
+
+def feature_key(about: dict, benchmark: Benchmark) -> str:
+    """What the features of a model (its card) on a benchmark depend on: weights, preprocessing, images."""
+    return digest(about["fingerprint"], data_stamp(benchmark))
 
 
 def record(results: Path, rows: list[dict], same: Sequence[str] = ("model", "benchmark", "protocol", "metric", "fold",
@@ -256,3 +294,752 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- protocols
+
+def split(labels: np.ndarray, groups: Sequence[str], n: int, seed: int = 0, grouped: bool = True) -> np.ndarray:
+    """Fold number (N,) of every row: n stratified folds, each group whole in one of them unless `grouped` is False.
+
+    Fewer folds when there are fewer groups than n. Raises UserError when no split is possible.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    largest = int(np.bincount(labels).max())
+    n = min(n, largest, int(group.max()) + 1 if grouped else largest)
+    if n < 2:
+        raise UserError(f"groups: {int(group.max()) + 1} group in {len(labels)} images cannot be split; "
+                        "the column group of labels.csv must name at least two patients")
+    kind = StratifiedGroupKFold if grouped else StratifiedKFold
+    fold = np.full(len(labels), -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)   # a class smaller than n: told in the report, see `thin_classes`
+        parts = kind(n, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, group)
+        for number, (_, test) in enumerate(parts):
+            fold[test] = number
+    assert (fold >= 0).all()
+    if grouped:
+        assert all(len(set(fold[group == g])) == 1 for g in np.unique(group)), "a group straddles two folds"
+    return fold
+
+
+def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each array of row numbers: mean (D,) and leading principal axes (D, d) of all *other* rows, d <= dims.
+
+    One pass over the data: scatter(others) = scatter(all) - scatter(part) - shift of the mean. With fewer rows than
+    columns the same axes come from the smaller Gram matrix. fp64; scikit-learn's PCA up to the sign of an axis.
+    """
+    import torch
+    from scipy.linalg import eigh
+
+    from kernels import covariance
+    x = x - x.mean(0, dtype=np.float64)
+    n, width = x.shape
+    feature_side = width <= n - max(map(len, parts))
+    if feature_side:
+        scatter = lambda y: covariance(torch.from_numpy(y)).numpy() * (len(y) - 1) if len(y) > 1 else 0.0  # noqa: E731
+        total = scatter(x)
+    else:
+        gram = x @ x.T
+    axes = []
+    for part in parts:
+        rest = np.setdiff1d(np.arange(n), part)
+        d = min(dims, len(rest) - 1, width)
+        mean = x[rest].mean(0)
+        if feature_side:
+            inside = x[part].mean(0) if len(part) else mean
+            matrix = total - scatter(x[part]) - len(part) * np.outer(inside, inside) - len(rest) * np.outer(mean, mean)
+        else:
+            matrix = gram[np.ix_(rest, rest)]
+            matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
+        value, vector = eigh(matrix, subset_by_index=[len(matrix) - d, len(matrix) - 1])
+        solid = value > value[-1] * 1e-12   # axes without variance carry no distance
+        vector = vector[:, solid] if feature_side else (x[rest] - mean).T @ (vector[:, solid] / np.sqrt(value[solid]))
+        axes.append((mean, vector))
+    return axes
+
+
+def vote(neighbors: np.ndarray, distances: np.ndarray, n_classes: int) -> np.ndarray:
+    """Majority class (Q,) of neighbour labels (Q, k), -1 = none; ties by summed distance, then by smallest class."""
+    one_hot = neighbors[:, :, None] == np.arange(n_classes)
+    count = one_hot.sum(1)
+    far = np.where(one_hot, distances[:, :, None], 0).sum(1)
+    return np.where(count == count.max(1, keepdims=True), far, np.inf).argmin(1)
+
+
+def knn_predict(x: np.ndarray, labels: np.ndarray, fold: np.ndarray, n_classes: int, *, k: int = 15, dims: int = 50,
+                pca: str = "fold", device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+    """kNN on PCA axes, every row predicted from the other folds: predictions (N,) and neighbours (N, k), -1 = none.
+
+    pca="fold" fits the axes on the rows outside each fold; "all" once on everything (which leaks, as the paper may).
+    """
+    import torch
+
+    from kernels import knn
+    x = x - x.mean(0, dtype=np.float64)
+    k = min(k, 64)
+    predicted, neighbors = np.empty(len(x), np.int64), np.full((len(x), k), -1)
+    tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)).to(device)  # noqa: E731
+    if pca == "all":   # one search serves all folds: neighbours of the own fold are masked
+        (mean, axis), = pca_axes(x, [np.empty(0, int)], dims)
+        distance, index = knn(tensor((x - mean) @ axis), k, groups=torch.from_numpy(fold).to(device),
+                              return_distance=True)
+        neighbors[:] = index.cpu().numpy()
+        return vote(np.where(neighbors < 0, -1, labels[neighbors]), distance.cpu().numpy(), n_classes), neighbors
+    tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
+    for test, (mean, axis) in zip(tests, pca_axes(x, tests, dims), strict=True):
+        rest = np.setdiff1d(np.arange(len(x)), test)
+        z = (x - mean) @ axis
+        distance, index = knn(tensor(z[rest]), min(k, len(rest)), tensor(z[test]), return_distance=True)
+        index = rest[index.cpu().numpy()]
+        neighbors[test, :index.shape[1]] = index
+        predicted[test] = vote(labels[index], distance.cpu().numpy(), n_classes)
+    return predicted, neighbors
+
+
+def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: int, seed: int,
+          grouped: bool = True) -> dict | None:
+    """Linear probe on one grouped 6:2:2 split: rows of the test part, their scores (n, classes), the chosen C.
+
+    L2 logistic regression (scikit-learn, L-BFGS) on features standardised by the training part; C is chosen among
+    1e-6 ... 1e2 by AUC on the validation part, from strong to weak regularisation, stopping when two steps bring
+    nothing. None when the groups do not allow a split in five or training would see one class only.
+    """
+    from sklearn.linear_model import LogisticRegression
+    fold = split(labels, groups, 5, seed, grouped)
+    if fold.max() < 4:
+        return None
+    train, valid, test = fold > 1, fold == 1, fold == 0
+    if len(np.unique(labels[train])) < 2:
+        return None
+    mean, scale = x[train].mean(0, dtype=np.float64), x[train].std(0, dtype=np.float64)
+    x = (x - mean) / np.where(scale > 0, scale, 1)
+    if train.sum() < x.shape[1]:   # the solution lies in the span of the training rows: same optimum, fewer columns
+        value, vector = np.linalg.eigh(x[train] @ x[train].T)
+        solid = value > value[-1] * 1e-10
+        x = x @ (x[train].T @ (vector[:, solid] / np.sqrt(value[solid])))
+    best, stale = (-1.0, 0.0, None), 0
+    model = LogisticRegression(max_iter=2000, tol=1e-4, warm_start=True)
+    for c in 10.0 ** np.arange(-6, 3):
+        model.set_params(C=c).fit(x[train], labels[train])
+        scores = _scores(model, x, n_classes)
+        value = macro_auc(scores[valid], labels[valid])[0]
+        stale = 0 if value > best[0] + 1e-4 else stale + 1
+        if value > best[0]:
+            best = (value, c, scores[test])
+        if stale == 2:
+            break
+    if best[2] is None:   # the validation part has one class only: no choice to make
+        best = (float("nan"), c, scores[test])
+    return {"seed": seed, "test": np.flatnonzero(test), "scores": best[2], "C": best[1]}
+
+
+def _scores(model, x: np.ndarray, n_classes: int) -> np.ndarray:
+    scores = np.zeros((len(x), n_classes))   # a class that training never saw keeps 0: its AUC is that of a guess
+    scores[:, model.classes_] = model.predict_proba(x)
+    return scores
+
+
+def auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve for scores (n,), once per row of weights (B, n); NaN where a side has no weight."""
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
+    weights, positive = weights[:, order], positive[order]
+    up = np.add.reduceat(weights * positive, starts, axis=1)
+    down = np.add.reduceat(weights * ~positive, starts, axis=1)
+    won = (up * (np.cumsum(down, 1) - down / 2)).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return won / (up.sum(1) * down.sum(1))
+
+
+def macro_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """AUC (B,) of class 1 for two classes; else the mean of one-vs-rest over the classes present (as scikit-learn)."""
+    columns = [1] if scores.shape[1] == 2 else range(scores.shape[1])
+    each = np.stack([auc(scores[:, c], labels == c, weights) for c in columns])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)   # no class can be judged: NaN says so
+        return np.nanmean(each, 0)
+
+
+def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | None, device: str) -> list[dict]:
+    """CKA of every pair of models; to the teacher also its standard error and chance level.
+
+    se: jackknife over ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
+    """
+    import torch
+
+    from kernels import cka
+    names = list(x)
+    tensors = {name: torch.from_numpy(x[name]).to(device) for name in names}
+    both = lambda a, b, **how: cka(a, b, estimator="both", **how)  # noqa: E731
+    unbiased, biased = both(list(tensors.values()), list(tensors.values()))
+    rows = [{"model": a, "other": b, "protocol": "cka", "metric": metric, "value": float(value[i, j])}
+            for i, a in enumerate(names) for j, b in enumerate(names) if i != j
+            for metric, value in (("unbiased", unbiased), ("biased", biased))]
+    if teacher in names:
+        others = [n for n in names if n != teacher]
+        rng = np.random.default_rng(0)
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        part = rng.permutation(group.max() + 1)[group] % 10
+        parts = [p for p in np.unique(part) if (part != p).sum() >= 4]
+        pick = lambda rows: [both([tensors[n][rows] for n in others], [tensors[teacher][rows]])[0]]  # noqa: E731
+        left_out = np.array([pick(torch.from_numpy(np.flatnonzero(part != p)).to(device))[0][:, 0].cpu().numpy()
+                             for p in parts])
+        shuffled = [tensors[teacher][torch.from_numpy(rng.permutation(len(group))).to(device)] for _ in range(3)]
+        floor = both([tensors[n] for n in others], shuffled)[1].mean(1)
+        for i, name in enumerate(others):
+            n = len(parts)
+            se = float(np.sqrt((n - 1) / n * ((left_out[:, i] - left_out[:, i].mean()) ** 2).sum()))
+            rows += [{"model": name, "other": teacher, "protocol": "cka", "metric": "se", "value": se, "parts": n},
+                     {"model": name, "other": teacher, "protocol": "cka", "metric": "floor", "value": float(floor[i])}]
+    return rows
+
+
+def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str], n: int = 1000) -> dict[str, tuple]:
+    """Difference first - second of two models' predictions with its 95 % interval, by resampling whole groups n times.
+
+    Returns {"knn": (difference, low, high), "probe": (...)}; the same resampled groups serve both models.
+    """
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    n_groups = group.max() + 1
+    times = np.random.default_rng(0).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n)
+    times = np.concatenate([np.ones((1, n_groups)), times])   # row 0: the data as they are
+    right = [(p["knn"] == labels).astype(float) for p in (first, second)]
+    gain = times @ np.bincount(group, right[0] - right[1]) / (times @ np.bincount(group))
+    result = {"knn": gain}
+    pairs = list(zip(first["probe"], second["probe"], strict=True))
+    if pairs:
+        each = []
+        for a, b in pairs:
+            y, chunk = labels[a["test"]], max(1, 2**24 // len(a["test"]))
+            blocks = [times[i:i + chunk][:, group[a["test"]]] for i in range(0, len(times), chunk)]
+            each.append(np.concatenate([macro_auc(a["scores"], y, w) - macro_auc(b["scores"], y, w) for w in blocks]))
+        result["probe"] = np.mean(each, 0)
+    return {name: (float(v[0]), *np.nanpercentile(v[1:], [2.5, 97.5]).tolist()) for name, v in result.items()}
+
+
+# ---------------------------------------------------------------------------------------------- one benchmark
+
+def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], keys: dict[str, str], args: argparse.Namespace) -> list[str]:
+    """All protocols for all models on one benchmark, recorded in metrics.jsonl; what is there already is kept.
+
+    x: features by model name, NaN where an image was unreadable; keys: what they depend on. Returns notes for the report.
+    """
+    notes, keep = [], np.all([np.isfinite(f).all(1) for f in x.values()], 0)
+    if not keep.all():
+        notes.append(f"{(~keep).sum()} unreadable images left out")
+    seen = {name: leaked(benchmark, about) for name, about in args.cards.items() if name in x}
+    for name, rows in seen.items():
+        if rows.any():
+            notes.append(f"{display(name)} was distilled on {len({benchmark.groups[i] for i in np.flatnonzero(rows)})} of "
+                         f"its patients ({rows.sum()} images): {'left out' if args.leaks == 'exclude' else 'MARKED'}")
+    if args.leaks == "exclude":
+        keep &= ~np.any(list(seen.values()), 0)
+    if not keep.any():
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps them, marked")
+    benchmark, x = benchmark.subset(keep), {name: f[keep] for name, f in x.items()}
+    labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
+    present = np.bincount(labels, minlength=n_classes)
+    if (present > 0).sum() < 2:
+        raise UserError(f"{benchmark.name}: all {len(labels)} images are {benchmark.classes[labels[0]]}; two classes are "
+                        "needed to tell anything apart")
+    patients = [len({g for g, y in zip(groups, labels, strict=True) if y == c}) for c in range(n_classes)]
+    thin = [f"{benchmark.classes[c]} ({patients[c]})" for c in range(n_classes) if patients[c] < 5]
+    if thin:
+        notes.append(f"classes of fewer than 5 groups, missing from some splits: {', '.join(thin)}")
+    n_groups = len(set(groups))
+    base = {"benchmark": benchmark.name}
+    settings = digest([args.k, args.pca_dims, args.pca, args.folds, args.seeds, args.paper_splits], benchmark.ids,
+                      groups, labels.tolist(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    store = Path(args.results) / "predictions"
+    predictions, rows, device = {}, [], str(args.device_used)
+    for name in x:
+        path = store / safe(display(name)) / f"{safe(benchmark.name)}.npz"
+        key = digest(keys[name], settings)
+        predictions[name] = load_predictions(path, key)
+        if predictions[name] is None:
+            predictions[name], new = predict(benchmark, x[name], args, device)
+            record(args.results, [base | {"model": display(name)} | row for row in new],
+                   same=("model", "benchmark", "protocol"))
+            save_predictions(path, key, predictions[name])
+    key = digest(sorted(keys.values()), settings, args.teacher, args.baseline)
+    if not any(row.get("key") == key for row in read_metrics(args.results)):
+        for row in cka_rows(x, groups, args.teacher, device):
+            rows.append(base | row | {"model": display(row["model"]), "other": display(row["other"])})
+        for name in x:
+            for other in dict.fromkeys(o for o in (args.teacher, args.baseline) if o in x and o != name):
+                for kind, (value, low, high) in paired(predictions[name], predictions[other], labels, groups).items():
+                    rows.append(base | {"model": display(name), "protocol": "paired", "metric": kind, "value": value,
+                                        "other": display(other), "low": low, "high": high})
+        rows.append(base | {"model": "data", "protocol": "data", "metric": "images", "value": len(labels), "key": key,
+                            "level": benchmark.level, "classes": benchmark.classes, "counts": present.tolist(),
+                            "groups": n_groups, "class_groups": patients, "notes": notes})
+        record(args.results, rows)
+    if not args.no_pictures:
+        draw_benchmark(benchmark, predictions, args)
+    return notes
+
+
+def predict(benchmark: Benchmark, x: np.ndarray, args: argparse.Namespace, device: str) -> tuple[dict, list[dict]]:
+    """kNN and linear probe of one model's features (N, D): predictions by row, and the rows for metrics.jsonl."""
+    labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
+    rows, predictions = [], {}
+    for grouped in (True, False) if args.paper_splits else (True,):
+        tail = "" if grouped else "-ungrouped"
+        fold = split(labels, groups, args.folds, 0, grouped)
+        guess, neighbors = knn_predict(x, labels, fold, n_classes, k=args.k, dims=args.pca_dims, pca=args.pca,
+                                       device=device)
+        for f in range(fold.max() + 1):
+            test = fold == f
+            common = np.bincount(labels[~test]).argmax()
+            rows += [{"protocol": "knn" + tail, "metric": metric, "fold": f, "value": float(value)} for metric, value in
+                     (("accuracy", (guess == labels)[test].mean()), ("majority", (labels[test] == common).mean()))]
+        rows.append({"protocol": "knn" + tail, "metric": "balanced accuracy", "value": recall(guess, labels)})
+        probes = [p for p in (probe(x, labels, groups, n_classes, s, grouped) for s in range(args.seeds)) if p]
+        for p in probes:
+            y = labels[p["test"]]
+            rows += [{"protocol": "probe" + tail, "metric": metric, "seed": p["seed"], "value": value, "C": p["C"]}
+                     for metric, value in (("auc", float(macro_auc(p["scores"], y)[0])),
+                                           ("balanced accuracy", recall(p["scores"].argmax(1), y)))]
+        if grouped:
+            predictions = {"knn": guess, "neighbors": neighbors, "probe": probes}
+    return predictions, rows
+
+
+def recall(guess: np.ndarray, labels: np.ndarray) -> float:
+    """Balanced accuracy: the mean over the classes present of the share found."""
+    return float(np.mean([(guess == labels)[labels == c].mean() for c in np.unique(labels)]))
+
+
+def leaked(benchmark: Benchmark, about: dict) -> np.ndarray:
+    """Rows (N,) whose patient was in the cohort that a student was distilled on; none for other models."""
+    known = {str(p).upper() for p in about["metadata"].get("patients") or ()}
+    barcode = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
+    names = ({group, *barcode.findall(group), *barcode.findall(name)} for group, name in
+             ((g.upper(), i.upper()) for g, i in zip(benchmark.groups, benchmark.ids, strict=True)))
+    return np.array([bool(some & known) for some in names], bool)
+
+
+def save_predictions(path: Path, key: str, p: dict) -> None:
+    """Predictions of `predict` as one .npz file."""
+    probes = {f"{field}_{q['seed']}": q[field] for q in p["probe"] for field in ("test", "scores", "C")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, key=key, knn=p["knn"], neighbors=p["neighbors"].astype(np.int32), **probes)
+
+
+def load_predictions(path: Path, key: str) -> dict | None:
+    """What `save_predictions` wrote, or None if it is not there or depends on something else than `key`."""
+    if not path.is_file():
+        return None
+    with np.load(path) as data:
+        if str(data["key"]) != key:
+            return None
+        seeds = sorted(int(n[5:]) for n in data if n.startswith("test_"))
+        return {"knn": data["knn"], "neighbors": data["neighbors"],
+                "probe": [{"seed": s, "test": data[f"test_{s}"], "scores": data[f"scores_{s}"], "C": float(data[f"C_{s}"])}
+                          for s in seeds]}
+
+
+# ---------------------------------------------------------------------------------------------- tables and pictures
+
+# Tables 1 and 2 of arXiv 2510.11176, as far as a public digest of the paper (papernotes, AAAI 2026) gives them; where
+# our reference notes hold the same figure they agree. What is not here was not seen.
+PAPER = {
+    "cka": {"bracs": {"before": 0.7594, "after": 0.9683}, "breakhis-40x": {"before": 0.8909, "after": 0.9558},
+            "breakhis-100x": {"before": 0.9147, "after": 0.9686}, "breakhis-200x": {"before": 0.9230, "after": 0.9734},
+            "breakhis-400x": {"before": 0.8995, "after": 0.9575}},
+    "knn": {"tils": {"G2L": 0.9362, "h-optimus-0": 0.9344, "uni2-h": 0.9291, "hibou-l": 0.9214},
+            "tp53": {"G2L": 0.6904, "h-optimus-0": 0.6598, "uni2-h": 0.6542, "hibou-l": 0.6504},
+            "idc": {"G2L": 0.9232, "h-optimus-0": 0.9141, "uni2-h": 0.9165, "hibou-l": 0.9074},
+            "gleason": {"G2L": 0.8988, "h-optimus-0": 0.8994, "uni2-h": 0.8678, "hibou-l": 0.8124},
+            "aggc": {"G2L": 0.9243, "h-optimus-0": 0.9226, "uni2-h": 0.9170, "hibou-l": 0.8788},
+            "chimera": {"G2L": 0.7657, "h-optimus-0": 0.7663, "uni2-h": 0.7605, "hibou-l": 0.7184}},
+    "probe": {"tils": {"G2L": 0.9838, "h-optimus-0": 0.9822, "uni2-h": 0.9788, "hibou-l": 0.9827},
+              "tp53": {"G2L": 0.8046, "h-optimus-0": 0.7603, "uni2-h": 0.6795, "hibou-l": 0.7085},
+              "idc": {"G2L": 0.9796, "h-optimus-0": 0.9778, "uni2-h": 0.9756, "hibou-l": 0.9488},
+              "gleason": {"G2L": 0.9841, "h-optimus-0": 0.9846, "uni2-h": 0.9790, "hibou-l": 0.9708},
+              "aggc": {"G2L": 0.9958, "h-optimus-0": 0.9955, "uni2-h": 0.9956, "hibou-l": 0.9921},
+              "chimera": {"G2L": 0.852, "uni2-h": 0.865, "uni": 0.857}},
+}
+
+
+def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
+    """(protocol, metric, model, benchmark[, other]) -> mean, standard deviation and number over folds or seeds."""
+    found: dict[tuple, list[float]] = {}
+    for row in read_metrics(results):
+        key = (row["protocol"], row["metric"], row["model"], row["benchmark"], *([row["other"]] if "other" in row else []))
+        found.setdefault(key, []).append(row["value"])
+    return {key: (float(np.nanmean(v)), float(np.nanstd(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+            for key, v in found.items() if np.isfinite(v).any()}
+
+
+def families(names: Sequence[str]) -> dict[str, list[str]]:
+    """Rows of a table: each benchmark, and before the magnifications of one (NAME-40x ...) their average."""
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        stem = re.sub(r"-\d+x$", "", name)
+        same = [n for n in names if n != name and re.sub(r"-\d+x$", "", n) == stem]
+        if stem != name and same:
+            rows.setdefault(f"{stem} (mean of {len(same) + 1})", sorted([name, *same], key=list(names).index))
+        rows[name] = [name]
+    return rows
+
+
+def ranked(values: list[float | None], texts: list[str]) -> list[str]:
+    """The best text bold, the second underlined, as the paper prints."""
+    order = sorted({round(v, 4) for v in values if v is not None}, reverse=True)
+    place = [order.index(round(v, 4)) if v is not None else 9 for v in values]
+    return [f"**{t}**" if p == 0 else f"<u>{t}</u>" if p == 1 else t for p, t in zip(place, texts, strict=True)]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
+    """The paper's own figure for this model and benchmark, or an empty string where none was found."""
+    meta = about.get(model, {})
+    is_g2l = meta.get("teacher") == "h-optimus-0" and meta.get("student") == "hibou-l"
+    name = ("after" if is_g2l else "before" if model == "hibou-l" else "") if protocol == "cka" else \
+        "G2L" if is_g2l else model
+    value = PAPER[protocol].get(benchmark.replace("breakhis-binary", "breakhis"), {}).get(name)
+    return f" (paper {value:.3f})" if value else ""
+
+
+def write_tables(args: argparse.Namespace) -> str:
+    """table1.md and table2.md from metrics.jsonl alone; returns their text."""
+    results, models, about = args.results, [display(n) for n in args.models], {}
+    mean = means(results)
+    for row in read_metrics(results):
+        if row["protocol"] == "model":
+            about[row["model"]] = row.get("metadata", {})
+    data = {r["benchmark"]: r for r in read_metrics(results) if r["protocol"] == "data"}
+    names = [n for n in [b.name for b in args.found] if n in data]
+    teacher = display(args.teacher) if args.teacher else None
+    rows = []
+    average = lambda keys: np.mean([mean[k][0] for k in keys]) if all(k in mean for k in keys) else None  # noqa: E731
+    others = [m for m in models if m != teacher]
+    for label, members in families(names).items():
+        cells, values = [], []
+        for m in others:
+            value, se, biased, floor = (average([("cka", metric, m, b, teacher) for b in members])
+                                        for metric in ("unbiased", "se", "biased", "floor"))
+            values.append(value)
+            cells.append("–" if value is None else f"{value:.3f} ± {se:.3f} · {biased:.3f} [{floor:.3f}]"
+                         + (paper_value("cka", m, label, about) if len(members) == 1 else ""))
+        rows.append([label, str(sum(data[b]["value"] for b in members)), *ranked(values, cells)])
+    one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over ten parts of whole groups) · "
+           "biased CKA [the biased value that remains when the rows of one side are shuffled: its chance level]. "
+           "The unbiased value of unrelated features is 0. Embeddings as used downstream, before the projector. "
+           "Bold: best, underlined: second.\n\n" + markdown(["benchmark", "images", *others], rows)) if teacher else ""
+    two = ["# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or the data set's best proxy) "
+           "on one side. Bold: best, underlined: second; a difference counts only where the paired comparison below says so."]
+    kinds = [("knn", "accuracy", f"kNN accuracy (PCA {args.pca_dims}, k = {args.k}, majority vote), mean ± sd over folds"),
+             ("knn", "balanced accuracy", "kNN balanced accuracy over all folds together"),
+             ("probe", "auc", "Linear probe AUC (6:2:2; one-vs-rest macro for more than two classes), mean ± sd over seeds"),
+             ("probe", "balanced accuracy", "Linear probe balanced accuracy, mean ± sd over seeds")]
+    if any(key[0] == "knn-ungrouped" for key in mean):
+        kinds += [("knn-ungrouped", "accuracy", "kNN accuracy, folds ungrouped: images of one patient on both sides "
+                   "(leaks; for comparison with the paper only)"),
+                  ("probe-ungrouped", "auc", "Linear probe AUC, ungrouped (leaks; for comparison with the paper only)")]
+    for protocol, metric, title in kinds:
+        rows = []
+        for label, members in families(names).items():
+            guess = average([(protocol, "majority", models[0], b) for b in members]) if metric == "accuracy" else \
+                0.5 if metric == "auc" else np.mean([1 / sum(c > 0 for c in data[b]["counts"]) for b in members])
+            values = [average([(protocol, metric, m, b) for b in members]) for m in models]
+            spread = [average([(protocol, metric, m, b) for b in members]) is not None
+                      and np.mean([mean[(protocol, metric, m, b)][1] for b in members]) for m in models]
+            texts = ["–" if v is None else f"{v:.3f}" + (f" ± {s:.3f}" if s else "")
+                     + (paper_value(protocol, m, label, about) if metric in ("accuracy", "auc") and protocol in PAPER else "")
+                     for m, v, s in zip(models, values, spread, strict=True)]
+            rows.append([label, "–" if guess is None else f"{guess:.3f}", *ranked(values, texts)])
+        two.append(f"## {title}\n\n" + markdown(
+            ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], rows))
+    rows = [[r["benchmark"], r["model"], r["other"], {"knn": "kNN accuracy", "probe": "probe AUC"}[r["metric"]],
+             f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)]
+            for r in read_metrics(results) if r["protocol"] == "paired" and r["benchmark"] in names and r["model"] in models]
+    if rows:
+        two.append("## Paired differences\n\nModel minus other, with the 95 % interval over 1,000 resamplings of whole "
+                   "groups.\n\n" + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], rows))
+    two = "\n\n".join(two)
+    if one:
+        write_text(Path(results) / "table1.md", one)
+    write_text(Path(results) / "table2.md", two)
+    return one + "\n\n" + two
+
+
+def verdict(row: dict) -> str:
+    """A paired difference in a word: better, worse, or no difference that the data can show."""
+    return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "within noise"
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure whole or not at all, and let go of it."""
+    import matplotlib.pyplot as plt
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def draw_figure1(args: argparse.Namespace) -> None:
+    """figure1.png: mean kNN accuracy over benchmarks against parameters and against measured time per image."""
+    import matplotlib.pyplot as plt
+    mean = means(args.results)
+    names = [b.name for b in args.found]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
+    for i, name in enumerate(args.models):
+        model, about = display(name), args.cards[name]
+        y = [mean[key][0] for b in names if (key := ("knn", "accuracy", model, b)) in mean]
+        role = "teacher" if name == args.teacher else "baseline" if name == args.baseline else \
+            "student" if about["metadata"].get("teacher") else ""
+        for axis, value in zip(axes, (about["parameters"] / 1e6, about["ms_per_image"]), strict=True):
+            axis.scatter(value, np.mean(y), s=90, color=f"C{i % 10}", marker="*^so"[["student", "teacher", "baseline", ""]
+                                                                              .index(role)], zorder=3)
+            axis.annotate(model + (f"\n({role})" if role else ""), (value, np.mean(y)), xytext=(7, 5),
+                          textcoords="offset points", fontsize=8)
+    for axis, label in zip(axes, ("parameters (millions)", f"measured time per image (ms, {args.device_used})"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.margins(0.25)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("kNN accuracy" + (f", mean of {len(names)} benchmarks" if len(names) > 1 else f" on {names[0]}"))
+    save_figure(figure, Path(args.results) / "figure1.png")
+
+
+def picture(item) -> np.ndarray:
+    """One (H, W, 3) picture of an image or of the first patch of a stack."""
+    return np.asarray(item if getattr(item, "ndim", 4) == 3 else item[0])
+
+
+def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: argparse.Namespace) -> None:
+    """Below results/pictures: confusion matrices and CKA matrix of all models, and for each model a kNN gallery."""
+    import matplotlib.pyplot as plt
+    folder, classes, labels = Path(args.results) / "pictures", benchmark.classes, benchmark.labels
+    names, n = list(predictions), len(benchmark.classes)
+    figure, axes = plt.subplots(1, len(names), figsize=(max(2.6, 0.55 * n + 1.2) * len(names), max(2.6, 0.55 * n + 1.4)),
+                                squeeze=False, sharey=True, constrained_layout=True)
+    for axis, name in zip(axes[0], names, strict=True):
+        table = np.zeros((n, n))
+        np.add.at(table, (labels, predictions[name]["knn"]), 1)
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), value in np.ndenumerate(share):
+            if value >= 0.005:
+                axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                          color="white" if value > 0.6 else "black")
+        axis.set_title(display(name), fontsize=9)
+        axis.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(n), classes, fontsize=8)
+    axes[0, 0].set_ylabel("true class")
+    figure.suptitle(f"{benchmark.name}: kNN, percent of each true class", fontsize=10)
+    save_figure(figure, folder / f"confusion-{safe(benchmark.name)}.png")
+
+    pairs = {(r["model"], r["other"]): r["value"] for r in read_metrics(args.results)
+             if r["protocol"] == "cka" and r["metric"] == "unbiased" and r["benchmark"] == benchmark.name}
+    shown = [display(name) for name in names]
+    if len(shown) > 1:
+        matrix = np.array([[pairs.get((a, b), 1.0) for b in shown] for a in shown])
+        figure, axis = plt.subplots(figsize=(1.1 * len(shown) + 2.4, 1.0 * len(shown) + 1.6), constrained_layout=True)
+        axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
+        for (i, j), value in np.ndenumerate(matrix):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right", fontsize=8)
+        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+        axis.set_title(f"{benchmark.name}: unbiased CKA of every pair of models", fontsize=10)
+        save_figure(figure, folder / f"cka-{safe(benchmark.name)}.png")
+
+    for name in names:
+        guess, neighbors = predictions[name]["knn"], predictions[name]["neighbors"]
+        certain = (labels[neighbors] == guess[:, None]).mean(1)
+        rng, rows = np.random.default_rng(0), []
+        for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
+            pool = np.flatnonzero((guess == labels) == hit)
+            pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
+            first = [pool[labels[pool] == c][:1] for c in rng.permutation(n)]   # one of each class as far as they reach
+            rows += np.concatenate([*first, pool]).astype(int)[:3].tolist()
+        shown = min(6, neighbors.shape[1])
+        figure, axes = plt.subplots(len(rows), shown + 1, figsize=(1.25 * (shown + 1), 1.45 * len(rows)), squeeze=False)
+        for line, row in zip(axes, rows, strict=True):
+            for j, (axis, i) in enumerate(zip(line, [row, *neighbors[row, :shown]], strict=True)):
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.imshow(picture(benchmark.images[i])) if i >= 0 else axis.axis("off")
+                color = "black" if j == 0 else "#2a9d3a" if labels[i] == labels[row] else "#d62728"
+                for side in axis.spines.values():
+                    side.set(color=color, linewidth=3)
+                axis.set_title(classes[labels[i]], fontsize=8, color=color)
+            line[0].set_ylabel("right" if guess[row] == labels[row] else f"wrong:\n{classes[guess[row]]}", fontsize=8)
+        figure.suptitle(f"{benchmark.name}, {display(name)}: query (left) and its nearest neighbours from other folds\n"
+                        "frame green: same class, red: another", fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 0.97))
+        save_figure(figure, folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png")
+
+
+def write_report(args: argparse.Namespace, tables: str) -> None:
+    """report.md: tables, pictures and everything that one must know to read them."""
+    data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
+    names = [b.name for b in args.found if b.name in data]
+    models = [[display(n), "teacher" if n == args.teacher else "before distillation" if n == args.baseline else
+               f"distilled from {c['metadata']['teacher']}" if c["metadata"].get("teacher") else "",
+               f"{c['parameters'] / 1e6:,.1f} M", str(c["dim"]), c["embedding"], str(c["input_size"]),
+               f"{c['ms_per_image']:.1f}", str(c["weights"])] for n, c in args.cards.items()]
+    benchmarks = [[b, data[b]["level"], str(data[b]["value"]), str(data[b]["groups"]),
+                   ", ".join(f"{c} {n}" for c, n in zip(data[b]["classes"], data[b]["counts"], strict=True)),
+                   "; ".join(data[b]["notes"]) or "–"] for b in names]
+    pictures = [f"## {b}\n\n" + "\n\n".join(f"![{kind} of {b}](pictures/{kind}-{safe(b)}{tail}.png)" for kind, tail in
+                [("confusion", ""), *([("cka", "")] if len(args.models) > 1 else []),
+                 *(("gallery", f"-{safe(display(n))}") for n in args.models)]) for b in names]
+    if args.no_pictures:
+        pictures = []
+    write_text(Path(args.results) / "report.md", "\n\n".join([
+        "# Evaluation",
+        "Written by `" + " ".join(["python evaluate.py", *args.argv]) + f"` on {args.device_used}.",
+        "![accuracy against size and time](figure1.png)",
+        "## Models\n\n" + markdown(["model", "role", "parameters", "width", "embedding", "input px",
+                                    f"ms per image ({args.device_used})", "weights"], models),
+        "## Benchmarks\n\n" + markdown(["benchmark", "level", "images", "groups", "classes", "notes"], benchmarks),
+        tables.replace("\n## ", "\n### ").replace("# Table", "## Table"), *pictures]))
+
+
+def summarize(args: argparse.Namespace) -> str:
+    """One screen: per benchmark and model CKA, kNN and probe beside chance, and what the paired comparison allows."""
+    mean, lines = means(args.results), []
+    rows = read_metrics(args.results)
+    data = {r["benchmark"]: r for r in rows if r["protocol"] == "data"}
+    width = max(len(display(n)) for n in args.models) + 2
+    teacher = display(args.teacher) if args.teacher else None
+    form = lambda key, spread=True: "–".center(13) if key not in mean else \
+        f"{mean[key][0]:.3f}" + (f" ± {mean[key][1]:.3f}" if spread else "")  # noqa: E731
+    for b in args.found:
+        if b.name not in data:
+            continue
+        d = data[b.name]
+        lines += ["", f"{b.name}: {d['value']} images, {sum(c > 0 for c in d['counts'])} classes, {d['groups']} groups"
+                  " (never on both sides of a split)",
+                  f"{'':{width}}{'params':>9}{'ms/img':>8}   {'CKA to teacher':<16}{'kNN accuracy':<16}{'probe AUC':<16}"]
+        for n in args.models:
+            m, about = display(n), args.cards[n]
+            se = mean.get(("cka", "se", m, b.name, teacher), (0,))[0]
+            cka = "teacher" if m == teacher else "–" if ("cka", "unbiased", m, b.name, teacher) not in mean else \
+                f"{mean['cka', 'unbiased', m, b.name, teacher][0]:.3f} ± {se:.3f}"
+            lines.append(f"{m:{width}}{about['parameters'] / 1e6:>7.1f} M{about['ms_per_image']:>8.1f}   {cka:<16}"
+                         f"{form(('knn', 'accuracy', m, b.name)):<16}{form(('probe', 'auc', m, b.name)):<16}")
+        lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}"
+                     f"{form(('knn', 'majority', display(args.models[0]), b.name), False):<16}0.500")
+        for r in rows:
+            if r["protocol"] == "paired" and r["benchmark"] == b.name and r["metric"] == "knn" and any(
+                    display(n) == r["model"] for n in args.models):
+                lines.append(f"  {r['model']} against {r['other']}: kNN {r['value']:+.3f} "
+                             f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}")
+        lines += [f"  note: {note}" for note in d["notes"]]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+def build_parser() -> argparse.ArgumentParser:
+    from models import add_model_arguments
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("--models", nargs="+", default=[], metavar="NAME",
+                      help="registry names, timm:NAME, or folders such as runs/NAME/student")
+    what.add_argument("--teacher", metavar="NAME", help="one of --models (or added to them): CKA is measured to it")
+    what.add_argument("--baseline", metavar="NAME", help="the student before distillation, compared with like the teacher")
+    add_model_arguments(parser)
+    where = parser.add_argument_group("where")
+    where.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=Path,
+                       help="your own: folders with images and a labels.csv (image,label,group[,center])")
+    where.add_argument("--data", default=Path("data"), type=Path, help="its benchmarks/NAME hold the published data sets")
+    where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics.jsonl, tables, pictures")
+    how = parser.add_argument_group("protocols")
+    how.add_argument("--k", type=int, default=15, help="neighbours that vote, 1 to 64")
+    how.add_argument("--pca-dims", type=int, default=50, help="principal axes before kNN")
+    how.add_argument("--pca", choices=["fold", "all"], default="fold",
+                     help="fit the axes on the training folds, or on everything (leaks; perhaps the paper's way)")
+    how.add_argument("--folds", type=int, default=10, help="folds of kNN; fewer where there are fewer groups")
+    how.add_argument("--seeds", type=int, default=5, help="6:2:2 splits of the linear probe")
+    how.add_argument("--paper-splits", action="store_true",
+                     help="also split without regard to patients, to compare with published numbers")
+    how.add_argument("--leaks", choices=["exclude", "mark"], default="exclude",
+                     help="images of patients that a student was distilled on: leave out for all models, or only say so")
+    how.add_argument("--max-unreadable", type=float, default=0.01, metavar="SHARE", help="of images, before it stops")
+    run = parser.add_argument_group("running")
+    run.add_argument("--input-size", type=int, metavar="PX", help="side of the network's input, if not the published one")
+    run.add_argument("--batch-size", type=int, help="images per forward pass; default by device and memory")
+    run.add_argument("--workers", type=int, default=0, help="processes that read images")
+    run.add_argument("--no-pictures", action="store_true", help="tables only")
+    run.add_argument("--json", action="store_true", help="print the metrics as JSON instead of the summary")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extract what is missing, measure what is new, write tables and pictures. Returns the exit status."""
+    from models import model_options, parse_weights, setup_distributed
+    args.models = list(dict.fromkeys([*args.models, *(n for n in (args.teacher, args.baseline) if n)]))
+    if not args.models:
+        raise UserError("--models: name at least one, for instance h-optimus-0 or runs/NAME/student")
+    shown = [safe(display(n)) for n in args.models]
+    for name, other in zip(shown, args.models, strict=True):
+        if shown.count(name) > 1:
+            raise UserError(f"--models: {other} and another share the name {name}; rename one of the folders")
+    weights = parse_weights(args.weights, args.models)
+    options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
+    rank, _, device = setup_distributed(args.device)
+    args.device_used = device if device.type == "cpu" else f"{device}"
+    args.found = [load_folder(folder) for folder in args.benchmark]
+    if not args.found:
+        raise UserError("--benchmark: name at least one folder")
+    for name in args.models:
+        for benchmark in args.found:
+            extract(name, benchmark, args, weights, options)
+    if rank != 0:
+        return 0
+    args.cards = {n: card(n, args.results, weights=weights[n], **options) for n in args.models}
+    record(args.results, [{"model": display(n), "benchmark": "", "protocol": "model", "metric": "parameters",
+                           "value": c["parameters"], "ms_per_image": c["ms_per_image"], "device": str(args.device_used),
+                           "weights": c["weights"], "metadata": {k: v for k, v in c["metadata"].items() if k != "patients"}}
+                          for n, c in args.cards.items()], same=("model", "protocol"))
+    for benchmark in args.found:
+        x = {n: extract(n, benchmark, args, weights, options) for n in args.models}
+        keys = {n: feature_key(args.cards[n], benchmark) for n in args.models}
+        evaluate(benchmark, x, keys, args)
+    tables = write_tables(args)
+    if not args.no_pictures:
+        draw_figure1(args)
+    write_report(args, tables)
+    if args.json:
+        print(json.dumps([r for r in read_metrics(args.results) if r["benchmark"] in {b.name for b in args.found}]))
+    else:
+        print(summarize(args) + f"\n\ntables, pictures and how to read them: {args.results / 'report.md'}")
+    return 0
+
+
+def extract(name: str, benchmark: Benchmark, args: argparse.Namespace, weights: dict, options: dict) -> np.ndarray:
+    """`features` with the flags of the command line."""
+    return features(name, benchmark, args.results, weights=weights[name], batch_size=args.batch_size,
+                    workers=args.workers, max_unreadable=args.max_unreadable, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        print(f"error: {args.results}: no space left on the disk; nothing was lost: make room and run again",
+              file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
