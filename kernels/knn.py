@@ -1,6 +1,18 @@
-"""Exact nearest neighbours, leaving out those of the query's own group."""
+"""Exact nearest neighbours, leaving out those of the query's own group.
+
+Every path screens with a matrix product in low precision and proves its result:
+
+1. Screen. For every pair a lower bound of the squared distance, |q|^2 + |b|^2 - 2 q.b less a bound on all rounding. The
+   rows of base are put in small sets and only each set's least bound is kept ("group-min screening"): any true neighbour
+   lies in one of the k best sets, and the costly selection sees an eighth of the values.
+2. Rescan. The members of the best sets by direct differences (fp64 here, fp32 on a GPU), ordered by (distance, index).
+3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. Any other row (ties, mostly)
+   is searched again without a screen.
+"""
 
 import torch
+
+from kernels.dispatch import use_triton
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,7 +38,7 @@ def knn(
     neighbours are admissible the rest are -1 at distance infinity.
     """
     _check(base, k, query, groups, query_groups, metric)
-    distance, index = _plain(base, k, query, groups, query_groups, metric)
+    distance, index, _ = _search(base, k, query, groups, query_groups, metric)
     return (distance, index) if return_distance else index
 
 
@@ -45,7 +57,8 @@ def _check(base, k, query, groups, query_groups, metric):
         if x.device != base.device:
             raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
         if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
-            raise ValueError(f"{name}: {x.dtype} with {x.shape[1]} columns, but base is {base.dtype} with {base.shape[1]}")
+            found, expected = f"{x.dtype} with {x.shape[1]} columns", f"{base.dtype} with {base.shape[1]}"
+            raise ValueError(f"{name}: {found}, but base is {expected}")
         if not torch.compiler.is_compiling() and not x.isfinite().all():
             raise ValueError(f"{name}: contains NaN or infinity")
     if isinstance(k, bool) or not isinstance(k, int):
@@ -69,29 +82,188 @@ def _check(base, k, query, groups, query_groups, metric):
             raise ValueError(f"{name}: on {labels.device}, but base is on {base.device}")
 
 
-def _plain(base, k, query, groups, query_groups, metric):
-    alone = query is None
-    rows, wide = base.shape[0], base.double()
+# --- plain PyTorch: the reference, and what runs on a CPU -----------------------------------------------------------
+
+SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
+PANEL = 2048  # columns of scores at a time: with QUERIES rows they stay in a core's own cache
+QUERIES = 192
+SET = 8  # rows per set of the screen
+SINGLE = 8192  # up to here sets of one row: selection costs less than looking into the sets
+
+
+def _operands(base, query, metric, unit):
+    """Centred (or normalised) fp32 rows and the two halves of the lower bound: |q - b|^2 >= bias_q + bias_b - 2 q.b.
+
+    `unit` is the rounding unit of the product's operands. For any order of summation in fp32 the computed |q - b|^2 is off
+    by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more roundings
+    and the operands' own; taking 2 gamma off each half makes it a bound.
+    """
+    gamma = (base.shape[1] + 16) * 2.0**-24 + 2 * unit
     if metric == "cosine":
-        wide = torch.nn.functional.normalize(wide)
-    queries = wide if alone else (query.double() if metric == "euclidean" else torch.nn.functional.normalize(query.double()))
-    query_groups = groups if alone else query_groups
+        b = torch.nn.functional.normalize(base.double()).float()
+        q = b if query is None else torch.nn.functional.normalize(query.double()).float()
+        half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
+        return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half)
+    mean = base.double().mean(0)
+    b = (base - mean.to(base.dtype)).float()
+    q = b if query is None else (query - mean.to(base.dtype)).float()
+    bias_b = b.double().square().sum(1) * (1 - 2 * gamma)
+    bias_q = bias_b if query is None else q.double().square().sum(1) * (1 - 2 * gamma)
+    return q, b, bias_q.float(), bias_b.float()
+
+
+def _exact(base, query, rows, candidates, metric):
+    """Squared distance (euclidean) or twice the distance (cosine) in fp64 of query[rows] (R,) to base[candidates] (R, C)."""
+    a, b = query[rows].double().unsqueeze(1), base[candidates].double()
+    if metric == "euclidean":
+        return (b - a).square_().sum(-1)
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    return 2 - 2 * (a * b).sum(-1) / norms.masked_fill(norms == 0, 1)
+
+
+def _ordered(distance, index, k):
+    """The k first of each row by (distance, index); inadmissible candidates are at distance infinity."""
+    index, order = index.sort(dim=1)
+    distance, by_distance = distance.gather(1, order).sort(dim=1, stable=True)
+    return distance[:, :k], index.gather(1, by_distance)[:, :k]
+
+
+def _blocks(queries, labels):
+    """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go together."""
+    order = torch.arange(queries) if labels is None else labels.argsort(stable=True).cpu()
+    plain = [(rows, None) for rows in order.split(QUERIES)]
+    if labels is None:
+        return plain
+    values, counts = labels.unique(return_counts=True)
+    grouped = [(rows, label) for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)
+               for rows in part.split(QUERIES)]
+    return grouped if len(grouped) <= 2 * len(plain) else plain
+
+
+def _reference(base, k, query, groups, query_groups, metric):
+    """The operator in PyTorch -> (distances (Q, k), indices (Q, k), rows without a certificate (Q,) bool)."""
+    alone, n = query is None, base.shape[0]
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    queries = base if alone else query
+    labels = groups if alone else query_groups
     distances = torch.full((queries.shape[0], k), float("inf"), dtype=torch.float64, device=base.device)
     indices = torch.full((queries.shape[0], k), -1, dtype=torch.int64, device=base.device)
-    step = max(1, 2**24 // max(rows, 1))
-    for start in range(0, queries.shape[0], step):
-        part = slice(start, start + step)
-        if metric == "cosine":
-            d = 1 - queries[part] @ wide.T
+    redone = torch.zeros(queries.shape[0], dtype=torch.bool, device=base.device)
+    if n == 0 or queries.shape[0] == 0:
+        return distances.to(wide), indices, redone
+    q, b, bias_q, bias_b = _operands(base, query, metric, 2.0**-24)
+    size = 1 if n <= SINGLE else SET
+    # Column j of a panel of width w is a member of set j % (w / size): one pass of vector minima finds each set's least.
+    panel = min(PANEL, -(-n // size) * size)
+    padded = -(-n // panel) * panel
+    columns = b.new_zeros(b.shape[1], padded)
+    columns[:, :n] = b.T
+    bias = bias_b.new_full((padded,), float("inf"))
+    bias[:n] = bias_b
+    per_panel = panel // size
+    kept = min(k + SPARE, padded // size)
+    found = min(k, n)
+    scores = b.new_empty(QUERIES, panel)
+    least = b.new_empty(QUERIES, padded // size)
+    members = torch.arange(size, device=base.device) * per_panel
+    for rows, label in _blocks(queries.shape[0], labels):
+        rows = rows.to(base.device)
+        block, count = q[rows], len(rows)
+        masked = bias
+        if label is not None:
+            masked = bias.clone()
+            masked[:n].masked_fill_(groups == label, float("inf"))
+        for start in range(0, padded, panel):
+            score, part = scores[:count], slice(start, start + panel)
+            torch.addmm(masked[part], block, columns[:, part], alpha=-2, out=score)
+            if alone:
+                inside = (rows >= start) & (rows < start + panel)
+                score[inside, rows[inside] - start] = float("inf")
+            if labels is not None and label is None:
+                stop = min(start + panel, n)
+                score[:, : stop - start].masked_fill_(labels[rows, None] == groups[start:stop], float("inf"))
+            torch.amin(score.view(count, size, per_panel), 1,
+                       out=least[:count, start // size : start // size + per_panel])
+        bound, sets = least[:count].topk(kept, dim=1, largest=False)
+        dropped = bound[:, -1].clone() if kept < padded // size else bound.new_full((count,), float("inf"))
+        if size == 1:
+            candidates = sets
         else:
-            d = torch.cdist(queries[part], wide, compute_mode="donot_use_mm_for_euclid_dist")
-        if groups is not None:
-            d.masked_fill_(query_groups[part, None] == groups, float("inf"))
-        if alone:
-            d[torch.arange(d.shape[0]), torch.arange(start, start + d.shape[0])] = float("inf")
-        values, order = d.sort(dim=1, stable=True)
-        kept = min(k, rows)
-        distances[part, :kept] = values[:, :kept]
-        indices[part, :kept] = order[:, :kept].masked_fill(values[:, :kept].isinf(), -1)
-    exact = torch.float64 if base.dtype == torch.float64 else torch.float32
-    return distances.to(exact), indices
+            first = sets // per_panel * panel + sets % per_panel
+            candidates = (first.unsqueeze(2) + members).flatten(1)
+            inner = torch.bmm(columns.T[candidates], block.unsqueeze(2)).squeeze(2)
+            lower = torch.where(_admissible(candidates, rows, alone, groups, labels, n), bias[candidates] - 2 * inner,
+                                float("inf"))
+            bound, best = lower.topk(kept, dim=1, largest=False)
+            dropped = torch.minimum(dropped, bound[:, -1])
+            candidates = candidates.gather(1, best)
+        candidates = candidates.clamp(max=n - 1)
+        exact = _exact(base, queries, rows, candidates, metric).masked_fill_(bound.isinf(), float("inf"))
+        nearest, index = _ordered(exact, candidates, found)
+        distances[rows, :found], indices[rows, :found] = nearest, index.masked_fill(nearest.isinf(), -1)
+        redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1]) | dropped.isinf())
+    again = redone.nonzero().squeeze(1)
+    for rows in again.split(max(1, 2**22 // n)):
+        limit = distances[rows, found - 1].to(torch.float64)
+        nearest, index = _redo(base, queries, rows, found, limit, alone, groups, labels, metric,
+                               lambda part: bias_q[part, None] + torch.addmm(bias[:n], q[part], columns[:, :n], alpha=-2))
+        distances[rows, :found], indices[rows, :found] = nearest, index
+    if metric == "cosine":
+        distances.div_(2).clamp_(min=0)
+    else:
+        distances.sqrt_()
+    return distances.to(wide), indices, redone
+
+
+def _admissible(candidates, rows, alone, groups, labels, n):
+    allowed = candidates < n
+    if alone:
+        allowed &= candidates != rows.unsqueeze(1)
+    if groups is not None:
+        allowed &= groups[candidates.clamp(max=n - 1)] != labels[rows].unsqueeze(1)
+    return allowed
+
+
+def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
+    """Neighbours of `rows` among all of base whose lower bound does not exceed `limit`, a distance that k rows keep."""
+    n = base.shape[0]
+    every = torch.arange(n, device=base.device).expand(len(rows), n)
+    possible = _admissible(every, rows, alone, groups, labels, n) & (lower(rows) <= limit.unsqueeze(1))
+    row, column = possible.nonzero(as_tuple=True)
+    step = max(1, 2**24 // base.shape[1])
+    distance = torch.cat([_exact(base, queries, rows[r], c.unsqueeze(1), metric).squeeze(1)
+                          for r, c in zip(row.split(step), column.split(step), strict=True)])
+    order = distance.argsort(stable=True)  # ties stay in the order of nonzero: by index
+    order = order[row[order].argsort(stable=True)]
+    row, column, distance = row[order], column[order], distance[order]
+    counts = possible.sum(1)
+    place = torch.arange(len(row), device=base.device) - (counts.cumsum(0) - counts)[row]
+    nearest = torch.full((len(rows), k), float("inf"), dtype=torch.float64, device=base.device)
+    index = torch.full((len(rows), k), -1, dtype=torch.int64, device=base.device)
+    first = place < k
+    nearest[row[first], place[first]], index[row[first], place[first]] = distance[first], column[first]
+    return nearest, index
+
+
+# --- operator -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("g2l::knn", mutates_args=())
+def _search(
+    base: torch.Tensor, k: int, query: torch.Tensor | None, groups: torch.Tensor | None,
+    query_groups: torch.Tensor | None, metric: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
+    with torch.autocast(base.device.type, enabled=False):
+        if base.dtype == torch.float64 or not use_triton(base.device):
+            return _reference(base, k, query, groups, query_groups, metric)
+        from kernels import knn_triton
+
+        return knn_triton.search(base, k, query, groups, query_groups, metric)
+
+
+@_search.register_fake
+def _(base, k, query, groups, query_groups, metric):
+    rows = (base if query is None else query).shape[0]
+    distances = base.new_empty(rows, k, dtype=torch.float64 if base.dtype == torch.float64 else torch.float32)
+    return distances, distances.new_empty(rows, k, dtype=torch.int64), distances.new_empty(rows, dtype=torch.bool)
