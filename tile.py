@@ -14,17 +14,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import fcntl
+import glob
 import hashlib
+import http.client
+import io
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import shutil
+import signal
+import struct
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +62,11 @@ class PatchError(Exception):
 def atomic(path: str | os.PathLike):
     """Yield a temporary path in the folder of `path`; rename it onto `path` on success, remove it on failure.
 
-    The process id in the name keeps two processes on one folder apart; a reader sees the old file or the new one.
+    Its name is its own, so processes do not meet; a reader sees the old file or the new one, never a part.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -82,65 +93,111 @@ def patient_of(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Codec:
+    """Decodes compressed tiles as OpenSlide does, pixel for pixel, without its 3 ms a tile.
+
+    `prefix` goes before a JPEG tile in place of its first two bytes: the tables it shares with the other tiles and the
+    marker that names its colour space. The decoder is strict: what makes OpenSlide fail is an error here too.
+    """
+
+    JPEG, JP2K_YCBCR, JP2K_RGB = 7, 33003, 33005
+    ADOBE = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+
+    def __init__(self, compression: int, prefix: bytes, width: int, height: int):
+        self.compression, self.prefix, self.width, self.height = compression, prefix, width, height
+
+    def standalone(self, data: bytes) -> bytes:
+        """A JPEG tile as a JPEG file that any program opens; the compressed pixels are the tile's own."""
+        if not self.prefix:
+            return data
+        jfif = 2 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 0  # would overrule the colours
+        return self.prefix + data[2 + jfif:]
+
+    def decode(self, data: bytes, shrink: int = 1) -> np.ndarray:
+        """(height, width, 3) uint8, a JPEG optionally at 1/2, 1/4 or 1/8. Any complaint of the decoder: PatchError."""
+        height, width = self.height // shrink, self.width // shrink
+        try:
+            if self.compression == self.JPEG:
+                import simplejpeg
+
+                if data[:2] != b"\xff\xd8":
+                    raise PatchError("no JPEG where one should be")
+                image = simplejpeg.decode_jpeg(self.standalone(data), min_height=height, min_width=width,
+                                               min_factor=shrink, fastdct=False, fastupsample=False, strict=True)
+            else:
+                import imagecodecs
+
+                image = imagecodecs.jpeg2k_decode(data)
+                if self.compression == self.JP2K_YCBCR:
+                    image = _ycbcr_to_rgb(image)
+        except (RuntimeError, ValueError) as error:     # both libraries' own errors
+            raise PatchError(str(error)) from error
+        if image.shape != (height, width, 3):
+            raise PatchError(f"compressed tile holds {image.shape}, expected {(height, width, 3)}")
+        return image
+
+
+def _ycbcr_to_rgb(image: np.ndarray) -> np.ndarray:
+    """JPEG's colour conversion in libjpeg's 16-bit fixed point (jdcolor.c), which OpenSlide uses for JPEG 2000 too."""
+    y, cb, cr = image[..., 0].astype(np.int32), np.arange(256) - 128, np.arange(256) - 128
+    red, blue = (91881 * cr + 32768) >> 16, (116130 * cb + 32768) >> 16
+    green = ((-22554 * cb + 32768)[image[..., 1]] + (-46802 * cr)[image[..., 2]]) >> 16
+    return np.clip(np.stack([y + red[image[..., 2]], y + green, y + blue[image[..., 1]]], 2), 0, 255).astype(np.uint8)
+
+
+class _Tiles:
+    """Where the compressed tiles of one TIFF page lie, row by row."""
+
+    def __init__(self, page):
+        rgb = int(page.photometric) == 2
+        tables = (page.jpegtables or b"")[2:-2]
+        prefix = Codec.ADOBE + (b"\x00" if rgb else b"\x01") + tables if int(page.compression) == Codec.JPEG else b""
+        self.codec = Codec(int(page.compression), prefix, page.tilewidth, page.tilelength)
+        self.columns = -(-page.imagewidth // page.tilewidth)
+        self.offsets = np.array(page.dataoffsets, np.int64)
+        self.counts = np.array(page.databytecounts, np.int64)
+        self.complete = bool(self.counts.all())     # scanners leave out empty tiles
+
+    @classmethod
+    def of(cls, page) -> _Tiles | None:
+        """Tiles of a page of 8-bit RGB in JPEG or JPEG 2000 tiles, None for every other."""
+        usable = (page.is_tiled and page.dtype == np.uint8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
+                  and int(page.compression) in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB)
+                  and int(page.photometric) in (2, 6))
+        return cls(page) if usable else None
+
+    def compressed(self, file: int, index: int) -> bytes:
+        """The bytes of tile `index`; empty for a tile that the scanner left out."""
+        return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
+
+
+def read_bytes(file: int, offset: int, count: int) -> bytes:
+    """`count` bytes at `offset` of an open file, whose position stays where it is (safe after a fork)."""
+    data = os.pread(file, count, offset) if count < 1 << 28 else b""
+    if len(data) != count:
+        raise PatchError("it lies beyond the end of the file, which is cut short or damaged")
+    return data
+
+
 @dataclass
 class _Level:
-    """One pyramid level. `number` is OpenSlide's; `tiles` are a TIFF's compressed tiles, where they can be read."""
+    """One pyramid level. `number` is OpenSlide's, -1 where OpenSlide does not see it. `shrink` is the scale at which
+    JPEG tiles are decoded: levels that no file holds, good enough to look for tissue."""
 
     width: int
     height: int
     downsample: float
     number: int
     tiles: _Tiles | None = None
-
-
-class _Tiles:
-    """Compressed tiles of one TIFF page, decoded as OpenSlide does (libjpeg, OpenJPEG), without its 3 ms a tile."""
-
-    JPEG, JP2K_YCBCR, JP2K_RGB = 7, 33003, 33005
-
-    def __init__(self, page):
-        self.width, self.height = page.tilewidth, page.tilelength
-        self.columns = -(-page.imagewidth // page.tilewidth)
-        self.offsets, self.counts = page.dataoffsets, page.databytecounts
-        self.compression, self.tables = int(page.compression), page.jpegtables
-        self.colors = "RGB" if int(page.photometric) == 2 else "YCBCR"
-
-    @classmethod
-    def of(cls, page) -> _Tiles | None:
-        """Tiles of a page of 8-bit RGB in JPEG or JPEG 2000 tiles, None for every other."""
-        usable = (page.is_tiled and page.dtype == np.uint8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
-                  and int(page.compression) in (cls.JPEG, cls.JP2K_YCBCR, cls.JP2K_RGB)
-                  and int(page.photometric) in (2, 6))
-        return cls(page) if usable else None
-
-    def compressed(self, file: int, index: int) -> bytes:
-        """The bytes of tile `index`; empty for a tile that the scanner left out."""
-        data = os.pread(file, self.counts[index], self.offsets[index])
-        if len(data) != self.counts[index]:
-            raise PatchError("the file ends before it")
-        return data
-
-    def decode(self, data: bytes) -> np.ndarray:
-        """(height, width, 3) uint8 of one compressed tile; any error of the decoder becomes a PatchError."""
-        import imagecodecs
-
-        try:
-            if self.compression == self.JPEG:
-                image = imagecodecs.jpeg_decode(data, tables=self.tables, colorspace=self.colors, outcolorspace="RGB")
-            else:
-                image = imagecodecs.jpeg2k_decode(data)
-        except (RuntimeError, ValueError) as error:  # imagecodecs' own errors derive from RuntimeError
-            raise PatchError(str(error)) from error
-        if image.shape != (self.height, self.width, 3):
-            raise PatchError(f"tile of {image.shape}, expected {self.height} x {self.width}")
-        return image
+    shrink: int = 1
 
 
 class Slide:
     """One slide, read by pixels of level 0. Close it, or use it as a context manager.
 
     `mpp` overrides what the file says (µm per pixel of level 0). `cache` bounds the decoded tiles kept (bytes).
-    Attributes: name, path, width, height, mpp (float or None), mpp_source (str), objective (float or None), vendor.
+    Attributes: name, path, width, height, mpp (float or None), mpp_source (str), objective (float or None), vendor,
+    `damaged` (unreadable regions that a tolerant read left white). Raises UserError where the file is no slide.
     """
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
@@ -148,38 +205,48 @@ class Slide:
 
         self.path, self.name = Path(path), slide_name(path)
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache
-        self._file, self._tiff = -1, None
-        self.damaged: list[str] = []    # unreadable regions that a tolerant read left white
+        self.file, self.damaged, self.drafts = -1, [], []
         self._complain_early()
+        self._reopen()
         try:
-            if self.path.suffix.lower() in PLAIN:
-                self._slide = openslide.ImageSlide(str(self.path))
-            else:
-                self._slide = openslide.OpenSlide(str(self.path))
-                self._slide.set_cache(openslide.OpenSlideCache(cache))
-        except (openslide.OpenSlideError, OSError) as error:
-            raise UserError(f"{self.path}: cannot be opened as a slide ({error})") from error
-        self.vendor = self._slide.properties.get("openslide.vendor", "image")
-        self.width, self.height = self._slide.dimensions
-        self.levels = []
-        for number, (width, height) in enumerate(self._slide.level_dimensions):
-            self.levels.append(_Level(width, height, self._downsample(width, height), number))
-        self._open_tiles()
-        self.mpp, self.mpp_source = (float(mpp), "user") if mpp else self._find_mpp()
-        power = self._slide.properties.get("openslide.objective-power", "")
+            self.vendor = self._slide.properties.get("openslide.vendor", "image")
+            self.width, self.height = self._slide.dimensions
+            self.levels = [_Level(*size, self._downsample(*size), number)
+                           for number, size in enumerate(self._slide.level_dimensions)]
+            description = self._open_tiles()
+            self.mpp, self.mpp_source = (float(mpp), "given") if mpp else self._find_mpp(description)
+            power = self._slide.properties.get("openslide.objective-power", "")
+        except openslide.OpenSlideError as error:
+            self.close()
+            raise UserError(f"{self.path}: opens but cannot be read ({error}); it is probably damaged") from error
         self.objective = float(power) if re.fullmatch(r"\d+(\.\d+)?", power) and float(power) > 0 else None
 
     def _complain_early(self) -> None:
         """What OpenSlide would call "unsupported or missing", in words that help."""
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
-        head = self.path.open("rb").read(64)
+        with open(self.path, "rb") as file:
+            head = file.read(64)
         if not head:
             raise UserError(f"{self.path}: empty file; copy or download it again")
         if head.startswith(b"version https://git-lfs"):
             raise UserError(f"{self.path}: Git LFS pointer, not the slide itself; run `git lfs pull`")
         if self.path.suffix.lower() == ".mrxs" and not self.path.with_suffix("").is_dir():
             raise UserError(f"{self.path}: the MIRAX data folder {self.path.stem}/ is missing beside it")
+
+    def _reopen(self) -> None:
+        """Open by OpenSlide; again after a failed read, since it then answers every call with that error."""
+        import openslide
+
+        try:
+            if self.path.suffix.lower() in PLAIN:
+                self._slide = openslide.ImageSlide(str(self.path))
+            else:
+                self._slide = openslide.OpenSlide(str(self.path))
+                self._slide.set_cache(openslide.OpenSlideCache(self._cache_limit))
+        except (openslide.OpenSlideError, OSError) as error:
+            what = "not a slide format that OpenSlide knows" if "nsupported" in str(error) else str(error)
+            raise UserError(f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide") from error
 
     def _downsample(self, width: int, height: int) -> float:
         """Downsample of a level, whole where the level's size is that of a whole one with the last pixels cut off.
@@ -188,72 +255,94 @@ class Slide:
         """
         ratio = (self.width / width + self.height / height) / 2
         whole = round(ratio)
-        exact = all(small in (math.floor(large / whole), math.ceil(large / whole))
+        exact = all(small in (large // whole, -(-large // whole))
                     for small, large in ((width, self.width), (height, self.height)))
         return float(whole) if exact else ratio
 
-    def _open_tiles(self) -> None:
-        """Find the compressed tiles of an Aperio or generic TIFF, and trust them only if a tile equals OpenSlide's."""
+    def _open_tiles(self) -> str:
+        """Find the compressed tiles of an Aperio or generic TIFF; returns its description.
+
+        They are trusted only if a tile of level 0 with much in it equals what OpenSlide makes of it.
+        """
         if self.vendor not in ("aperio", "generic-tiff"):
-            return
+            return ""
         import tifffile
 
         try:
-            tiff = tifffile.TiffFile(self.path)
-        except (tifffile.TiffFileError, OSError, ValueError):
-            return
-        with tiff:
-            pages = {(page.imagewidth, page.imagelength): page for page in reversed(tiff.pages) if page.is_tiled}
-            self._file = os.open(self.path, os.O_RDONLY)
-            for level in self.levels:
-                page = pages.get((level.width, level.height))
-                level.tiles = page and _Tiles.of(page)
-        tiles = self.levels[0].tiles
-        present = tiles and [i for i, count in enumerate(tiles.counts) if count]
-        if not present:
-            return
-        index = present[len(present) // 2]
-        row, column = divmod(index, tiles.columns)
-        x, y = column * tiles.width, row * tiles.height
-        w, h = min(tiles.width, self.width - x), min(tiles.height, self.height - y)
-        try:
-            same = np.array_equal(self._from_tiles(self.levels[0], x, y, w, h),
-                                  self._from_openslide(self.levels[0], x, y, w, h))
-        except PatchError:
-            same = False
-        if not same:
+            with tifffile.TiffFile(self.path) as tiff:
+                pages = {(p.imagewidth, p.imagelength): p for p in reversed(tiff.pages) if p.is_tiled}
+                for level in self.levels:
+                    page = pages.get((level.width, level.height))
+                    level.tiles = page and _Tiles.of(page)
+                description = tiff.pages.first.description
+                for page in tiff.pages.first.pages or ():   # OME-TIFF keeps its pyramid where OpenSlide does not look
+                    level = _Level(page.imagewidth, page.imagelength, self._downsample(page.imagewidth,
+                                                                                       page.imagelength), -1)
+                    level.tiles = _Tiles.of(page)
+                    self.levels += [level] if level.tiles and level.tiles.complete else []
+        except (tifffile.TiffFileError, OSError, ValueError, IndexError, TypeError, struct.error):
+            for level in self.levels:   # what tifffile cannot parse, OpenSlide may still read
+                level.tiles = None
+            return ""
+        self.file = os.open(self.path, os.O_RDONLY)
+        if not self._equals_openslide():
+            self.levels = [level for level in self.levels if level.number >= 0]
             for level in self.levels:
                 level.tiles = None
+        for level in self.levels:
+            if level.tiles and level.tiles.codec.compression == Codec.JPEG:
+                self.drafts += [_Level(-(-level.width // s), -(-level.height // s), level.downsample * s, level.number,
+                                       level.tiles, s) for s in (2, 4, 8)
+                                if level.tiles.codec.width % s == level.tiles.codec.height % s == 0]
+        return description
 
-    def _find_mpp(self) -> tuple[float | None, str]:
-        """µm per pixel and where it came from: vendor properties, then resolution tags; implausible values refused."""
-        properties, refused = self._slide.properties, ""
-        tag = "TIFF resolution tags"
-
-        def number(key):
+    def _equals_openslide(self) -> bool:
+        level = self.levels[0]
+        if not level.tiles:
+            return False
+        tw, th = level.tiles.codec.width, level.tiles.codec.height
+        for index in np.argsort(-level.tiles.counts, kind="stable")[:3].tolist():     # three, in case one is damaged
+            x, y = index % level.tiles.columns * tw, index // level.tiles.columns * th
+            part = x, y, min(tw, self.width - x), min(th, self.height - y)
             try:
-                return float(properties.get(key, "").replace(",", "."))
+                return np.array_equal(self._from_tiles(level, *part, True), self._from_openslide(level, *part, True))
+            except PatchError:
+                continue
+        return False
+
+    def _find_mpp(self, description: str) -> tuple[float | None, str]:
+        """µm per pixel and where it came from: vendor properties, then resolution tags; implausible values refused."""
+        properties, tag, refused = self._slide.properties, "TIFF resolution tags", ""
+
+        def number(text):
+            try:
+                return float(text.replace(",", "."))
             except ValueError:
                 return math.nan
 
+        x, y = (number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy")
+        candidates = [(math.sqrt(x * y) if x > 0 and y > 0 else x,
+                       tag if self.vendor == "generic-tiff" else "openslide.mpp-x"),
+                      (number(properties.get("aperio.MPP", "")), "aperio.MPP")]
+        ome = re.search(r'PhysicalSizeX="([\d.eE+-]+)"', description)
+        unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', description)
+        factor = {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(unit[1] if unit else "", 1)
+        candidates.insert(0, (number(ome[1]) * factor if ome else math.nan, "OME PhysicalSizeX"))
         per_unit = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
-        source = tag if self.vendor == "generic-tiff" else "openslide.mpp-x"
-        x, y = number("openslide.mpp-x"), number("openslide.mpp-y")
-        candidates = [(math.sqrt(x * y) if x > 0 and y > 0 else x, source), (number("aperio.MPP"), "aperio.MPP")]
-        if number("tiff.XResolution") > 0:
-            candidates.append((per_unit / number("tiff.XResolution"), tag))
+        resolution = number(properties.get("tiff.XResolution", ""))
+        candidates.append((per_unit / resolution if resolution > 0 else math.nan, tag))
         for value, source in candidates:
-            if 0.02 <= value <= (10 if source == tag else 100):
+            if 0.02 <= value <= (10 if source == tag else 100):     # tags often hold 72 dots per inch: 352.8 µm
                 return round(value, 5), source
             if not math.isnan(value):
-                refused = f"{source} say {value:.4g} µm/px, refused as implausible"
+                refused = f"{source}: {value:.4g} µm/px is implausible and refused"
         return None, refused
 
     def close(self) -> None:
         self._slide.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
 
     def __enter__(self) -> Slide:
         return self
@@ -263,77 +352,73 @@ class Slide:
 
     def _tile(self, level: _Level, index: int) -> np.ndarray:
         """Decoded tile from the cache or the file; a tile left out by the scanner is white."""
-        key = (level.number, index)
+        key = (level.downsample, index)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        data = level.tiles.compressed(self._file, index)
-        tile = level.tiles.decode(data) if data else np.full((level.tiles.height, level.tiles.width, 3), 255, np.uint8)
+        codec, data = level.tiles.codec, level.tiles.compressed(self.file, index)
+        tile = (codec.decode(data, level.shrink) if data else
+                np.full((codec.height // level.shrink, codec.width // level.shrink, 3), 255, np.uint8))
         self._cache[key] = tile
         self._cache_bytes += tile.nbytes
         while self._cache_bytes > self._cache_limit and len(self._cache) > 4:
             self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool = True) -> np.ndarray:
-        tiles = level.tiles
-        tw, th = tiles.width, tiles.height
-        if (x % tw, y % th, w, h) == (0, 0, tw, th):    # the fast case: nothing to assemble, nothing to keep
-            index = y // th * tiles.columns + x // tw
-            if tiles.counts[index] and (level.number, index) not in self._cache:
-                with contextlib.suppress(*() if strict else (PatchError,)):
-                    return tiles.decode(tiles.compressed(self._file, index))
+    def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+        tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
+        if strict and (x % tw, y % th, w, h) == (0, 0, tw, th):     # the fast case: nothing to assemble or to keep
+            data = level.tiles.compressed(self.file, y // th * level.tiles.columns + x // tw)
+            if data:
+                return level.tiles.codec.decode(data, level.shrink)
         out = np.empty((h, w, 3), np.uint8)
         for row in range(y // th, (y + h - 1) // th + 1):
             top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
             for column in range(x // tw, (x + w - 1) // tw + 1):
                 left, right = max(x, column * tw), min(x + w, (column + 1) * tw)
                 try:
-                    tile = self._tile(level, row * tiles.columns + column)
+                    tile = self._tile(level, row * level.tiles.columns + column)
                 except PatchError as error:
                     if strict:
                         raise
-                    self.damaged.append(f"level {level.number}, x={column * tw}, y={row * th}: {error}")
+                    self._note_damage(level, column * tw, row * th, error)
                     tile = np.full((th, tw, 3), 255, np.uint8)
                 out[top - y:bottom - y, left - x:right - x] = tile[top - row * th:bottom - row * th,
                                                                    left - column * tw:right - column * tw]
         return out
 
-    def _from_openslide(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool = True) -> np.ndarray:
+    def _note_damage(self, level: _Level, x: int, y: int, error: Exception) -> None:
+        self.damaged.append(f"x={round(x * level.downsample)}, y={round(y * level.downsample)}: {error}")
+
+    def _from_openslide(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         import openslide
 
-        place = (round(x * self._slide.level_downsamples[level.number]),
-                 round(y * self._slide.level_downsamples[level.number]))
+        factor = self._slide.level_downsamples[level.number]
         try:
-            region = np.asarray(self._slide.read_region(place, level.number, (w, h)))
+            region = np.asarray(self._slide.read_region((round(x * factor), round(y * factor)), level.number, (w, h)))
         except (openslide.OpenSlideError, OSError) as error:
-            # After an error OpenSlide answers every call with that error, so the handle must be replaced.
             self._slide.close()
-            self._slide = openslide.open_slide(str(self.path))
+            self._reopen()
             if strict:
                 raise PatchError(str(error)) from error
             if w * h <= 512 * 512:
-                self.damaged.append(f"level {level.number}, x={x}, y={y}: {error}")
+                self._note_damage(level, x, y, error)
                 return np.full((h, w, 3), 255, np.uint8)
-            half_w, half_h = (w // 2, h) if w >= h else (w, h // 2)
-            first = self._from_openslide(level, x, y, half_w, half_h, strict=False)
-            rest = (x + half_w, y, w - half_w, h) if w >= h else (x, y + half_h, w, h - half_h)
-            return np.concatenate([first, self._from_openslide(level, *rest, strict=False)], axis=int(w >= h))
-        rgb = region[..., :3]
-        alpha = region[..., 3:]
+            halves = ((x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)) if w >= h else (
+                (x, y, w, h // 2), (x, y + h // 2, w, h - h // 2))
+            return np.concatenate([self._from_openslide(level, *half, False) for half in halves], axis=int(w >= h))
+        rgb, alpha = region[..., :3], region[..., 3:]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgb)
-        # Colours come unpremultiplied; over white.
-        return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(np.uint8)
+        return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(np.uint8)    # transparent parts: white
 
-    def _level_region(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _region(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level.width), min(y + h, level.height)
         if left >= right or top >= bottom:
             return np.full((h, w, 3), 255, np.uint8)
-        use_tiles = level.tiles is not None
-        if use_tiles and level.number and not all(level.tiles.counts):
-            use_tiles = False    # what a lower level lacks, OpenSlide draws from the level above
+        # What a lower level's file lacks, OpenSlide draws from the level above.
+        use_tiles = level.tiles and (level.tiles.complete or level.downsample == 1 or level.shrink > 1)
         read = self._from_tiles if use_tiles else self._from_openslide
         part = read(level, left, top, right - left, bottom - top, strict)
         if part.shape[:2] == (h, w):
@@ -342,37 +427,33 @@ class Slide:
         out[top - y:bottom - y, left - x:right - x] = part
         return out
 
-    def area(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int, *, strict: bool = True,
-             resample: int = Image.Resampling.BOX) -> np.ndarray:
-        """(out_h, out_w, 3) uint8 of the level-0 rectangle, from the smallest level that is not coarser than wanted.
+    def area(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int, draft: bool = False) -> np.ndarray:
+        """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges, from the level nearest above.
 
-        With `strict` an unreadable part raises PatchError; without, it is left white and noted in `damaged`.
-        Memory is bounded: a large source is read in pieces.
+        Resampled where need be (antialiased; `draft`: by the mean of pixels). PatchError when a part is unreadable;
+        with `draft` it is left white and noted in `damaged`. Memory is bounded: a large source is read in pieces.
         """
         scale = min(w / out_w, h / out_h)
-        level = max((v for v in self.levels if v.downsample <= scale * 1.01), key=lambda v: v.downsample,
-                    default=self.levels[0])
+        level = max((v for v in self.levels + (self.drafts if draft else []) if v.downsample <= scale * 1.01),
+                    key=lambda v: (v.downsample, -v.shrink), default=self.levels[0])
         d = level.downsample
-        if w * h / d**2 > 16e6 and max(out_w, out_h) > 64:
-            if h * out_w >= w * out_h and out_h > 1:
-                cut = out_h // 2
-                parts = [(x, y, w, h * cut / out_h, out_w, cut),
-                         (x, y + h * cut / out_h, w, h - h * cut / out_h, out_w, out_h - cut)]
-            else:
-                cut = out_w // 2
-                parts = [(x, y, w * cut / out_w, h, cut, out_h),
-                         (x + w * cut / out_w, y, w - w * cut / out_w, h, out_w - cut, out_h)]
-            axis = 0 if parts[0][4] == out_w else 1
-            return np.concatenate([self.area(*part, strict=strict, resample=resample) for part in parts], axis=axis)
+        if w * h / d**2 > 8e6 and max(out_w, out_h) > 64:   # halve the longer side
+            parts = [(0, out_h // 2), (out_h // 2, out_h)] if out_h >= out_w else [(0, out_w // 2), (out_w // 2, out_w)]
+            if out_h >= out_w:
+                return np.concatenate([self.area(x, y + a * h / out_h, w, (b - a) * h / out_h, out_w, b - a, draft)
+                                       for a, b in parts])
+            return np.concatenate([self.area(x + a * w / out_w, y, (b - a) * w / out_w, h, b - a, out_h, draft)
+                                   for a, b in parts], axis=1)
         left, top = x / d, y / d
         if (w / d, h / d) == (out_w, out_h) and left == int(left) and top == int(top):
-            return self._level_region(level, int(left), int(top), out_w, out_h, strict)
-        margin = 0 if resample == Image.Resampling.BOX else 2 * math.ceil(max(1, scale / d))
+            return self._region(level, int(left), int(top), out_w, out_h, not draft)
+        margin = 0 if draft else 2 * math.ceil(max(1, scale / d))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(left + w / d) + margin, math.ceil(top + h / d) + margin
-        source = Image.fromarray(self._level_region(level, x0, y0, x1 - x0, y1 - y0, strict))
+        source = Image.fromarray(self._region(level, x0, y0, x1 - x0, y1 - y0, not draft))
         box = (left - x0, top - y0, left - x0 + w / d, top - y0 + h / d)
-        return np.asarray(source.resize((out_w, out_h), resample, box=box))
+        filter = Image.Resampling.BOX if draft else Image.Resampling.BICUBIC
+        return np.asarray(source.resize((out_w, out_h), filter, box))
 
     def read(self, x: int, y: int, size: int, out: int) -> np.ndarray:
         """(out, out, 3) uint8 of the square of `size` level-0 pixels at (x, y), white beyond the edges.
@@ -380,16 +461,15 @@ class Slide:
         With out == size these are the slide's own pixels; otherwise resampled (bicubic, antialiased).
         """
         try:
-            return self.area(x, y, size, size, out, out, resample=Image.Resampling.BICUBIC)
+            return self.area(x, y, size, size, out, out)
         except PatchError as error:
             raise PatchError(f"{self.name}: patch at x={x}, y={y} cannot be read: {error}") from error
 
     def thumbnail(self, max_side: int) -> np.ndarray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
-        scale = max(self.width, self.height) / max_side
-        scale = max(scale, 1)
-        out_w, out_h = max(1, round(self.width / scale)), max(1, round(self.height / scale))
-        return self.area(0, 0, self.width, self.height, out_w, out_h, strict=False)
+        scale = max(1, max(self.width, self.height) / max_side)
+        return self.area(0, 0, self.width, self.height, max(1, round(self.width / scale)),
+                         max(1, round(self.height / scale)), draft=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,12 +485,12 @@ class Tiling:
     size0: int                          # side of a patch in level-0 pixels
     patch_size: int                     # side of a patch in output pixels
     mpp: float                          # µm per output pixel
-    tissue: np.ndarray                  # (N,) share of tissue
+    measures: dict[str, np.ndarray]     # (N,) float32 each: share of tissue, of pen, of folds; blur in patch pixels
     mask: np.ndarray                    # (h, w) bool, tissue
     image: np.ndarray                   # (h, w, 3) uint8
     scale: float
-    summary: dict = field(default_factory=dict)     # fractions for slides.csv
-    warnings: list[str] = field(default_factory=list)
+    summary: dict                       # fractions for slides.csv
+    warnings: list[str]
 
 
 def choose_size(slide: Slide, mpp: float, patch_size: int, resample: bool) -> tuple[int, float]:
@@ -420,7 +500,7 @@ def choose_size(slide: Slide, mpp: float, patch_size: int, resample: bool) -> tu
     """
     if slide.mpp is None:
         why = slide.mpp_source or "no µm per pixel in the file"
-        raise SkippedSlide(f"{why}; give it with --assume-mpp or a CSV of slide,mpp by --manifest")
+        raise SkippedSlide(f"{why}; state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest")
     if 0.8 * mpp - 1e-9 <= slide.mpp <= 1.2 * mpp + 1e-9:
         return patch_size, slide.mpp
     if not resample:
@@ -430,45 +510,79 @@ def choose_size(slide: Slide, mpp: float, patch_size: int, resample: bool) -> tu
     return max(1, round(patch_size * mpp / slide.mpp)), mpp
 
 
-def find_tissue(image: np.ndarray, smallest: float) -> np.ndarray:
-    """(h, w) bool mask of stained tissue in a low-power (h, w, 3) uint8 image; areas below `smallest` px dropped."""
+def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks (h, w) bool of tissue, pen and folds in a low-power (h, w, 3) uint8 image of an H&E slide.
+
+    Tissue has colour; background has none, be it white, grey, two greys or black. Ink absorbs where neither
+    haematoxylin nor eosin does (optical densities of the stains: Ruifrok and Johnston 2001). Tissue and holes in it
+    smaller than `smallest` px are dropped and filled.
+    """
     from scipy import ndimage
 
-    values = image.astype(np.float32)
-    low, high = values.min(axis=2), values.max(axis=2)
-    bright = (low > 150) & (high - low < 40)
-    white = np.median(values[bright], axis=0) if bright.mean() > 0.001 else np.float32([245, 245, 245])
-    values = np.minimum(values / white, 1)
+    low, high = image.min(axis=2), image.max(axis=2)
+    background = (low > 150) & (high - low < 24)
+    white = np.float32([245, 245, 245])
+    if background.mean() > 0.01:    # a tinted lamp is no colour of the tissue; but do not correct pale tissue away
+        tint = np.median(image[background][::17], axis=0)
+        white = np.clip(tint, tint.max() * 0.94, None).astype(np.float32)
+    values = np.minimum(image / white, 1, dtype=np.float32)
+    void = high < 25                # black borders
     chroma = ndimage.uniform_filter(values.max(axis=2) - values.min(axis=2), 3)
-    dark = high < 50
-    mask = (chroma > np.clip(_otsu(chroma[~dark]), 0.04, 0.12)) & ~dark
-    mask = ndimage.binary_closing(np.pad(mask, 4), np.ones((3, 3)), iterations=2)[4:-4, 4:-4]
+
+    red, green, blue = -np.log10(np.maximum(values, 1 / 255)).transpose(2, 0, 1)
+    pen = ((red > 1.3 * green + 0.1) | ((red > 0.97 * green) & (red > 0.7))     # blue, green, turquoise; dark blue
+           | (blue > 1.1 * green + 0.08)                                        # yellow, orange, brown
+           | ((green > 0.7) & (blue > 0.7 * green) & (red < 0.25 * green))      # red
+           | ((np.minimum(np.minimum(red, green), blue) > 0.6) & (high - low < 30)))    # black
+    pen = ndimage.binary_opening(pen & ~void, np.ones((2, 2)))
+    pen = _without_specks(pen, 12)
+    if pen.any():                   # a stroke's rim is pale, and bleeds
+        pen = ndimage.binary_dilation(pen, iterations=3)
+
+    coloured = chroma[~(void | pen)]
+    mask = (chroma > np.clip(_otsu(coloured), 0.045, 0.09)) & ~pen
+    mask &= ~ndimage.binary_dilation(void, iterations=2)    # coloured fringe of compressed black edges
+    mask = ndimage.binary_closing(np.pad(mask, 4), np.ones((3, 3)))[4:-4, 4:-4]
+    mask = ~_without_specks(~_without_specks(mask, smallest), smallest)
+    gap = ndimage.binary_opening(low == 255, np.ones((3, 3)))   # stitching gaps and transparent parts are pure white
+    mask &= ~(void | pen | gap)
+
+    fold = np.zeros_like(mask)
+    if mask.any():                  # twice the tissue's usual density in every channel, of the tissue's usual hue
+        usual = [float(np.median(channel[mask])) for channel in (red, green, blue)]
+        fold = ((green > 1.8 * usual[1]) & (red > 1.6 * usual[0]) & (blue > 1.6 * usual[2]) & (green > 0.3)
+                & (red < green * (usual[0] / max(usual[1], 1e-3) + 0.2)) & mask)
+        fold = _without_specks(ndimage.binary_opening(fold, np.ones((2, 2))), 12)
+    return mask, pen, fold
+
+
+def _without_specks(mask: np.ndarray, smallest: float) -> np.ndarray:
+    """The mask without its connected areas of fewer than `smallest` pixels."""
+    from scipy import ndimage
+
     labels, count = ndimage.label(mask)
-    mask = np.r_[False, np.bincount(labels.ravel(), minlength=count + 1)[1:] >= smallest][labels]
-    holes, count = ndimage.label(~mask)
-    mask |= np.r_[False, np.bincount(holes.ravel(), minlength=count + 1)[1:] < smallest][holes]
-    return mask & ~dark
+    keep = np.bincount(labels.ravel(), minlength=count + 1) >= smallest
+    keep[0] = False
+    return keep[labels]
 
 
 def _otsu(values: np.ndarray) -> float:
-    """Otsu's threshold of values in [0, 1], on 256 bins."""
+    """Otsu's threshold of values in [0, 1], on 256 bins: the split with the largest variance between its two sides."""
     counts = np.histogram(values, 256, (0, 1))[0].astype(float)
-    below = np.cumsum(counts)
-    weighted = np.cumsum(counts * np.arange(256))
+    below, weighted = np.cumsum(counts), np.cumsum(counts * np.arange(256))
     above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (weighted / below - (weighted[-1] - weighted) / above) ** 2
-    return (np.nanargmax(between) + 0.5) / 256 if np.isfinite(between).any() else 1.0
+    apart = (weighted * below[-1] - weighted[-1] * below) ** 2 / np.maximum(below * above, 1)
+    return (int(apart.argmax()) + 0.5) / 256
 
 
-def share_in_squares(mask: np.ndarray, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-    """Mean of `mask` in squares of side `size` at (x, y), all in mask pixels and not necessarily whole."""
-    total = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2))
-    total[1:-1, 1:-1] = mask.cumsum(0, dtype=float).cumsum(1)
+def mean_in_squares(values: np.ndarray, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+    """Mean of a (h, w) array in squares of side `size` at (x, y), all in its pixels and not necessarily whole."""
+    total = np.zeros((values.shape[0] + 2, values.shape[1] + 2))
+    total[1:-1, 1:-1] = values.cumsum(0, dtype=float).cumsum(1)
     total[-1], total[:, -1] = total[-2], total[:, -2]
 
     def integral(x, y):
-        x, y = np.clip(x, 0, mask.shape[1]), np.clip(y, 0, mask.shape[0])
+        x, y = np.clip(x, 0, values.shape[1]), np.clip(y, 0, values.shape[0])
         i, j = y.astype(int), x.astype(int)
         v, u = y - i, x - j
         return ((1 - v) * ((1 - u) * total[i, j] + u * total[i, j + 1])
@@ -477,35 +591,134 @@ def share_in_squares(mask: np.ndarray, x: np.ndarray, y: np.ndarray, size: float
     return (integral(x + size, y + size) - integral(x, y + size) - integral(x + size, y) + integral(x, y)) / size**2
 
 
+def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) -> np.ndarray:
+    """(N,) blur of patches, as the sigma of a Gaussian in patch pixels (0 to 6), measured at a quarter of their scale.
+
+    The ratio of the Laplacian's power between two neighbouring octaves hardly depends on what the tissue is: on H&E
+    from 0.25 to 2 µm/px it was 0.4 and more when sharp, and as below after Gaussian blur of sigma 2, 3, 4 and 6.
+    """
+    side = max(8, patch_size // 8 * 2)      # px of a patch when measured
+    blur = np.zeros(len(coords), np.float32)
+    blocks = coords // (16 * size0)
+    order = np.lexsort((blocks[:, 0], blocks[:, 1]))
+    for members in np.split(order, np.flatnonzero(np.diff(blocks[order], axis=0).any(1)) + 1):
+        origin = coords[members].min(0)
+        span = coords[members].max(0) + size0 - origin
+        w, h = (np.ceil(span * side / size0 / 2).astype(int) * 2).tolist()
+        factor = size0 / side
+        green = slide.area(*origin.tolist(), w * factor, h * factor, w, h, draft=True)[..., 1].astype(np.float32)
+        half = green.reshape(h // 2, 2, w // 2, 2).mean((1, 3))
+        fine, coarse = (_laplacian_power(v) for v in (green, half))
+        x, y = ((coords[members] - origin) / factor).T
+        fine, coarse = mean_in_squares(fine, x, y, side), mean_in_squares(coarse, x / 2, y / 2, side / 2)
+        blur[members] = np.interp(fine / np.maximum(coarse, 1), (0.1, 0.16, 0.215, 0.35, 0.55), (6, 4, 3, 2, 0))
+    return blur
+
+
+def _laplacian_power(values: np.ndarray) -> np.ndarray:
+    """Squared 4-neighbour Laplacian of a (h, w) array, 0 on its rim."""
+    power = np.zeros_like(values)
+    inner = 4 * values[1:-1, 1:-1] - values[:-2, 1:-1] - values[2:, 1:-1] - values[1:-1, :-2] - values[1:-1, 2:]
+    power[1:-1, 1:-1] = inner * inner
+    return power
+
+
 def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_tissue: float = 0.5,
-               resample: bool = False, overlap: int = 0) -> Tiling:
+               resample: bool = False, overlap: int = 0, max_pen: float = 0.1, max_blur: float = 3.5,
+               max_fold: float = 1.0, mask: Path | None = None) -> Tiling:
     """Find the tissue of a slide and the grid of patches on it.
 
-    `mpp` µm per pixel wanted, `patch_size` and `overlap` in output pixels, `min_tissue` share of a patch that must be
-    tissue. Raises SkippedSlide (no or another magnification, no tissue) and UserError (cannot be used at all).
+    `mpp` µm per pixel wanted, `patch_size` and `overlap` in output pixels; limits for a patch: share of tissue, pen and
+    folds, blur in patch pixels; `mask`: the user's own tissue (see read_mask) instead of ours. The grid begins at level
+    0's corner, where the compressed tiles do, and only whole patches are taken. Raises SkippedSlide (another
+    magnification or none, no tissue) and UserError (cannot be used at all).
     """
     size0, got = choose_size(slide, mpp, patch_size, resample)
-    step = max(1, round(size0 * (patch_size - overlap) / patch_size))
     if slide.width < size0 or slide.height < size0:
         raise SkippedSlide(f"smaller ({slide.width} x {slide.height} px) than one patch of {size0} px")
-    scale = max(size0 / MASK_PX, math.sqrt(slide.width * slide.height / 16e6), 1)
+    tiles = slide.levels[0].tiles
+    if tiles:
+        beyond = int((tiles.offsets + tiles.counts > slide.path.stat().st_size).sum())
+        if beyond:
+            raise UserError(f"{slide.path}: cut short: {beyond} of {len(tiles.counts)} tiles lie beyond the end of the "
+                            f"file; copy or download it again")
+    scale = max(min(size0 / MASK_PX, 10 / slide.mpp), math.sqrt(slide.width * slide.height / 8e6), 1)
     shape = math.ceil(slide.height / scale), math.ceil(slide.width / scale)
-    image = slide.area(0, 0, shape[1] * scale, shape[0] * scale, shape[1], shape[0], strict=False)
-    mask = find_tissue(image, smallest=(size0 / scale) ** 2 / 4)
+    image = slide.area(0, 0, shape[1] * scale, shape[0] * scale, shape[1], shape[0], draft=True)
+    inside = image[:int(slide.height / scale), :int(slide.width / scale)]
+    if inside.min() == 255:
+        reason = f" ({slide.damaged[0]})" if slide.damaged else ""
+        raise UserError(f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}")
+    if (inside.max(axis=2) < 40).mean() > 0.5 and (inside.min(axis=2) > 150).mean() < 0.02:
+        raise SkippedSlide("mostly black: fluorescence or an empty scan, not bright-field")
+    tissue_mask, pen_mask, fold_mask = find_tissue(image, smallest=(size0 / scale) ** 2 / 4)
+    if mask:
+        tissue_mask = read_mask(mask, shape, scale)
+    step = max(1, round(size0 * (patch_size - overlap) / patch_size))
     x, y = np.meshgrid(np.arange(0, slide.width - size0 + 1, step), np.arange(0, slide.height - size0 + 1, step))
-    x, y = x.ravel(), y.ravel()
-    tissue = share_in_squares(mask, x / scale, y / scale, size0 / scale)
-    keep = tissue >= max(min_tissue, 1e-6)
-    coords = np.stack([x, y], 1)[keep].astype(np.int64)
-    result = Tiling(coords, size0, patch_size, got, tissue[keep], mask, image, scale)
-    result.summary = {"tissue": mask.mean()}
+    coords = np.stack([x.ravel(), y.ravel()], 1).astype(np.int64)
+    x, y = coords.T / scale
+    tissue = mean_in_squares(tissue_mask, x, y, size0 / scale)
+    keep = tissue >= max(min_tissue, 1e-6) if min_tissue > 0 else tissue >= 0
+    coords, x, y = coords[keep], x[keep], y[keep]
+    if not len(coords):
+        raise SkippedSlide("no tissue found" if not tissue_mask.any() else
+                           f"no patch has {min_tissue:.0%} of tissue (--min-tissue)")
+    measures = {"tissue": tissue[keep], "pen": mean_in_squares(pen_mask, x, y, size0 / scale),
+                "fold": mean_in_squares(fold_mask, x, y, size0 / scale),
+                "blur": measure_blur(slide, coords, size0, patch_size)}
+    bad = {"pen": measures["pen"] > max_pen, "fold": measures["fold"] > max_fold, "blur": measures["blur"] > max_blur}
+    near = tissue_mask.sum() + (pen_mask & ~tissue_mask).sum()
+    summary = {"tissue": tissue_mask.mean(), "pen": pen_mask.sum() / max(near, 1),
+               "fold": measures["fold"].mean(), "blur": bad["blur"].mean()}
+    warnings = []
     if slide.objective and abs(math.log2(slide.mpp * slide.objective / 10)) > 0.5:
-        result.warnings.append(f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px "
-                               f"({slide.mpp_source}); the latter is used")
-    if not len(result.coords):
-        raise SkippedSlide("no tissue found" if not mask.any() else
-                           f"no patch has {min_tissue:.0%} tissue (see --min-tissue)")
-    return result
+        warnings.append(f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px ({slide.mpp_source}), "
+                        f"which is used")
+    if slide.damaged:
+        warnings.append(f"{len(slide.damaged)} unreadable regions left out, first: {slide.damaged[0]}")
+    keep = ~(bad["pen"] | bad["fold"] | bad["blur"])
+    if not keep.any():
+        worst = max(bad, key=lambda name: bad[name].mean())
+        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {bad[worst].mean():.0%} for {worst} "
+                           f"(--max-{worst})")
+    if keep.mean() < 0.5:
+        shares = ", ".join(f"{values.mean():.0%} for {name}" for name, values in bad.items() if values.any())
+        warnings.append(f"{1 - keep.mean():.0%} of the tissue patches dropped: {shares}")
+    measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
+    return Tiling(coords[keep], size0, patch_size, got, measures, tissue_mask, image, scale, summary, warnings)
+
+
+def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
+    """(h, w) bool tissue from the user's own mask of a slide; a mask pixel of the result has `scale` level-0 pixels.
+
+    GeoJSON polygons in level-0 pixels, as QuPath exports them, or an image of any size that covers the whole slide and
+    is not 0 where there is tissue.
+    """
+    if path.suffix.lower() not in (".geojson", ".json"):
+        with Image.open(path) as picture:
+            values = np.asarray(picture.convert("L")) > 0
+        return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
+    picture = Image.new("1", shape[::-1])
+    draw = ImageDraw.Draw(picture)
+
+    def fill(node):
+        if isinstance(node, list):
+            for part in node:
+                fill(part)
+        elif node["type"] in ("FeatureCollection", "Feature", "GeometryCollection"):
+            fill(node.get("features") or node.get("geometry") or node.get("geometries") or [])
+        elif node["type"] in ("Polygon", "MultiPolygon"):
+            polygons = [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
+            for polygon in polygons:
+                for number, ring in enumerate(polygon):     # the outer ring, then holes
+                    draw.polygon([(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring], fill=int(number == 0))
+
+    try:
+        fill(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
+    return np.asarray(picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,68 +726,15 @@ def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_ti
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int) -> None:
-    """The h5 file that CLAM and TRIDENT read too: dataset `coords`, and both tools' attributes on it.
-
-    CLAM reads `patch_size` pixels of `patch_level`, TRIDENT `patch_size` pixels at `target_magnification`. Where
-    patches are resampled the two contradict, so the attribute `patch_level` is left out: CLAM then stops instead of
-    reading another field of view.
-    """
-    import h5py
-
-    target = round(10 / tiling.mpp) if tiling.size0 != tiling.patch_size else None
-    level0 = (target * tiling.size0 / tiling.patch_size) if target else round(10 / slide.mpp)
-    if target is None:
-        level0 = target = min((80, 60, 40, 20, 10, 5), key=lambda m: abs(math.log2(m * slide.mpp / 10)))
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        coords = file.create_dataset("coords", data=tiling.coords)
-        coords.attrs.update({
-            "patch_size": tiling.patch_size, "downsample": [1.0, 1.0], "name": slide.name,
-            "level_dim": [slide.width, slide.height], "downsampled_level_dim": [slide.width, slide.height],
-            "save_path": str(path.parent), "savetodir": str(path.parent.parent), "overlap": overlap,
-            "patch_size_level0": tiling.size0, "target_magnification": target,
-            "level0_magnification": int(level0) if level0 == int(level0) else level0,
-            "level0_width": slide.width, "level0_height": slide.height, "mpp": tiling.mpp, "level0_mpp": slide.mpp})
-        if tiling.size0 == tiling.patch_size:
-            coords.attrs["patch_level"] = 0
-        file.create_dataset("tissue", data=tiling.tissue.astype(np.float32))
-
-
-def write_thumbnail(path: Path, tiling: Tiling, max_side: int = 1600) -> None:
-    """Thumbnail with the tissue's outline and the grid of the patches kept."""
-    height, width = tiling.image.shape[:2]
-    zoom = min(max_side / max(height, width), 4)
-    picture = Image.fromarray(tiling.image).resize((max(1, round(width * zoom)), max(1, round(height * zoom))))
-    draw = ImageDraw.Draw(picture, "RGBA")
-    factor = zoom / tiling.scale
-    side = tiling.size0 * factor
-    for x, y in (tiling.coords * factor).tolist():
-        draw.rectangle((x, y, x + side, y + side), outline=(0, 60, 220, 90))
-    for polygon in outlines(tiling.mask):
-        for ring in polygon:
-            draw.line([tuple(p) for p in (ring * zoom).tolist()], fill=(0, 130, 60, 255), width=2, joint="curve")
-    with atomic(path) as temporary:
-        picture.save(temporary, quality=85)
-
-
-def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
-    """Polygons of a mask in mask pixels (pixel edges are whole numbers): each the outer ring, then its holes."""
-    from contourpy import FillType, contour_generator
-
-    padded = np.pad(mask.astype(np.float32), 1)
-    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
-    return [[p[a:b] - 0.5 for a, b in itertools.pairwise(o)]
-            for p, o in zip(points, offsets, strict=True)]
-
-
 COLUMNS = ("slide", "status", "reason", "patient", "patches", "width", "height", "mpp", "mpp_source", "objective",
-           "size0", "patch_size", "target_mpp", "tissue", "warnings", "seconds", "settings", "bytes", "path")
+           "magnification", "size0", "patch_size", "target_mpp", "tissue", "pen", "blur", "fold", "unreadable",
+           "warnings", "seconds", "settings", "bytes", "path")
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
     """The rows of slides.csv by slide name; empty when there is none yet."""
     try:
-        with open(folder / "slides.csv", newline="", encoding="utf-8") as file:
+        with open(folder / "slides.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
             return {row["slide"]: row for row in csv.DictReader(file)}
     except FileNotFoundError:
         return {}
@@ -582,10 +742,10 @@ def read_rows(folder: Path) -> dict[str, dict]:
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
     """Add rows to slides.csv or replace them, under a lock, so that processes do not lose each other's rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".slides.lock"):
+    with locked(folder / ".locks" / "slides.csv"):
         merged = read_rows(folder) | {row["slide"]: row for row in rows}
-        with atomic(folder / "slides.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (atomic(folder / "slides.csv") as temporary,
+              open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file):
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(merged[name] for name in sorted(merged))
@@ -593,7 +753,10 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True):
-    """Hold an advisory lock on `path`; yields False when it is held elsewhere and `wait` is False."""
+    """Hold an advisory lock on `path`; yields False when it is held elsewhere and `wait` is False.
+
+    The kernel frees it when the holder dies, however it dies: there are no stale locks to clear.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         try:
@@ -604,31 +767,216 @@ def locked(path: Path, wait: bool = True):
         yield True
 
 
-def tile_one(path: Path, name: str, folder: Path, args: argparse.Namespace) -> dict:
-    """Tile one slide into `folder`; returns its row. A user's error or a broken slide becomes a row, never a raise."""
-    start = time.perf_counter()
-    row = {"slide": name, "patient": patient_of(name), "patches": 0, "path": str(path), "settings": args.settings,
-           "patch_size": args.patch_size, "target_mpp": args.mpp}
+def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict) -> None:
+    """The h5 file that CLAM and TRIDENT read too: dataset `coords`, and both tools' attributes on it.
+
+    CLAM reads `patch_size` pixels of `patch_level`, TRIDENT `patch_size` pixels at `target_magnification`. Where
+    patches are resampled the two contradict, so the attribute `patch_level` is left out: CLAM then stops instead of
+    reading another field of view. Beside it lie the measures of each patch and, where patches are compressed tiles of
+    the slide or of a shard, `offset` and `bytes` of each in that file (bytes 0: none).
+    """
+    import h5py
+
+    native = tiling.size0 == tiling.patch_size
+    target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 4)
+    level0 = target * tiling.size0 / tiling.patch_size
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        coords = file.create_dataset("coords", data=tiling.coords)
+        coords.attrs.update({
+            "patch_size": tiling.patch_size, "downsample": [1.0, 1.0], "name": slide.name,
+            "level_dim": [slide.width, slide.height], "downsampled_level_dim": [slide.width, slide.height],
+            "save_path": str(path.parent), "savetodir": str(path.parent.parent), "overlap": overlap,
+            "patch_size_level0": tiling.size0, "level0_width": slide.width, "level0_height": slide.height,
+            "target_magnification": int(target) if target == int(target) else target,
+            "level0_magnification": int(level0) if level0 == int(level0) else level0,
+            "mpp": tiling.mpp, "level0_mpp": slide.mpp})
+        if native:
+            coords.attrs["patch_level"] = 0
+        for name, values in tiling.measures.items():
+            file.create_dataset(name, data=values)
+        if len(source["bytes"]):
+            group = file.create_group("compressed")
+            for name in ("offset", "bytes"):
+                group.create_dataset(name, data=np.array(source[name], np.int64))
+            group.create_dataset("prefix", data=np.frombuffer(source["prefix"], np.uint8))
+            group.attrs.update({"file": source["file"], "compression": source["compression"]})
+
+
+def magnification(mpp: float) -> int:
+    """The customary name of a pixel size: 0.25 µm/px is 40x."""
+    return min((80, 40, 20, 10, 5, 4, 2, 1), key=lambda power: abs(math.log2(power * mpp / 10)))
+
+
+def coinciding_tiles(slide: Slide, tiling: Tiling) -> dict:
+    """Where in the slide's file the patches lie that are exactly one compressed tile each (bytes 0: not so)."""
+    tiles = slide.levels[0].tiles
+    if not tiles or (tiles.codec.width, tiles.codec.height) != (tiling.size0,) * 2 or tiling.size0 != tiling.patch_size:
+        return {"bytes": ()}
+    x, y = tiling.coords.T
+    index = y // tiling.size0 * tiles.columns + x // tiling.size0
+    there = (x % tiling.size0 == 0) & (y % tiling.size0 == 0)
+    return {"file": "slide", "compression": tiles.codec.compression, "prefix": tiles.codec.prefix,
+            "offset": np.where(there, tiles.offsets[index], 0), "bytes": np.where(there, tiles.counts[index], 0)}
+
+
+def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: int) -> tuple[dict, list[str]]:
+    """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot); unreadable ones are left out.
+
+    A patch that coincides with a JPEG tile is copied, not decoded. Returns where the patches lie in the tar, and the
+    errors; `tiling` keeps only the patches written.
+    """
+    import tarfile
+
+    import simplejpeg
+
+    key, codec = slide.name.replace(".", "_"), slide.levels[0].tiles and slide.levels[0].tiles.codec
+    copy = len(place["bytes"]) and codec.compression == Codec.JPEG
+    kept, offsets, sizes, errors = [], [], [], []
+    with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number, (x, y) in enumerate(tiling.coords.tolist()):
+            try:
+                if copy and place["bytes"][number]:
+                    data = codec.standalone(read_bytes(slide.file, int(place["offset"][number]),
+                                                       int(place["bytes"][number])))
+                    if b"\xff\xd9" not in data[-16:]:     # no proper end: let the decoder judge
+                        codec.decode(data)
+                else:
+                    data = simplejpeg.encode_jpeg(slide.read(x, y, tiling.size0, tiling.patch_size), quality=quality,
+                                                  colorsubsampling="444", fastdct=False)
+            except PatchError as error:
+                errors.append(str(error))
+                continue
+            member = tarfile.TarInfo(f"{key}_{x:06d}_{y:06d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+            kept.append(number)
+            offsets.append(tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            sizes.append(len(data))
+        if not kept:
+            raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}")
+    tiling.coords = tiling.coords[kept]
+    tiling.measures = {name: values[kept] for name, values in tiling.measures.items()}
+    return {"file": "shard", "compression": Codec.JPEG, "prefix": b"", "offset": offsets, "bytes": sizes}, errors
+
+
+def write_thumbnail(path: Path, slide: Slide, tiling: Tiling, max_side: int = 1600) -> None:
+    """Thumbnail with the tissue's outline and the grid of the patches kept."""
+    image = tiling.image if max(tiling.image.shape) >= max_side else slide.thumbnail(max_side)
+    zoom = min(max_side / max(slide.width, slide.height), 1)
+    size = max(1, round(slide.width * zoom)), max(1, round(slide.height * zoom))
+    if image is tiling.image:
+        box = (0, 0, slide.width / tiling.scale, slide.height / tiling.scale)
+        picture = Image.fromarray(image).resize(size, Image.Resampling.BOX, box)
+    else:
+        picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    side = tiling.size0 * zoom
+    for x, y in (tiling.coords * zoom).tolist():
+        draw.rectangle((x, y, x + side, y + side), outline=(0, 40, 200, 150 if side > 12 else 80))
+    for polygon in outlines(tiling.mask):
+        for ring in polygon:
+            draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)
+    with atomic(path) as temporary:
+        picture.save(temporary, quality=88)
+
+
+def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
+    """Polygons of a mask in mask pixels (pixel edges are whole numbers): each the outer ring, then its holes."""
+    from contourpy import FillType, contour_generator
+
+    padded = np.pad(mask.astype(np.float32), 1)
+    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
+    return [[p[a:b] - 0.5 for a, b in itertools.pairwise(o)] for p, o in zip(points, offsets, strict=True)]
+
+
+def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
+    """The tissue's outline in level-0 pixels, one annotation per piece, as QuPath opens it by drag and drop."""
+    edge = np.array([slide.width, slide.height])
+    features = [{"type": "Feature", "id": hashlib.md5(f"{slide.name}{number}".encode()).hexdigest(),
+                 "geometry": {"type": "Polygon", "coordinates": [
+                     np.clip(np.round(ring * tiling.scale), 0, edge).astype(int).tolist() for ring in polygon]},
+                 "properties": {"objectType": "annotation", "name": f"tissue {number}",
+                                "classification": {"name": "Tissue", "color": [0, 140, 60]}}}
+                for number, polygon in enumerate(outlines(tiling.mask), 1)]
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def write_contact_sheet(folder: Path, side: int = 128, rows: int = 12, columns: int = 10) -> None:
+    """contact.jpg: random patches of up to `rows` random slides, a row each, for a look at the whole cohort."""
+    index = PatchIndex(folder)
+    chosen = sorted(np.random.default_rng(0).permutation(len(index.slides))[:rows].tolist())
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, len(chosen) * (side + 22) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, slide in enumerate(chosen):
+        top = row * (side + 22) + 4
+        count = int(index.counts[slide])
+        draw.text((4, top), f"{index.slides[slide]}   {count:,} patches", fill="black")
+        picks = np.random.default_rng(slide).permutation(count)[:columns].tolist()
+        for column, pick in enumerate(sorted(picks)):
+            with contextlib.suppress(PatchError):   # an empty place shows it; the slide's row tells of it
+                patch = Image.fromarray(index.read(int(index.starts[slide]) + pick))
+                sheet.paste(patch.resize((side, side), Image.Resampling.LANCZOS), (column * (side + 4) + 4, top + 14))
+    with atomic(folder / "contact.jpg") as temporary:
+        sheet.save(temporary, quality=90)
+
+
+def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
+    """Tile one slide into `folder`; returns its row. A user's error or a broken slide becomes a row, never a raise.
+
+    A full disk does raise: every further slide would meet it.
+    """
+    start, name, path = time.perf_counter(), source.name, source.path
+    for leftover in folder.glob(f"*/.{glob.escape(name)}*.tmp*"):   # of a run that was killed; the lock is ours
+        leftover.unlink(missing_ok=True)
+    row = {"slide": name, "patient": patient_of(name), "patches": 0, "path": os.path.abspath(path),
+           "settings": source.settings(args), "patch_size": args.patch_size, "target_mpp": args.mpp}
     try:
+        mask = find_mask(args.masks, name) if args.masks else None
         row["bytes"] = path.stat().st_size
-        with Slide(path) as slide:
+        with Slide(path, source.mpp) as slide:
+            slide.name = name
             if slide.mpp is None and args.assume_mpp:
                 slide.mpp, slide.mpp_source = args.assume_mpp, "--assume-mpp"
             row |= {"width": slide.width, "height": slide.height, "mpp": slide.mpp or "",
-                    "mpp_source": slide.mpp_source, "objective": slide.objective or ""}
-            tiling = tile_slide(slide, mpp=args.mpp, patch_size=args.patch_size, min_tissue=args.min_tissue,
-                                resample=args.resample, overlap=args.overlap)
-            slide.name = name
-            write_thumbnail(folder / "thumbnails" / f"{name}.jpg", tiling)
-            write_coords(folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap)
-        row |= {"status": "done", "patches": len(tiling.coords), "size0": tiling.size0,
-                "tissue": f"{tiling.summary['tissue']:.4f}", "warnings": "; ".join(tiling.warnings)}
+                    "mpp_source": slide.mpp_source, "objective": slide.objective or "",
+                    "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else ""}
+            tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
+            place, errors = coinciding_tiles(slide, tiling), []
+            if args.save_patches:
+                place, errors = write_shard(folder / "shards" / f"{name}.tar", slide, tiling, place, args.jpeg_quality)
+            write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide, tiling)
+            write_geojson(folder / "geojson" / f"{name}.geojson", slide, tiling)
+            write_coords(folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap, place)
+        if errors:
+            tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
+        row |= {"status": "done", "patches": len(tiling.coords), "size0": tiling.size0, "unreadable": len(errors),
+                "warnings": "; ".join(tiling.warnings)} | {k: f"{v:.4f}" for k, v in tiling.summary.items()}
     except SkippedSlide as error:
         row |= {"status": "skipped", "reason": str(error)}
-    except (UserError, PatchError, OSError) as error:
-        row |= {"status": "failed", "reason": str(error)}
+    except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
+        if disk_full(error):
+            raise
+        row |= {"status": "failed", "reason": str(error) or type(error).__name__}
     row["seconds"] = f"{time.perf_counter() - start:.2f}"
     return row
+
+
+LIMITS = ("mpp", "patch_size", "overlap", "resample", "min_tissue", "max_pen", "max_blur", "max_fold")
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error means that nothing more can be written; HDF5 hides the number in its text."""
+    return isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                                           or re.search("No space left|File too large|quota", str(error)) is not None)
+
+
+def find_mask(folder: Path, name: str) -> Path:
+    """The user's mask of a slide: <slide>.geojson, .json, .png, .tif, .tiff or .jpg in the folder."""
+    for suffix in (".geojson", ".json", ".png", ".tif", ".tiff", ".jpg"):
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    raise SkippedSlide(f"no mask {name}.geojson or {name}.png in {folder} (--masks)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,17 +984,36 @@ def tile_one(path: Path, name: str, folder: Path, args: argparse.Namespace) -> d
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Handle:
+    """What is kept open of one slide: its coordinates, where its patches lie compressed, and, if needed, the slide."""
+
+    coords: np.ndarray
+    codec: Codec | None = None
+    offset: np.ndarray | None = None
+    bytes: np.ndarray | None = None
+    file: int = -1
+    slide: Slide | None = None
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+        if self.slide:
+            self.slide.close()
+
+
 class PatchIndex:
     """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>, `slides` where slides lie if moved.
 
-    Only slides.csv is read at first; coordinates and slides are opened when a patch is wanted, and at most `handles` of
-    them are kept. Safe to pickle, to fork and to use in data-loader workers; not to share between threads.
+    Only slides.csv is read at first (1,000 rows for 10 million patches). A slide's coordinates are read when one of its
+    patches is wanted, and kept for the last `handles` slides; patches that are compressed tiles (of a shard, or of the
+    slide) are read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork and to
+    use in data-loader workers; not to be shared between threads.
     """
 
-    def __init__(self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 24):
-        self.folder = Path(folder)
-        self.slides_folder = Path(slides) if slides else None
-        self.handles = handles
+    def __init__(self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256):
+        self.folder, self.handles = Path(folder), handles
+        self._moved = {path.name: path for path in find_slides(Path(slides))} if slides else {}
         every = read_rows(self.folder)
         if not every:
             raise UserError(f"{self.folder}/slides.csv: not found or empty; run tile.py --cancer {self.folder.name}")
@@ -656,16 +1023,16 @@ class PatchIndex:
         kinds = {(int(row["patch_size"]), float(row["target_mpp"])) for row in rows}
         if len(kinds) > 1:
             raise UserError(f"{self.folder}: slides were tiled in different ways (patch size, µm/px): {sorted(kinds)}; "
-                            f"run tile.py on them again with one setting")
+                            f"run tile.py on all of them with one setting")
         (self.patch_size, self.mpp), = kinds
         self.slides = [row["slide"] for row in rows]
         self.patients = sorted({row["patient"] for row in rows})
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
-        self._paths = [row["path"] for row in rows]
-        self._size0 = [int(row["size0"]) for row in rows]
-        self._mpp0 = [float(row["mpp"]) for row in rows]
         self._ends = np.cumsum(self.counts)
-        self._open, self._process = OrderedDict(), os.getpid()
+        self.starts = self._ends - self.counts
+        self._rows = [(row["path"], int(row["size0"]), float(row["mpp"])) for row in rows]
+        self._open: OrderedDict[int, _Handle] = OrderedDict()
+        self._process = os.getpid()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -678,7 +1045,7 @@ class PatchIndex:
         if not 0 <= i < len(self):
             raise IndexError(f"patch {i} of {len(self)}")
         slide = int(np.searchsorted(self._ends, i, side="right"))
-        return slide, int(i - self._ends[slide] + self.counts[slide])
+        return slide, int(i - self.starts[slide])
 
     def draw(self, seed: int, n: int, by: str = "slide") -> int:
         """The n-th patch of the endless stream `seed`: uniform over slides, then a patch of it; or over all patches.
@@ -691,39 +1058,326 @@ class PatchIndex:
         if by != "slide":
             raise ValueError(f'by must be "slide" or "patch", not {by!r}')
         slide = first * len(self.slides) >> 64
-        count = int(self.counts[slide])
-        return int(self._ends[slide]) - count + (second * count >> 64)
+        return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
 
-    def _handle(self, number: int) -> tuple[Slide, np.ndarray]:
-        """The open slide and its coordinates, from the few that are kept open."""
-        if self._process != os.getpid():    # after a fork the parent's file positions must not be shared
+    def _path(self, number: int) -> Path:
+        path = Path(self._rows[number][0])
+        return self._moved.get(path.name, path)
+
+    def _handle(self, number: int) -> _Handle:
+        """The slide's open handle, from those that are kept."""
+        if self._process != os.getpid():    # a child must not read through its parent's handles
             self._open, self._process = OrderedDict(), os.getpid()
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         import h5py
 
-        name = self.slides[number]
-        with h5py.File(self.folder / "patches" / f"{name}_patches.h5", "r") as file:
-            coords = file["coords"][:]
-        path = Path(self._paths[number])
-        if self.slides_folder:
-            path = next((p for p in find_slides(self.slides_folder) if p.name == path.name), path)
-        handle = Slide(path, mpp=self._mpp0[number], cache=4 << 20), coords
+        with h5py.File(self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r") as file:
+            handle = _Handle(file["coords"][:])
+            group = file.get("compressed")
+            if group is not None:
+                path = self._path(number)
+                if group.attrs["file"] == "shard":
+                    path = self.folder / "shards" / f"{self.slides[number]}.tar"
+                with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
+                    handle.file = os.open(path, os.O_RDONLY)
+                    handle.codec = Codec(int(group.attrs["compression"]), group["prefix"][:].tobytes(),
+                                         self.patch_size, self.patch_size)
+                    handle.offset, handle.bytes = group["offset"][:], group["bytes"][:]
+        if len(handle.coords) != self.counts[number]:
+            raise PatchError(f"its h5 file holds {len(handle.coords)} patches, slides.csv says {self.counts[number]}; "
+                             f"run tile.py again")
         self._open[number] = handle
         while len(self._open) > self.handles:
-            self._open.popitem(last=False)[1][0].close()
+            self._open.popitem(last=False)[1].close()
         return handle
 
     def read(self, i: int) -> np.ndarray:
         """(P, P, 3) uint8 of patch `i`. PatchError names slide, x and y."""
         number, row = self.locate(i)
+        place = f"row {row}"
         try:
-            slide, coords = self._handle(number)
-        except (UserError, OSError) as error:
-            raise PatchError(f"{self.slides[number]}: patch {row} cannot be read: {error}") from error
-        x, y = coords[row].tolist()
-        return slide.read(x, y, self._size0[number], self.patch_size)
+            handle = self._handle(number)
+            x, y = handle.coords[row].tolist()
+            place = f"x={x}, y={y}"
+            if handle.codec and handle.bytes[row]:
+                return handle.codec.decode(read_bytes(handle.file, int(handle.offset[row]), int(handle.bytes[row])))
+            if not handle.slide:
+                using = [other for other in self._open.values() if other.slide]
+                if len(using) >= 16:
+                    using[0].slide.close()
+                    using[0].slide = None
+                handle.slide = Slide(self._path(number), self._rows[number][2], cache=4 << 20)
+            return handle.slide.area(x, y, *(self._rows[number][1],) * 2, *(self.patch_size,) * 2)
+        except (PatchError, UserError, OSError) as error:
+            raise PatchError(f"{self.slides[number]}: patch at {place} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cohorts: which slides, and where they come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+TCGA = ("acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso ov paad pcpg prad "
+        "read sarc skcm stad tgct thca thym ucec ucs uvm").split()
+
+
+@dataclass
+class Source:
+    """One slide of a cohort: where it is or will be, and what the manifest says about it."""
+
+    name: str
+    path: Path
+    mpp: float | None = None
+    id: str = ""            # of the GDC, empty for a slide of the user's
+    size: int = 0           # bytes
+    md5: str = ""
+
+    def settings(self, args: argparse.Namespace) -> str:
+        """Changes when the slide's patches would: another row in slides.csv with it is out of date."""
+        values = [getattr(args, key) for key in LIMITS] + [args.assume_mpp, self.mpp]
+        if args.masks:
+            values += [str(args.masks)]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8] + (
+            f"-q{args.jpeg_quality}" if args.save_patches else "")
+
+
+def find_slides(folder: Path) -> list[Path]:
+    """Slides below a folder, flat or in folders per file id, sorted by name; hidden files are left out.
+
+    Of the several files of one DICOM slide only the first is listed.
+    """
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found.sort(key=lambda path: (path.name, str(path)))
+    dicom = [path for path in found if path.suffix.lower() == ".dcm"]
+    if len({path.parent for path in dicom}) < len(dicom):
+        import openslide
+
+        seen = set()
+        for path in dicom:
+            with contextlib.suppress(openslide.OpenSlideError), openslide.OpenSlide(str(path)) as slide:
+                key = path.parent, slide.properties.get("openslide.quickhash-1", path)
+                if key in seen:
+                    found.remove(path)
+                seen.add(key)
+    return found
+
+
+def name_slides(paths: list[Path]) -> dict[str, Path]:
+    """A name for each slide: its stem; where several share it, with the folder or the suffix, until it is one's own."""
+    names: dict[str, Path] = {}
+    stems = [slide_name(path) for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        for name in (stem, f"{path.parent.name}_{stem}", path.name, str(path).strip("/").replace("/", "_")):
+            if (name != stem or stems.count(stem) == 1) and name not in names:
+                names[name] = path
+                break
+    return names
+
+
+def read_manifest(path: Path) -> list[dict]:
+    """Rows of a GDC manifest (id, filename, md5, size) or of a CSV with slide[,mpp]; keys as there, in lower case."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--manifest {path}: cannot be read ({error})") from error
+    lines = text.splitlines() or [""]
+    rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+            for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")]
+    for row in rows:
+        row["filename"] = next((row[key] for key in ("filename", "slide", "wsi", "path") if row.get(key)), "")
+        try:
+            row["mpp"] = float(row["mpp"]) if row.get("mpp") else None
+            row["size"] = int(row.get("size") or 0)
+        except ValueError as error:
+            raise UserError(f"--manifest {path}: {error} in the row of {row['filename']}") from error
+    if not any(row["filename"] for row in rows):
+        raise UserError(f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
+                        f"with the columns slide,mpp")
+    return [row for row in rows if row["filename"]]
+
+
+def local_sources(args: argparse.Namespace, folder: Path) -> list[Source]:
+    """The slides in a folder, or those of them that the manifest names."""
+    named = name_slides(find_slides(folder)) if folder.is_dir() else {}
+    if not args.manifest:
+        if not folder.is_dir():
+            hint = "; --download fetches them from the GDC" if args.cancer.lower() in TCGA else ""
+            raise UserError(f"{folder}: no such folder; put slides there or name their folder with --slides{hint}")
+        if not named:
+            raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})")
+        return [Source(name, path, size=path.stat().st_size) for name, path in named.items()]
+    known = {key: (name, path) for name, path in named.items() for key in (name, path.name, slide_name(path))}
+    sources, missing = {}, []
+    for row in read_manifest(args.manifest):
+        given = Path(row["filename"])
+        direct = next((p for p in (given, args.manifest.parent / given, folder / given) if p.is_file()), None)
+        name, path = known.get(given.name) or known.get(slide_name(given)) or (slide_name(given), direct)
+        if path is None:
+            missing.append(row["filename"])
+            continue
+        path = direct or path
+        sources[name] = Source(name, path, row["mpp"], row.get("id", ""), row["size"] or path.stat().st_size,
+                               row.get("md5", ""))
+    if not sources:
+        raise UserError(f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
+                        f"{missing[0]}; name their folder with --slides, or fetch them with --download")
+    if missing:
+        print(f"{len(missing)} slides of {args.manifest} are not in {folder} (first: {missing[0]}); "
+              f"--download fetches them", flush=True)
+    return list(sources.values())
+
+
+def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source], dict[str, str]]:
+    """(slides chosen, reason of each other by name): kind of section, patients held out, then a seeded sample.
+
+    The order is a hash of seed and name, so that a slide more or less does not change who else is drawn. Diagnostic
+    slides come first.
+    """
+    held, reasons = set(), {}
+    if args.exclude:
+        held = read_patients(args.exclude)
+        if not held & {patient_of(source.name) for source in sources}:
+            print(f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort", flush=True)
+    wanted = []
+    for source in sources:
+        section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", source.name)
+        kind = "diagnostic" if not section or section[1].startswith("DX") else "tissue"
+        if patient_of(source.name) in held:
+            reasons[source.name] = f"held out: its patient is in {args.exclude} (--exclude)"
+        elif args.strategy not in ("both", kind):
+            reasons[source.name] = f"a {kind} slide (--strategy {args.strategy})"
+        else:
+            order = hashlib.sha256(f"{args.seed}:{source.name}".encode(errors="surrogateescape")).hexdigest()
+            wanted.append((kind != "diagnostic", order, source))
+    wanted.sort(key=lambda item: item[:2])
+    limit = args.max_slides or len(wanted)
+    reasons |= {source.name: f"not in the sample of {limit} (--max-slides, --seed)" for *_, source in wanted[limit:]}
+    chosen = [source for *_, source in wanted[:limit]]
+    held_out = sum(reason.startswith("held") for reason in reasons.values())
+    print(f"{len(sources)} slides, {held_out} held out, {len(chosen)} taken"
+          + (f" (fewer than --max-slides {limit})" if len(chosen) < limit else ""), flush=True)
+    if not chosen:
+        raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
+    return sorted(chosen, key=lambda source: source.name), reasons
+
+
+def read_patients(path: Path) -> set[str]:
+    """Patients named in a file: one slide or patient a line, or a table with a column slide, patient or the like."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--exclude {path}: cannot be read ({error})") from error
+    table = [[cell.strip().strip('"') for cell in re.split(r"[,;\t]", line)] for line in lines if line.strip()]
+    known = ("slide", "slide_id", "patient", "patient_id", "case", "case_id", "group", "filename", "image", "barcode")
+    columns = [number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known]
+    cells = [row[column] for row in table[bool(columns):] for column in columns or [0] if column < len(row)]
+    return {patient_of(cell) for cell in cells if cell}
+
+
+def ask_gdc(args: argparse.Namespace, names: list[str] | None) -> list[Source]:
+    """Slides of a TCGA project as the GDC lists them (only those named, if given), to become <id>/<file name>."""
+    code = args.cancer.lower().removeprefix("tcga-")
+    clauses = {"cases.project.project_id": [f"TCGA-{code.upper()}"], "data_type": ["Slide Image"],
+               "data_format": ["SVS"], "access": ["open"]}
+    if names:
+        clauses = {"file_name": names}
+    elif code not in TCGA:
+        raise UserError(f"--cancer {args.cancer}: --download knows the TCGA projects {', '.join(TCGA)}")
+    if args.strategy != "both" and not names:
+        clauses["experimental_strategy"] = [f"{args.strategy.capitalize()} Slide"]
+    query = {"filters": {"op": "and", "content": [{"op": "in", "content": {"field": field, "value": values}}
+                                                  for field, values in clauses.items()]},
+             "fields": "file_id,file_name,file_size,md5sum", "format": "JSON", "size": 2000, "from": 0}
+    hits = []
+    while True:
+        request = urllib.request.Request(f"{args.gdc_url}/files", json.dumps(query).encode(),
+                                         {"Content-Type": "application/json"})
+        try:
+            with with_retries(request) as answer:
+                data = json.load(answer)["data"]
+            hits += data["hits"]
+            total = int(data["pagination"]["total"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{args.gdc_url}: unexpected answer ({error!r}); is it a GDC server?") from error
+        if len(hits) >= total or not data["hits"]:
+            break
+        query["from"] = len(hits)
+    sources = []
+    for hit in hits:
+        name, key = str(hit.get("file_name")), str(hit.get("file_id"))
+        # Names come from the network: they may choose a file in our folder, never another path.
+        if not re.fullmatch(r"[A-Za-z0-9][\w.() +-]{0,200}", name) or not name.lower().endswith(SUFFIXES) \
+                or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key):
+            print(f"note: the server names a slide {name!r} with id {key!r}: refused", flush=True)
+            continue
+        sources.append(Source(slide_name(name), args.slides / key / name, None, key, int(hit["file_size"]),
+                              str(hit["md5sum"])))
+    return sources
+
+
+RETRY_SECONDS = 1.0     # first pause before another try; doubles each time
+
+
+def pause(attempt: int, least: float = 0) -> None:
+    """Wait before another try: 1, 2, 4 ... 60 s, or what the server asks for up to 5 minutes."""
+    time.sleep(max(min(2.0**attempt, 60), min(least, 300)) * RETRY_SECONDS)
+
+
+def with_retries(request: urllib.request.Request, tries: int = 7):
+    """Open a request; what may pass (429, 5xx, no connection) is tried again, later each time."""
+    for attempt in range(tries):
+        wait = ""
+        try:
+            return urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            reason, wait = f"the server answers {error.code} {error.reason}", error.headers.get("Retry-After", "")
+            if error.code < 500 and error.code != 429:
+                break
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"no connection ({error})"
+        if attempt < tries - 1:
+            pause(attempt, int(wait) if wait.isdigit() else 0)
+    raise UserError(f"{request.full_url}: {reason}; the same command goes on from here later")
+
+
+def download(source: Source, args: argparse.Namespace, report) -> None:
+    """Fetch one slide to its path by way of a .partial file that goes on where it was; size and md5 are verified.
+
+    `report(n)` is called with the bytes as they come. Raises UserError with the reason when it cannot be had.
+    """
+    partial = source.path.with_name(source.path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    url, failures = f"{args.gdc_url}/data/{source.id}", 0
+    while failures < 6:
+        have = partial.stat().st_size if partial.exists() else 0
+        reason = "the connection ended early"
+        if have < source.size:
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            try:
+                with with_retries(urllib.request.Request(url, headers=headers)) as answer:
+                    goes_on = have and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                    with open(partial, "ab" if answer.status == 206 and goes_on else "wb") as file:
+                        while file.tell() <= source.size and (chunk := answer.read(1 << 20)):
+                            file.write(chunk)
+                            report(len(chunk))
+            except (OSError, http.client.HTTPException) as error:
+                if disk_full(error):
+                    raise
+                reason = f"the connection was lost ({error})"
+        now = partial.stat().st_size if partial.exists() else 0
+        if now >= source.size:
+            with open(partial, "rb") as file:
+                if now == source.size and hashlib.file_digest(file, "md5").hexdigest() == source.md5:
+                    os.replace(partial, source.path)
+                    return
+            reason = f"size ({now} of {source.size} bytes) or md5 is not what the server states"
+            partial.unlink()
+        failures = 0 if have < now < source.size else failures + 1      # progress does not count as failure
+        pause(failures)
+    raise UserError(f"{url}: not fetched after {failures} tries: {reason}; the same command goes on from here later")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,72 +1385,366 @@ class PatchIndex:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_slides(folder: Path) -> list[Path]:
-    """Slides below a folder, flat or in folders per file id, sorted by name; hidden files are left out."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return sorted(found, key=lambda path: (path.name, str(path)))
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share from 0 to 1")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tile.py", description="Find the tissue on every slide of a cohort and lay a grid of patches on it.",
+        prog="tile.py", description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
+        "Run the same command again at any time: it does only what is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("cohort")
-    group.add_argument("--cancer", required=True, help="name of the cohort: a TCGA project code (brca, prad, ...) or "
-                       "any name; output goes to DATA/tiles/CANCER")
-    group.add_argument("--slides", type=Path, help="folder of slides, flat or one folder per slide "
-                       "(default: DATA/slides/CANCER)")
-    group.add_argument("--data", type=Path, default=Path("data"), help="folder that holds slides/ and tiles/")
+    group.add_argument("--cancer", required=True, metavar="NAME", help="a TCGA project (brca, prad, ...) or any name; "
+                       "output goes to DATA/tiles/NAME")
+    group.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds slides/ and tiles/")
+    group.add_argument("--slides", type=Path, metavar="DIR", help="slides, flat or in folders (default: "
+                       "DATA/slides/NAME)")
+    group.add_argument("--manifest", type=Path, metavar="FILE", help="take only the slides named here: a GDC manifest, "
+                       "or a CSV with slide[,mpp]")
+    group.add_argument("--strategy", choices=("diagnostic", "tissue", "both"), help="of TCGA: paraffin sections (DX), "
+                       "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
+                       "for slides at hand)")
+    group.add_argument("--exclude", type=Path, metavar="FILE", help="hold out the patients named here (slides or "
+                       "patients, one a line or a CSV), such as those of a benchmark")
+    group.add_argument("--max-slides", type=int, default=1000, metavar="N", help="a random sample of so many; 0: all")
+    group.add_argument("--seed", type=int, default=0, help="of that sample")
     group = parser.add_argument_group("magnification")
-    group.add_argument("--mpp", type=float, default=0.25, help="µm per pixel wanted; slides within 20 %% are taken as "
-                       "they are (0.25: 40x, 0.5: 20x, 1: 10x)")
-    group.add_argument("--patch-size", type=int, default=256, help="side of a patch in pixels")
-    group.add_argument("--overlap", type=int, default=0, help="overlap of neighbouring patches in pixels")
+    group.add_argument("--mpp", type=positive, default=0.25, metavar="UM", help="µm per pixel wanted; slides within "
+                       "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)")
+    group.add_argument("--patch-size", type=int, default=256, metavar="PX", help="side of a patch")
+    group.add_argument("--overlap", type=int, default=0, metavar="PX", help="of neighbouring patches")
     group.add_argument("--resample", action="store_true", help="rescale slides of another magnification instead of "
-                       "skipping them (making pixels finer than the scan invents detail)")
-    group.add_argument("--assume-mpp", type=float, help="µm per pixel of slides that do not say (default: skip them)")
-    group = parser.add_argument_group("tissue")
-    group.add_argument("--min-tissue", type=float, default=0.5, help="least share of tissue in a patch")
+                       "skipping them (a coarser slide gains no detail by it)")
+    group.add_argument("--assume-mpp", type=positive, metavar="UM", help="µm per pixel of slides that do not say "
+                       "(default: skip them)")
+    group = parser.add_argument_group("tissue and quality (of a patch)")
+    group.add_argument("--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue")
+    group.add_argument("--max-pen", type=share, default=0.1, metavar="SHARE", help="most share of ink; 1 for stains "
+                       "other than H&E, whose colours look like ink")
+    group.add_argument("--max-blur", type=positive, default=3.5, metavar="PX", help="most blur, as the sigma of a "
+                       "Gaussian in patch pixels (measured up to 6); 6 keeps all")
+    group.add_argument("--max-fold", type=share, default=1.0, metavar="SHARE", help="most share of folded tissue")
+    group.add_argument("--masks", type=Path, metavar="DIR", help="your own tissue: <slide>.geojson (QuPath) or an "
+                       "image of the whole slide, not 0 in tissue")
+    group = parser.add_argument_group("patches on disk")
+    group.add_argument("--save-patches", action="store_true", help="write the patches as JPEG to DATA/tiles/NAME/"
+                       "shards too (WebDataset tars; about 10 to 40 kB a patch of 256 px)")
+    group.add_argument("--jpeg-quality", type=int, default=90, choices=range(1, 101), metavar="Q", help="of patches "
+                       "that have to be encoded anew")
+    group = parser.add_argument_group("download from the GDC")
+    group.add_argument("--download", action="store_true", help="fetch the slides of a TCGA project, as many at once "
+                       "as there are --workers")
+    group.add_argument("--yes", action="store_true", help="do not ask before downloading")
+    group.add_argument("--discard-slides", action="store_true", help="delete each downloaded slide when its patches "
+                       "are saved (with --download and --save-patches)")
+    group.add_argument("--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server")
+    group = parser.add_argument_group("work")
+    group.add_argument("--workers", type=int, metavar="N", help="processes, up to 1 GB each (default: one per CPU, "
+                       "at most 16); for several machines start this script by torchrun on a shared disk")
     return parser
 
 
+def check(args: argparse.Namespace) -> None:
+    """Complain about what argparse cannot see, and fill in defaults that depend on other arguments."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.cancer):
+        raise UserError(f"--cancer {args.cancer!r}: expected a plain name such as brca")
+    if not 16 <= args.patch_size <= 4096:
+        raise UserError(f"--patch-size {args.patch_size}: expected 16 to 4096 px")
+    if not 0 <= args.overlap < args.patch_size:
+        raise UserError(f"--overlap {args.overlap}: expected 0 to less than --patch-size {args.patch_size}")
+    if args.max_slides < 0 or (args.workers is not None and args.workers < 1):
+        raise UserError("--max-slides: expected 0 or more; --workers: expected 1 or more")
+    if args.discard_slides and not (args.download and args.save_patches):
+        raise UserError("--discard-slides: only with --download (your own slides are never deleted) and --save-patches "
+                        "(or nothing would be left)")
+    if args.masks and not args.masks.is_dir():
+        raise UserError(f"--masks {args.masks}: no such folder")
+    args.slides = args.slides or args.data / "slides" / args.cancer
+    args.strategy = args.strategy or ("diagnostic" if args.download else "both")
+    args.gdc_url = args.gdc_url.rstrip("/")
+
+
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):     # file names need not be valid in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
+        check(args)
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        print(f"error: {error}: free some space and run the same command again; it goes on where it was",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 1
 
 
 def run(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.cancer):
-        raise UserError(f"--cancer {args.cancer!r}: expected a plain name such as brca")
-    source = args.slides or args.data / "slides" / args.cancer
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; put slides there or name their folder with --slides")
-    slides = find_slides(source)
-    if not slides:
-        raise UserError(f"{source}: no slides in it (looked for {', '.join(SUFFIXES)})")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = args.data / "tiles" / args.cancer
-    keys = ("mpp", "patch_size", "overlap", "resample", "assume_mpp", "min_tissue")
-    args.settings = hashlib.sha256(json.dumps([getattr(args, k) for k in keys]).encode()).hexdigest()[:8]
+    if args.download:
+        names = [Path(row["filename"]).name for row in read_manifest(args.manifest)] if args.manifest else None
+        sources = ask_gdc(args, names)
+        if not sources:
+            raise UserError(f"{args.gdc_url}: it has no such slides (see --cancer, --strategy, --manifest)")
+        if args.slides.is_dir():    # slides that are there already, wherever a client put them
+            there = {path.name: path for path in find_slides(args.slides)}
+            for source in sources:
+                source.path = there.get(source.path.name, source.path)
+    else:
+        sources = local_sources(args, args.slides)
+    sources, left_out = select(sources, args)
     known = read_rows(folder)
-    print(f"{len(slides)} slides in {source} -> {folder}", flush=True)
+    todo = [source for source in sources if not is_done(source, known.get(source.name), folder, args)]
+    if args.download and not confirm_plan(todo, args):
+        print("nothing downloaded")
+        return 1
+    if rank == 0:
+        write_selection(folder, sources, left_out, known, args)
+    print(f"{len(sources) - len(todo)} slides are finished, {len(todo)} to do -> {folder}", flush=True)
+    mine, others = todo[rank::world], [source for number, source in enumerate(todo) if number % world != rank]
+    busy = work_through(mine + others, folder, args, wait=False)
+    if rank:
+        return 0    # a rank that ends with an error would take the others down; rank 0 reports for all
+    work_through(busy, folder, args, wait=True)     # what other processes hold: wait for it, or do it if they died
+    return summarize(sources, folder, bool(todo))
+
+
+def is_done(source: Source, row: dict | None, folder: Path, args: argparse.Namespace) -> bool:
+    """Whether slides.csv and the files say that nothing is left to do for a slide; failed ones are tried again."""
+    if not row or row["status"] == "failed":
+        return False
+    settings = source.settings(args)
+    if row["settings"] != settings and (args.save_patches or row["settings"].split("-")[0] != settings):
+        return False
+    if row["status"] == "skipped":
+        return row["bytes"] == str(source.size) and not row["reason"].startswith(("held out", "not in", "a "))
+    return ((not source.size or row["bytes"] == str(source.size))
+            and (folder / "patches" / f"{source.name}_patches.h5").is_file()
+            and (not args.save_patches or (folder / "shards" / f"{source.name}.tar").is_file()))
+
+
+def confirm_plan(todo: list[Source], args: argparse.Namespace) -> bool:
+    """Show what will be downloaded and whether it fits; True to go on."""
+    missing = [source for source in todo if not source.path.is_file()]
+    if not missing:
+        return True
+    size = sum(source.size for source in missing)
+    held = sum(sorted((source.size for source in missing), reverse=True)[:worker_count(args)])
+    need = held if args.discard_slides else size
+    args.slides.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(args.slides).free
+    print(f"to download: {len(missing)} slides, {size / 1e9:.2f} GB, to {args.slides} ({free / 1e9:.1f} GB free"
+          + (f"; at most {need / 1e9:.2f} GB are kept at a time)" if args.discard_slides else ")"), flush=True)
+    if need > free:
+        raise UserError(f"{args.slides}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
+                        f"--max-slides, another disk by --data, or --save-patches --discard-slides")
+    if args.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("--download: add --yes to go on with this plan (there is no terminal to ask on)")
+    return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
+
+
+def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str], known: dict, args) -> None:
+    """manifest.txt, the slides used, as the GDC's client reads it; and rows for slides that are no longer wanted."""
+    with atomic(folder / "manifest.txt") as temporary:
+        lines = ["id\tfilename\tmd5\tsize\tstate"]
+        lines += ["\t".join((s.id or s.name, s.path.name, s.md5, str(s.size), "released" if s.id else "local"))
+                  for s in sources]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+    held = read_patients(args.exclude) if args.exclude else set()
+    gone = dict.fromkeys((name for name in known if patient_of(name) in held), f"held out: {args.exclude} (--exclude)")
     rows = []
-    for number, path in enumerate(slides, 1):
-        name = slide_name(path)
-        row = known.get(name, {})
-        if row.get("status") != "done" or row["settings"] != args.settings:
-            row = tile_one(path, name, folder, args)
-            write_rows(folder, [row])
-            print(f"[{number}/{len(slides)}] {name}: {row['status']}, "
-                  f"{row['reason'] if row.get('reason') else str(row['patches']) + ' patches'}", flush=True)
-        rows.append(row)
+    for name, reason in (gone | left_out).items():
+        row = known.get(name) or {"slide": name, "patient": patient_of(name)}
+        if row.get("reason") != reason and (name in known or not args.download):
+            rows.append(row | {"status": "skipped", "reason": reason, "patches": 0})
+    if rows:
+        write_rows(folder, rows)
+
+
+def worker_count(args: argparse.Namespace) -> int:
+    if args.workers:
+        return args.workers
+    return max(1, min(len(os.sched_getaffinity(0)), 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def do_slide(source: Source, folder: Path, args: argparse.Namespace, wait: bool, report) -> dict | None:
+    """Fetch, tile and discard one slide under its lock; its row, or None when another process has it in hand."""
+    with locked(folder / ".locks" / source.name, wait) as mine:
+        if not mine:
+            return None
+        row = read_rows(folder).get(source.name)
+        if is_done(source, row, folder, args):      # by another process, since we looked
+            return row
+        try:
+            if source.id and args.download and not source.path.is_file():
+                download(source, args, report)
+        except UserError as error:
+            row = {"slide": source.name, "status": "failed", "reason": str(error), "patient": patient_of(source.name),
+                   "patches": 0, "path": os.path.abspath(source.path)}
+        else:
+            row = tile_one(source, folder, args)
+        write_rows(folder, [row])
+        if args.discard_slides and source.id and row["status"] != "failed":
+            source.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # its folder, if it had one of its own
+                source.path.parent.rmdir()
+        return row
+
+
+def worker(pipe, folder: Path, args: argparse.Namespace, wait: bool) -> None:
+    """One process: slides come in through the pipe, rows, downloaded bytes and fatal errors go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends us
+    with contextlib.suppress(EOFError, BrokenPipeError):    # the parent is gone: so are we, the slide in hand finished
+        while (source := pipe.recv()) is not None:
+            try:
+                answer = "row", do_slide(source, folder, args, wait, lambda n: pipe.send(("bytes", n)))
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                answer = "fatal", OSError(error.errno, f"{source.name}: {error}")
+            pipe.send(answer)
+
+
+def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, wait: bool) -> list[Source]:
+    """Do all slides in worker processes; returns those that other processes have in hand.
+
+    A slide whose reader takes the process down (some damaged files do) is recorded as failed, and a new process goes
+    on with the rest. No slide is handed out after a fatal error; it is raised when the others are through.
+    """
+    queue, busy, fatal = list(reversed(sources)), [], None
+    context = multiprocessing.get_context("fork")
+    running: dict = {}      # pipe -> (process, slide in hand)
+    progress = Progress(len(sources))
+
+    def start():
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=worker, args=(theirs, folder, args, wait), daemon=True)
+        process.start()
+        theirs.close()
+        running[pipe] = process, None
+        hand_out(pipe)
+
+    def hand_out(pipe):
+        process, _ = running[pipe]
+        source = queue.pop() if queue and fatal is None else None
+        running[pipe] = process, source
+        pipe.send(source)
+        if source is None:
+            del running[pipe]
+            process.join()
+
+    try:
+        for _ in range(min(worker_count(args), len(queue))):
+            start()
+        while running:
+            for pipe in multiprocessing.connection.wait(list(running), timeout=5):
+                process, source = running[pipe]
+                try:
+                    kind, content = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    reason = signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode
+                    row = {"slide": source.name, "status": "failed", "patient": patient_of(source.name), "patches": 0,
+                           "path": os.path.abspath(source.path), "settings": source.settings(args),
+                           "reason": f"its reader ended the process ({reason}): damaged, or too little memory"}
+                    write_rows(folder, [row])
+                    progress.slide(row)
+                    del running[pipe]
+                    if queue:
+                        start()
+                    continue
+                if kind == "bytes":
+                    progress.fetched(content)
+                    continue
+                if kind == "fatal":
+                    fatal = content
+                elif content is None:
+                    busy.append(source)
+                else:
+                    progress.slide(content)
+                hand_out(pipe)
+            progress.tick()
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        progress.close()
+    if fatal:
+        raise fatal
+    return busy
+
+
+class Progress:
+    """A bar on a terminal; in a log a line per slide, and now and then one for a long download."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.bytes, self.start, self.said, self.bar = total, 0, 0, time.time(), time.time(), None
+        if total and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="slide", dynamic_ncols=True, smoothing=0.05)
+
+    def slide(self, row: dict) -> None:
+        self.done += 1
+        what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
+        text = f"{row['slide']}: {row['status']}, {what}" + (f" ({row['warnings']})" if row.get("warnings") else "")
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.write(text)
+            return
+        left = (time.time() - self.start) / self.done * (self.total - self.done)
+        print(f"[{self.done}/{self.total}] {text}" + (f"; {left / 60:.0f} min left" if left > 90 else ""), flush=True)
+        self.said = time.time()
+
+    def fetched(self, n: int) -> None:
+        self.bytes += n
+
+    def tick(self) -> None:
+        if not self.bytes:
+            return
+        text = f"{self.bytes / 1e9:.2f} GB fetched, {self.bytes / 1e6 / (time.time() - self.start):.1f} MB/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif time.time() - self.said > 60:
+            self.said = time.time()
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def summarize(sources: list[Source], folder: Path, news: bool) -> int:
+    """The contact sheet, the slides that failed, and the last line; the exit status."""
+    rows = read_rows(folder)
+    rows = [rows[source.name] for source in sources]
     count = {status: sum(row["status"] == status for row in rows) for status in ("done", "skipped", "failed")}
-    print(f"{count['done']} done, {count['skipped']} skipped, {count['failed']} failed, "
-          f"{sum(int(row['patches']) for row in rows)} patches; {folder / 'slides.csv'} lists every slide")
+    if count["done"] and (news or not (folder / "contact.jpg").is_file()):
+        write_contact_sheet(folder)
+    for row in [row for row in rows if row["status"] == "failed"][:10]:
+        print(f"failed: {row['slide']}: {row['reason']}")
+    warned = sum(bool(row["warnings"]) for row in rows)
+    print(f"{count['done']} slides done{f' ({warned} with warnings)' if warned else ''}, {count['skipped']} skipped, "
+          f"{count['failed']} failed; {sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv")
     return 1 if count["failed"] else 0
 
 
