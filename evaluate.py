@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
+import errno
 import functools
 import hashlib
 import json
 import re
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from tile import UserError, atomic
+from tile import PatchError, UserError, atomic, locked
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -45,6 +46,8 @@ class Benchmark:
     classes: list[str]
     groups: list[str]          # patient, or the best proxy that the data set gives: never on both sides of a split
     centers: list[str] | None = None
+    source: str = ""           # under which name its features are kept, where benchmarks share images
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,7 +57,7 @@ class Benchmark:
         rows = np.flatnonzero(keep)
         pick = lambda values: [values[i] for i in rows]  # noqa: E731
         return Benchmark(self.name, self.level, Rows(self.images, rows), pick(self.ids), self.labels[rows],
-                         self.classes, pick(self.groups), pick(self.centers) if self.centers else None)
+                         self.classes, pick(self.groups), pick(self.centers) if self.centers else None, notes=self.notes)
 
 
 class Rows(Sequence):
@@ -72,10 +75,10 @@ class Rows(Sequence):
 
 
 class ImageFiles(Sequence):
-    """Image files as (H, W, 3) uint8 arrays, each read when asked for."""
+    """Image files as (H, W, 3) uint8 arrays, each read when asked for; sides below `side` px are padded to it."""
 
-    def __init__(self, files: list[Path]):
-        self.files = files
+    def __init__(self, files: list[Path], side: int = 1):
+        self.files, self.side = files, side
 
     def __len__(self) -> int:
         return len(self.files)
@@ -83,7 +86,7 @@ class ImageFiles(Sequence):
     def __getitem__(self, i: int) -> np.ndarray:
         from PIL import Image
         with Image.open(self.files[i]) as image:
-            return np.array(image.convert("RGB"))
+            return pad(np.array(image.convert("RGB")), self.side)
 
 
 def load_folder(folder: Path) -> Benchmark:
@@ -131,6 +134,355 @@ def load_folder(folder: Path) -> Benchmark:
     centers = [row["center"] for row in rows] if "center" in columns else None
     return Benchmark(folder.resolve().name, "patch", ImageFiles(files), ids, labels, classes,
                      [row["group"] for row in rows], centers)
+
+
+# ---------------------------------------------------------------------------------------------- published benchmarks
+
+class Regions(Sequence):
+    """Images larger than a patch, as stacks (n, side, side, 3) of the patches of a centred grid without overlap.
+
+    A side shorter than a patch is first padded to it by repeating its edge; what is left over by the grid is not used.
+    """
+
+    def __init__(self, files: list[Path], side: int = 224):
+        self.files, self.side, self.rule = files, side, f"grid {side}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image, s = pad(ImageFiles(self.files)[i], self.side), self.side
+        top, left = (image.shape[0] % s) // 2, (image.shape[1] % s) // 2
+        rows, columns = image.shape[0] // s, image.shape[1] // s
+        image = image[top:top + rows * s, left:left + columns * s]
+        return image.reshape(rows, s, columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
+
+
+class SlidePatches(Sequence):
+    """Whole slides, each as a lazy stack of its tissue patches, found as tile.py finds them.
+
+    A slide that tile.py would skip or fail raises OSError here, so that it is named, counted and passed over.
+    """
+
+    def __init__(self, files: list[Path], mpp: float = 0.25, patch_size: int = 256):
+        self.files, self.mpp, self.patch_size, self.rule = files, mpp, patch_size, f"tissue {patch_size} at {mpp}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Stack:
+        from tile import Slide, tile_slide
+        try:
+            slide = Slide(self.files[i])
+            tiling = tile_slide(slide, mpp=self.mpp, patch_size=self.patch_size)
+        except UserError as error:
+            raise OSError(str(error)) from error
+        return Stack(slide, tiling.coords, tiling.size0, tiling.patch_size)
+
+
+class Stack(Sequence):
+    """Patches (side, side, 3) of one open slide at level-0 coordinates (N, 2)."""
+
+    def __init__(self, slide, coords: np.ndarray, size: int, side: int):
+        self.slide, self.coords, self.size, self.side = slide, coords, size, side
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.slide.read(*map(int, self.coords[i]), self.size, self.side)
+
+
+class Squares(Sequence):
+    """Squares of `side` pixels cut from large images or slides; an open one is kept, as neighbours in the list share it."""
+
+    def __init__(self, squares: list[tuple[Path, int, int]], side: int):
+        self.squares, self.side, self.rule = squares, side, f"squares {side}"
+        self.files = [file for file, _, _ in squares]
+        self._open: tuple = (None, None)
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": (None, None)}   # open files do not travel to workers
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        from tile import Slide
+        file, x, y = self.squares[i]
+        if self._open[0] != file:
+            try:
+                self._open = file, Slide(file)
+            except UserError as error:
+                raise OSError(str(error)) from error
+        return self._open[1].read(x, y, self.side, self.side)
+
+
+def pad(image: np.ndarray, side: int) -> np.ndarray:
+    """`image` with both sides at least `side`: what is missing repeats the edge, half on each end."""
+    lack = [max(0, side - n) for n in image.shape[:2]]
+    return np.pad(image, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="edge") if any(lack) else image
+
+
+def make(name: str, level: str, images: Sequence, rows: list[tuple[str, str, str]], classes: Sequence[str], root: Path,
+         notes: Sequence[str] = (), source: str = "") -> Benchmark:
+    """A Benchmark from rows (id, class, group). `root`/patients.csv (group,patient), if there, refines the groups."""
+    if not rows:
+        raise UserError(f"{root}: no images of {name} in it; `python evaluate.py --list` says where to get it, and the "
+                        "archive is unpacked below this folder as it comes")
+    ids, labels, groups = map(list, zip(*rows, strict=True))
+    if (root / "patients.csv").is_file():
+        with open(root / "patients.csv", newline="", encoding="utf-8-sig") as file:
+            patient = {row["group"]: row["patient"] for row in csv.DictReader(file)}
+        lost = sorted(set(groups) - set(patient))
+        if lost:
+            raise UserError(f"{root / 'patients.csv'}: no patient for {len(lost)} groups, first {lost[0]}; add them")
+        groups = [patient[g] for g in groups]
+    return Benchmark(name, level, images, ids, np.array([list(classes).index(y) for y in labels], np.int64),
+                     list(classes), groups, None, source, list(notes))
+
+
+def find(root: Path, pattern: str, what: str) -> list[Path]:
+    """Files or folders of this name pattern anywhere below root; UserError that says what was looked for and found."""
+    hits = sorted(p for p in root.rglob(pattern) if not p.name.startswith("._"))
+    if not hits:
+        inside = ", ".join(sorted(p.name for p in root.iterdir())[:6]) if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: no {pattern} ({what}) in it; found: {inside or 'nothing'}")
+    return hits
+
+
+def load_tils(root: Path, cache: Path) -> list[Benchmark]:
+    table = find(root, "images-tcga-tils-metadata.csv", "the table of TCGA-TILs.tar.gz")[0]
+    with open(table, newline="") as file:   # by study, so the folder `pancancer` of links is never entered
+        rows = [r for r in csv.DictReader(file) if r["study"] == "brca"]
+    known = {r["path"] for r in rows}
+    stray = [f for f in (table.parent / "images-tcga-tils" / "brca").rglob("*.png")
+             if f.relative_to(table.parent).as_posix() not in known]
+    notes = [f"{len(stray)} images without a line in the table left out"] if stray else []
+    return [make("tils", "patch", ImageFiles([table.parent / r["path"] for r in rows]),
+                 [(r["path"], r["label"], r["barcode"][:12]) for r in rows], ["til-negative", "til-positive"], root, notes)]
+
+
+def load_tp53(root: Path, cache: Path) -> list[Benchmark]:
+    table = find(root, "*.csv", "labels: slide_id,label[,patient], label MUT or WT")
+    with open(table[0], newline="", encoding="utf-8-sig") as file:
+        labels = list(csv.DictReader(file))
+    if not labels or not {"slide_id", "label"} <= set(labels[0]):
+        raise UserError(f"{table[0]}: columns slide_id,label[,patient] expected, found {', '.join(labels[0]) or 'none'}")
+    slides = {f.name.split(".")[0]: f for folder in (root, root.parent.parent / "slides" / "brca") if folder.is_dir()
+              for f in sorted(folder.rglob("*.svs"))}
+    rows = [(r["slide_id"], r["label"], r.get("patient") or r["slide_id"][:12]) for r in labels if r["slide_id"] in slides]
+    notes = [f"{len(labels) - len(rows)} labels without a slide"] if len(rows) < len(labels) else []
+    if len(slides) > len(rows):   # not the same as wild type: nobody sequenced them
+        notes.append(f"{len(slides) - len(rows)} slides without a label left out")
+    return [make("tp53", "slide", SlidePatches([slides[i] for i, _, _ in rows]), rows, ["WT", "MUT"], root, notes)]
+
+
+def load_idc(root: Path, cache: Path) -> list[Benchmark]:
+    files: dict[str, Path] = {}
+    found = find(root, "*_class[01].png", "patches named PATIENT_idx5_xX_yY_classC.png")
+    for f in sorted(found, key=lambda p: (len(p.parts), p)):   # the archive holds everything twice, one level deeper
+        files.setdefault(f.name, f)
+    notes = [f"{len(found) - len(files)} nested copies left out"] if len(found) > len(files) else []
+    rows = [(n, n[-5], n.split("_")[0]) for n in files]
+    return [make("idc", "patch", ImageFiles(list(files.values()), 50), rows, ["0", "1"], root, notes)]
+
+
+def load_bracs(root: Path, cache: Path) -> list[Benchmark]:
+    files = [f for f in find(root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png") if f.parents[1].name in
+             ("train", "val", "test")]
+    rows = [(f"{f.parents[1].name}/{f.name}", f.parent.name.split("_", 1)[1], "BRACS_" + f.name.split("_")[1]) for f in files]
+    return [make("bracs", "region", Regions(files), rows, ["N", "PB", "UDH", "FEA", "ADH", "DCIS", "IC"], root)]
+
+
+def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
+    name = re.compile(r"SOB_([BM])_([A-Z]+)-(\d+-\d+)([A-Z]*)-(\d+)-\d+\.png")
+    found = [(f, m) for f in find(root, "SOB_*.png", "SOB_B_A-14-22549CD-40-007.png and so on")
+             if (m := name.fullmatch(f.name))]
+    # Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so neither is used.
+    kept = [(f, m) for f, m in found if not m[3].endswith("-13412")]
+    result = []
+    for zoom in ("40", "100", "200", "400"):
+        part = [(f, m) for f, m in kept if m[5] == zoom]
+        for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"))):
+            result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]),
+                               [(f.name, m[column], m[3]) for f, m in part], classes, root,
+                               [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC)"],
+                               source=f"breakhis-{zoom}x"))
+    return result
+
+
+def squares(cache: Path, name: str, files: list[Path], shares: Callable[[], Iterable[tuple[Path, np.ndarray]]],
+            side: int) -> tuple[list[tuple[Path, int, int]], np.ndarray]:
+    """Squares of which one class covers at least half, and their class, from the class shares (C, rows, columns) of each image.
+
+    Squares without such a class, or with two (overlapping masks), are left out. Kept in `cache` until a file changes.
+    """
+    path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], side)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("key") != key:
+        rows = []
+        for file, share in shares():
+            for r, c in np.argwhere((share >= 0.5).sum(0) == 1):
+                rows.append([str(file), int(c) * side, int(r) * side, int(share[:, r, c].argmax())])
+        known = {"key": key, "rows": rows}
+        write_text(path, json.dumps(known))
+    return [(Path(f), x, y) for f, x, y, _ in known["rows"]], np.array([r[3] for r in known["rows"]], np.int64)
+
+
+def shares_in(classes: np.ndarray, n: int, side: int) -> np.ndarray:
+    """Share (n, rows, columns) of each class in every square of a class map (H, W), -1 = none."""
+    h, w = classes.shape[0] // side, classes.shape[1] // side
+    blocks = classes[:h * side, :w * side].reshape(h, side, w, side)
+    return np.stack([(blocks == c).mean((1, 3)) for c in range(n)])
+
+
+GLEASON = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}   # values of Gleason2019; 6 is a slip of the pen, read as benign by most
+
+
+def majority(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """Class map (H, W) on which most experts agree, -1 where none drew or two classes tie. Values by GLEASON."""
+    table = np.full(256, -1)
+    table[list(GLEASON)] = list(GLEASON.values())
+    votes = np.zeros((4, *maps[0].shape), np.uint8)
+    for drawn in maps:
+        classes = table[drawn]
+        for c in range(4):
+            votes[c] += classes == c
+    first, second = np.sort(votes, 0)[[-1, -2]]
+    return np.where(first > second, votes.argmax(0), -1)
+
+
+def load_gleason(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
+    """Gleason2019: cores of the training part (masks of the test part were never public), grouped by TMA slide."""
+    maps: dict[str, list[Path]] = {}
+    for f in find(root, "slide*_core*_classimg_nonconvex.png", "maps of the experts, in Maps1_T to Maps6_T"):
+        maps.setdefault(f.name.split("_classimg")[0], []).append(f)
+    images = {f.stem: f for f in find(root, "slide*_core*.jpg", "cores, in `Train Imgs`")}
+    pairs = {images[c]: maps[c] for c in sorted(maps) if c in images}
+    load = lambda f: np.asarray(Image.open(f).convert("L") if f.suffix != ".png" else Image.open(f))  # noqa: E731
+    from PIL import Image
+    def shares():
+        for image, drawn in pairs.items():
+            yield image, shares_in(majority([load(f) for f in drawn]), 4, side)
+    where, labels = squares(cache, "gleason", [*pairs, *(f for d in pairs.values() for f in d)], shares, side)
+    return [grid("gleason", where, labels, ["benign", "G3", "G4", "G5"], side, root, lambda f: f.stem.split("_")[0],
+                 [f"{len(pairs)} cores with maps, {len(images) - len(pairs)} without"])]
+
+
+def load_arvaniti(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
+    """The cores of Arvaniti et al. 2018, palette masks (0 benign, 1-3 Gleason 3-5, 4 ignored), grouped by TMA."""
+    from PIL import Image
+    masks: dict[str, Path] = {}
+    for f in find(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png"):
+        masks.setdefault(f.stem.split("_", 1)[1], f)   # of two pathologists (mask1_, mask2_) the first
+    images = {f.stem: f for f in find(root, "ZT*.jpg", "cores named ZT111_4_A_1_1.jpg")}
+    pairs = {images[c]: masks[c] for c in sorted(masks) if c in images}
+    def shares():
+        for image, mask in pairs.items():
+            yield image, shares_in(np.asarray(Image.open(mask)), 4, side)
+    where, labels = squares(cache, "gleason-arvaniti", [*pairs, *pairs.values()], shares, side)
+    return [grid("gleason-arvaniti", where, labels, ["benign", "G3", "G4", "G5"], side, root,
+                 lambda f: f.stem.split("_")[0], [f"{len(pairs)} cores with masks"])]
+
+
+def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
+    """AGGC 2022, subsets 1 and 2 (subset 3 repeats the same tissue on six scanners), grouped by slide."""
+    from tile import Slide
+    classes = ["Stroma", "Normal", "G3", "G4", "G5"]
+    images = {f.stem: f for f in find(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")}
+    masks = {name: {f.stem.split("_")[0]: f for f in root.rglob(f"{name}/*_Mask.tif")} for name in images}
+    bad = []
+    def shares():
+        for name, file in images.items():
+            try:
+                with Slide(file) as slide:
+                    h, w = slide.height // side, slide.width // side
+                share = np.zeros((5, h, w))
+                for c, mask in masks[name].items():   # a missing mask: the class is absent
+                    with Slide(mask) as drawn:
+                        if (drawn.height // side, drawn.width // side) != (h, w):
+                            raise UserError(f"{mask}: {drawn.width} x {drawn.height} px, not the size of its slide")
+                        share[classes.index(c)] = drawn.area(0, 0, w * side, h * side, w, h)[..., 0] / 255
+            except (UserError, PatchError) as error:
+                bad.append(name)
+                print(f"aggc: left out {name}: {error}", file=sys.stderr)
+                continue
+            yield file, share
+    where, labels = squares(cache, "aggc", [*images.values(), *(f for m in masks.values() for f in m.values())], shares, side)
+    return [grid("aggc", where, labels, classes, side, root, lambda f: f.stem,
+                 [f"{sum(map(bool, masks.values()))} of {len(images)} slides with masks",
+                  *([f"unreadable: {', '.join(bad)}"] if bad else [])])]
+
+
+def grid(name: str, where: list[tuple[Path, int, int]], labels: np.ndarray, classes: list[str], side: int, root: Path,
+         group: Callable[[Path], str], notes: list[str]) -> Benchmark:
+    """A Benchmark of squares cut from larger images."""
+    rows = [(f"{f.stem}_{x}_{y}", classes[c], group(f)) for (f, x, y), c in zip(where, labels, strict=True)]
+    return make(name, "patch", Squares(where, side), rows, classes, root, notes)
+
+
+def load_chimera(root: Path, cache: Path) -> list[Benchmark]:
+    records = {f.stem: str(json.loads(f.read_text()).get("BCR")) for f in find(root, "*.json", "clinical_data/PID.json")
+               if f.parent.name == "clinical_data"}
+    slides = [f for f in find(root, "*.tif", "pathology/images/PID/PID_N.tif") if not f.stem.endswith("_tissue")]
+    label = {"0.0": "no recurrence", "1.0": "recurrence", "0": "no recurrence", "1": "recurrence"}
+    rows = [(f.name, label[records[f.parent.name]], f.parent.name) for f in slides if records.get(f.parent.name) in label]
+    kept = [f for f in slides if records.get(f.parent.name) in label]
+    lonely = sorted(set(records) - {f.parent.name for f in slides})
+    notes = ["no recurrence may mean a short follow-up: the label is censored"]
+    notes += [f"{len(slides) - len(kept)} slides without a label left out"] if len(kept) < len(slides) else []
+    notes += [f"{len(lonely)} patients without slides"] if lonely else []
+    return [make("chimera", "slide", SlidePatches(kept), rows, ["no recurrence", "recurrence"], root, notes)]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published benchmark: how it is read, what its authors or the paper count, where it comes from."""
+
+    load: Callable[[Path, Path], list[Benchmark]]
+    level: str
+    classes: int
+    count: str
+    source: str
+    licence: str
+
+
+PUBLISHED = {
+    "tils": Published(load_tils, "patch", 2, "5,245 (breast)", "zenodo.org/records/6604094, TCGA-TILs.tar.gz",
+                      "see the record"),
+    "tp53": Published(load_tp53, "slide", 2, "511 slides", "GDC diagnostic slides (python tile.py --cancer brca --download) "
+                      "and a table slide_id,label[,patient]", "TCGA open access"),
+    "idc": Published(load_idc, "patch", 2, "277,524 (198,738 / 78,786)", "kaggle.com paultimothymooney/"
+                     "breast-histopathology-images", "see Kaggle"),
+    "bracs": Published(load_bracs, "region", 7, "4,539 (paper 4,537)", "bracs.icar.cnr.it, BRACS_RoI after its form",
+                       "CC BY-NC 4.0"),
+    "breakhis": Published(load_breakhis, "region", 8, "7,909 (2,480 / 5,429)",
+                          "inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz", "CC BY 4.0"),
+    "gleason": Published(load_gleason, "patch", 4, "77,364 of 331 cores (244 public)", "gleason2019.grand-challenge.org "
+                         "after registration", "see the challenge"),
+    "gleason-arvaniti": Published(load_arvaniti, "patch", 4, "886 cores", "doi.org/10.7910/DVN/OCYCMP", "CC0"),
+    "aggc": Published(load_aggc, "patch", 5, "156,130 (142 slides with masks)", "aggc22.grand-challenge.org after "
+                      "registration", "CC BY-NC-SA 4.0"),
+    "chimera": Published(load_chimera, "slide", 2, "190 slides, 95 patients", "s3://chimera-challenge/v2/task1, anonymous",
+                         "see the challenge"),
+}
+
+
+def list_benchmarks(data: Path) -> str:
+    """What `--list` prints: every published benchmark, whether it is at hand, and where to get it."""
+    rows = [("name", "level", "classes", "published count", "at hand", "licence", "where from")]
+    rows += [(n, p.level, str(p.classes), p.count, "found" if at_hand(data, n) else "missing", p.licence, p.source)
+             for n, p in PUBLISHED.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return f"{table}\n\nUnpack each below {data}/benchmarks/NAME as it comes; your own folder: --benchmark DIR"
+
+
+def at_hand(data: Path, name: str) -> bool:
+    """Whether there is anything below data/benchmarks/NAME."""
+    folder = Path(data) / "benchmarks" / name
+    return folder.is_dir() and any(folder.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- features, once
@@ -224,7 +576,7 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
     rank, world, _ = setup_distributed(options.get("device", "cpu"))
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
-    path = Path(results) / "features" / safe(display(name)) / f"{safe(benchmark.name)}.safetensors"
+    path = Path(results) / "features" / safe(display(name)) / f"{safe(benchmark.source or benchmark.name)}.safetensors"
     cached = load_file(path) if path.is_file() else {}
     names = json.loads(bytes(cached["names"])) if cached else {}
     fresh = names.get("key") == key
@@ -241,24 +593,25 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
         array = extract_features(_load(name, weights, tuple(sorted(options.items()))), benchmark.images, key=key,
                                  batch_size=batch_size, workers=workers, cache=path.with_suffix(".part"), errors=errors)
         array = np.ascontiguousarray(array, dtype=np.float32)
-    lost = ~np.isfinite(array).all(1)
+    lost, named = np.flatnonzero(~np.isfinite(array).all(1)), {i for i, _ in errors}
     if errors and rank == 0:
-        print(f"{benchmark.name}: {len(errors)} of {len(benchmark)} images could not be read:", file=sys.stderr)
-        for i, why in errors[:5]:
-            print(f"  {benchmark.ids[i]}: {why}", file=sys.stderr)
-    if lost.sum() > max(max_unreadable * len(array), 0) and len(errors) >= lost.sum():
-        first, why = errors[0]
-        raise UserError(f"{benchmark.name}: {lost.sum()} of {len(array)} images cannot be read, first "
-                        f"{benchmark.ids[first]} ({why}); mend them, or allow more by --max-unreadable")
-    if lost.sum() > len(errors):
-        raise UserError(f"{display(name)}: {lost.sum() - len(errors)} of {len(array)} embeddings on {benchmark.name} are "
-                        "NaN or infinite; check its weights (python models.py NAME --check FILE) or use --precision fp32")
+        print(f"{benchmark.name}: unreadable ({len(errors)} of {len(benchmark)}; {len(named & set(lost))} wholly), first:\n"
+              + "\n".join(f"  {benchmark.ids[i]}: {why}" for i, why in errors[:5]), file=sys.stderr)
+    broken = sorted(set(lost) - named)
+    if broken:
+        raise UserError(f"{display(name)}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or infinite, "
+                        f"first {benchmark.ids[broken[0]]}; check the weights (python models.py NAME --check FILE), or "
+                        "use --precision fp32")
+    if len(lost) > max_unreadable * len(array):
+        raise UserError(f"{benchmark.name}: {len(lost)} of {len(array)} images cannot be read, first "
+                        f"{benchmark.ids[lost[0]]} ({dict(errors)[lost[0]]}); mend them, or allow more by --max-unreadable")
     if not fresh and rank == 0:
         names = json.dumps({"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes,
                             "errors": errors, "key": key, "fingerprint": about["fingerprint"]})
         with atomic(path) as temporary:
             save_file({"features": array, "labels": benchmark.labels, "names": np.frombuffer(names.encode(), np.uint8)},
                       temporary)
+        shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
     return array
 
 
@@ -276,8 +629,7 @@ def record(results: Path, rows: list[dict], same: Sequence[str] = ("model", "ben
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
     identity = lambda row: tuple(json.dumps(row.get(field)) for field in same)  # noqa: E731
-    with open(results / ".metrics.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(results / ".metrics.lock"):
         new = {identity(row) for row in rows}
         kept = [row for row in read_metrics(results) if identity(row) not in new]
         write_text(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept + rows))
@@ -521,64 +873,72 @@ def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str],
 
 # ---------------------------------------------------------------------------------------------- one benchmark
 
-def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], keys: dict[str, str], args: argparse.Namespace) -> list[str]:
-    """All protocols for all models on one benchmark, recorded in metrics.jsonl; what is there already is kept.
+def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Namespace) -> None:
+    """All protocols for all models on one benchmark into metrics.jsonl, and its pictures; what is there already is kept.
 
-    x: features by model name, NaN where an image was unreadable; keys: what they depend on. Returns notes for the report.
+    x: features by model name; rows of NaN are unreadable images.
     """
-    notes, keep = [], np.all([np.isfinite(f).all(1) for f in x.values()], 0)
+    notes, keep = list(benchmark.notes), np.all([np.isfinite(f).all(1) for f in x.values()], 0)
     if not keep.all():
         notes.append(f"{(~keep).sum()} unreadable images left out")
-    seen = {name: leaked(benchmark, about) for name, about in args.cards.items() if name in x}
-    for name, rows in seen.items():
+    marked = []
+    for name in x:
+        rows = leaked(benchmark, args.cards[name])
         if rows.any():
-            notes.append(f"{display(name)} was distilled on {len({benchmark.groups[i] for i in np.flatnonzero(rows)})} of "
-                         f"its patients ({rows.sum()} images): {'left out' if args.leaks == 'exclude' else 'MARKED'}")
-    if args.leaks == "exclude":
-        keep &= ~np.any(list(seen.values()), 0)
+            marked += [display(name)] if args.leaks == "mark" else []
+            keep &= ~rows if args.leaks == "exclude" else True
+            patients = len({g for g, hit in zip(benchmark.groups, rows, strict=True) if hit})
+            notes.append(f"{display(name)} was distilled on {patients} of its patients ({rows.sum()} images): "
+                         + ("left out for all models" if args.leaks == "exclude" else "its numbers are marked ⚠"))
+        elif args.cards[name]["metadata"].get("teacher") and not args.cards[name]["metadata"].get("patients"):
+            notes.append(f"the cohort of {display(name)} is not recorded: shared patients cannot be found")
     if not keep.any():
-        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps them, marked")
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps the patients that a "
+                        "student has seen")
     benchmark, x = benchmark.subset(keep), {name: f[keep] for name, f in x.items()}
     labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
     present = np.bincount(labels, minlength=n_classes)
     if (present > 0).sum() < 2:
-        raise UserError(f"{benchmark.name}: all {len(labels)} images are {benchmark.classes[labels[0]]}; two classes are "
-                        "needed to tell anything apart")
+        raise UserError(f"{benchmark.name}: all {len(labels)} images are of class {benchmark.classes[labels[0]]}; two classes "
+                        "are needed to tell anything apart")
     patients = [len({g for g, y in zip(groups, labels, strict=True) if y == c}) for c in range(n_classes)]
-    thin = [f"{benchmark.classes[c]} ({patients[c]})" for c in range(n_classes) if patients[c] < 5]
+    thin = [f"{benchmark.classes[c]} ({patients[c]})" for c in range(n_classes) if 0 < patients[c] < 5]
     if thin:
-        notes.append(f"classes of fewer than 5 groups, missing from some splits: {', '.join(thin)}")
-    n_groups = len(set(groups))
-    base = {"benchmark": benchmark.name}
-    settings = digest([args.k, args.pca_dims, args.pca, args.folds, args.seeds, args.paper_splits], benchmark.ids,
-                      groups, labels.tolist(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    store = Path(args.results) / "predictions"
-    predictions, rows, device = {}, [], str(args.device_used)
+        notes.append(f"classes with fewer than 5 groups, absent from some splits: {', '.join(thin)}")
+    if len(set(groups)) < args.folds:
+        notes.append(f"{len(set(groups))} groups: as many folds at most" + ("; too few for the probe's 6:2:2"
+                                                                        if len(set(groups)) < 5 else ""))
+    settings = digest([args.k, args.pca_dims, args.pca, args.folds, args.seeds, args.paper_splits], benchmark.ids, groups,
+                      labels.tolist(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    base, predictions, keys, device = {"benchmark": benchmark.name}, {}, {}, str(args.device_used)
     for name in x:
-        path = store / safe(display(name)) / f"{safe(benchmark.name)}.npz"
-        key = digest(keys[name], settings)
-        predictions[name] = load_predictions(path, key)
+        path = Path(args.results) / "predictions" / safe(display(name)) / f"{safe(benchmark.name)}.npz"
+        keys[name] = digest(args.cards[name]["fingerprint"], data_stamp(benchmark), settings)
+        predictions[name] = load_predictions(path, keys[name])
         if predictions[name] is None:
+            start = time.perf_counter()
             predictions[name], new = predict(benchmark, x[name], args, device)
             record(args.results, [base | {"model": display(name)} | row for row in new],
                    same=("model", "benchmark", "protocol"))
-            save_predictions(path, key, predictions[name])
-    key = digest(sorted(keys.values()), settings, args.teacher, args.baseline)
-    if not any(row.get("key") == key for row in read_metrics(args.results)):
+            save_predictions(path, keys[name], predictions[name])
+            print(f"{display(name)} on {benchmark.name}: kNN and linear probe, {time.perf_counter() - start:.1f} s",
+                  file=sys.stderr)
+    key, rows = digest(sorted(keys.values()), args.teacher, args.baseline, args.leaks, notes), []
+    new = not any(row.get("key") == key for row in read_metrics(args.results))
+    if new:
         for row in cka_rows(x, groups, args.teacher, device):
             rows.append(base | row | {"model": display(row["model"]), "other": display(row["other"])})
-        for name in x:
-            for other in dict.fromkeys(o for o in (args.teacher, args.baseline) if o in x and o != name):
-                for kind, (value, low, high) in paired(predictions[name], predictions[other], labels, groups).items():
-                    rows.append(base | {"model": display(name), "protocol": "paired", "metric": kind, "value": value,
-                                        "other": display(other), "low": low, "high": high})
+        ends = [n for n in (args.teacher, args.baseline) if n in x]
+        for name, other in [(n, o) for n in x for o in ends if n != o and not (n == args.teacher and o == args.baseline)]:
+            for kind, (value, low, high) in paired(predictions[name], predictions[other], labels, groups).items():
+                rows.append(base | {"model": display(name), "protocol": "paired", "metric": kind, "value": value,
+                                    "other": display(other), "low": low, "high": high})
         rows.append(base | {"model": "data", "protocol": "data", "metric": "images", "value": len(labels), "key": key,
                             "level": benchmark.level, "classes": benchmark.classes, "counts": present.tolist(),
-                            "groups": n_groups, "class_groups": patients, "notes": notes})
+                            "groups": len(set(groups)), "class_groups": patients, "notes": notes, "marked": marked})
         record(args.results, rows)
-    if not args.no_pictures:
+    if not args.no_pictures and (new or not (Path(args.results) / "pictures" / f"cka-{safe(benchmark.name)}.png").is_file()):
         draw_benchmark(benchmark, predictions, args)
-    return notes
 
 
 def predict(benchmark: Benchmark, x: np.ndarray, args: argparse.Namespace, device: str) -> tuple[dict, list[dict]]:
@@ -785,28 +1145,44 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def role(name: str, args: argparse.Namespace) -> str:
+    """What a model is in this comparison: teacher, before or after distillation, or nothing."""
+    origin = args.cards[name]["metadata"].get("teacher")
+    return "teacher" if name == args.teacher else "before distillation" if name == args.baseline else \
+        f"distilled from {display(origin)}" if origin else ""
+
+
 def draw_figure1(args: argparse.Namespace) -> None:
     """figure1.png: mean kNN accuracy over benchmarks against parameters and against measured time per image."""
     import matplotlib.pyplot as plt
-    mean = means(args.results)
-    names = [b.name for b in args.found]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
-    for i, name in enumerate(args.models):
-        model, about = display(name), args.cards[name]
-        y = [mean[key][0] for b in names if (key := ("knn", "accuracy", model, b)) in mean]
-        role = "teacher" if name == args.teacher else "baseline" if name == args.baseline else \
-            "student" if about["metadata"].get("teacher") else ""
-        for axis, value in zip(axes, (about["parameters"] / 1e6, about["ms_per_image"]), strict=True):
-            axis.scatter(value, np.mean(y), s=90, color=f"C{i % 10}", marker="*^so"[["student", "teacher", "baseline", ""]
-                                                                              .index(role)], zorder=3)
-            axis.annotate(model + (f"\n({role})" if role else ""), (value, np.mean(y)), xytext=(7, 5),
-                          textcoords="offset points", fontsize=8)
-    for axis, label in zip(axes, ("parameters (millions)", f"measured time per image (ms, {args.device_used})"), strict=True):
-        axis.set_xscale("log")
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    mean, names = means(args.results), [b.name for b in args.found]
+    points = [(n, np.mean(y), args.cards[n]["parameters"] / 1e6, args.cards[n]["ms_per_image"]) for n in args.models
+              if (y := [mean[key][0] for b in names if (key := ("knn", "accuracy", display(n), b)) in mean])]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2 + 0.18 * len(points)), sharey=True)
+    handles = []
+    for i, (name, y, *sizes) in enumerate(points):
+        part = role(name, args)
+        marker = "^" if part == "teacher" else "s" if part == "before distillation" else "*" if part else "o"
+        for axis, x in zip(axes, sizes, strict=True):
+            dot = axis.scatter(x, y, s=210 if marker == "*" else 110, color=f"C{i % 10}", marker=marker, zorder=3,
+                               edgecolor="white", label=f"{display(name)}, {part}" if part else display(name))
+        handles.append(dot)
+    for axis, label, column in zip(axes, ("parameters (millions)", f"time per image (ms, {args.device_used})"), (2, 3),
+                                   strict=True):
+        x = [p[column] for p in points]
+        if max(x) > 5 * min(x):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_xlim(0, 1.2 * max(x))
         axis.set_xlabel(label)
-        axis.margins(0.25)
+        axis.margins(0.15)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("kNN accuracy" + (f", mean of {len(names)} benchmarks" if len(names) > 1 else f" on {names[0]}"))
+    figure.legend(handles=handles, loc="lower center", ncols=2 if len(handles) > 3 else 1, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.06 * -(-len(handles) // (2 if len(handles) > 3 else 1)), 1, 1))
     save_figure(figure, Path(args.results) / "figure1.png")
 
 
@@ -853,39 +1229,46 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
         save_figure(figure, folder / f"cka-{safe(benchmark.name)}.png")
 
     for name in names:
-        guess, neighbors = predictions[name]["knn"], predictions[name]["neighbors"]
-        certain = (labels[neighbors] == guess[:, None]).mean(1)
-        rng, rows = np.random.default_rng(0), []
-        for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
-            pool = np.flatnonzero((guess == labels) == hit)
-            pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
-            first = [pool[labels[pool] == c][:1] for c in rng.permutation(n)]   # one of each class as far as they reach
-            rows += np.concatenate([*first, pool]).astype(int)[:3].tolist()
-        shown = min(6, neighbors.shape[1])
-        figure, axes = plt.subplots(len(rows), shown + 1, figsize=(1.25 * (shown + 1), 1.45 * len(rows)), squeeze=False)
-        for line, row in zip(axes, rows, strict=True):
-            for j, (axis, i) in enumerate(zip(line, [row, *neighbors[row, :shown]], strict=True)):
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.imshow(picture(benchmark.images[i])) if i >= 0 else axis.axis("off")
-                color = "black" if j == 0 else "#2a9d3a" if labels[i] == labels[row] else "#d62728"
-                for side in axis.spines.values():
-                    side.set(color=color, linewidth=3)
-                axis.set_title(classes[labels[i]], fontsize=8, color=color)
-            line[0].set_ylabel("right" if guess[row] == labels[row] else f"wrong:\n{classes[guess[row]]}", fontsize=8)
-        figure.suptitle(f"{benchmark.name}, {display(name)}: query (left) and its nearest neighbours from other folds\n"
-                        "frame green: same class, red: another", fontsize=9)
-        figure.tight_layout(rect=(0, 0, 1, 0.97))
-        save_figure(figure, folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png")
+        draw_gallery(benchmark, name, predictions[name], folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png")
 
 
-def write_report(args: argparse.Namespace, tables: str) -> None:
+def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, side: int = 112) -> None:
+    """Three queries that kNN got right and three that it got wrong, each with its nearest neighbours from other folds."""
+    from PIL import Image, ImageDraw, ImageFont
+    labels, classes, guess, neighbors = benchmark.labels, benchmark.classes, predicted["knn"], predicted["neighbors"]
+    certain, rng, rows = (labels[neighbors] == guess[:, None]).mean(1), np.random.default_rng(0), []
+    for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
+        pool = np.flatnonzero((guess == labels) == hit)
+        pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
+        first = [pool[labels[pool] == c][:1] for c in rng.permutation(len(classes))]   # of different classes if possible
+        rows += list(dict.fromkeys(np.concatenate([*first, pool]).astype(int).tolist()))[:3]
+    shown, left, top, cell = min(6, neighbors.shape[1]), 116, 64, side + 34
+    sheet = Image.new("RGB", (left + (shown + 1) * (side + 12) + 12, top + len(rows) * cell + 8), "white")
+    draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(15)
+    draw.text((12, 8), f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds", "black", large)
+    draw.text((12, 34), "frame green: the query's class, red: another", "#555555", small)
+    for r, row in enumerate(rows):
+        y = top + r * cell
+        verdict = "right" if guess[row] == labels[row] else f"wrong: said\n{classes[guess[row]]}"
+        draw.multiline_text((12, y + cell // 2 - 12), verdict, "#1b7a2c" if guess[row] == labels[row] else "#b3201f", small)
+        for j, i in enumerate([row, *neighbors[row, :shown]]):
+            if i < 0:
+                continue
+            x = left + j * (side + 12) + (0 if j == 0 else 12)
+            color = "black" if j == 0 else "#2a9d3a" if labels[i] == labels[row] else "#d62728"
+            draw.text((x, y), classes[labels[i]][:18], color, small)
+            draw.rectangle((x - 4, y + 18, x + side + 3, y + 18 + side + 7), fill=color)
+            sheet.paste(Image.fromarray(picture(benchmark.images[i])).resize((side, side)), (x, y + 22))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        sheet.save(temporary)
+
+
+def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
     data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
     names = [b.name for b in args.found if b.name in data]
-    models = [[display(n), "teacher" if n == args.teacher else "before distillation" if n == args.baseline else
-               f"distilled from {c['metadata']['teacher']}" if c["metadata"].get("teacher") else "",
-               f"{c['parameters'] / 1e6:,.1f} M", str(c["dim"]), c["embedding"], str(c["input_size"]),
+    models = [[display(n), role(n, args), f"{c['parameters'] / 1e6:,.1f} M", str(c["dim"]), c["embedding"], str(c["input_size"]),
                f"{c['ms_per_image']:.1f}", str(c["weights"])] for n, c in args.cards.items()]
     benchmarks = [[b, data[b]["level"], str(data[b]["value"]), str(data[b]["groups"]),
                    ", ".join(f"{c} {n}" for c, n in zip(data[b]["classes"], data[b]["counts"], strict=True)),
@@ -898,7 +1281,8 @@ def write_report(args: argparse.Namespace, tables: str) -> None:
     write_text(Path(args.results) / "report.md", "\n\n".join([
         "# Evaluation",
         "Written by `" + " ".join(["python evaluate.py", *args.argv]) + f"` on {args.device_used}.",
-        "![accuracy against size and time](figure1.png)",
+        *(["**Not evaluated:** " + "; ".join(failures)] if failures else []),
+        *([] if args.no_pictures else ["![accuracy against size and time](figure1.png)"]),
         "## Models\n\n" + markdown(["model", "role", "parameters", "width", "embedding", "input px",
                                     f"ms per image ({args.device_used})", "weights"], models),
         "## Benchmarks\n\n" + markdown(["benchmark", "level", "images", "groups", "classes", "notes"], benchmarks),
@@ -948,13 +1332,19 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to compare")
     what.add_argument("--models", nargs="+", default=[], metavar="NAME",
                       help="registry names, timm:NAME, or folders such as runs/NAME/student")
-    what.add_argument("--teacher", metavar="NAME", help="one of --models (or added to them): CKA is measured to it")
-    what.add_argument("--baseline", metavar="NAME", help="the student before distillation, compared with like the teacher")
+    what.add_argument("--teacher", metavar="NAME", help="CKA is measured to it; with --all: h-optimus-0 if at hand")
+    what.add_argument("--baseline", metavar="NAME", help="the student before distillation; with --all: hibou-l if at hand")
+    what.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", choices=list(PUBLISHED),
+                      help=f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}")
+    what.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=Path,
+                      help="your own: folders with images and a labels.csv (image,label,group[,center])")
+    what.add_argument("--all", action="store_true", help="every benchmark whose data, and without --models every model "
+                      "whose weights are at hand; says what is missing and where it is")
+    what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    where.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=Path,
-                       help="your own: folders with images and a labels.csv (image,label,group[,center])")
     where.add_argument("--data", default=Path("data"), type=Path, help="its benchmarks/NAME hold the published data sets")
+    where.add_argument("--runs", default=Path("runs"), type=Path, help="where --all looks for students")
     where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics.jsonl, tables, pictures")
     how = parser.add_argument_group("protocols")
     how.add_argument("--k", type=int, default=15, help="neighbours that vote, 1 to 64")
@@ -966,7 +1356,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--paper-splits", action="store_true",
                      help="also split without regard to patients, to compare with published numbers")
     how.add_argument("--leaks", choices=["exclude", "mark"], default="exclude",
-                     help="images of patients that a student was distilled on: leave out for all models, or only say so")
+                     help="images of patients that a student was distilled on: leave out for all models, or only mark")
     how.add_argument("--max-unreadable", type=float, default=0.01, metavar="SHARE", help="of images, before it stops")
     run = parser.add_argument_group("running")
     run.add_argument("--input-size", type=int, metavar="PX", help="side of the network's input, if not the published one")
@@ -977,9 +1367,61 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def models_at_hand(args: argparse.Namespace) -> list[str]:
+    """Registry models whose weights are given or in the hub's cache, and all students of --runs; says what is missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from models import REGISTRY, WEIGHT_FILES
+    given = {spec.split("=", 1)[0] for spec in args.weights or () if "=" in spec}
+    here = [n for n, e in REGISTRY.items() if n in given
+            or any(isinstance(try_to_load_from_cache(e.hub, f), str) for f in WEIGHT_FILES)]
+    missing = [f"{n} (huggingface.co/{e.hub})" for n, e in REGISTRY.items() if n not in here]
+    if missing:
+        print("models whose weights are not here (fetch, or give --weights NAME=FILE): " + ", ".join(missing),
+              file=sys.stderr)
+    return here + [str(p) for p in sorted(args.runs.glob("*/student")) if (p / "model.safetensors").is_file()]
+
+
+def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Benchmark]:
+    """The benchmarks asked for; one that cannot be read is told, put into `failures` and passed over."""
+    names, found = list(args.benchmarks), []
+    if args.all:
+        names += [n for n in PUBLISHED if n not in names and at_hand(args.data, n)]
+        for n, p in PUBLISHED.items():
+            if n not in names:
+                print(f"benchmark {n} is not in {args.data}/benchmarks/{n}; from {p.source}", file=sys.stderr)
+    jobs = [(str(folder), functools.partial(load_folder, folder), "") for folder in args.benchmark]
+    jobs += [(n, functools.partial(PUBLISHED[n].load, args.data / "benchmarks" / n, args.results / "index"),
+              PUBLISHED[n].count) for n in names]
+    for name, load, published in jobs:
+        try:
+            loaded = load()
+        except UserError as error:
+            failures.append(f"{name}: {error}")
+            continue
+        loaded = loaded if isinstance(loaded, list) else [loaded]
+        if published:
+            total = sum(len(b) for b in {b.source or b.name: b for b in loaded}.values())
+            for b in loaded:
+                b.notes.insert(0, f"{total:,} found, published {published}")
+        found += loaded
+    if not found and not failures:
+        raise UserError("--benchmark DIR, --benchmarks NAME or --all: nothing to evaluate on; --list shows what there is")
+    twice = [b.name for b in found if [o.name for o in found].count(b.name) > 1]
+    if twice:
+        raise UserError(f"--benchmark: two are called {twice[0]}; rename one of the folders")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures. Returns the exit status."""
     from models import model_options, parse_weights, setup_distributed
+    if args.k < 1 or args.k > 64 or args.folds < 2 or args.seeds < 1 or args.pca_dims < 1:
+        raise UserError("--k 1 to 64, --folds at least 2, --seeds and --pca-dims at least 1")
+    if args.all and not args.models:
+        args.models = models_at_hand(args)
+        args.teacher = args.teacher or ("h-optimus-0" if "h-optimus-0" in args.models else None)
+        args.baseline = args.baseline or ("hibou-l" if "hibou-l" in args.models else None)
     args.models = list(dict.fromkeys([*args.models, *(n for n in (args.teacher, args.baseline) if n)]))
     if not args.models:
         raise UserError("--models: name at least one, for instance h-optimus-0 or runs/NAME/student")
@@ -989,52 +1431,66 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--models: {other} and another share the name {name}; rename one of the folders")
     weights = parse_weights(args.weights, args.models)
     options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
-    rank, _, device = setup_distributed(args.device)
-    args.device_used = device if device.type == "cpu" else f"{device}"
-    args.found = [load_folder(folder) for folder in args.benchmark]
-    if not args.found:
-        raise UserError("--benchmark: name at least one folder")
+    rank, _, args.device_used = setup_distributed(args.device)
+    failures: list[str] = []
+    args.found, args.cards = load_benchmarks(args, failures), {}
+    arrays: dict[str, list[str]] = {b.name: [] for b in args.found}
+    get = lambda name, benchmark: features(  # noqa: E731
+        name, benchmark, args.results, weights=weights[name], batch_size=args.batch_size, workers=args.workers,
+        max_unreadable=args.max_unreadable, **options)
     for name in args.models:
         for benchmark in args.found:
-            extract(name, benchmark, args, weights, options)
+            try:
+                get(name, benchmark)
+                args.cards[name] = card(name, args.results, weights=weights[name], **options)
+                arrays[benchmark.name].append(name)
+            except UserError as error:
+                failures.append(str(error))
+                if name not in args.cards:
+                    break   # the model itself cannot be loaded
     if rank != 0:
         return 0
-    args.cards = {n: card(n, args.results, weights=weights[n], **options) for n in args.models}
+    args.models = [n for n in args.models if n in args.cards]
     record(args.results, [{"model": display(n), "benchmark": "", "protocol": "model", "metric": "parameters",
                            "value": c["parameters"], "ms_per_image": c["ms_per_image"], "device": str(args.device_used),
                            "weights": c["weights"], "metadata": {k: v for k, v in c["metadata"].items() if k != "patients"}}
                           for n, c in args.cards.items()], same=("model", "protocol"))
+    done = []
     for benchmark in args.found:
-        x = {n: extract(n, benchmark, args, weights, options) for n in args.models}
-        keys = {n: feature_key(args.cards[n], benchmark) for n in args.models}
-        evaluate(benchmark, x, keys, args)
-    tables = write_tables(args)
-    if not args.no_pictures:
-        draw_figure1(args)
-    write_report(args, tables)
-    if args.json:
-        print(json.dumps([r for r in read_metrics(args.results) if r["benchmark"] in {b.name for b in args.found}]))
-    else:
-        print(summarize(args) + f"\n\ntables, pictures and how to read them: {args.results / 'report.md'}")
-    return 0
-
-
-def extract(name: str, benchmark: Benchmark, args: argparse.Namespace, weights: dict, options: dict) -> np.ndarray:
-    """`features` with the flags of the command line."""
-    return features(name, benchmark, args.results, weights=weights[name], batch_size=args.batch_size,
-                    workers=args.workers, max_unreadable=args.max_unreadable, **options)
+        try:
+            if arrays[benchmark.name]:
+                evaluate(benchmark, {n: get(n, benchmark) for n in arrays[benchmark.name]}, args)
+                done.append(benchmark)
+        except UserError as error:
+            failures.append(str(error))
+    args.found = done
+    failures = list(dict.fromkeys(failures))
+    if done:
+        tables = write_tables(args)
+        if not args.no_pictures:
+            draw_figure1(args)
+        write_report(args, tables, failures)
+        if args.json:
+            print(json.dumps([r for r in read_metrics(args.results) if r["benchmark"] in {b.name for b in done}]))
+        else:
+            print(summarize(args) + f"\n\ntables, pictures and how to read them: {args.results / 'report.md'}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
+    if args.list:
+        print(list_benchmarks(args.data))
+        return 0
     try:
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno != 28:
+        if error.errno != errno.ENOSPC:
             raise
         print(f"error: {args.results}: no space left on the disk; nothing was lost: make room and run again",
               file=sys.stderr)

@@ -1,0 +1,252 @@
+"""Every published benchmark read from a small tree in its published naming, with the traps that its users know."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import evaluate
+from tile import UserError
+
+
+def picture(path, size=(50, 50), color=(200, 120, 180)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), color, np.uint8)).save(path)
+
+
+def table(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load(name, root):
+    return evaluate.PUBLISHED[name].load(root, root.parent / "index")
+
+
+def test_tils_reads_the_breast_part_by_its_table_and_never_the_links(tmp_path):
+    root, rows = tmp_path / "tils", []
+    base = root / "TCGA-TILs"
+    for i, (study, part, label) in enumerate([("brca", "train", "til-negative"), ("brca", "val", "til-positive"),
+                                              ("brca", "test", "til-positive"), ("acc", "train", "til-negative")]):
+        barcode = f"TCGA-A{i}-000{i}"
+        path = f"images-tcga-tils/{study}/{part}/{label}/{barcode}-01Z-00-DX1_{i}.png"
+        picture(base / path, (100, 100))
+        link = base / path.replace(study, "pancancer", 1)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(base / path)
+        rows.append({"partition": part, "study": study, "barcode": f"{barcode}-01Z-00-DX1", "label": label, "path": path, "md5": i})
+    picture(base / "images-tcga-tils/brca/train/til-negative/stray.png")
+    table(base / "images-tcga-tils-metadata.csv", rows)
+    b, = load("tils", root)
+    assert len(b) == 3 and b.labels.tolist() == [0, 1, 1] and b.classes == ["til-negative", "til-positive"]
+    assert b.groups == ["TCGA-A0-0000", "TCGA-A1-0001", "TCGA-A2-0002"]
+    assert b.images[2].shape == (100, 100, 3) and "1 images without a line" in b.notes[0]
+
+
+def test_idc_drops_the_nested_copy_and_pads_border_patches(tmp_path):
+    root = tmp_path / "idc"
+    names = [f"{p}_idx5_x{x}_y51_class{c}.png" for p, x, c in [(8863, 1, 0), (8863, 51, 1), (9001, 1, 0)]]
+    for name in names:
+        for base in (root / "IDC_regular_ps50_idx5", root):
+            picture(base / name[:4] / name[-5] / name, (50, 32) if "9001" in name else (50, 50))
+    b, = load("idc", root)
+    assert len(b) == 3 and sorted(b.ids) == sorted(names)
+    assert dict(zip(b.ids, b.labels.tolist(), strict=True))[names[1]] == 1
+    assert set(b.groups) == {"8863", "9001"} and "3 nested copies" in b.notes[0]
+    assert {image.shape for image in b.images} == {(50, 50, 3)}
+
+
+def test_bracs_groups_by_slide_or_by_the_patients_given(tmp_path):
+    root = tmp_path / "bracs"
+    for part, folder, name, size in [("train", "0_N", "BRACS_1003_N_1.png", (500, 300)),
+                                     ("train", "5_DCIS", "BRACS_1003_DCIS_2.png", (100, 230)),
+                                     ("test", "6_IC", "BRACS_264_IC_1.png", (224, 224))]:
+        picture(root / "BRACS_RoI" / "latest_version" / part / folder / name, size)
+    b, = load("bracs", root)
+    by = dict(zip(b.ids, b.labels.tolist(), strict=True))
+    assert by == {"train/BRACS_1003_N_1.png": 0, "train/BRACS_1003_DCIS_2.png": 5, "test/BRACS_264_IC_1.png": 6}
+    assert sorted(b.groups) == ["BRACS_1003", "BRACS_1003", "BRACS_264"] and b.level == "region"
+    shapes = {i: b.images[b.ids.index(i)].shape for i in b.ids}
+    assert shapes == {"train/BRACS_1003_N_1.png": (2, 224, 224, 3), "train/BRACS_1003_DCIS_2.png": (1, 224, 224, 3),
+                      "test/BRACS_264_IC_1.png": (1, 224, 224, 3)}
+    table(root / "patients.csv", [{"group": "BRACS_1003", "patient": "A"}, {"group": "BRACS_264", "patient": "A"}])
+    assert set(load("bracs", root)[0].groups) == {"A"}
+    table(root / "patients.csv", [{"group": "BRACS_1003", "patient": "A"}])
+    with pytest.raises(UserError, match="no patient for 1 groups, first BRACS_264"):
+        load("bracs", root)
+
+
+def test_regions_are_cut_into_a_centred_grid(tmp_path):
+    image = np.zeros((230, 460, 3), np.uint8)
+    image[3:227, 6:230] = 100   # the left one of two patches in the middle
+    image[3:227, 230:454] = 200
+    Image.fromarray(image).save(tmp_path / "a.png")
+    patches = evaluate.Regions([tmp_path / "a.png"])[0]
+    assert patches.shape == (2, 224, 224, 3) and (patches[0] == 100).all() and (patches[1] == 200).all()
+
+
+def test_breakhis_has_eight_tasks_and_drops_the_patient_of_two_labels(tmp_path):
+    root = tmp_path / "breakhis"
+    base = root / "BreaKHis_v1" / "histology_slides" / "breast"
+    for kind, subtype, patient, letter, code in [
+            ("benign", "adenosis", "14-22549AB", "B", "A"), ("benign", "adenosis", "14-22549CD", "B", "A"),
+            ("malignant", "ductal_carcinoma", "14-13412", "M", "DC"), ("malignant", "lobular_carcinoma", "14-13412", "M", "LC"),
+            ("malignant", "papillary_carcinoma", "14-15704", "M", "PC")]:
+        for zoom in (40, 100, 200, 400):
+            picture(base / kind / "SOB" / subtype / f"SOB_{letter}_{code}_{patient}" / f"{zoom}X"
+                    / f"SOB_{letter}_{code}-{patient}-{zoom}-007.png", (700, 460))
+    found = load("breakhis", root)
+    assert [b.name for b in found][:3] == ["breakhis-binary-40x", "breakhis-subtype-40x", "breakhis-binary-100x"]
+    assert len(found) == 8
+    binary, subtype = found[:2]
+    assert binary.source == subtype.source == "breakhis-40x"   # one set of features for both tasks
+    assert binary.labels.tolist() == [0, 0, 1] and [subtype.classes[i] for i in subtype.labels] == ["A", "A", "PC"]
+    assert binary.groups == ["14-22549", "14-22549", "14-15704"]   # AB and CD are parts of one case
+    assert "8 images of patient 13412" in binary.notes[0]
+    assert binary.images[0].shape == (6, 224, 224, 3)
+
+
+def gleason_maps(root, core, values):
+    for number, value in values.items():
+        path = root / f"Maps{number}_T" / f"{core}_classimg_nonconvex.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(value.astype(np.uint8)).save(path)
+
+
+def test_gleason_majority_vote_ties_value_six_and_missing_annotators(tmp_path):
+    root = tmp_path / "gleason"
+    picture(root / "Train Imgs" / "slide001_core003.jpg", (512, 512))
+    picture(root / "Train Imgs" / "slide002_core010.jpg", (512, 300))
+    picture(root / "Test" / "Test imgs" / "slide007_core001.jpg", (512, 512))   # its masks were never public
+    a, c, d = (np.zeros((512, 512), int) for _ in range(3))
+    a[:256, :256], c[:256, :256], d[:256, :256] = 3, 3, 4            # two against one: G3
+    a[:256, 256:], c[:256, 256:] = 4, 5                              # a tie: no label
+    a[256:, :256], c[256:, :256], d[256:, :256] = 6, 1, 5            # 6 is read as benign: two against one
+    d[256:, 256:] = 5                                                # one drew, two left it open: G5
+    gleason_maps(root, "slide001_core003", {1: a, 3: c, 6: d})
+    gleason_maps(root, "slide002_core010", {2: np.full((300, 512), 4)})
+    b, = load("gleason", root)
+    labels = dict(zip(b.ids, [b.classes[y] for y in b.labels], strict=True))
+    assert labels == {"slide001_core003_0_0": "G3", "slide001_core003_0_256": "benign", "slide001_core003_256_256": "G5",
+                      "slide002_core010_0_0": "G4", "slide002_core010_256_0": "G4"}
+    assert set(b.groups) == {"slide001", "slide002"} and "2 cores with maps, 1 without" in b.notes[0]
+    assert b.images[0].shape == (256, 256, 3)
+    before = (tmp_path / "index" / "gleason.json").stat().st_mtime_ns
+    load("gleason", root)   # kept
+    assert (tmp_path / "index" / "gleason.json").stat().st_mtime_ns == before
+    gleason_maps(root, "slide002_core010", {2: np.zeros((300, 512))})
+    assert len(load("gleason", root)[0]) == 3   # a changed map is noticed
+
+
+def test_gleason_of_arvaniti_by_palette_masks_of_the_first_pathologist(tmp_path):
+    root = tmp_path / "arvaniti"
+    picture(root / "ZT76" / "ZT76_39_A_1_1.jpg", (512, 512))
+    picture(root / "ZT80" / "ZT80_38_A_1_1.jpg", (512, 512))
+    for folder, name, top in [("Gleason_masks_train", "mask_ZT76_39_A_1_1.png", 0),
+                              ("Gleason_masks_test_pathologist1", "mask1_ZT80_38_A_1_1.png", 2),
+                              ("Gleason_masks_test_pathologist2", "mask2_ZT80_38_A_1_1.png", 3)]:
+        values = np.full((512, 512), 4, np.uint8)
+        values[:256] = top
+        image = Image.fromarray(values, "P")
+        image.putpalette([0, 255, 0, 0, 0, 255, 255, 255, 0, 255, 0, 0, 255, 255, 255])
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        image.save(root / folder / name)
+    b, = load("gleason-arvaniti", root)
+    assert sorted(zip(b.groups, [b.classes[y] for y in b.labels], strict=True)) == [("ZT76", "benign")] * 2 + [("ZT80", "G4")] * 2
+
+
+def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
+    root = tmp_path / "aggc"
+    def tiff(path, array):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, array, tile=(256, 256), compression="zlib", photometric="rgb" if array.ndim == 3 else None)
+    for name in ("Subset1_Train_001", "Subset2_Train_007", "Subset1_Train_083"):
+        tiff(root / f"{name[:7]}_Train_image" / f"{name}.tiff", np.full((600, 768, 3), 180, np.uint8))
+    (root / "Subset1_Train_image" / "Subset1_Train_083.tiff").write_bytes(b"II*\0broken")
+    tiff(root / "Subset3_Train_image" / "Akoya" / "Subset3_Train_1_Akoya.tiff", np.full((600, 768, 3), 180, np.uint8))
+    masks = {("Subset1", "001", "Stroma"): np.s_[:512, :300], ("Subset1", "001", "G4"): np.s_[:256, :256],
+             ("Subset1", "001", "Normal"): np.s_[256:512, 600:], ("Subset2", "007", "G5"): np.s_[:512, 512:],
+             ("Subset1", "083", "G3"): np.s_[:, :]}
+    for (subset, number, kind), where in masks.items():
+        mask = np.zeros((600, 768), np.uint8)
+        mask[where] = 255
+        tiff(root / f"{subset}_Train_annotation" / "Train" / f"{subset}_Train_{number}" / f"{kind}_Mask.tif", mask)
+    b, = load("aggc", root)
+    labels = dict(zip(b.ids, [b.classes[y] for y in b.labels], strict=True))
+    assert labels == {"Subset1_Train_001_0_256": "Stroma", "Subset1_Train_001_512_256": "Normal",   # 0_0 overlaps: left out
+                      "Subset2_Train_007_512_0": "G5", "Subset2_Train_007_512_256": "G5"}
+    assert set(b.groups) == {"Subset1_Train_001", "Subset2_Train_007"}
+    assert "unreadable: Subset1_Train_083" in b.notes[1]
+    assert b.images[0].shape == (256, 256, 3) and b.images[0].mean() == pytest.approx(180, abs=2)
+
+
+def slide(path, mpp=0.25, tissue=(0, 512), side=1024):
+    """A small Aperio-like slide: textured tissue in columns `tissue` of a bright background."""
+    rng = np.random.default_rng(0)
+    image = np.full((side, side, 3), 240, np.uint8)
+    image[:, tissue[0]:tissue[1]] = np.clip(rng.normal((170, 90, 150), 25, (side, tissue[1] - tissue[0], 3)), 0, 255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, image, tile=(256, 256), compression="jpeg", photometric="rgb",
+                     description=f"Aperio Image Library v12.0\r\n{side}x{side}|AppMag = 40" + (f"|MPP = {mpp}" if mpp else ""))
+
+
+def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_out(tmp_path):
+    root = tmp_path / "data" / "benchmarks" / "tp53"
+    slide(root / "slides" / "uuid-1" / "TCGA-A1-0001-01Z-00-DX1.0A-1B.svs")
+    slide(tmp_path / "data" / "slides" / "brca" / "TCGA-A1-0001-01Z-00-DX2.FF.svs")
+    slide(tmp_path / "data" / "slides" / "brca" / "TCGA-B2-0002-01Z-00-DX1.CC.svs", mpp=None)
+    slide(tmp_path / "data" / "slides" / "brca" / "TCGA-C3-0003-01Z-00-DX1.DD.svs")
+    table(root / "tcga-brca-tp53.csv", [
+        {"slide_id": "TCGA-A1-0001-01Z-00-DX1", "patient": "TCGA-A1-0001", "label": "MUT"},
+        {"slide_id": "TCGA-A1-0001-01Z-00-DX2", "patient": "TCGA-A1-0001", "label": "MUT"},
+        {"slide_id": "TCGA-B2-0002-01Z-00-DX1", "patient": "TCGA-B2-0002", "label": "WT"},
+        {"slide_id": "TCGA-ZZ-0009-01Z-00-DX1", "patient": "TCGA-ZZ-0009", "label": "WT"}])
+    b, = load("tp53", root)
+    assert b.groups == ["TCGA-A1-0001", "TCGA-A1-0001", "TCGA-B2-0002"] and b.labels.tolist() == [1, 1, 0]
+    assert b.notes == ["1 labels without a slide", "1 slides without a label left out"]
+    stack = b.images[0]
+    assert len(stack) == 8 and stack[0].shape == (256, 256, 3)   # half of a 4 x 4 grid is tissue
+    assert stack[0].mean() < 160
+    with pytest.raises(OSError, match="mpp"):   # named and counted as unreadable, not fatal
+        b.images[2]
+
+
+def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
+    root = tmp_path / "chimera"
+    for patient, recurrence in [("1003", "1.0"), ("1010", "0.0"), ("1011", "0.0"), ("1012", None)]:
+        path = root / "task1" / "clinical_data" / f"{patient}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"BCR": recurrence, "time_to_follow-up/BCR": 12.0}))
+    for patient, n in [("1003", 2), ("1010", 1), ("1012", 1)]:
+        for i in range(1, n + 1):
+            slide(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}.tif", side=512)
+            picture(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}_tissue.tif")
+    b, = load("chimera", root)
+    assert b.ids == ["1003_1.tif", "1003_2.tif", "1010_1.tif"] and b.groups == ["1003", "1003", "1010"]
+    assert [b.classes[y] for y in b.labels] == ["recurrence", "recurrence", "no recurrence"]
+    assert any("1 slides without a label" in n for n in b.notes) and any("1 patients without slides" in n for n in b.notes)
+
+
+@pytest.mark.parametrize("name", list(evaluate.PUBLISHED))
+def test_a_wrong_layout_says_what_was_looked_for_and_what_is_there(tmp_path, name):
+    root = tmp_path / name
+    root.mkdir()
+    (root / "readme.txt").write_text("nothing")
+    with pytest.raises(UserError) as error:
+        load(name, root)
+    assert str(root) in str(error.value) and "readme.txt" in str(error.value) and "*" in str(error.value) + "*.csv"
+
+
+def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
+    (tmp_path / "benchmarks" / "idc" / "8863").mkdir(parents=True)
+    text = evaluate.list_benchmarks(tmp_path)
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert set(evaluate.PUBLISHED) <= set(lines)
+    assert " found " in lines["idc"] and " missing " in lines["bracs"] and "CC BY 4.0" in lines["breakhis"]
+    assert "zenodo" in lines["tils"] and "slide" in lines["chimera"]
