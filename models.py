@@ -94,6 +94,7 @@ All take 224 x 224 RGB. prefix: tokens before the patch tokens (class token, reg
 beside the mean of the patch tokens, registers left out. log in: sources disagree whether terms must be accepted.
 UNI and UNI2-h forbid models trained on their outputs; H-optimus-0 and Hibou are Apache-2.0. H-optimus-0 was trained
 at 0.5 µm/px, G2L distils it at 0.25. Weights: the hub's cache and token, or --weights [NAME=]FILE, FOLDER, random."""
+SAVE_SECONDS = 30  # between two saves of finished features
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -238,7 +239,7 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else entry.precision if entry else BF16
 
-    net = _build(architecture, args, name, weights)
+    net = _build(architecture, args, name, empty=not loaded and (entry is not None or weights != "random"), hub=loaded)
     net.pretrained_cfg = {**net.pretrained_cfg, **cfg}
     if weights == "random" and entry:
         _randomize(net, name)
@@ -257,8 +258,12 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
     return model
 
 
-def _build(architecture: str, args: dict, name: str, weights: str | None) -> nn.Module:
-    """The timm network without its classifier. Its initial weights depend on the name alone, or have no storage yet."""
+def _build(architecture: str, args: dict, name: str, *, empty: bool, hub: bool = False) -> nn.Module:
+    """The timm network without its classifier.
+
+    Its weights are random and depend on the name alone, or timm's own from the hub, or, if `empty` is allowed and the
+    network permits it, have no storage yet.
+    """
     import timm
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -266,10 +271,8 @@ def _build(architecture: str, args: dict, name: str, weights: str | None) -> nn.
                         f"{'; near it are ' + ', '.join(close) if close else ''}")
     # Drawing random numbers for a billion weights that are then replaced takes half a minute. timm's plain ViTs hold no
     # buffers beside their weights, so they can be built without storage; other networks are built in full.
-    plain = timm.models.model_entrypoint(architecture).__module__ == "timm.models.vision_transformer"
-    hub = name.startswith("timm:") and weights is None
-    meta = plain and not hub and (weights != "random" or name in REGISTRY)
-    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else contextlib.nullcontext():
+    empty = empty and timm.models.model_entrypoint(architecture).__module__ == "timm.models.vision_transformer"
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else contextlib.nullcontext():
         torch.manual_seed(zlib.crc32(name.encode()))
         with _explained(name, f"https://huggingface.co/timm/{architecture}") if hub else contextlib.nullcontext():
             try:
@@ -317,14 +320,13 @@ def differences(state: dict, expected: dict) -> str:
 
 def identify(state: dict) -> list[str]:
     """Names of the registry's models whose architecture these weights (any known layout) fit exactly."""
-    state, built, fits = to_timm(state), {}, []
+    state, fits = to_timm(state), []
+    width = state["pos_embed"].shape[-1] if "pos_embed" in state else 0
     for name, entry in REGISTRY.items():
-        kind = json.dumps([entry.timm, entry.args])
-        if kind not in built:  # on the meta device: half a second and no memory each
+        if width == entry.args.get("embed_dim", 1536 if entry.timm == SWIGLU else 1024):  # building takes half a second
             args = dict(img_size=224, init_values=1e-5, global_pool="token", **entry.args)
-            built[kind] = not differences(state, _build(entry.timm, args, name, "").state_dict())
-        if built[kind]:
-            fits.append(name)
+            if not differences(state, _build(entry.timm, args, name, empty=True).state_dict()):
+                fits.append(name)
     return fits
 
 
@@ -438,16 +440,15 @@ def _harmless(args: dict, path: Path) -> dict:
 def hub_file(name: str) -> Path:
     """The weight file of a registry model: from the hub's cache, or fetched into it with the hub's token."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-    repository, absent = REGISTRY[name].hub, []
-    for file in WEIGHT_FILES:
-        with _explained(name, f"https://huggingface.co/{repository}"):
-            try:
-                return Path(hf_hub_download(repository, file))
-            except EntryNotFoundError as error:  # not there, or neither in the cache nor to be reached
-                absent.append(error)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    repository, absent, cut_off = REGISTRY[name].hub, EntryNotFoundError(name), False
     with _explained(name, f"https://huggingface.co/{repository}"):
-        raise absent[-1]
+        for file in WEIGHT_FILES:
+            try:
+                return Path(hf_hub_download(repository, file, local_files_only=cut_off))
+            except EntryNotFoundError as error:  # not there, or neither in the cache nor to be reached
+                absent, cut_off = error, isinstance(error, LocalEntryNotFoundError)
+        raise absent
 
 
 @contextlib.contextmanager
@@ -677,14 +678,14 @@ def extract_features(model: Model, source: Sequence, *, batch_size: int | None =
         images = _Images(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
         loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=workers,
                                              pin_memory=device.type == "cuda")
-        saved, save_at = set(), time.monotonic() + 30
+        saved, save_at = set(), time.monotonic() + SAVE_SECONDS
         with _progress(len(source), len(done[0]), world, progress if rank == 0 else "none") as tick:
             for i, row, problems in _embed(model, loader, batch_size, device):
                 rows[i] = (row, problems)
                 tick()
-                if cache and time.monotonic() > save_at:
+                if cache and time.monotonic() >= save_at:
                     _save_rows(Path(cache), stamp, {i: rows[i] for i in rows if i not in saved})
-                    saved, save_at = set(rows), time.monotonic() + 30
+                    saved, save_at = set(rows), time.monotonic() + SAVE_SECONDS
         if cache and len(rows) > len(saved):
             _save_rows(Path(cache), stamp, {i: rows[i] for i in rows if i not in saved})
     rows.update(known)
