@@ -107,7 +107,12 @@ def augment(images: torch.Tensor, crop: int, params: Params | torch.Generator | 
             if host.blur[i]:
                 out[i:i + 1] = gaussian_blur(out[i:i + 1], one.sigma)
         return out
-    out = torch.stack(views).float().div_(255)
+    return _together(torch.stack(views).float().div_(255), params)
+
+
+def _together(out: torch.Tensor, params: Params) -> torch.Tensor:
+    """Jitter and blur those of the images (B, 3, H, W) that are to be, in as few operations as there are kinds."""
+    device = out.device
     for chosen, operation, values in ((params.jitter, color_jitter, (params.factors, params.order)),
                                       (params.blur, gaussian_blur, (params.sigma,))):
         rows = chosen.nonzero().flatten()
@@ -167,7 +172,8 @@ def adjust_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
     hue = torch.where(high == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    hue = torch.where(high == r, g - b, hue).div_(torch.where(chroma == 0, 1, chroma)).add_(6 * shift.view(-1, 1, 1)).remainder_(6)
+    hue = torch.where(high == r, g - b, hue).div_(torch.where(chroma == 0, 1, chroma))
+    hue = hue.add_(6 * shift.view(-1, 1, 1)).remainder_(6)
     out = torch.empty_like(x)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
         weight = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
@@ -225,12 +231,12 @@ class Batches(torch.utils.data.Dataset):
 
 
 def hold_out(index, fraction: float, seed: int) -> np.ndarray:
-    """bool (slides,): slides of a seeded `fraction` of the patients, at least one patient; none of fewer than 4."""
+    """bool (slides,): slides of a seeded `fraction` of the patients: at least 2 of 8 or more, 1 of 4, none of fewer."""
     patients = list(index.patients)
     held: set[str] = set()
     if fraction > 0 and len(patients) >= 4:
         order = np.random.default_rng([seed, 0x4E1D]).permutation(len(patients))
-        held = {patients[i] for i in order[:max(1, round(fraction * len(patients)))]}
+        held = {patients[i] for i in order[:max(1 + (len(patients) >= 8), round(fraction * len(patients)))]}
     return np.array([tile.patient_of(name) in held for name in index.slides], bool)
 
 
@@ -242,17 +248,17 @@ class Heldout:
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         slides = np.flatnonzero((held if held.any() else ~held) & (counts > 0))
         rng = np.random.default_rng([seed, 0xE7A1])
-        patches, margin, failures = [], (index.patch_size - crop) // 2, 0
-        while len(patches) < count and failures < count and len(slides):
-            slide = rng.choice(slides)
+        drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
+        chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
+        patches, margin, problem = [], (index.patch_size - crop) // 2, "there are no more"
+        for i in chosen:
             try:
-                patch = index.read(int(starts[slide] + rng.integers(counts[slide])))
-                patches.append(patch[margin:margin + crop, margin:margin + crop])
-            except PatchError:
-                failures += 1
+                patches.append(index.read(i)[margin:margin + crop, margin:margin + crop])
+            except PatchError as error:
+                problem = str(error)
         if len(patches) < 4:
-            raise UserError(f"--eval-patches: only {len(patches)} of {count} held-out patches can be read; "
-                            "check that the slides are where tile.py found them (--slides)")
+            raise UserError(f"--eval-patches {count}: only {len(patches)} held-out patches can be read ({problem}); "
+                            "if the slides have moved, say where they are by --slides")
         self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         self.batch = batch
         self.teacher = self.features(teacher)
@@ -383,7 +389,7 @@ class StopRule:
 
 
 class Step:
-    """Teacher, student, optimizer, and what one optimisation step does with them. Nothing in it waits for the device."""
+    """Teacher, student and optimizer, and what one optimisation step does with them without waiting for the device."""
 
     def __init__(self, teacher, distiller, args, device, precision, world=1, mark=lambda name: None):
         self.teacher, self.distiller, self.args, self.device, self.mark = teacher, distiller, args, device, mark
@@ -457,6 +463,8 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, however the process ends
         except OSError:
             raise UserError(f"{folder}: another process trains this run; wait for it or give another --name") from None
+        for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
+            left.unlink()
 
     def config(self) -> dict:
         """What config.json of an earlier start says; {} if there is none."""
@@ -646,10 +654,6 @@ class Readings:
 
 def train(args: argparse.Namespace) -> int:
     """Train, or go on training, and export the student. Returns the exit status."""
-    received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))  # the loop sees it after the step
-
     rank, world, device = models.setup_distributed(args.device)
     main, cuda = rank == 0, device.type == "cuda"
     precision = pick_precision(args.precision, device)
@@ -709,11 +713,11 @@ def train(args: argparse.Namespace) -> int:
     if state:
         distiller.load_state_dict(state["distiller"])
     step_of = Step(teacher, distiller, args, device, precision, world)
-    best, drawn, unreadable, first, spent = {}, 0, 0, 0, 0.0
+    best, drawn, unreadable, first, spent, ended = {}, 0, 0, 0, 0.0, ""
     if state:
         step_of.optimizer.load_state_dict(state["optimizer"])
         stop.load_state_dict(state["stop"])
-        best, first, spent = state["best"], state["step"], state["seconds"]
+        best, first, spent, ended = state["best"], state["step"], state["seconds"], state["ended"]
         drawn, unreadable = state["drawn"], state["unreadable"][rank]
         torch.set_rng_state(state["random"][rank]["cpu"])
         if cuda and state["random"][rank]["cuda"] is not None:
@@ -740,12 +744,12 @@ def train(args: argparse.Namespace) -> int:
     images = world * args.accumulate * args.batch_size
     say(f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
         f"({student.parameters_count / 1e6:,.1f} M parameters); {images} patches a step, {steps} steps; "
-        f"{str(precision).removeprefix('torch.')} on {describe_device(device)}; {step_flops / 1e9:,.1f} GFLOP a step and "
-        f"rank, matmul ceiling {ceiling / 1e12:,.2f} TFLOP/s")
+        f"{str(precision).removeprefix('torch.')} on {describe_device(device)}; {step_flops / 1e9:,.1f} GFLOP a step "
+        f"and rank, matmul ceiling {ceiling / 1e12:,.2f} TFLOP/s")
 
     every = args.eval_every or max(1, min(500, steps // 10))
     readings, progress = Readings(device, world), Progress(steps, first, step_flops, ceiling, images)
-    done, ended, saved = first, "", time.monotonic()
+    done, saved = first, time.monotonic()
 
     def measure(step: int) -> None:
         if not main:
@@ -769,7 +773,7 @@ def train(args: argparse.Namespace) -> int:
             step = stop.steps + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(f"step {step}: the loss is {loss} and the gradient norm {norm}. The last checkpoint is "
-                                "from before; lower --lr, set --grad-clip 1 or take --precision fp32, in another --name")
+                                "older; lower --lr, set --grad-clip 1 or take --precision fp32, under another --name")
             if stop.update(loss) and not ended:
                 ended = f"stop rule ({args.stop}) at step {step}"
             lines.append({"step": step, "loss": loss, "lr": cosine(args.lr, args.lr_end, step - 1, steps),
@@ -793,14 +797,17 @@ def train(args: argparse.Namespace) -> int:
         problem = run.save({"step": done, "identity": identity, "distiller": distiller.state_dict(),
                             "optimizer": step_of.optimizer.state_dict(), "stop": stop.state_dict(), "best": best,
                             "random": random, "drawn": drawn, "unreadable": failures,
-                            "seconds": spent + progress.seconds})
+                            "seconds": spent + progress.seconds, "ended": "" if ended == "signal" else ended})
         if problem:
             progress.note(f"checkpoint of step {done} not written ({problem}); the one before stays, training goes on")
 
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: received.append(number))  # seen after a step, on all ranks at once
     if first == 0:
         measure(0)
     while done < steps and not ended:
-        batches = []
+        batches, due = [], False
         for _ in range(args.accumulate):
             images, params, failures = next(loader)
             drawn += args.batch_size
@@ -820,20 +827,18 @@ def train(args: argparse.Namespace) -> int:
         if done % readings.block == 0 or done == steps:
             readings.send()
             collect(readings.receive())
-            due = args.checkpoint_minutes > 0 and time.monotonic() - saved > 60 * args.checkpoint_minutes
-            due, caught = _any([main and due, bool(received)], world)
-            if caught:
-                ended = "signal"
-            elif due:
-                save()
-        if done % every == 0 or done == steps:
+            late = args.checkpoint_minutes > 0 and time.monotonic() - saved > 60 * args.checkpoint_minutes
+            due, caught = _any([main and late, bool(received)], world)
+            ended = "signal" if caught else ended
+        if done % every == 0 or done == steps or (ended and ended != "signal"):
             measure(done)
-        if args.checkpoint_steps and done % args.checkpoint_steps == 0 and done < steps and not ended:
+        if (due or (args.checkpoint_steps and done % args.checkpoint_steps == 0)) and done < steps and not ended:
             save()
     save()
+    progress.end()
     if main:
         run.draw_loss()
-    progress.end()
+        run.board.close()
     if ended == "signal":
         say(f"stopped by {signal.Signals(received[0]).name if received else 'a signal'} at step {done}; "
             "run the same command to go on")
@@ -859,9 +864,9 @@ def finish(args, run: Run, teacher, student, index, done: int, ended: str, best:
     except OSError as error:
         raise UserError(f"{run.folder / 'student'}: not written ({error}); make room and run the same command again, "
                         "which exports from the checkpoint") from None
-    print(f"{ended or 'done'}: held-out CKA to the teacher {best['before']:.4f} before, {best['last']:.4f} after {done} "
-          f"steps\nstudent: {run.folder / 'student'}\nloss curve: {run.folder / 'loss.png'}; patches as the models see "
-          f"them: {run.folder / 'augmented.png'}", flush=True)
+    print(f"{ended or 'done'}: held-out CKA to the teacher {best['before']:.4f} before and {best['last']:.4f} after "
+          f"{done} steps\nloss curve: {run.folder / 'loss.png'}; patches as the models see them: "
+          f"{run.folder / 'augmented.png'}\nstudent: {run.folder / 'student'}", flush=True)
 
 
 class Progress:
@@ -1078,8 +1083,8 @@ def profile(args: argparse.Namespace) -> int:
     index = Synthetic(args.crop * 8 // 7)
     workers = default_workers(args.workers, device)
     images, ceiling = args.batch_size * args.accumulate, matmul_ceiling(device, precision)
-    print(f"{describe_device(device)}, torch {torch.__version__}, {str(precision).removeprefix('torch.')}; measured matmul "
-          f"ceiling {ceiling / 1e12:,.2f} TFLOP/s; {workers} loading processes, batch {args.batch_size}"
+    print(f"{describe_device(device)}, torch {torch.__version__}, {str(precision).removeprefix('torch.')}; measured "
+          f"matmul ceiling {ceiling / 1e12:,.2f} TFLOP/s; {workers} loading processes, batch {args.batch_size}"
           f"{f' x {args.accumulate}' if args.accumulate > 1 else ''}, crop {args.crop}", flush=True)
 
     def clock() -> float:
@@ -1088,8 +1093,8 @@ def profile(args: argparse.Namespace) -> int:
         return time.perf_counter()
 
     def report(name: str, parts: dict[str, list[float]], step: float, flops: float) -> None:
-        print(f"\n{name}: {1000 * step:,.1f} ms a step, {images / step:,.1f} images/s, {flops / images / 1e9:,.2f} GFLOP an "
-              f"image, MFU {flops / step / ceiling:.1%} of the ceiling" +
+        print(f"\n{name}: {1000 * step:,.1f} ms a step, {images / step:,.1f} images/s, "
+              f"{flops / images / 1e9:,.2f} GFLOP an image, MFU {flops / step / ceiling:.1%} of the ceiling" +
               (f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:,.1f} GiB" if cuda else ""))
         total = sum(statistics.median(times) for times in parts.values())
         for part, times in parts.items():
@@ -1190,7 +1195,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--slides", help="folder of the slides, where they are not where tile.py found them")
     group.add_argument("--runs", default="runs", help="folder of runs")
     group.add_argument("--name", help="name of the run; by default cancer and student")
-    group.add_argument("--teacher", default="h-optimus-0", help="a name from `python models.py`, timm:NAME, or a folder")
+    group.add_argument("--teacher", default="h-optimus-0", help="a name that models.py lists, timm:NAME, or a folder")
     group.add_argument("--student", default="hibou-l", help="likewise")
     group = parser.add_argument_group("recipe (defaults: the paper's, where it says)")
     group.add_argument("--max-steps", type=int, default=10_000, help="optimizer steps; the cosine schedules span them")
@@ -1217,7 +1222,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="one log over the batch, or one per sample and their mean")
     group.add_argument("--tokens", choices=("cls", "all"), default="cls",
                        help="compare embeddings, or the class and all patch tokens (ViTs with equal patch size)")
-    group.add_argument("--sync", action="store_true", help="batch-norm statistics and sum of the loss over all ranks")
+    group.add_argument("--sync", action="store_true", help="statistics and sum of the loss over all ranks, and "
+                       "on GPUs the statistics of batch norm inside the student")
     group = parser.add_argument_group("when to stop")
     group.add_argument("--stop", choices=("consecutive", "cumulative", "off"), default="consecutive",
                        help="how to count steps whose loss exceeds the mean of the last --stop-window")
@@ -1266,10 +1272,21 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         return profile(args) if args.profile else train(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error}; what was saved before is whole: mend it and run the same command again")
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or "onnection" not in str(error):
+            raise
+        return _fail("another rank ended, so this one does too; its message says why")
     finally:
         _end_workers()
+
+
+def _fail(message: str) -> int:
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error: {rank}{message}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":
