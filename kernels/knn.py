@@ -38,7 +38,8 @@ def knn(
     neighbours are admissible the rest are -1 at distance infinity.
     """
     _check(base, k, query, groups, query_groups, metric)
-    distance, index, _ = _search(base, k, query, groups, query_groups, metric)
+    run = _search_op if torch.compiler.is_compiling() else _search  # the operator's first call imports Dynamo: seconds
+    distance, index, _ = run(base.detach(), k, None if query is None else query.detach(), groups, query_groups, metric)
     return (distance, index) if return_distance else index
 
 
@@ -87,6 +88,7 @@ def _check(base, k, query, groups, query_groups, metric):
 SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
 PANEL = 2048  # columns of scores at a time: with QUERIES rows they stay in a core's own cache
 QUERIES = 192
+CACHED = 2**17  # fp64 values of the rescan at a time
 SET = 8  # rows per set of the screen
 SINGLE = 8192  # up to here sets of one row: selection costs less than looking into the sets
 
@@ -114,11 +116,17 @@ def _operands(base, query, metric, unit):
 
 def _exact(base, query, rows, candidates, metric):
     """Squared distance (euclidean) or twice the distance (cosine) in fp64 of query[rows] (R,) to base[candidates] (R, C)."""
-    a, b = query[rows].double().unsqueeze(1), base[candidates].double()
-    if metric == "euclidean":
-        return (b - a).square_().sum(-1)
-    norms = a.norm(dim=-1) * b.norm(dim=-1)
-    return 2 - 2 * (a * b).sum(-1) / norms.masked_fill(norms == 0, 1)
+    width = candidates.shape[1] * base.shape[1]
+    distances = []
+    for part, chosen in zip(rows.split(max(1, CACHED // width)), candidates.split(max(1, CACHED // width)), strict=True):
+        a = query.index_select(0, part).double().unsqueeze(1)
+        b = base.index_select(0, chosen.flatten()).double().view(*chosen.shape, base.shape[1])
+        if metric == "euclidean":
+            distances.append(b.sub_(a).square_().sum(-1))
+        else:
+            norms = a.norm(dim=-1) * b.norm(dim=-1)
+            distances.append(2 - 2 * (a * b).sum(-1) / norms.masked_fill(norms == 0, 1))
+    return torch.cat(distances)
 
 
 def _ordered(distance, index, k):
@@ -156,8 +164,8 @@ def _reference(base, k, query, groups, query_groups, metric):
     # Column j of a panel of width w is a member of set j % (w / size): one pass of vector minima finds each set's least.
     panel = min(PANEL, -(-n // size) * size)
     padded = -(-n // panel) * panel
-    columns = b.new_zeros(b.shape[1], padded)
-    columns[:, :n] = b.T
+    if padded > n:
+        b = torch.cat((b, b.new_zeros(padded - n, b.shape[1])))
     bias = bias_b.new_full((padded,), float("inf"))
     bias[:n] = bias_b
     per_panel = panel // size
@@ -175,7 +183,7 @@ def _reference(base, k, query, groups, query_groups, metric):
             masked[:n].masked_fill_(groups == label, float("inf"))
         for start in range(0, padded, panel):
             score, part = scores[:count], slice(start, start + panel)
-            torch.addmm(masked[part], block, columns[:, part], alpha=-2, out=score)
+            torch.addmm(masked[part], block, b[part].T, alpha=-2, out=score)
             if alone:
                 inside = (rows >= start) & (rows < start + panel)
                 score[inside, rows[inside] - start] = float("inf")
@@ -191,7 +199,8 @@ def _reference(base, k, query, groups, query_groups, metric):
         else:
             first = sets // per_panel * panel + sets % per_panel
             candidates = (first.unsqueeze(2) + members).flatten(1)
-            inner = torch.bmm(columns.T[candidates], block.unsqueeze(2)).squeeze(2)
+            inner = torch.bmm(
+                b.index_select(0, candidates.flatten()).view(*candidates.shape, -1), block.unsqueeze(2)).squeeze(2)
             lower = torch.where(_admissible(candidates, rows, alone, groups, labels, n), bias[candidates] - 2 * inner,
                                 float("inf"))
             bound, best = lower.topk(kept, dim=1, largest=False)
@@ -203,10 +212,10 @@ def _reference(base, k, query, groups, query_groups, metric):
         distances[rows, :found], indices[rows, :found] = nearest, index.masked_fill(nearest.isinf(), -1)
         redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1]) | dropped.isinf())
     again = redone.nonzero().squeeze(1)
-    for rows in again.split(max(1, 2**22 // n)):
+    for rows in again.split(max(1, 2**22 // n)) if len(again) else ():
         limit = distances[rows, found - 1].to(torch.float64)
         nearest, index = _redo(base, queries, rows, found, limit, alone, groups, labels, metric,
-                               lambda part: bias_q[part, None] + torch.addmm(bias[:n], q[part], columns[:, :n], alpha=-2))
+                               lambda part: bias_q[part, None] + torch.addmm(bias[:n], q[part], b[:n].T, alpha=-2))
         distances[rows, :found], indices[rows, :found] = nearest, index
     if metric == "cosine":
         distances.div_(2).clamp_(min=0)
@@ -230,9 +239,7 @@ def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
     every = torch.arange(n, device=base.device).expand(len(rows), n)
     possible = _admissible(every, rows, alone, groups, labels, n) & (lower(rows) <= limit.unsqueeze(1))
     row, column = possible.nonzero(as_tuple=True)
-    step = max(1, 2**24 // base.shape[1])
-    distance = torch.cat([_exact(base, queries, rows[r], c.unsqueeze(1), metric).squeeze(1)
-                          for r, c in zip(row.split(step), column.split(step), strict=True)])
+    distance = _exact(base, queries, rows[row], column.unsqueeze(1), metric).squeeze(1)
     order = distance.argsort(stable=True)  # ties stay in the order of nonzero: by index
     order = order[row[order].argsort(stable=True)]
     row, column, distance = row[order], column[order], distance[order]
@@ -248,7 +255,6 @@ def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
 # --- operator -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("g2l::knn", mutates_args=())
 def _search(
     base: torch.Tensor, k: int, query: torch.Tensor | None, groups: torch.Tensor | None,
     query_groups: torch.Tensor | None, metric: str,
@@ -262,7 +268,10 @@ def _search(
         return knn_triton.search(base, k, query, groups, query_groups, metric)
 
 
-@_search.register_fake
+_search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
+
+
+@_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
     rows = (base if query is None else query).shape[0]
     distances = base.new_empty(rows, k, dtype=torch.float64 if base.dtype == torch.float64 else torch.float32)
