@@ -249,6 +249,8 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
     if input_size and input_size != net.pretrained_cfg["input_size"][-1]:
         _resize_input(net, args, name, input_size)
     net._model_args = args
+    if net.pretrained_cfg.get("crop_mode", "center") not in ("center", "squash"):
+        raise UserError(f"{name}: its crop mode {net.pretrained_cfg['crop_mode']!r} is not supported")
     if embedding is None:
         embedding = "cls" if getattr(net, "global_pool", None) == "token" else "pool"
     model = Model(net, name=name, embedding=embedding, dtype=dtype, weights=str(weights or "hub"), metadata=metadata)
@@ -421,20 +423,17 @@ def read_config(folder: Path) -> tuple[str, dict, dict, str | None, dict]:
         if "model_type" in config and "architecture" not in config:
             raise UserError(f"{path}: in transformers' format, not timm's; name the model and give this folder as its "
                             f"weights: --weights NAME={folder}")
-        architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
-        cfg = {**config, **(config.get("pretrained_cfg") or {})}
+        args, found = dict(config.get("model_args") or {}), {**config, **(config.get("pretrained_cfg") or {})}
         keep = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier")
-        return (architecture, _harmless(args, path), {k: cfg[k] for k in keep if cfg.get(k) is not None},
-                config.get("embedding"), dict(config.get("g2l") or {}))
+        cfg = {k: found[k] for k in keep if found.get(k) is not None}
+        for k, kind in (("input_size", int), ("mean", float), ("std", float)):
+            if k in cfg and (len(cfg[k]) != 3 or not all(kind(v) > 0 for v in cfg[k])):
+                raise ValueError(f"{k} is {cfg[k]}")
+        if bad := sorted(k for k in args if k.startswith(("pretrained", "checkpoint", "cache"))):
+            raise UserError(f"{path}: model_args may not hold {', '.join(bad)}, which make timm read other files")
+        return str(config["architecture"]), args, cfg, config.get("embedding"), dict(config.get("g2l") or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a timm configuration ({type(error).__name__}: {error})") from None
-
-
-def _harmless(args: dict, path: Path) -> dict:
-    """Constructor arguments from a file, refused where they could make timm read or fetch something else."""
-    if bad := sorted({k for k in args if k.startswith(("pretrained", "checkpoint", "cache"))}):
-        raise UserError(f"{path}: model_args may not hold {', '.join(bad)}; remove them")
-    return args
 
 
 def hub_file(name: str) -> Path:

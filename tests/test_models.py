@@ -299,6 +299,10 @@ def test_weights_of_every_kind_give_the_same_model(tiny, tmp_path):
     torch.save(heads, tmp_path / "training.pth")
     for file in ("", "model.safetensors", "w.bin", "w.pt", "old.pth", "training.pth"):
         assert load_model(tiny, str(tmp_path / file)).fingerprint == model.fingerprint
+    with torch.no_grad():  # training goes on in memory, not in the file
+        for p in load_model(tiny, str(tmp_path)).parameters():
+            p.add_(1)
+    assert load_model(tiny, str(tmp_path)).fingerprint == model.fingerprint
     state["norm.bias"] = state["norm.bias"] + 1e-6
     save_file(state, tmp_path / "model.safetensors")
     assert load_model(tiny, str(tmp_path)).fingerprint != model.fingerprint
@@ -324,6 +328,8 @@ def test_folders_that_are_no_student(tmp_path, tiny):
                        ('{"architecture": "hf-hub:evil/net"}', "no architecture"),
                        ('{"architecture": "test_vit", "model_args": {"nonsense": 1}}', "cannot build"),
                        ('{"architecture": "test_vit", "model_args": {"checkpoint_path": "/x"}}', "may not hold"),
+                       ('{"architecture": "test_vit", "mean": [0.5]}', "mean is"),
+                       ('{"architecture": "test_vit", "std": [1, 1, 0]}', "std is"),
                        ('{"architecture": "test_vit"}', "no weights in this folder")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=says):
@@ -349,7 +355,7 @@ def test_parse_weights(tmp_path):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A local server with the hub's interface for resolving files; `hub.files` maps path to bytes or to a fault."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
