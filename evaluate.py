@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,37 +56,116 @@ class Benchmark:
         """The rows where the boolean mask `keep` (N,) holds; classes stay as they are."""
         rows = np.flatnonzero(keep)
         pick = lambda values: [values[i] for i in rows]  # noqa: E731
-        return Benchmark(self.name, self.level, Rows(self.images, rows), pick(self.ids), self.labels[rows],
-                         self.classes, pick(self.groups), pick(self.centers) if self.centers else None, notes=self.notes)
+        return replace(self, images=Rows(self.images, rows), ids=pick(self.ids), labels=self.labels[rows],
+                       groups=pick(self.groups), centers=pick(self.centers) if self.centers else None)
 
 
-class Rows(Sequence):
+class Source(Sequence):
+    """Images read when asked for; `files`, one per item, are watched for changes; `rule` says how they are cut."""
+
+    rule = ""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Rows(Source):
     """Some rows of another image source, in the given order."""
 
     def __init__(self, source: Sequence, rows: np.ndarray):
-        self.source, self.rows = source, rows
-        self.files = [source.files[i] for i in rows] if len(getattr(source, "files", ())) == len(source) else []
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        files = getattr(source, "files", None) or [Path()] * len(source)
+        super().__init__([files[i] for i in rows])
+        self.source, self.rows, self.rule = source, rows, getattr(source, "rule", "")
 
     def __getitem__(self, i: int):
         return self.source[self.rows[i]]
 
 
-class ImageFiles(Sequence):
-    """Image files as (H, W, 3) uint8 arrays, each read when asked for; sides below `side` px are padded to it."""
+class ImageFiles(Source):
+    """Image files as (H, W, 3) uint8 arrays; sides below `side` px are padded to it."""
 
-    def __init__(self, files: list[Path], side: int = 1):
-        self.files, self.side = files, side
-
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, files: Sequence[Path], side: int = 1):
+        super().__init__(files)
+        self.side = side
 
     def __getitem__(self, i: int) -> np.ndarray:
         from PIL import Image
         with Image.open(self.files[i]) as image:
             return pad(np.array(image.convert("RGB")), self.side)
+
+
+class Regions(ImageFiles):
+    """Images larger than a patch, as stacks (n, side, side, 3) of the patches of a centred grid without overlap.
+
+    A side shorter than a patch is first padded to it by repeating its edge; what is left over by the grid is not used.
+    """
+
+    def __init__(self, files: Sequence[Path], side: int = 224):
+        super().__init__(files, side)
+        self.rule = f"grid {side}"
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image, s = super().__getitem__(i), self.side
+        top, left = (image.shape[0] % s) // 2, (image.shape[1] % s) // 2
+        rows, columns = image.shape[0] // s, image.shape[1] // s
+        image = image[top:top + rows * s, left:left + columns * s]
+        return image.reshape(rows, s, columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
+
+
+class Squares(Source):
+    """Squares of `size` level-0 pixels cut from slides or large images at (file, x, y), read as `side` pixels.
+
+    One file stays open, as neighbours in the list share it.
+    """
+
+    def __init__(self, squares: Sequence[tuple[Path, int, int]], size: int, side: int | None = None):
+        super().__init__([file for file, _, _ in squares])
+        self.squares, self.size, self.side, self.rule = squares, size, side or size, f"squares {size}"
+        self.slide = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"slide": None}   # open files do not travel to workers
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        file, x, y = self.squares[i]
+        if self.slide is None or self.slide.path != file:
+            self.slide = open_slide(file)
+        return self.slide.read(x, y, self.size, self.side)
+
+
+class SlidePatches(Source):
+    """Whole slides, each as a lazy stack of its tissue patches, found as tile.py finds them."""
+
+    def __init__(self, files: Sequence[Path], mpp: float = 0.25, patch_size: int = 256):
+        super().__init__(files)
+        self.mpp, self.patch_size, self.rule = mpp, patch_size, f"tissue {patch_size} at {mpp}"
+
+    def __getitem__(self, i: int) -> Squares:
+        from tile import tile_slide
+        with open_slide(self.files[i]) as slide:
+            try:
+                tiling = tile_slide(slide, mpp=self.mpp, patch_size=self.patch_size)
+            except UserError as error:   # skipped: named, counted and passed over like any unreadable image
+                raise OSError(f"{slide.name}: {error}") from error
+        return Squares([(self.files[i], int(x), int(y)) for x, y in tiling.coords], tiling.size0, tiling.patch_size)
+
+
+def open_slide(file: Path):
+    """tile.Slide of a file; what it cannot open raises OSError, so that it counts as an unreadable image."""
+    from tile import Slide
+    try:
+        return Slide(file)
+    except UserError as error:
+        raise OSError(str(error)) from error
+
+
+def pad(image: np.ndarray, side: int) -> np.ndarray:
+    """`image` with both sides at least `side`: what is missing repeats the edge, half on each end."""
+    lack = [max(0, side - n) for n in image.shape[:2]]
+    return np.pad(image, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="edge") if any(lack) else image
 
 
 def load_folder(folder: Path) -> Benchmark:
@@ -138,92 +217,6 @@ def load_folder(folder: Path) -> Benchmark:
 
 # ---------------------------------------------------------------------------------------------- published benchmarks
 
-class Regions(Sequence):
-    """Images larger than a patch, as stacks (n, side, side, 3) of the patches of a centred grid without overlap.
-
-    A side shorter than a patch is first padded to it by repeating its edge; what is left over by the grid is not used.
-    """
-
-    def __init__(self, files: list[Path], side: int = 224):
-        self.files, self.side, self.rule = files, side, f"grid {side}"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        image, s = pad(ImageFiles(self.files)[i], self.side), self.side
-        top, left = (image.shape[0] % s) // 2, (image.shape[1] % s) // 2
-        rows, columns = image.shape[0] // s, image.shape[1] // s
-        image = image[top:top + rows * s, left:left + columns * s]
-        return image.reshape(rows, s, columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
-
-
-class SlidePatches(Sequence):
-    """Whole slides, each as a lazy stack of its tissue patches, found as tile.py finds them.
-
-    A slide that tile.py would skip or fail raises OSError here, so that it is named, counted and passed over.
-    """
-
-    def __init__(self, files: list[Path], mpp: float = 0.25, patch_size: int = 256):
-        self.files, self.mpp, self.patch_size, self.rule = files, mpp, patch_size, f"tissue {patch_size} at {mpp}"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Stack:
-        from tile import Slide, tile_slide
-        try:
-            slide = Slide(self.files[i])
-            tiling = tile_slide(slide, mpp=self.mpp, patch_size=self.patch_size)
-        except UserError as error:
-            raise OSError(str(error)) from error
-        return Stack(slide, tiling.coords, tiling.size0, tiling.patch_size)
-
-
-class Stack(Sequence):
-    """Patches (side, side, 3) of one open slide at level-0 coordinates (N, 2)."""
-
-    def __init__(self, slide, coords: np.ndarray, size: int, side: int):
-        self.slide, self.coords, self.size, self.side = slide, coords, size, side
-
-    def __len__(self) -> int:
-        return len(self.coords)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.slide.read(*map(int, self.coords[i]), self.size, self.side)
-
-
-class Squares(Sequence):
-    """Squares of `side` pixels cut from large images or slides; an open one is kept, as neighbours in the list share it."""
-
-    def __init__(self, squares: list[tuple[Path, int, int]], side: int):
-        self.squares, self.side, self.rule = squares, side, f"squares {side}"
-        self.files = [file for file, _, _ in squares]
-        self._open: tuple = (None, None)
-
-    def __len__(self) -> int:
-        return len(self.squares)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": (None, None)}   # open files do not travel to workers
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        from tile import Slide
-        file, x, y = self.squares[i]
-        if self._open[0] != file:
-            try:
-                self._open = file, Slide(file)
-            except UserError as error:
-                raise OSError(str(error)) from error
-        return self._open[1].read(x, y, self.side, self.side)
-
-
-def pad(image: np.ndarray, side: int) -> np.ndarray:
-    """`image` with both sides at least `side`: what is missing repeats the edge, half on each end."""
-    lack = [max(0, side - n) for n in image.shape[:2]]
-    return np.pad(image, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="edge") if any(lack) else image
-
-
 def make(name: str, level: str, images: Sequence, rows: list[tuple[str, str, str]], classes: Sequence[str], root: Path,
          notes: Sequence[str] = (), source: str = "") -> Benchmark:
     """A Benchmark from rows (id, class, group). `root`/patients.csv (group,patient), if there, refines the groups."""
@@ -259,8 +252,9 @@ def load_tils(root: Path, cache: Path) -> list[Benchmark]:
     stray = [f for f in (table.parent / "images-tcga-tils" / "brca").rglob("*.png")
              if f.relative_to(table.parent).as_posix() not in known]
     notes = [f"{len(stray)} images without a line in the table left out"] if stray else []
-    return [make("tils", "patch", ImageFiles([table.parent / r["path"] for r in rows]),
-                 [(r["path"], r["label"], r["barcode"][:12]) for r in rows], ["til-negative", "til-positive"], root, notes)]
+    images = ImageFiles([table.parent / r["path"] for r in rows])
+    rows = [(r["path"], r["label"], r["barcode"][:12]) for r in rows]
+    return [make("tils", "patch", images, rows, ["til-negative", "til-positive"], root, notes)]
 
 
 def load_tp53(root: Path, cache: Path) -> list[Benchmark]:
@@ -268,10 +262,11 @@ def load_tp53(root: Path, cache: Path) -> list[Benchmark]:
     with open(table[0], newline="", encoding="utf-8-sig") as file:
         labels = list(csv.DictReader(file))
     if not labels or not {"slide_id", "label"} <= set(labels[0]):
-        raise UserError(f"{table[0]}: columns slide_id,label[,patient] expected, found {', '.join(labels[0]) or 'none'}")
+        raise UserError(f"{table[0]}: expected the columns slide_id,label[,patient] and at least one row")
     slides = {f.name.split(".")[0]: f for folder in (root, root.parent.parent / "slides" / "brca") if folder.is_dir()
               for f in sorted(folder.rglob("*.svs"))}
-    rows = [(r["slide_id"], r["label"], r.get("patient") or r["slide_id"][:12]) for r in labels if r["slide_id"] in slides]
+    rows = [(r["slide_id"], r["label"], r.get("patient") or r["slide_id"][:12]) for r in labels
+            if r["slide_id"] in slides]
     notes = [f"{len(labels) - len(rows)} labels without a slide"] if len(rows) < len(labels) else []
     if len(slides) > len(rows):   # not the same as wild type: nobody sequenced them
         notes.append(f"{len(slides) - len(rows)} slides without a label left out")
@@ -291,7 +286,8 @@ def load_idc(root: Path, cache: Path) -> list[Benchmark]:
 def load_bracs(root: Path, cache: Path) -> list[Benchmark]:
     files = [f for f in find(root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png") if f.parents[1].name in
              ("train", "val", "test")]
-    rows = [(f"{f.parents[1].name}/{f.name}", f.parent.name.split("_", 1)[1], "BRACS_" + f.name.split("_")[1]) for f in files]
+    rows = [(f"{f.parents[1].name}/{f.name}", f.parent.name.split("_", 1)[1], "BRACS_" + f.name.split("_")[1])
+            for f in files]
     return [make("bracs", "region", Regions(files), rows, ["N", "PB", "UDH", "FEA", "ADH", "DCIS", "IC"], root)]
 
 
@@ -301,10 +297,10 @@ def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
              if (m := name.fullmatch(f.name))]
     # Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so neither is used.
     kept = [(f, m) for f, m in found if not m[3].endswith("-13412")]
-    result = []
+    subtypes, result = ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"), []
     for zoom in ("40", "100", "200", "400"):
         part = [(f, m) for f, m in kept if m[5] == zoom]
-        for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"))):
+        for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, subtypes)):
             result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]),
                                [(f.name, m[column], m[3]) for f, m in part], classes, root,
                                [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC)"],
@@ -312,22 +308,21 @@ def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
     return result
 
 
-def squares(cache: Path, name: str, files: list[Path], shares: Callable[[], Iterable[tuple[Path, np.ndarray]]],
-            side: int) -> tuple[list[tuple[Path, int, int]], np.ndarray]:
-    """Squares of which one class covers at least half, and their class, from the class shares (C, rows, columns) of each image.
+GLEASON = ["benign", "G3", "G4", "G5"]
+VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}   # of Gleason2019's maps; 6 is a slip that most readers take for benign
+VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}       # of Arvaniti's palette masks; 4 is ignored
 
-    Squares without such a class, or with two (overlapping masks), are left out. Kept in `cache` until a file changes.
-    """
-    path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], side)
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("key") != key:
-        rows = []
-        for file, share in shares():
-            for r, c in np.argwhere((share >= 0.5).sum(0) == 1):
-                rows.append([str(file), int(c) * side, int(r) * side, int(share[:, r, c].argmax())])
-        known = {"key": key, "rows": rows}
-        write_text(path, json.dumps(known))
-    return [(Path(f), x, y) for f, x, y, _ in known["rows"]], np.array([r[3] for r in known["rows"]], np.int64)
+
+def majority(maps: Sequence[np.ndarray], values: dict[int, int]) -> np.ndarray:
+    """Class map (H, W) on which most of the experts who drew agree, -1 where none drew or two classes tie."""
+    table = np.full(256, -1)
+    table[list(values)] = list(values.values())
+    votes = np.zeros((4, *maps[0].shape), np.uint8)
+    for drawn in maps:
+        for c in range(4):
+            votes[c] += table[drawn] == c
+    second, first = np.sort(votes, 0)[-2:]
+    return np.where(first > second, votes.argmax(0), -1)
 
 
 def shares_in(classes: np.ndarray, n: int, side: int) -> np.ndarray:
@@ -337,89 +332,67 @@ def shares_in(classes: np.ndarray, n: int, side: int) -> np.ndarray:
     return np.stack([(blocks == c).mean((1, 3)) for c in range(n)])
 
 
-GLEASON = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}   # values of Gleason2019; 6 is a slip of the pen, read as benign by most
+def grid(name: str, shares: Iterable[tuple[Path, np.ndarray]], files: Sequence[Path], classes: list[str],
+         group: Callable[[Path], str], notes: list[str], root: Path, cache: Path, side: int = 256) -> Benchmark:
+    """Squares of which one class covers at least half, from the class shares (C, rows, columns) of every image.
+
+    Squares without such a class, or with two (overlapping masks), are left out. Kept in `cache` until a file changes.
+    """
+    path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], side)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("key") != key:
+        found = [(str(file), int(c) * side, int(r) * side, int(share[:, r, c].argmax()))
+                 for file, share in shares for r, c in np.argwhere((share >= 0.5).sum(0) == 1)]
+        known = {"key": key, "rows": found, "notes": notes}
+        write_text(path, json.dumps(known))
+    where = [(Path(f), x, y) for f, x, y, _ in known["rows"]]
+    rows = [(f"{f.stem}_{x}_{y}", classes[row[3]], group(f))
+            for (f, x, y), row in zip(where, known["rows"], strict=True)]
+    return make(name, "patch", Squares(where, side), rows, classes, root, known["notes"])
 
 
-def majority(maps: Sequence[np.ndarray]) -> np.ndarray:
-    """Class map (H, W) on which most experts agree, -1 where none drew or two classes tie. Values by GLEASON."""
-    table = np.full(256, -1)
-    table[list(GLEASON)] = list(GLEASON.values())
-    votes = np.zeros((4, *maps[0].shape), np.uint8)
-    for drawn in maps:
-        classes = table[drawn]
-        for c in range(4):
-            votes[c] += classes == c
-    first, second = np.sort(votes, 0)[[-1, -2]]
-    return np.where(first > second, votes.argmax(0), -1)
-
-
-def load_gleason(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
-    """Gleason2019: cores of the training part (masks of the test part were never public), grouped by TMA slide."""
+def load_gleason(root: Path, cache: Path, zurich: bool = False) -> list[Benchmark]:
+    """Gleason2019 (training cores: masks of the others were never public) or Arvaniti et al. 2018, grouped by TMA."""
+    from PIL import Image
+    images = {f.stem: f for f in (find(root, "ZT*.jpg", "cores named ZT111_4_A_1_1.jpg") if zurich else
+                                  find(root, "slide*_core*.jpg", "cores, in `Train Imgs`"))}
     maps: dict[str, list[Path]] = {}
-    for f in find(root, "slide*_core*_classimg_nonconvex.png", "maps of the experts, in Maps1_T to Maps6_T"):
-        maps.setdefault(f.name.split("_classimg")[0], []).append(f)
-    images = {f.stem: f for f in find(root, "slide*_core*.jpg", "cores, in `Train Imgs`")}
-    pairs = {images[c]: maps[c] for c in sorted(maps) if c in images}
-    load = lambda f: np.asarray(Image.open(f).convert("L") if f.suffix != ".png" else Image.open(f))  # noqa: E731
-    from PIL import Image
-    def shares():
-        for image, drawn in pairs.items():
-            yield image, shares_in(majority([load(f) for f in drawn]), 4, side)
-    where, labels = squares(cache, "gleason", [*pairs, *(f for d in pairs.values() for f in d)], shares, side)
-    return [grid("gleason", where, labels, ["benign", "G3", "G4", "G5"], side, root, lambda f: f.stem.split("_")[0],
-                 [f"{len(pairs)} cores with maps, {len(images) - len(pairs)} without"])]
-
-
-def load_arvaniti(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
-    """The cores of Arvaniti et al. 2018, palette masks (0 benign, 1-3 Gleason 3-5, 4 ignored), grouped by TMA."""
-    from PIL import Image
-    masks: dict[str, Path] = {}
-    for f in find(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png"):
-        masks.setdefault(f.stem.split("_", 1)[1], f)   # of two pathologists (mask1_, mask2_) the first
-    images = {f.stem: f for f in find(root, "ZT*.jpg", "cores named ZT111_4_A_1_1.jpg")}
-    pairs = {images[c]: masks[c] for c in sorted(masks) if c in images}
-    def shares():
-        for image, mask in pairs.items():
-            yield image, shares_in(np.asarray(Image.open(mask)), 4, side)
-    where, labels = squares(cache, "gleason-arvaniti", [*pairs, *pairs.values()], shares, side)
-    return [grid("gleason-arvaniti", where, labels, ["benign", "G3", "G4", "G5"], side, root,
-                 lambda f: f.stem.split("_")[0], [f"{len(pairs)} cores with masks"])]
+    for f in (find(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png") if zurich else
+              find(root, "slide*_core*_classimg_nonconvex.png", "maps of the experts, in Maps1_T to Maps6_T")):
+        maps.setdefault(f.stem.split("_", 1)[1] if zurich else f.stem.split("_classimg")[0], []).append(f)
+    # of Arvaniti's two pathologists (mask1_, mask2_) the first, as its users do
+    pairs = {images[c]: maps[c][:1 if zurich else None] for c in sorted(maps) if c in images}
+    values = VALUES_ZURICH if zurich else VALUES_2019
+    shares = ((image, shares_in(majority([np.asarray(Image.open(f)) for f in drawn], values), 4, 256))
+              for image, drawn in pairs.items())
+    return [grid("gleason-arvaniti" if zurich else "gleason", shares, [*pairs, *(f for d in pairs.values() for f in d)],
+                 GLEASON, lambda f: f.stem.split("_")[0],
+                 [f"{len(pairs)} cores with maps, {len(images) - len(pairs)} without"], root, cache)]
 
 
 def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
     """AGGC 2022, subsets 1 and 2 (subset 3 repeats the same tissue on six scanners), grouped by slide."""
-    from tile import Slide
     classes = ["Stroma", "Normal", "G3", "G4", "G5"]
     images = {f.stem: f for f in find(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")}
     masks = {name: {f.stem.split("_")[0]: f for f in root.rglob(f"{name}/*_Mask.tif")} for name in images}
-    bad = []
+    notes = [f"{sum(map(bool, masks.values()))} of {len(images)} slides with masks"]
+
     def shares():
         for name, file in images.items():
             try:
-                with Slide(file) as slide:
+                with open_slide(file) as slide:
                     h, w = slide.height // side, slide.width // side
                 share = np.zeros((5, h, w))
                 for c, mask in masks[name].items():   # a missing mask: the class is absent
-                    with Slide(mask) as drawn:
+                    with open_slide(mask) as drawn:
                         if (drawn.height // side, drawn.width // side) != (h, w):
-                            raise UserError(f"{mask}: {drawn.width} x {drawn.height} px, not the size of its slide")
+                            raise OSError(f"{mask}: {drawn.width} x {drawn.height} px, not the size of its slide")
                         share[classes.index(c)] = drawn.area(0, 0, w * side, h * side, w, h)[..., 0] / 255
-            except (UserError, PatchError) as error:
-                bad.append(name)
-                print(f"aggc: left out {name}: {error}", file=sys.stderr)
-                continue
-            yield file, share
-    where, labels = squares(cache, "aggc", [*images.values(), *(f for m in masks.values() for f in m.values())], shares, side)
-    return [grid("aggc", where, labels, classes, side, root, lambda f: f.stem,
-                 [f"{sum(map(bool, masks.values()))} of {len(images)} slides with masks",
-                  *([f"unreadable: {', '.join(bad)}"] if bad else [])])]
-
-
-def grid(name: str, where: list[tuple[Path, int, int]], labels: np.ndarray, classes: list[str], side: int, root: Path,
-         group: Callable[[Path], str], notes: list[str]) -> Benchmark:
-    """A Benchmark of squares cut from larger images."""
-    rows = [(f"{f.stem}_{x}_{y}", classes[c], group(f)) for (f, x, y), c in zip(where, labels, strict=True)]
-    return make(name, "patch", Squares(where, side), rows, classes, root, notes)
+                yield file, share
+            except (OSError, PatchError) as error:
+                notes.append(f"{name} left out: {error}")
+    files = [*images.values(), *(f for m in masks.values() for f in m.values())]
+    return [grid("aggc", shares(), files, classes, lambda f: f.stem, notes, root, cache)]
 
 
 def load_chimera(root: Path, cache: Path) -> list[Benchmark]:
@@ -427,8 +400,8 @@ def load_chimera(root: Path, cache: Path) -> list[Benchmark]:
                if f.parent.name == "clinical_data"}
     slides = [f for f in find(root, "*.tif", "pathology/images/PID/PID_N.tif") if not f.stem.endswith("_tissue")]
     label = {"0.0": "no recurrence", "1.0": "recurrence", "0": "no recurrence", "1": "recurrence"}
-    rows = [(f.name, label[records[f.parent.name]], f.parent.name) for f in slides if records.get(f.parent.name) in label]
     kept = [f for f in slides if records.get(f.parent.name) in label]
+    rows = [(f.name, label[records[f.parent.name]], f.parent.name) for f in kept]
     lonely = sorted(set(records) - {f.parent.name for f in slides})
     notes = ["no recurrence may mean a short follow-up: the label is censored"]
     notes += [f"{len(slides) - len(kept)} slides without a label left out"] if len(kept) < len(slides) else []
@@ -451,21 +424,22 @@ class Published:
 PUBLISHED = {
     "tils": Published(load_tils, "patch", 2, "5,245 (breast)", "zenodo.org/records/6604094, TCGA-TILs.tar.gz",
                       "see the record"),
-    "tp53": Published(load_tp53, "slide", 2, "511 slides", "GDC diagnostic slides (python tile.py --cancer brca --download) "
-                      "and a table slide_id,label[,patient]", "TCGA open access"),
+    "tp53": Published(load_tp53, "slide", 2, "511 slides", "GDC diagnostic slides (tile.py --cancer brca --download), "
+                      "a table slide_id,label[,patient]", "TCGA open access"),
     "idc": Published(load_idc, "patch", 2, "277,524 (198,738 / 78,786)", "kaggle.com paultimothymooney/"
                      "breast-histopathology-images", "see Kaggle"),
     "bracs": Published(load_bracs, "region", 7, "4,539 (paper 4,537)", "bracs.icar.cnr.it, BRACS_RoI after its form",
                        "CC BY-NC 4.0"),
     "breakhis": Published(load_breakhis, "region", 8, "7,909 (2,480 / 5,429)",
                           "inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz", "CC BY 4.0"),
-    "gleason": Published(load_gleason, "patch", 4, "77,364 of 331 cores (244 public)", "gleason2019.grand-challenge.org "
-                         "after registration", "see the challenge"),
-    "gleason-arvaniti": Published(load_arvaniti, "patch", 4, "886 cores", "doi.org/10.7910/DVN/OCYCMP", "CC0"),
+    "gleason": Published(load_gleason, "patch", 4, "77,364 of 331 cores (244 public)",
+                         "gleason2019.grand-challenge.org after registration", "see the challenge"),
+    "gleason-arvaniti": Published(functools.partial(load_gleason, zurich=True), "patch", 4, "886 cores",
+                                  "doi.org/10.7910/DVN/OCYCMP", "CC0"),
     "aggc": Published(load_aggc, "patch", 5, "156,130 (142 slides with masks)", "aggc22.grand-challenge.org after "
                       "registration", "CC BY-NC-SA 4.0"),
-    "chimera": Published(load_chimera, "slide", 2, "190 slides, 95 patients", "s3://chimera-challenge/v2/task1, anonymous",
-                         "see the challenge"),
+    "chimera": Published(load_chimera, "slide", 2, "190 slides, 95 patients",
+                         "s3://chimera-challenge/v2/task1, anonymous", "see the challenge"),
 }
 
 
@@ -536,7 +510,8 @@ def card(name: str, results: Path, *, weights: str | None = None, **options) -> 
     model = _load(name, weights, tuple(sorted(options.items())))
     known = {"key": key, "name": name, "display": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
              "parameters": model.parameters_count, "input_size": model.input_size, "metadata": model.metadata,
-             "embedding": model.embedding, "weights": weights or "hub", "ms_per_image": milliseconds(model)}
+             "embedding": model.embedding, "weights": weights or ("its own" if Path(name).exists() else "hub"),
+             "ms_per_image": milliseconds(model)}
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
 
@@ -595,16 +570,17 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
         array = np.ascontiguousarray(array, dtype=np.float32)
     lost, named = np.flatnonzero(~np.isfinite(array).all(1)), {i for i, _ in errors}
     if errors and rank == 0:
-        print(f"{benchmark.name}: unreadable ({len(errors)} of {len(benchmark)}; {len(named & set(lost))} wholly), first:\n"
+        print(f"{benchmark.name}: {len(lost)} of {len(benchmark)} unreadable, {len(named) - len(lost)} partly, first:\n"
               + "\n".join(f"  {benchmark.ids[i]}: {why}" for i, why in errors[:5]), file=sys.stderr)
     broken = sorted(set(lost) - named)
     if broken:
-        raise UserError(f"{display(name)}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or infinite, "
-                        f"first {benchmark.ids[broken[0]]}; check the weights (python models.py NAME --check FILE), or "
-                        "use --precision fp32")
+        raise UserError(f"{display(name)}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
+                        f"infinite, first {benchmark.ids[broken[0]]}; check the weights (python models.py NAME --check "
+                        "FILE), or use --precision fp32")
     if len(lost) > max_unreadable * len(array):
         raise UserError(f"{benchmark.name}: {len(lost)} of {len(array)} images cannot be read, first "
-                        f"{benchmark.ids[lost[0]]} ({dict(errors)[lost[0]]}); mend them, or allow more by --max-unreadable")
+                        f"{benchmark.ids[lost[0]]} ({dict(errors)[lost[0]]}); mend them, or allow more by "
+                        "--max-unreadable")
     if not fresh and rank == 0:
         names = json.dumps({"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes,
                             "errors": errors, "key": key, "fingerprint": about["fingerprint"]})
@@ -624,7 +600,7 @@ def record(results: Path, rows: list[dict], same: Sequence[str] = ("model", "ben
                                                                    "seed", "other", "k", "class", "center")) -> None:
     """Put `rows` into results/metrics.jsonl, replacing earlier rows that agree with a new one in all fields of `same`.
 
-    A field that a row lacks counts as None. Whole or not at all, and safe when several processes write.
+    A field that a row lacks counts as None; NaN becomes null. Whole or not at all; safe when several processes write.
     """
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
@@ -632,7 +608,9 @@ def record(results: Path, rows: list[dict], same: Sequence[str] = ("model", "ben
     with locked(results / ".metrics.lock"):
         new = {identity(row) for row in rows}
         kept = [row for row in read_metrics(results) if identity(row) not in new]
-        write_text(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept + rows))
+        finite = [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+                  for row in rows]
+        write_text(results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept + finite))
 
 
 def read_metrics(results: Path) -> list[dict]:
@@ -675,7 +653,8 @@ def split(labels: np.ndarray, groups: Sequence[str], n: int, seed: int = 0, grou
     return fold
 
 
-def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
+def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50,
+             device: str = "cpu") -> list[tuple[np.ndarray, np.ndarray]]:
     """For each array of row numbers: mean (D,) and leading principal axes (D, d) of all *other* rows, d <= dims.
 
     One pass over the data: scatter(others) = scatter(all) - scatter(part) - shift of the mean. With fewer rows than
@@ -689,7 +668,8 @@ def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50) -> list[tup
     n, width = x.shape
     feature_side = width <= n - max(map(len, parts))
     if feature_side:
-        scatter = lambda y: covariance(torch.from_numpy(y)).numpy() * (len(y) - 1) if len(y) > 1 else 0.0  # noqa: E731
+        scatter = lambda y: (covariance(torch.from_numpy(y).to(device)).cpu().numpy() * (len(y) - 1)  # noqa: E731
+                             if len(y) > 1 else 0.0)
         total = scatter(x)
     else:
         gram = x @ x.T
@@ -733,13 +713,13 @@ def knn_predict(x: np.ndarray, labels: np.ndarray, fold: np.ndarray, n_classes: 
     predicted, neighbors = np.empty(len(x), np.int64), np.full((len(x), k), -1)
     tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)).to(device)  # noqa: E731
     if pca == "all":   # one search serves all folds: neighbours of the own fold are masked
-        (mean, axis), = pca_axes(x, [np.empty(0, int)], dims)
+        (mean, axis), = pca_axes(x, [np.empty(0, int)], dims, device)
         distance, index = knn(tensor((x - mean) @ axis), k, groups=torch.from_numpy(fold).to(device),
                               return_distance=True)
         neighbors[:] = index.cpu().numpy()
         return vote(np.where(neighbors < 0, -1, labels[neighbors]), distance.cpu().numpy(), n_classes), neighbors
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
-    for test, (mean, axis) in zip(tests, pca_axes(x, tests, dims), strict=True):
+    for test, (mean, axis) in zip(tests, pca_axes(x, tests, dims, device), strict=True):
         rest = np.setdiff1d(np.arange(len(x)), test)
         z = (x - mean) @ axis
         distance, index = knn(tensor(z[rest]), min(k, len(rest)), tensor(z[test]), return_distance=True)
@@ -868,13 +848,14 @@ def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str],
             blocks = [times[i:i + chunk][:, group[a["test"]]] for i in range(0, len(times), chunk)]
             each.append(np.concatenate([macro_auc(a["scores"], y, w) - macro_auc(b["scores"], y, w) for w in blocks]))
         result["probe"] = np.mean(each, 0)
-    return {name: (float(v[0]), *np.nanpercentile(v[1:], [2.5, 97.5]).tolist()) for name, v in result.items()}
+    return {name: (float(v[0]), *np.nanpercentile(v[1:], [2.5, 97.5]).tolist()) for name, v in result.items()
+            if np.isfinite(v[0])}
 
 
 # ---------------------------------------------------------------------------------------------- one benchmark
 
 def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Namespace) -> None:
-    """All protocols for all models on one benchmark into metrics.jsonl, and its pictures; what is there already is kept.
+    """All protocols for all models on one benchmark into metrics.jsonl, and its pictures; what is there is kept.
 
     x: features by model name; rows of NaN are unreadable images.
     """
@@ -893,14 +874,14 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
         elif args.cards[name]["metadata"].get("teacher") and not args.cards[name]["metadata"].get("patients"):
             notes.append(f"the cohort of {display(name)} is not recorded: shared patients cannot be found")
     if not keep.any():
-        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps the patients that a "
-                        "student has seen")
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps the patients "
+                        "that a student has seen")
     benchmark, x = benchmark.subset(keep), {name: f[keep] for name, f in x.items()}
     labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
     present = np.bincount(labels, minlength=n_classes)
     if (present > 0).sum() < 2:
-        raise UserError(f"{benchmark.name}: all {len(labels)} images are of class {benchmark.classes[labels[0]]}; two classes "
-                        "are needed to tell anything apart")
+        raise UserError(f"{benchmark.name}: all {len(labels)} images are of class {benchmark.classes[labels[0]]}; two "
+                        "classes are needed to tell anything apart")
     patients = [len({g for g, y in zip(groups, labels, strict=True) if y == c}) for c in range(n_classes)]
     thin = [f"{benchmark.classes[c]} ({patients[c]})" for c in range(n_classes) if 0 < patients[c] < 5]
     if thin:
@@ -908,8 +889,8 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
     if len(set(groups)) < args.folds:
         notes.append(f"{len(set(groups))} groups: as many folds at most" + ("; too few for the probe's 6:2:2"
                                                                         if len(set(groups)) < 5 else ""))
-    settings = digest([args.k, args.pca_dims, args.pca, args.folds, args.seeds, args.paper_splits], benchmark.ids, groups,
-                      labels.tolist(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    settings = digest([args.k, args.pca_dims, args.pca, args.folds, args.seeds, args.paper_splits], benchmark.ids,
+                      groups, labels.tolist(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
     base, predictions, keys, device = {"benchmark": benchmark.name}, {}, {}, str(args.device_used)
     for name in x:
         path = Path(args.results) / "predictions" / safe(display(name)) / f"{safe(benchmark.name)}.npz"
@@ -929,7 +910,7 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
         for row in cka_rows(x, groups, args.teacher, device):
             rows.append(base | row | {"model": display(row["model"]), "other": display(row["other"])})
         ends = [n for n in (args.teacher, args.baseline) if n in x]
-        for name, other in [(n, o) for n in x for o in ends if n != o and not (n == args.teacher and o == args.baseline)]:
+        for name, other in [(n, o) for n in x for o in ends if n not in (o, args.teacher)]:
             for kind, (value, low, high) in paired(predictions[name], predictions[other], labels, groups).items():
                 rows.append(base | {"model": display(name), "protocol": "paired", "metric": kind, "value": value,
                                     "other": display(other), "low": low, "high": high})
@@ -937,7 +918,8 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
                             "level": benchmark.level, "classes": benchmark.classes, "counts": present.tolist(),
                             "groups": len(set(groups)), "class_groups": patients, "notes": notes, "marked": marked})
         record(args.results, rows)
-    if not args.no_pictures and (new or not (Path(args.results) / "pictures" / f"cka-{safe(benchmark.name)}.png").is_file()):
+    seen = Path(args.results) / "pictures" / f"confusion-{safe(benchmark.name)}.png"
+    if not args.no_pictures and (new or not seen.is_file()):
         draw_benchmark(benchmark, predictions, args)
 
 
@@ -997,42 +979,38 @@ def load_predictions(path: Path, key: str) -> dict | None:
         if str(data["key"]) != key:
             return None
         seeds = sorted(int(n[5:]) for n in data if n.startswith("test_"))
-        return {"knn": data["knn"], "neighbors": data["neighbors"],
-                "probe": [{"seed": s, "test": data[f"test_{s}"], "scores": data[f"scores_{s}"], "C": float(data[f"C_{s}"])}
-                          for s in seeds]}
+        probes = [{"seed": s, "C": float(data[f"C_{s}"]), "test": data[f"test_{s}"], "scores": data[f"scores_{s}"]}
+                  for s in seeds]
+        return {"knn": data["knn"], "neighbors": data["neighbors"], "probe": probes}
 
 
 # ---------------------------------------------------------------------------------------------- tables and pictures
 
 # Tables 1 and 2 of arXiv 2510.11176, as far as a public digest of the paper (papernotes, AAAI 2026) gives them; where
 # our reference notes hold the same figure they agree. What is not here was not seen.
-PAPER = {
-    "cka": {"bracs": {"before": 0.7594, "after": 0.9683}, "breakhis-40x": {"before": 0.8909, "after": 0.9558},
-            "breakhis-100x": {"before": 0.9147, "after": 0.9686}, "breakhis-200x": {"before": 0.9230, "after": 0.9734},
-            "breakhis-400x": {"before": 0.8995, "after": 0.9575}},
-    "knn": {"tils": {"G2L": 0.9362, "h-optimus-0": 0.9344, "uni2-h": 0.9291, "hibou-l": 0.9214},
-            "tp53": {"G2L": 0.6904, "h-optimus-0": 0.6598, "uni2-h": 0.6542, "hibou-l": 0.6504},
-            "idc": {"G2L": 0.9232, "h-optimus-0": 0.9141, "uni2-h": 0.9165, "hibou-l": 0.9074},
-            "gleason": {"G2L": 0.8988, "h-optimus-0": 0.8994, "uni2-h": 0.8678, "hibou-l": 0.8124},
-            "aggc": {"G2L": 0.9243, "h-optimus-0": 0.9226, "uni2-h": 0.9170, "hibou-l": 0.8788},
-            "chimera": {"G2L": 0.7657, "h-optimus-0": 0.7663, "uni2-h": 0.7605, "hibou-l": 0.7184}},
-    "probe": {"tils": {"G2L": 0.9838, "h-optimus-0": 0.9822, "uni2-h": 0.9788, "hibou-l": 0.9827},
-              "tp53": {"G2L": 0.8046, "h-optimus-0": 0.7603, "uni2-h": 0.6795, "hibou-l": 0.7085},
-              "idc": {"G2L": 0.9796, "h-optimus-0": 0.9778, "uni2-h": 0.9756, "hibou-l": 0.9488},
-              "gleason": {"G2L": 0.9841, "h-optimus-0": 0.9846, "uni2-h": 0.9790, "hibou-l": 0.9708},
-              "aggc": {"G2L": 0.9958, "h-optimus-0": 0.9955, "uni2-h": 0.9956, "hibou-l": 0.9921},
-              "chimera": {"G2L": 0.852, "uni2-h": 0.865, "uni": 0.857}},
-}
+PAPER = {protocol: {row.split()[0]: {model: float(value) for model, value in zip(models, row.split()[1:], strict=True)
+                                     if value != "-"} for row in rows} for protocol, models, rows in [
+    ("cka", ("hibou-l", "G2L"), ["bracs 0.7594 0.9683", "breakhis-40x 0.8909 0.9558", "breakhis-100x 0.9147 0.9686",
+                                 "breakhis-200x 0.9230 0.9734", "breakhis-400x 0.8995 0.9575"]),
+    ("knn", ("G2L", "h-optimus-0", "uni2-h", "hibou-l"), [
+        "tils 0.9362 0.9344 0.9291 0.9214", "tp53 0.6904 0.6598 0.6542 0.6504", "idc 0.9232 0.9141 0.9165 0.9074",
+        "gleason 0.8988 0.8994 0.8678 0.8124", "aggc 0.9243 0.9226 0.9170 0.8788",
+        "chimera 0.7657 0.7663 0.7605 0.7184"]),
+    ("probe", ("G2L", "h-optimus-0", "uni2-h", "hibou-l", "uni"), [
+        "tils 0.9838 0.9822 0.9788 0.9827 -", "tp53 0.8046 0.7603 0.6795 0.7085 -", "idc 0.9796 0.9778 0.9756 0.9488 -",
+        "gleason 0.9841 0.9846 0.9790 0.9708 -", "aggc 0.9958 0.9955 0.9956 0.9921 -",
+        "chimera 0.852 - 0.865 - 0.857"])]}
 
 
 def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
     """(protocol, metric, model, benchmark[, other]) -> mean, standard deviation and number over folds or seeds."""
     found: dict[tuple, list[float]] = {}
     for row in read_metrics(results):
-        key = (row["protocol"], row["metric"], row["model"], row["benchmark"], *([row["other"]] if "other" in row else []))
-        found.setdefault(key, []).append(row["value"])
-    return {key: (float(np.nanmean(v)), float(np.nanstd(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-            for key, v in found.items() if np.isfinite(v).any()}
+        key = (row["protocol"], row["metric"], row["model"], row["benchmark"])
+        if row["value"] is not None:
+            found.setdefault((*key, row["other"]) if "other" in row else key, []).append(row["value"])
+    return {key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+            for key, v in found.items()}
 
 
 def families(names: Sequence[str]) -> dict[str, list[str]]:
@@ -1062,73 +1040,82 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
     """The paper's own figure for this model and benchmark, or an empty string where none was found."""
     meta = about.get(model, {})
-    is_g2l = meta.get("teacher") == "h-optimus-0" and meta.get("student") == "hibou-l"
-    name = ("after" if is_g2l else "before" if model == "hibou-l" else "") if protocol == "cka" else \
-        "G2L" if is_g2l else model
-    value = PAPER[protocol].get(benchmark.replace("breakhis-binary", "breakhis"), {}).get(name)
+    name = "G2L" if meta.get("teacher") == "h-optimus-0" and meta.get("student") == "hibou-l" else model
+    value = PAPER.get(protocol, {}).get(benchmark.replace("breakhis-binary", "breakhis"), {}).get(name)
     return f" (paper {value:.3f})" if value else ""
 
 
 def write_tables(args: argparse.Namespace) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
-    results, models, about = args.results, [display(n) for n in args.models], {}
-    mean = means(results)
-    for row in read_metrics(results):
-        if row["protocol"] == "model":
-            about[row["model"]] = row.get("metadata", {})
-    data = {r["benchmark"]: r for r in read_metrics(results) if r["protocol"] == "data"}
-    names = [n for n in [b.name for b in args.found] if n in data]
-    teacher = display(args.teacher) if args.teacher else None
-    rows = []
-    average = lambda keys: np.mean([mean[k][0] for k in keys]) if all(k in mean for k in keys) else None  # noqa: E731
-    others = [m for m in models if m != teacher]
-    for label, members in families(names).items():
-        cells, values = [], []
-        for m in others:
-            value, se, biased, floor = (average([("cka", metric, m, b, teacher) for b in members])
-                                        for metric in ("unbiased", "se", "biased", "floor"))
-            values.append(value)
-            cells.append("–" if value is None else f"{value:.3f} ± {se:.3f} · {biased:.3f} [{floor:.3f}]"
-                         + (paper_value("cka", m, label, about) if len(members) == 1 else ""))
-        rows.append([label, str(sum(data[b]["value"] for b in members)), *ranked(values, cells)])
-    one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over ten parts of whole groups) · "
-           "biased CKA [the biased value that remains when the rows of one side are shuffled: its chance level]. "
-           "The unbiased value of unrelated features is 0. Embeddings as used downstream, before the projector. "
-           "Bold: best, underlined: second.\n\n" + markdown(["benchmark", "images", *others], rows)) if teacher else ""
-    two = ["# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or the data set's best proxy) "
-           "on one side. Bold: best, underlined: second; a difference counts only where the paired comparison below says so."]
-    kinds = [("knn", "accuracy", f"kNN accuracy (PCA {args.pca_dims}, k = {args.k}, majority vote), mean ± sd over folds"),
-             ("knn", "balanced accuracy", "kNN balanced accuracy over all folds together"),
-             ("probe", "auc", "Linear probe AUC (6:2:2; one-vs-rest macro for more than two classes), mean ± sd over seeds"),
-             ("probe", "balanced accuracy", "Linear probe balanced accuracy, mean ± sd over seeds")]
-    if any(key[0] == "knn-ungrouped" for key in mean):
-        kinds += [("knn-ungrouped", "accuracy", "kNN accuracy, folds ungrouped: images of one patient on both sides "
-                   "(leaks; for comparison with the paper only)"),
-                  ("probe-ungrouped", "auc", "Linear probe AUC, ungrouped (leaks; for comparison with the paper only)")]
+    rows, mean, models = read_metrics(args.results), means(args.results), [display(n) for n in args.models]
+    about = {r["model"]: r["metadata"] for r in rows if r["protocol"] == "model"}
+    data = {r["benchmark"]: r for r in rows if r["protocol"] == "data"}
+    sources = {b.name: [o.source for o in args.found[:i] if o.source] for i, b in enumerate(args.found)}
+    names, teacher = [b.name for b in args.found], display(args.teacher) if args.teacher in args.models else None
+
+    def average(members: list[str], *key: str, column: int = 0) -> float | None:
+        """Mean over benchmarks of mean (column 0) or standard deviation (1); key: protocol, metric, model[, other]."""
+        keys = [(*key[:3], b, *key[3:]) for b in members]
+        return float(np.mean([mean[k][column] for k in keys])) if all(k in mean for k in keys) else None
+
+    def lines(protocol: str, columns: list[str], chance: Callable, cell: Callable) -> list[list[str]]:
+        """A row per benchmark: name, chance, and the ranked cells (value, text) of the models."""
+        table = []
+        kept = [b.name for b in args.found if protocol != "cka" or b.source not in sources.get(b.name, ())]
+        for label, members in families(kept).items():
+            cells = [cell(members, m) for m in columns]
+            texts = ["–" if v is None else t + (paper_value(protocol, m, label, about) if len(members) == 1 else "")
+                     + (" ⚠" if any(m in data[b]["marked"] for b in members) else "")
+                     for m, (v, t) in zip(columns, cells, strict=True)]
+            table.append([label, chance(members), *ranked([v for v, _ in cells], texts)])
+        return table
+
+    def alignment(members: list[str], m: str) -> tuple[float | None, str]:
+        value, se, biased, floor = (average(members, "cka", part, m, teacher)
+                                    for part in ("unbiased", "se", "biased", "floor"))
+        return value, "" if value is None else f"{value:.3f} ± {se:.3f} · {biased:.3f} [{floor:.3f}]"
+
+    one, others = "", [m for m in models if m != teacher]
+    if teacher and others:
+        table = lines("cka", others, lambda members: str(sum(data[b]["value"] for b in members)), alignment)
+        one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over ten parts of whole "
+               "groups) · biased CKA [what remains of it when the rows of one side are shuffled: its chance level]. "
+               "Unrelated features have an unbiased CKA of 0. Embeddings as used downstream, before the projector. "
+               "Bold: best, underlined: second.\n\n" + markdown(["benchmark", "images", *others], table))
+        write_text(Path(args.results) / "table1.md", one)
+
+    two = ["# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or the data set's best "
+           "proxy) on one side. Bold: best, underlined: second; a difference counts only where the paired comparison "
+           "below says so." + (" ⚠: the student has seen some of the patients." if any(data[b]["marked"] for b in names)
+                               else "")]
+    knn = f"kNN (PCA {args.pca_dims}, k = {args.k}, majority vote)"
+    kinds = [("knn", "accuracy", f"{knn}: accuracy, mean ± sd over folds"),
+             ("knn", "balanced accuracy", f"{knn}: balanced accuracy of all folds together"),
+             ("probe", "auc", "Linear probe (6:2:2): AUC (macro one-vs-rest), mean ± sd over seeds"),
+             ("probe", "balanced accuracy", "Linear probe (6:2:2): balanced accuracy, mean ± sd over seeds")]
+    if args.paper_splits:
+        kinds += [(f"{protocol}-ungrouped", metric, f"{title}, ungrouped: a patient on both sides (leaks; only to "
+                   "compare with published numbers)") for protocol, metric, title in (kinds[0], kinds[2])]
     for protocol, metric, title in kinds:
-        rows = []
-        for label, members in families(names).items():
-            guess = average([(protocol, "majority", models[0], b) for b in members]) if metric == "accuracy" else \
-                0.5 if metric == "auc" else np.mean([1 / sum(c > 0 for c in data[b]["counts"]) for b in members])
-            values = [average([(protocol, metric, m, b) for b in members]) for m in models]
-            spread = [average([(protocol, metric, m, b) for b in members]) is not None
-                      and np.mean([mean[(protocol, metric, m, b)][1] for b in members]) for m in models]
-            texts = ["–" if v is None else f"{v:.3f}" + (f" ± {s:.3f}" if s else "")
-                     + (paper_value(protocol, m, label, about) if metric in ("accuracy", "auc") and protocol in PAPER else "")
-                     for m, v, s in zip(models, values, spread, strict=True)]
-            rows.append([label, "–" if guess is None else f"{guess:.3f}", *ranked(values, texts)])
+        def chance(members: list[str], protocol: str = protocol, metric: str = metric) -> str:
+            value = average(members, protocol, "majority", models[0]) if metric == "accuracy" else \
+                0.5 if metric == "auc" else np.mean([1 / np.count_nonzero(data[b]["counts"]) for b in members])
+            return "–" if value is None else f"{value:.3f}"
+
+        def cell(members: list[str], m: str, protocol: str = protocol, metric: str = metric) -> tuple:
+            value, sd = (average(members, protocol, metric, m, column=column) for column in (0, 1))
+            return value, "" if value is None else f"{value:.3f}" + (f" ± {sd:.3f}" if sd else "")
+        table = lines(protocol if metric in ("accuracy", "auc") else "", models, chance, cell)
         two.append(f"## {title}\n\n" + markdown(
-            ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], rows))
-    rows = [[r["benchmark"], r["model"], r["other"], {"knn": "kNN accuracy", "probe": "probe AUC"}[r["metric"]],
-             f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)]
-            for r in read_metrics(results) if r["protocol"] == "paired" and r["benchmark"] in names and r["model"] in models]
-    if rows:
+            ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], table))
+    table = [[r["benchmark"], r["model"], r["other"], {"knn": "kNN accuracy", "probe": "probe AUC"}[r["metric"]],
+              f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)] for r in rows
+             if r["protocol"] == "paired" and r["benchmark"] in names and {r["model"], r["other"]} <= set(models)]
+    if table:
         two.append("## Paired differences\n\nModel minus other, with the 95 % interval over 1,000 resamplings of whole "
-                   "groups.\n\n" + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], rows))
+                   "groups.\n\n" + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], table))
     two = "\n\n".join(two)
-    if one:
-        write_text(Path(results) / "table1.md", one)
-    write_text(Path(results) / "table2.md", two)
+    write_text(Path(args.results) / "table2.md", two)
     return one + "\n\n" + two
 
 
@@ -1182,7 +1169,7 @@ def draw_figure1(args: argparse.Namespace) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("kNN accuracy" + (f", mean of {len(names)} benchmarks" if len(names) > 1 else f" on {names[0]}"))
     figure.legend(handles=handles, loc="lower center", ncols=2 if len(handles) > 3 else 1, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06 * -(-len(handles) // (2 if len(handles) > 3 else 1)), 1, 1))
+    figure.tight_layout(rect=(0, 0.05 * -(-len(handles) // (2 if len(handles) > 3 else 1)), 1, 1))
     save_figure(figure, Path(args.results) / "figure1.png")
 
 
@@ -1196,8 +1183,9 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
     import matplotlib.pyplot as plt
     folder, classes, labels = Path(args.results) / "pictures", benchmark.classes, benchmark.labels
     names, n = list(predictions), len(benchmark.classes)
-    figure, axes = plt.subplots(1, len(names), figsize=(max(2.6, 0.55 * n + 1.2) * len(names), max(2.6, 0.55 * n + 1.4)),
-                                squeeze=False, sharey=True, constrained_layout=True)
+    side = max(2.6, 0.55 * n + 1.3)
+    figure, axes = plt.subplots(1, len(names), figsize=(side * len(names), side), squeeze=False,
+                                sharey=True, constrained_layout=True)
     for axis, name in zip(axes[0], names, strict=True):
         table = np.zeros((n, n))
         np.add.at(table, (labels, predictions[name]["knn"]), 1)
@@ -1229,28 +1217,31 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
         save_figure(figure, folder / f"cka-{safe(benchmark.name)}.png")
 
     for name in names:
-        draw_gallery(benchmark, name, predictions[name], folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png")
+        path = folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png"
+        draw_gallery(benchmark, name, predictions[name], path)
 
 
 def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, side: int = 112) -> None:
-    """Three queries that kNN got right and three that it got wrong, each with its nearest neighbours from other folds."""
+    """Three queries that kNN got right and three that it got wrong, each with its neighbours from other folds."""
     from PIL import Image, ImageDraw, ImageFont
     labels, classes, guess, neighbors = benchmark.labels, benchmark.classes, predicted["knn"], predicted["neighbors"]
     certain, rng, rows = (labels[neighbors] == guess[:, None]).mean(1), np.random.default_rng(0), []
     for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
         pool = np.flatnonzero((guess == labels) == hit)
         pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
-        first = [pool[labels[pool] == c][:1] for c in rng.permutation(len(classes))]   # of different classes if possible
+        first = [pool[labels[pool] == c][:1] for c in rng.permutation(len(classes))]   # differ in class
         rows += list(dict.fromkeys(np.concatenate([*first, pool]).astype(int).tolist()))[:3]
     shown, left, top, cell = min(6, neighbors.shape[1]), 116, 64, side + 34
     sheet = Image.new("RGB", (left + (shown + 1) * (side + 12) + 12, top + len(rows) * cell + 8), "white")
     draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(15)
-    draw.text((12, 8), f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds", "black", large)
+    title = f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds"
+    draw.text((12, 8), title, "black", large)
     draw.text((12, 34), "frame green: the query's class, red: another", "#555555", small)
     for r, row in enumerate(rows):
         y = top + r * cell
-        verdict = "right" if guess[row] == labels[row] else f"wrong: said\n{classes[guess[row]]}"
-        draw.multiline_text((12, y + cell // 2 - 12), verdict, "#1b7a2c" if guess[row] == labels[row] else "#b3201f", small)
+        hit = guess[row] == labels[row]
+        text, color = ("right", "#1b7a2c") if hit else (f"wrong: said\n{classes[guess[row]]}", "#b3201f")
+        draw.multiline_text((12, y + cell // 2 - 12), text, color, small)
         for j, i in enumerate([row, *neighbors[row, :shown]]):
             if i < 0:
                 continue
@@ -1268,8 +1259,8 @@ def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> 
     """report.md: tables, pictures and everything that one must know to read them."""
     data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
     names = [b.name for b in args.found if b.name in data]
-    models = [[display(n), role(n, args), f"{c['parameters'] / 1e6:,.1f} M", str(c["dim"]), c["embedding"], str(c["input_size"]),
-               f"{c['ms_per_image']:.1f}", str(c["weights"])] for n, c in args.cards.items()]
+    models = [[display(n), role(n, args), f"{c['parameters'] / 1e6:,.1f} M", str(c["dim"]), c["embedding"],
+               str(c["input_size"]), f"{c['ms_per_image']:.1f}", str(c["weights"])] for n, c in args.cards.items()]
     benchmarks = [[b, data[b]["level"], str(data[b]["value"]), str(data[b]["groups"]),
                    ", ".join(f"{c} {n}" for c, n in zip(data[b]["classes"], data[b]["counts"], strict=True)),
                    "; ".join(data[b]["notes"]) or "–"] for b in names]
@@ -1291,34 +1282,28 @@ def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> 
 
 def summarize(args: argparse.Namespace) -> str:
     """One screen: per benchmark and model CKA, kNN and probe beside chance, and what the paired comparison allows."""
-    mean, lines = means(args.results), []
-    rows = read_metrics(args.results)
-    data = {r["benchmark"]: r for r in rows if r["protocol"] == "data"}
-    width = max(len(display(n)) for n in args.models) + 2
-    teacher = display(args.teacher) if args.teacher else None
-    form = lambda key, spread=True: "–".center(13) if key not in mean else \
-        f"{mean[key][0]:.3f}" + (f" ± {mean[key][1]:.3f}" if spread else "")  # noqa: E731
-    for b in args.found:
-        if b.name not in data:
-            continue
-        d = data[b.name]
-        lines += ["", f"{b.name}: {d['value']} images, {sum(c > 0 for c in d['counts'])} classes, {d['groups']} groups"
-                  " (never on both sides of a split)",
-                  f"{'':{width}}{'params':>9}{'ms/img':>8}   {'CKA to teacher':<16}{'kNN accuracy':<16}{'probe AUC':<16}"]
-        for n in args.models:
-            m, about = display(n), args.cards[n]
-            se = mean.get(("cka", "se", m, b.name, teacher), (0,))[0]
-            cka = "teacher" if m == teacher else "–" if ("cka", "unbiased", m, b.name, teacher) not in mean else \
-                f"{mean['cka', 'unbiased', m, b.name, teacher][0]:.3f} ± {se:.3f}"
+    mean, rows, shown = means(args.results), read_metrics(args.results), [display(n) for n in args.models]
+    width, teacher, lines = max(map(len, shown)) + 2, display(args.teacher) if args.teacher else None, []
+
+    def form(*key: str, spread: float | None = None) -> str:
+        if key not in mean:
+            return "–"
+        spread = mean[key][1] if spread is None else spread
+        return f"{mean[key][0]:.3f}" + (f" ± {spread:.3f}" if spread else "")
+    for b, d in [(b.name, r) for b in args.found for r in rows if r["protocol"] == "data" and r["benchmark"] == b.name]:
+        lines += ["", f"{b}: {d['value']} images, {np.count_nonzero(d['counts'])} classes, {d['groups']} groups (never "
+                  "on both sides of a split)",
+                  f"{'':{width}}{'params':>9}{'ms/img':>8}   {'CKA to teacher':<16}{'kNN accuracy':<16}probe AUC"]
+        for m, about in zip(shown, args.cards.values(), strict=True):
+            se = mean.get(("cka", "se", m, b, teacher), (0,))[0]
+            cka = "teacher" if m == teacher else form("cka", "unbiased", m, b, teacher, spread=se)
             lines.append(f"{m:{width}}{about['parameters'] / 1e6:>7.1f} M{about['ms_per_image']:>8.1f}   {cka:<16}"
-                         f"{form(('knn', 'accuracy', m, b.name)):<16}{form(('probe', 'auc', m, b.name)):<16}")
+                         f"{form('knn', 'accuracy', m, b):<16}{form('probe', 'auc', m, b)}")
         lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}"
-                     f"{form(('knn', 'majority', display(args.models[0]), b.name), False):<16}0.500")
-        for r in rows:
-            if r["protocol"] == "paired" and r["benchmark"] == b.name and r["metric"] == "knn" and any(
-                    display(n) == r["model"] for n in args.models):
-                lines.append(f"  {r['model']} against {r['other']}: kNN {r['value']:+.3f} "
-                             f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}")
+                     f"{form('knn', 'majority', shown[0], b, spread=0):<16}0.500")
+        lines += [f"  {r['model']} against {r['other']}: {'kNN' if r['metric'] == 'knn' else 'AUC'} {r['value']:+.3f} "
+                  f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}" for r in rows
+                  if r["protocol"] == "paired" and r["benchmark"] == b and {r["model"], r["other"]} <= set(shown)]
         lines += [f"  note: {note}" for note in d["notes"]]
     return "\n".join(lines)
 
@@ -1333,7 +1318,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--models", nargs="+", default=[], metavar="NAME",
                       help="registry names, timm:NAME, or folders such as runs/NAME/student")
     what.add_argument("--teacher", metavar="NAME", help="CKA is measured to it; with --all: h-optimus-0 if at hand")
-    what.add_argument("--baseline", metavar="NAME", help="the student before distillation; with --all: hibou-l if at hand")
+    what.add_argument("--baseline", metavar="NAME", help="student before distillation; with --all: hibou-l if at hand")
     what.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", choices=list(PUBLISHED),
                       help=f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}")
     what.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=Path,
@@ -1343,9 +1328,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    where.add_argument("--data", default=Path("data"), type=Path, help="its benchmarks/NAME hold the published data sets")
+    where.add_argument("--data", default=Path("data"), type=Path, help="its benchmarks/NAME hold published data sets")
     where.add_argument("--runs", default=Path("runs"), type=Path, help="where --all looks for students")
-    where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics.jsonl, tables, pictures")
+    where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics, tables, pictures")
     how = parser.add_argument_group("protocols")
     how.add_argument("--k", type=int, default=15, help="neighbours that vote, 1 to 64")
     how.add_argument("--pca-dims", type=int, default=50, help="principal axes before kNN")
@@ -1359,7 +1344,7 @@ def build_parser() -> argparse.ArgumentParser:
                      help="images of patients that a student was distilled on: leave out for all models, or only mark")
     how.add_argument("--max-unreadable", type=float, default=0.01, metavar="SHARE", help="of images, before it stops")
     run = parser.add_argument_group("running")
-    run.add_argument("--input-size", type=int, metavar="PX", help="side of the network's input, if not the published one")
+    run.add_argument("--input-size", type=int, metavar="PX", help="side of the networks' input, if not the published")
     run.add_argument("--batch-size", type=int, help="images per forward pass; default by device and memory")
     run.add_argument("--workers", type=int, default=0, help="processes that read images")
     run.add_argument("--no-pictures", action="store_true", help="tables only")
@@ -1368,7 +1353,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def models_at_hand(args: argparse.Namespace) -> list[str]:
-    """Registry models whose weights are given or in the hub's cache, and all students of --runs; says what is missing."""
+    """Registry models whose weights are given or in the hub's cache, and the students of --runs; says what lacks."""
     from huggingface_hub import try_to_load_from_cache
 
     from models import REGISTRY, WEIGHT_FILES
@@ -1406,7 +1391,7 @@ def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Bench
                 b.notes.insert(0, f"{total:,} found, published {published}")
         found += loaded
     if not found and not failures:
-        raise UserError("--benchmark DIR, --benchmarks NAME or --all: nothing to evaluate on; --list shows what there is")
+        raise UserError("--benchmark DIR, --benchmarks NAME or --all: nothing to evaluate on; see --list")
     twice = [b.name for b in found if [o.name for o in found].count(b.name) > 1]
     if twice:
         raise UserError(f"--benchmark: two are called {twice[0]}; rename one of the folders")
@@ -1453,7 +1438,8 @@ def run(args: argparse.Namespace) -> int:
     args.models = [n for n in args.models if n in args.cards]
     record(args.results, [{"model": display(n), "benchmark": "", "protocol": "model", "metric": "parameters",
                            "value": c["parameters"], "ms_per_image": c["ms_per_image"], "device": str(args.device_used),
-                           "weights": c["weights"], "metadata": {k: v for k, v in c["metadata"].items() if k != "patients"}}
+                           "weights": c["weights"],
+                           "metadata": {k: v for k, v in c["metadata"].items() if k != "patients"}}
                           for n, c in args.cards.items()], same=("model", "protocol"))
     done = []
     for benchmark in args.found:

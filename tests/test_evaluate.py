@@ -1,0 +1,269 @@
+"""evaluate.py as a user runs it: images and labels in, tables and pictures out; and what happens when it goes wrong."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run, torchrun
+from PIL import Image
+from safetensors import torch as torch_safetensors
+from safetensors.numpy import load_file
+
+import evaluate
+import models
+import tile
+from tile import UserError
+
+ONE, TWO = "timm:resnet10t", "timm:mobilenetv3_small_050"
+FAST = ["--input-size", "32", "--k", "5", "--seeds", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """36 images of three classes (stripes of different width and colour) from twelve patients of two centres."""
+    rng, rows = np.random.default_rng(0), ["image,label,group,center"]
+    (tmp_path / "mine").mkdir()
+    for i in range(36):
+        c, patient = i % 3, i // 3
+        stripes = (np.arange(40) // (2 + 3 * c) % 2 * 90)[:, None, None] + np.array([90, 60 + 30 * c, 120])
+        image = np.broadcast_to(stripes, (40, 40, 3)) + rng.normal(0, 12, (40, 40, 3)) + 3 * patient
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(tmp_path / "mine" / f"{i:02d}.png")
+        rows.append(f"{i:02d}.png,{'abc'[c]},p{patient},{'xy'[patient % 2]}")
+    (tmp_path / "mine" / "labels.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "mine"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights of ONE as a file: fast to load, and there is a file to change."""
+    path = tmp_path_factory.mktemp("weights") / "one.safetensors"
+    torch_safetensors.save_file(models.load_model(ONE, "random").net.state_dict(), path)
+    return path
+
+
+def go(folder, *more, names=(ONE,), w="random"):
+    args = ["--models", *names, "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST]
+    return evaluate.main([*args, "--weights", *[f"{n}={w}" for n in names], *map(str, more)])
+
+
+def rows(folder, **want):
+    return [r for r in evaluate.read_metrics(folder.parent / "results") if all(r.get(k) == v for k, v in want.items())]
+
+
+def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(folder, capsys, monkeypatch):
+    student = folder.parent / "runs" / "try" / "student"
+    models.save_student(models.load_model(TWO, "random"), student, metadata={
+        "teacher": ONE, "student": TWO, "cancer": "x", "run": "try", "patients": ["p3", "q9"]})
+    args = ["--models", ONE, TWO, str(student), "--weights", f"{ONE}=random", f"{TWO}=random", "--teacher", ONE,
+            "--baseline", TWO, "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST]
+    assert evaluate.main([*args, "--paper-splits"]) == 0
+    out, results = capsys.readouterr().out, folder.parent / "results"
+    for text in ("33 images, 3 classes, 11 groups", "CKA to teacher", "majority class", "against",
+                 "try was distilled on 1"):
+        assert text in out
+    for name in ("table1.md", "table2.md", "figure1.png", "report.md", "pictures/confusion-mine.png",
+                 "pictures/cka-mine.png", "pictures/gallery-mine-try.png", "pictures/gallery-mine-timm_resnet10t.png"):
+        assert (results / name).stat().st_size > 300, name
+    report = (results / "report.md").read_text()
+    for text in ("Table 1: CKA to timm:resnet10t", "Paired differences", "ungrouped", "distilled from timm:resnet10t",
+                 "left out for all models", "before distillation"):
+        assert text in report
+    for link in [part.split(")")[0] for part in report.split("](")[1:]]:
+        assert (results / link).is_file(), link
+    assert len(rows(folder, model="try", protocol="knn", metric="accuracy")) == 10
+    assert len(rows(folder, model="try", protocol="probe", metric="auc")) == 2
+    assert {r["other"] for r in rows(folder, model="try", protocol="paired")} == {ONE, TWO}
+    twin = rows(folder, model="try", other=TWO, protocol="cka", metric="unbiased")
+    assert twin[0]["value"] == pytest.approx(1, abs=1e-4)   # the "student" is the baseline under another name
+    assert all(evaluate.verdict(r) == "within noise" for r in rows(folder, model="try", other=TWO, protocol="paired"))
+
+    before = {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()}
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("a model was loaded again"))
+    evaluate._load.cache_clear()
+    assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
+    assert len(json.loads(capsys.readouterr().out)) > 50
+
+
+def test_leaked_patients_can_be_kept_and_are_then_marked(folder):
+    student = folder.parent / "runs" / "try" / "student"
+    models.save_student(models.load_model(ONE, "random"), student, metadata={
+        "teacher": "h-optimus-0", "student": "hibou-l", "run": "try", "patients": [f"p{i}" for i in range(12)]})
+    args = ["--models", str(student), "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST,
+            "--no-pictures"]
+    assert evaluate.main(args) == 1   # every patient was seen: nothing is left
+    assert evaluate.main([*args, "--leaks", "mark"]) == 0
+    assert "⚠" in (folder.parent / "results" / "table2.md").read_text()
+    assert rows(folder, protocol="data")[0]["value"] == 36
+
+
+def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_features(folder, weights, capsys):
+    quick = ("--no-pictures",)
+    assert go(folder, *quick, w=weights) == 0
+    path = folder.parent / "results" / "features" / "timm_resnet10t" / "mine.safetensors"
+    first, made = load_file(path)["features"], path.stat().st_mtime_ns
+    table = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(table.replace("00.png,a,", "00.png,b,"))
+    accuracy = [r["value"] for r in rows(folder, metric="accuracy")]
+    assert go(folder, *quick, w=weights) == 0
+    assert path.stat().st_mtime_ns == made and [r["value"] for r in rows(folder, metric="accuracy")] != accuracy
+    Image.new("RGB", (40, 40), "green").save(folder / "05.png")
+    assert go(folder, *quick, w=weights) == 0
+    second = load_file(path)["features"]
+    assert not np.allclose(first[5], second[5])
+    assert np.allclose(np.delete(first, 5, 0), np.delete(second, 5, 0), atol=1e-4)
+    changed = weights.with_name("changed.safetensors")
+    torch_safetensors.save_file({k: v * 1.1 if v.is_floating_point() else v
+                                 for k, v in torch_safetensors.load_file(weights).items()}, changed)
+    assert go(folder, *quick, w=changed) == 0
+    assert not np.allclose(load_file(path)["features"], second, atol=1e-3)
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
+    b = evaluate.load_folder(folder)
+    one = {w: evaluate.features(ONE, b, folder.parent / w, weights=str(weights), input_size=32, device="cpu",
+                                dtype=torch.float32, batch_size=n, workers=k)
+           for w, n, k in [("a", 36, 0), ("b", 5, 2)]}
+    assert np.allclose(one["a"], one["b"], atol=1e-4 * np.abs(one["a"]).max())
+    done = torchrun(2, "evaluate.py", "--models", ONE, "--weights", weights, "--benchmark", folder, "--results",
+                    folder.parent / "c", "--no-pictures", *FAST)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tables, pictures") == 1   # rank 0 alone reports
+    both = load_file(folder.parent / "c" / "features" / "timm_resnet10t" / "mine.safetensors")["features"]
+    assert np.allclose(one["a"], both, atol=1e-4 * np.abs(one["a"]).max())
+
+
+def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
+    (folder / "07.png").write_bytes(b"not an image")
+    (folder / "08.png").unlink()
+    assert go(folder, "--no-pictures") == 1
+    err = capsys.readouterr().err
+    assert "2 of 36 images cannot be read, first 07.png" in err and "--max-unreadable" in err
+    assert go(folder, "--no-pictures", "--max-unreadable", 0.1) == 0
+    captured = capsys.readouterr()
+    assert "07.png" in captured.err and "08.png" in captured.err and "2 unreadable images left out" in captured.out
+    assert rows(folder, protocol="data")[0]["value"] == 34
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.replace("image,label", "file,label"), "no column image"),
+    (lambda t: t.replace("07.png,b,p2", "07.png,,p2"), "line 9: label is empty"),
+    (lambda t: t.replace("07.png", "06.png"), "1 images are listed more than once, first 06.png"),
+    (lambda t: t.splitlines()[0] + "\n", "no rows"),
+    (lambda t: t.replace(".png", ".gif"), "none of its 36 images exists"),
+    (lambda t: t.replace(",b,", ",a,").replace(",c,", ",a,"), "all 36 images are of class a"),
+    (lambda t: "".join(f"{line.rsplit(',', 2)[0]},same,x\n" if i else line + "\n"
+                       for i, line in enumerate(t.splitlines())), "two patients"),
+])
+def test_a_wrong_table_is_named_with_the_remedy(folder, capsys, change, message):
+    table = folder / "labels.csv"
+    table.write_text(change(table.read_text()))
+    assert go(folder, "--no-pictures") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") or "\nerror: " in err
+    assert message in err and "Traceback" not in err
+
+
+def test_images_without_labels_are_told_and_left_out(folder, capsys):
+    Image.new("RGB", (40, 40)).save(folder / "extra.png")
+    assert len(evaluate.load_folder(folder)) == 36
+    assert "1 images have no line in labels.csv" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"labels.csv: not found .*no such folder"):
+        evaluate.load_folder(folder / "nowhere")
+
+
+def test_features_that_are_not_a_number_name_the_model(folder, weights, capsys):
+    broken = weights.with_name("broken.safetensors")
+    torch_safetensors.save_file({k: v * float("nan") if v.is_floating_point() else v
+                                 for k, v in torch_safetensors.load_file(weights).items()}, broken)
+    assert go(folder, "--no-pictures", w=broken) == 1
+    assert "timm:resnet10t: 36 of 36 embeddings on mine are NaN" in capsys.readouterr().err
+
+
+def test_one_bad_model_or_benchmark_does_not_stop_the_others(folder, capsys):
+    assert evaluate.main(["--models", ONE, "no-such-model", "--weights", f"{ONE}=random", "--benchmark", str(folder),
+                          str(folder.parent / "absent"), "--results", str(folder.parent / "results"), *FAST]) == 1
+    captured = capsys.readouterr()
+    assert "error: no-such-model" in captured.err and "absent" in captured.err
+    assert "mine: 36 images" in captured.out
+    assert "Not evaluated" in (folder.parent / "results" / "report.md").read_text()
+
+
+def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def full(path):
+        raise OSError(28, "No space left on device")
+        yield
+    monkeypatch.setattr(evaluate, "atomic", full)
+    assert go(folder, "--no-pictures") == 1
+    assert "no space left" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "atomic", tile.atomic)
+    assert go(folder, "--no-pictures") == 0
+
+
+def test_killed_at_any_moment_it_goes_on(folder, weights):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--models", ONE, "--weights", str(weights), "--benchmark",
+               str(folder), "--results", str(folder.parent / "results"), *FAST]
+    metrics = folder.parent / "results" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder.parent / "results" / "report.md").exists()   # killed in the middle of it
+    assert go(folder, w=weights) == 0
+    assert len(rows(folder, protocol="knn", metric="accuracy")) == 10
+    assert (folder.parent / "results" / "report.md").is_file()
+
+
+def test_two_processes_write_one_metrics_file(tmp_path):
+    code = ("import sys, evaluate\nfor i in range(30):\n    evaluate.record(sys.argv[1], [{'model': sys.argv[2], "
+            "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'fold': i, 'value': i}])")
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT) for name in "ab"]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert len(evaluate.read_metrics(tmp_path)) == 60
+
+
+def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
+    data = folder.parent / "data" / "benchmarks" / "idc"
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        patient, c = 9000 + i // 2, i % 2
+        (data / str(patient) / str(c)).mkdir(parents=True, exist_ok=True)
+        noise = rng.normal(120 + 60 * c, 20, (50, 50, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).save(data / str(patient) / str(c) / f"{patient}_idx5_x{i}_y1_class{c}.png")
+    (folder.parent / "data" / "benchmarks" / "bracs").mkdir()
+    (folder.parent / "data" / "benchmarks" / "bracs" / "x.txt").write_text("wrong")
+    assert evaluate.main(["--all", "--models", ONE, "--weights", "random", "--data", str(folder.parent / "data"),
+                          "--results", str(folder.parent / "results"), *FAST, "--no-pictures"]) == 1
+    captured = capsys.readouterr()
+    assert "benchmark tils is not in" in captured.err and "zenodo" in captured.err
+    assert "error: bracs" in captured.err and "BRACS_*.png" in captured.err   # there, but not as it unpacks
+    assert "idc: 24 images" in captured.out and "24 found, published 277,524" in captured.out
+
+
+def test_command_line(tmp_path):
+    shown = run("evaluate.py", "--list", "--data", tmp_path)
+    assert shown.returncode == 0 and "breakhis" in shown.stdout and "missing" in shown.stdout
+    nothing = run("evaluate.py", "--models", ONE, "--results", tmp_path)
+    assert nothing.returncode == 1 and nothing.stderr.startswith("error: ") and "Traceback" not in nothing.stderr
+    assert run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
+
+
+def test_paper_numbers_stand_beside_ours_only_where_names_match():
+    g2l = {"mine": {"teacher": "h-optimus-0", "student": "hibou-l"}}
+    assert evaluate.paper_value("knn", "mine", "idc", g2l) == " (paper 0.923)"
+    assert evaluate.paper_value("cka", "mine", "bracs", g2l) == " (paper 0.968)"
+    assert evaluate.paper_value("cka", "hibou-l", "bracs", {}) == " (paper 0.759)"
+    assert evaluate.paper_value("probe", "uni", "chimera", {}) == " (paper 0.857)"
+    assert evaluate.paper_value("knn", "timm:resnet10t", "idc", {}) == ""
+    assert evaluate.paper_value("knn", "virchow", "idc", {}) == ""
