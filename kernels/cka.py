@@ -92,7 +92,8 @@ def _check_features(features, name):
             raise ValueError(f"{name}[{i}]: {x.shape[0]} rows, but {name}[0] has {features[0].shape[0]}")
         if x.device != features[0].device:
             raise ValueError(f"{name}[{i}]: on {x.device}, but {name}[0] is on {features[0].device}")
-        if not torch.compiler.is_compiling() and not x.isfinite().all():
+        # a sum shows at once that all is finite; an infinite one may also be overflow
+        if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
             raise ValueError(f"{name}[{i}]: contains NaN or infinity")
 
 
@@ -104,12 +105,12 @@ def _wide(*xs):
 
 
 def _mean(x):
-    """Column means in fp64, a chunk at a time so that no fp64 copy of x is made."""
-    return sum(part.sum(0, dtype=torch.float64) for part in x.split(CHUNK_ROWS)) / x.shape[0]
+    """Column means; short sums in fp32, their sum in fp64."""
+    return torch.stack([part.sum(0, dtype=_wide(x)) for part in x.split(1024)]).double().sum(0) / x.shape[0]
 
 
 def _centred(x, mean, wide):
-    return x.to(wide) - mean.to(wide)
+    return x if mean is None else x.to(wide) - mean.to(wide)
 
 
 def _own_product(x):
@@ -136,18 +137,18 @@ def _product(x, mean_x, y, mean_y, wide):
     return total
 
 
-def _square_norm(product):
-    """Squared Frobenius norm, summed in fp64 without an fp64 copy of the whole."""
-    return sum(part.double().square().sum() for part in product.split(256))
+def _square_norms(x):
+    """Squared norm of each row; their sum is the squared Frobenius norm."""
+    return torch.linalg.vector_norm(x, dim=1).double().square()
 
 
 def _row_norms(x, mean, wide):
-    return torch.cat([_centred(part, mean, wide).square().sum(1, dtype=torch.float64) for part in x.split(CHUNK_ROWS)])
+    return torch.cat([_square_norms(_centred(part, mean, wide)) for part in x.split(CHUNK_ROWS)])
 
 
 def _from_features(features, means, pairs, wide):
     """Squared Frobenius norm of x^T y for each pair (i, j) of feature sets."""
-    return {(i, j): _square_norm(_product(features[i], means[i], features[j], means[j], wide)) for i, j in pairs}
+    return {(i, j): _square_norms(_product(features[i], means[i], features[j], means[j], wide)).sum() for i, j in pairs}
 
 
 def _from_grams(features, means, pairs, wide):
@@ -166,12 +167,16 @@ def _linear(features, pairs):
     """(unbiased, biased) HSIC with the linear kernel for each pair."""
     n, wide = features[0].shape[0], _wide(*features)
     means = [_mean(x) for x in features]
+    triton = wide == torch.float32 and use_triton(features[0].device)
+    if n <= CHUNK_ROWS and not triton:  # centre once; many rows are centred a chunk at a time, where they are needed
+        features = [_centred(x, mean, wide) for x, mean in zip(features, means, strict=True)]
+        means = [None] * len(features)
     widths = [x.shape[1] for x in features]
     by_features = sum(widths[i] * widths[j] * (0.7 if i == j else 1) for i, j in pairs)
     by_grams = n * (sum(widths) + len(features) ** 2)
     if by_grams < by_features:
         full = _from_grams(features, means, pairs, wide)
-    elif wide == torch.float32 and use_triton(features[0].device):
+    elif triton:
         from kernels import cka_triton
 
         full = cka_triton.square_norms(features, means, pairs)
