@@ -338,7 +338,7 @@ def grid(name: str, shares: Iterable[tuple[Path, np.ndarray]], files: Sequence[P
 
     Squares without such a class, or with two (overlapping masks), are left out. Kept in `cache` until a file changes.
     """
-    path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], side)
+    path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], str(root), side)
     known = json.loads(path.read_text()) if path.is_file() else {}
     if known.get("key") != key:
         found = [(str(file), int(c) * side, int(r) * side, int(share[:, r, c].argmax()))
@@ -475,7 +475,7 @@ def stamp(path: Path) -> list:
     """What changes when a file (or a folder of files) changes: names, sizes and times of modification."""
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [[str(f), s.st_size, s.st_mtime_ns] for f in files if f.is_file() for s in [f.stat()]]
+    return [[f.name, s.st_size, s.st_mtime_ns] for f in files if f.is_file() for s in [f.stat()]]
 
 
 def data_stamp(benchmark: Benchmark) -> str:
@@ -499,6 +499,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options) -> 
     file, option or models.py makes it new.
     """
     import models
+    options = {k: v for k, v in options.items() if v is not None}
     local = [p for p in (weights, name) if p and Path(p).exists()]
     key = digest(name, weights, sorted(options.items(), key=str), [stamp(p) for p in local],
                  hashlib.sha256(Path(models.__file__).read_bytes()).hexdigest())
@@ -524,11 +525,11 @@ def milliseconds(model) -> float:
     x = torch.zeros(batch, 3, model.input_size, model.input_size, device=device)
     seconds = []
     with torch.inference_mode():
-        for _ in range(4):
+        while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < 5):
             start = time.perf_counter()
             model(x).float().sum().item()   # .item() waits for the device
             seconds.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(seconds[1:])) / batch
+    return 1e3 * float(np.median(seconds[1:])) / batch   # the first warms up
 
 
 def display(name: str) -> str:
@@ -538,17 +539,18 @@ def display(name: str) -> str:
 
 
 def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | None = None,
-             batch_size: int | None = None, workers: int = 0, max_unreadable: float = 0.01, **options) -> np.ndarray:
+             batch_size: int | None = None, workers: int = 0, max_unreadable: float = 0.01, together: bool = True,
+             **options) -> np.ndarray:
     """Embeddings (N, dim) float32 of one model on one benchmark, extracted once and then read from `results`.
 
     `weights` and `options` (device, dtype, input_size, compile) go to models.load_model. Rows of unreadable images are
     NaN; more of them than the share `max_unreadable`, or NaN from the network itself, raise UserError.
-    Under torchrun every rank calls this and gets the whole array.
+    Under torchrun every rank calls this and gets the whole array; together=False: one rank alone reads what is there.
     """
     from safetensors.numpy import load_file, save_file
 
     from models import extract_features, setup_distributed
-    rank, world, _ = setup_distributed(options.get("device", "cpu"))
+    rank, world, _ = setup_distributed(options.get("device", "cpu")) if together else (0, 1, None)
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
     path = Path(results) / "features" / safe(display(name)) / f"{safe(benchmark.source or benchmark.name)}.safetensors"
@@ -643,7 +645,7 @@ def split(labels: np.ndarray, groups: Sequence[str], n: int, seed: int = 0, grou
     kind = StratifiedGroupKFold if grouped else StratifiedKFold
     fold = np.full(len(labels), -1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)   # a class smaller than n: told in the report, see `thin_classes`
+        warnings.simplefilter("ignore", UserWarning)   # a class smaller than n: told in the report, see `thin`
         parts = kind(n, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, group)
         for number, (_, test) in enumerate(parts):
             fold[test] = number
@@ -1416,23 +1418,27 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--models: {other} and another share the name {name}; rename one of the folders")
     weights = parse_weights(args.weights, args.models)
     options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
-    rank, _, args.device_used = setup_distributed(args.device)
+    rank, world, args.device_used = setup_distributed(args.device)
     failures: list[str] = []
     args.found, args.cards = load_benchmarks(args, failures), {}
     arrays: dict[str, list[str]] = {b.name: [] for b in args.found}
-    get = lambda name, benchmark: features(  # noqa: E731
+    get = lambda name, benchmark, together: features(  # noqa: E731
         name, benchmark, args.results, weights=weights[name], batch_size=args.batch_size, workers=args.workers,
-        max_unreadable=args.max_unreadable, **options)
+        max_unreadable=args.max_unreadable, together=together, **options)
     for name in args.models:
         for benchmark in args.found:
             try:
-                get(name, benchmark)
+                get(name, benchmark, True)
                 args.cards[name] = card(name, args.results, weights=weights[name], **options)
                 arrays[benchmark.name].append(name)
             except UserError as error:
                 failures.append(str(error))
                 if name not in args.cards:
                     break   # the model itself cannot be loaded
+    _load.cache_clear()
+    if world > 1:   # the other ranks only share the images
+        import torch.distributed as dist
+        dist.destroy_process_group()
     if rank != 0:
         return 0
     args.models = [n for n in args.models if n in args.cards]
@@ -1445,7 +1451,7 @@ def run(args: argparse.Namespace) -> int:
     for benchmark in args.found:
         try:
             if arrays[benchmark.name]:
-                evaluate(benchmark, {n: get(n, benchmark) for n in arrays[benchmark.name]}, args)
+                evaluate(benchmark, {n: get(n, benchmark, False) for n in arrays[benchmark.name]}, args)
                 done.append(benchmark)
         except UserError as error:
             failures.append(str(error))

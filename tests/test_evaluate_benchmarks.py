@@ -257,3 +257,32 @@ def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
     assert set(evaluate.PUBLISHED) <= set(lines)
     assert " found " in lines["idc"] and " missing " in lines["bracs"] and "CC BY 4.0" in lines["breakhis"]
     assert "zenodo" in lines["tils"] and "slide" in lines["chimera"]
+
+
+def test_slides_and_regions_are_the_mean_of_their_patches(tmp_path):
+    import models
+    from tile import Slide
+    slide(tmp_path / "a.svs", side=512)
+    picture(tmp_path / "roi.png", (500, 300), (120, 60, 90))
+    model = models.load_model("timm:resnet10t", "random", input_size=32)
+    whole = models.extract_features(model, evaluate.SlidePatches([tmp_path / "a.svs"]), progress="none")
+    with Slide(tmp_path / "a.svs") as opened:
+        single = [opened.read(x, y, 256, 256) for y in (0, 256) for x in (0, 256)]
+    patches = models.extract_features(model, single, progress="none")
+    assert np.allclose(whole[0], patches.mean(0), atol=1e-4 * np.abs(patches).max())
+    region = models.extract_features(model, evaluate.Regions([tmp_path / "roi.png"]), progress="none")
+    flat = models.extract_features(model, [np.full((224, 224, 3), (120, 60, 90), np.uint8)], progress="none")
+    assert np.allclose(region, flat, atol=1e-4 * np.abs(flat).max())
+
+
+def test_squares_travel_to_workers_and_a_file_that_is_no_image_is_unreadable(tmp_path):
+    import pickle
+    picture(tmp_path / "core.png", (64, 32))
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    where = [(tmp_path / "core.png", 0, 0), (tmp_path / "core.png", 32, 0), (tmp_path / "bad.png", 0, 0)]
+    cut = evaluate.Squares(where, 32)
+    assert cut[1].shape == (32, 32, 3)
+    copy = pickle.loads(pickle.dumps(cut))
+    assert copy.slide is None and np.array_equal(copy[1], cut[1])
+    with pytest.raises(OSError, match=r"bad\.png"):
+        cut[2]
