@@ -276,7 +276,8 @@ def _build(architecture: str, args: dict, name: str, *, empty: bool, hub: bool =
     empty = empty and timm.models.model_entrypoint(architecture).__module__ == "timm.models.vision_transformer"
     with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else contextlib.nullcontext():
         torch.manual_seed(zlib.crc32(name.encode()))
-        with _explained(name, f"https://huggingface.co/timm/{architecture}") if hub else contextlib.nullcontext():
+        page = f"https://huggingface.co/{getattr(timm.get_pretrained_cfg(architecture), 'hf_hub_id', '')}"
+        with _explained(name, page) if hub else contextlib.nullcontext():
             try:
                 return timm.create_model(architecture, pretrained=hub, num_classes=0, **args)
             except TypeError as error:
@@ -352,9 +353,10 @@ def to_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                  ("layernorm.", "norm."))
         out, state = {}, dict(state)
         for key in [k for k in state if ".attention.attention.query." in k]:
-            block = [state.pop(key.replace("query", x)) for x in ("query", "key", "value")]
-            new = key.replace("encoder.layer.", "blocks.").replace("attention.attention.query", "attn.qkv")
-            out[new] = torch.cat(block)
+            block = [state.pop(key.replace("query", x), None) for x in ("query", "key", "value")]
+            if all(part is not None for part in block):  # else it will be missed
+                new = key.replace("encoder.layer.", "blocks.").replace("attention.attention.query", "attn.qkv")
+                out[new] = torch.cat(block)
         for key, value in state.items():
             new = names.get(key, key)
             for old, short in parts:
@@ -363,7 +365,7 @@ def to_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state = out
     state = {k.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for k, v in state.items()
              if k != "mask_token"}
-    if "register_tokens" in state:
+    if {"register_tokens", "cls_token", "pos_embed"} <= set(state):
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -386,7 +388,7 @@ def weight_file(path: str | Path) -> Path:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file or of a PyTorch file (weights only: nothing in it is executed)."""
     import safetensors.torch
-    size, remedy = path.stat().st_size, "fetch it again"
+    size, remedy = path.stat().st_size, "delete it and fetch it again"
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -507,12 +509,12 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
     """
     weights: dict[str, str | None] = dict.fromkeys(names)
     for spec in specs or ():
-        name, equals, value = spec.partition("=")
-        if equals and name in weights:
-            weights[name] = value
+        name = next((n for n in weights if spec.startswith(n + "=")), None)
+        if name:
+            weights[name] = spec[len(name) + 1:]
         elif spec == "random":
             weights.update({n: "random" for n in names if not Path(n).exists() and weights[n] is None})
-        elif len(weights) == 1 and (not equals or Path(spec).exists()):
+        elif len(weights) == 1 and ("=" not in spec or Path(spec).exists()):
             weights[names[0]] = spec
         else:
             raise UserError(f"--weights {spec}: for which model? Write NAME=FILE with NAME one of {', '.join(names)}")
@@ -530,7 +532,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        "cache, or the hub")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     group.add_argument("--precision", default="auto", choices=list(PRECISIONS),
-                       help="of matrix products; auto is fp32 on CPU and the model's own half precision on a GPU")
+                       help="of matrix products; auto is fp32 on CPU and the model's own half precision on a GPU; "
+                       "bf16 doubles the speed of recent CPUs too")
     group.add_argument("--compile", action="store_true", help="compile models with torch.compile (a minute of start)")
 
 
@@ -552,6 +555,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
             raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{device}: this machine has {torch.cuda.device_count()} GPUs; torchrun takes at most so "
+                            "many as --nproc_per_node")
     return device
 
 
