@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -409,8 +410,7 @@ def load_chimera(root: Path, cache: Path) -> list[Benchmark]:
     return [make("chimera", "slide", SlidePatches(kept), rows, ["no recurrence", "recurrence"], root, notes)]
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published benchmark: how it is read, what its authors or the paper count, where it comes from."""
 
     load: Callable[[Path, Path], list[Benchmark]]
@@ -796,8 +796,9 @@ def macro_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
         return np.nanmean(each, 0)
 
 
-def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | None, device: str) -> list[dict]:
-    """CKA of every pair of models; to the teacher also its standard error and chance level.
+def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | None, device: str,
+             baseline: str | None = None) -> list[dict]:
+    """CKA of every pair of models; to the teacher also its standard error, chance level, and gain over the baseline.
 
     se: jackknife over ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
     """
@@ -822,11 +823,17 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
                              for p in parts])
         shuffled = [tensors[teacher][torch.from_numpy(rng.permutation(len(group))).to(device)] for _ in range(3)]
         floor = both([tensors[n] for n in others], shuffled)[1].mean(1)
+        error = lambda v: float(np.sqrt((len(v) - 1) / len(v) * ((v - v.mean()) ** 2).sum()))  # noqa: E731
+        whole = unbiased[:, names.index(teacher)].tolist()
         for i, name in enumerate(others):
-            n = len(parts)
-            se = float(np.sqrt((n - 1) / n * ((left_out[:, i] - left_out[:, i].mean()) ** 2).sum()))
-            rows += [{"model": name, "other": teacher, "protocol": "cka", "metric": "se", "value": se, "parts": n},
-                     {"model": name, "other": teacher, "protocol": "cka", "metric": "floor", "value": float(floor[i])}]
+            base = {"model": name, "other": teacher, "protocol": "cka"}
+            rows += [base | {"metric": "se", "value": error(left_out[:, i]), "parts": len(parts)},
+                     base | {"metric": "floor", "value": float(floor[i])}]
+            if baseline in others and name != baseline:
+                gain = whole[names.index(name)] - whole[names.index(baseline)]
+                margin = 1.96 * error(left_out[:, i] - left_out[:, others.index(baseline)])
+                rows.append({"model": name, "other": baseline, "protocol": "paired", "metric": "cka", "value": gain,
+                             "low": gain - margin, "high": gain + margin})
     return rows
 
 
@@ -881,6 +888,8 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
     benchmark, x = benchmark.subset(keep), {name: f[keep] for name, f in x.items()}
     labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
     present = np.bincount(labels, minlength=n_classes)
+    if len(labels) < 8:
+        raise UserError(f"{benchmark.name}: {len(labels)} images are too few to measure anything; 8 are needed")
     if (present > 0).sum() < 2:
         raise UserError(f"{benchmark.name}: all {len(labels)} images are of class {benchmark.classes[labels[0]]}; two "
                         "classes are needed to tell anything apart")
@@ -909,7 +918,7 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
     key, rows = digest(sorted(keys.values()), args.teacher, args.baseline, args.leaks, notes), []
     new = not any(row.get("key") == key for row in read_metrics(args.results))
     if new:
-        for row in cka_rows(x, groups, args.teacher, device):
+        for row in cka_rows(x, groups, args.teacher, device, args.baseline):
             rows.append(base | row | {"model": display(row["model"]), "other": display(row["other"])})
         ends = [n for n in (args.teacher, args.baseline) if n in x]
         for name, other in [(n, o) for n in x for o in ends if n not in (o, args.teacher)]:
@@ -1110,15 +1119,19 @@ def write_tables(args: argparse.Namespace) -> str:
         table = lines(protocol if metric in ("accuracy", "auc") else "", models, chance, cell)
         two.append(f"## {title}\n\n" + markdown(
             ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], table))
-    table = [[r["benchmark"], r["model"], r["other"], {"knn": "kNN accuracy", "probe": "probe AUC"}[r["metric"]],
+    table = [[r["benchmark"], r["model"], r["other"], WORDS[r["metric"]],
               f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)] for r in rows
              if r["protocol"] == "paired" and r["benchmark"] in names and {r["model"], r["other"]} <= set(models)]
     if table:
-        two.append("## Paired differences\n\nModel minus other, with the 95 % interval over 1,000 resamplings of whole "
-                   "groups.\n\n" + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], table))
+        two.append("## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 resamplings of whole "
+                   "groups; for CKA by the jackknife.\n\n"
+                   + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], table))
     two = "\n\n".join(two)
     write_text(Path(args.results) / "table2.md", two)
     return one + "\n\n" + two
+
+
+WORDS = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}   # of paired differences
 
 
 def verdict(row: dict) -> str:
@@ -1175,9 +1188,12 @@ def draw_figure1(args: argparse.Namespace) -> None:
     save_figure(figure, Path(args.results) / "figure1.png")
 
 
-def picture(item) -> np.ndarray:
-    """One (H, W, 3) picture of an image or of the first patch of a stack."""
-    return np.asarray(item if getattr(item, "ndim", 4) == 3 else item[0])
+def picture(benchmark: Benchmark, i: int) -> np.ndarray:
+    """One (H, W, 3) picture of item i: the image, the whole region, or the slide's thumbnail."""
+    if benchmark.level == "slide":
+        with open_slide(benchmark.images.files[i]) as slide:
+            return slide.thumbnail(256)
+    return ImageFiles(benchmark.images.files)[i] if benchmark.level == "region" else benchmark.images[i]
 
 
 def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: argparse.Namespace) -> None:
@@ -1225,7 +1241,7 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
 
 def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, side: int = 112) -> None:
     """Three queries that kNN got right and three that it got wrong, each with its neighbours from other folds."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
     labels, classes, guess, neighbors = benchmark.labels, benchmark.classes, predicted["knn"], predicted["neighbors"]
     certain, rng, rows = (labels[neighbors] == guess[:, None]).mean(1), np.random.default_rng(0), []
     for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
@@ -1251,7 +1267,8 @@ def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, s
             color = "black" if j == 0 else "#2a9d3a" if labels[i] == labels[row] else "#d62728"
             draw.text((x, y), classes[labels[i]][:18], color, small)
             draw.rectangle((x - 4, y + 18, x + side + 3, y + 18 + side + 7), fill=color)
-            sheet.paste(Image.fromarray(picture(benchmark.images[i])).resize((side, side)), (x, y + 22))
+            tile = ImageOps.pad(Image.fromarray(picture(benchmark, i)), (side, side), color="white")
+            sheet.paste(tile, (x, y + 22))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         sheet.save(temporary)
@@ -1303,7 +1320,7 @@ def summarize(args: argparse.Namespace) -> str:
                          f"{form('knn', 'accuracy', m, b):<16}{form('probe', 'auc', m, b)}")
         lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}"
                      f"{form('knn', 'majority', shown[0], b, spread=0):<16}0.500")
-        lines += [f"  {r['model']} against {r['other']}: {'kNN' if r['metric'] == 'knn' else 'AUC'} {r['value']:+.3f} "
+        lines += [f"  {r['model']} against {r['other']}: {WORDS[r['metric']]} {r['value']:+.3f} "
                   f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}" for r in rows
                   if r["protocol"] == "paired" and r["benchmark"] == b and {r["model"], r["other"]} <= set(shown)]
         lines += [f"  note: {note}" for note in d["notes"]]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
+from conftest import SHARED
 from PIL import Image
 
 import evaluate
@@ -286,3 +287,31 @@ def test_squares_travel_to_workers_and_a_file_that_is_no_image_is_unreadable(tmp
     assert copy.slide is None and np.array_equal(copy[1], cut[1])
     with pytest.raises(OSError, match=r"bad\.png"):
         cut[2]
+
+
+@pytest.mark.skipif(SHARED is None, reason="the real tables are not here")
+def test_tp53_joins_the_real_label_table_with_the_real_file_names_of_gdc(tmp_path):
+    root = tmp_path / "tp53"
+    (root / "slides").mkdir(parents=True)
+    (root / "tcga-brca-tp53.csv").write_bytes((SHARED / "tables" / "tcga-brca-tp53.csv").read_bytes())
+    with open(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            (root / "slides" / row["filename"]).touch()
+    b, = load("tp53", root)
+    assert len(b) > 1000 and 0.6 < (b.labels == 0).mean() < 0.75   # the majority that kNN has to beat
+    assert len(set(b.groups)) < len(b) and all(i.startswith(g) for i, g in zip(b.ids, b.groups, strict=True))
+    assert len(b.notes) == 2   # labels without a slide, slides nobody has a label for
+
+
+def test_galleries_show_slides_as_thumbnails_and_regions_whole(tmp_path):
+    slide(tmp_path / "a.svs", side=512)
+    picture(tmp_path / "roi.png", (500, 300))
+
+    def make(level, images):
+        return evaluate.Benchmark("b", level, images, ["i"] * 2, np.array([0, 1]), ["x", "y"], ["p", "q"])
+    whole = make("slide", evaluate.SlidePatches([tmp_path / "a.svs"] * 2))
+    assert evaluate.picture(whole, 0).shape == (256, 256, 3)
+    region = make("region", evaluate.Regions([tmp_path / "roi.png"] * 2)).subset(np.array([False, True]))
+    assert evaluate.picture(region, 0).shape == (300, 500, 3)
+    evaluate.draw_gallery(whole, "m", {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])}, tmp_path / "g.png")
+    assert Image.open(tmp_path / "g.png").size[1] > 300

@@ -130,10 +130,10 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     x, _, groups = cloud(width=30)
     mix = np.random.default_rng(1).normal(size=(30, 20)).astype(np.float32)
     noise = np.random.default_rng(2).normal(size=(240, 40)).astype(np.float32)
-    rows = evaluate.cka_rows({"t": x, "s": np.tanh(x @ mix / 4), "noise": noise}, groups, "t", "cpu")
+    x = {"t": x, "s": np.tanh(x @ mix / 4), "noise": noise}
+    rows = evaluate.cka_rows(x, groups, "t", "cpu")
     value = {(r["model"], r["other"], r["metric"]): r["value"] for r in rows}
-    gram = {name: (f.astype(np.float64) - f.mean(0, dtype=np.float64)) for name, f in
-            {"t": x, "s": np.tanh(x @ mix / 4), "noise": noise}.items()}
+    gram = {name: (f.astype(np.float64) - f.mean(0, dtype=np.float64)) for name, f in x.items()}
     gram = {name: f @ f.T for name, f in gram.items()}
     for a, b in [("s", "t"), ("noise", "t"), ("s", "noise")]:
         for metric in ("unbiased", "biased"):
@@ -143,6 +143,9 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     assert abs(value["noise", "t", "unbiased"]) < 0.05 < value["noise", "t", "floor"] < 0.3
     assert abs(value["noise", "t", "biased"] - value["noise", "t", "floor"]) < 0.05
     assert 0 < value["s", "t", "se"] < 0.2
+    gain = [r for r in evaluate.cka_rows(x, groups, "t", "cpu", "noise") if r["protocol"] == "paired"]
+    assert [(r["model"], r["other"]) for r in gain] == [("s", "noise")] and gain[0]["low"] > 0
+    assert gain[0]["value"] == pytest.approx(value["s", "t", "unbiased"] - value["noise", "t", "unbiased"])
 
 
 def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
