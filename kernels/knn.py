@@ -88,9 +88,16 @@ def _check(base, k, query, groups, query_groups, metric):
 SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
 PANEL = 2048  # columns of scores at a time: with QUERIES rows they stay in a core's own cache
 QUERIES = 192
+FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
 CACHED = 2**17  # fp64 values of the rescan at a time
 SET = 8  # rows per set of the screen
 SINGLE = 8192  # up to here sets of one row: selection costs less than looking into the sets
+
+
+def _rounded(x, unit):
+    """x in fp32, or rounded to nearest to TF32's 11 bits where the hardware would cut (unit 2^-11)."""
+    x = x.float()
+    return x if unit < TF32 else (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
 
 
 def _operands(base, query, metric, unit):
@@ -100,15 +107,16 @@ def _operands(base, query, metric, unit):
     by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more roundings
     and the operands' own; taking 2 gamma off each half makes it a bound.
     """
-    gamma = (base.shape[1] + 16) * 2.0**-24 + 2 * unit
+    gamma = (base.shape[1] + 16) * FP32 + 2.02 * unit
     if metric == "cosine":
-        b = torch.nn.functional.normalize(base.double()).float()
-        q = b if query is None else torch.nn.functional.normalize(query.double()).float()
+        b = _rounded(torch.nn.functional.normalize(base.double()), unit)
+        q = b if query is None else _rounded(torch.nn.functional.normalize(query.double()), unit)
         half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
         return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half)
-    mean = base.double().mean(0)
-    b = (base - mean.to(base.dtype)).float()
-    q = b if query is None else (query - mean.to(base.dtype)).float()
+    wide = torch.promote_types(base.dtype, torch.float32)
+    mean = base.mean(0, dtype=wide)
+    b = _rounded(base.to(wide) - mean, unit)
+    q = b if query is None else _rounded(query.to(wide) - mean, unit)
     bias_b = b.double().square().sum(1) * (1 - 2 * gamma)
     bias_q = bias_b if query is None else q.double().square().sum(1) * (1 - 2 * gamma)
     return q, b, bias_q.float(), bias_b.float()
@@ -159,7 +167,7 @@ def _reference(base, k, query, groups, query_groups, metric):
     redone = torch.zeros(queries.shape[0], dtype=torch.bool, device=base.device)
     if n == 0 or queries.shape[0] == 0:
         return distances.to(wide), indices, redone
-    q, b, bias_q, bias_b = _operands(base, query, metric, 2.0**-24)
+    q, b, bias_q, bias_b = _operands(base, query, metric, FP32)
     size = 1 if n <= SINGLE else SET
     # Column j of a panel of width w is a member of set j % (w / size): one pass of vector minima finds each set's least.
     panel = min(PANEL, -(-n // size) * size)

@@ -1,0 +1,248 @@
+"""Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in knn.py.
+
+Rows of base are sorted by group, so that a tile of them mostly has one label: a tile that shares no label with the
+queries needs no mask, and one whose only label is theirs is skipped. Screening is one TF32 matrix product per tile with the
+bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of those few minima that
+improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all that it owns; no atomics.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.knn import TF32, _operands
+
+PROGRAMS = 264  # two for each multiprocessor of the largest device meant; fewer queries than that split the base
+NONE, SELF, GROUPS = 0, 1, 2
+
+
+@triton.jit
+def screen_kernel(
+    query, base, bias, query_groups, base_groups, values, sets, queries, rows, width, chunk,
+    MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
+    WIDTH: tl.constexpr, LOOPED: tl.constexpr,
+):  # fmt: skip
+    """The KEEP sets with the least lower bounds for each query, unsorted -> values, sets (queries, splits, KEEP).
+
+    query (queries, width) is -2 times the operand; member m of set s of a tile is its row m * (ROWS / SET) + s.
+    """
+    SETS: tl.constexpr = ROWS // SET
+    q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    split = tl.program_id(1)
+    real_q = q < queries
+    d = tl.arange(0, WIDTH)
+    q_at = query + q.to(tl.int64)[:, None] * width
+    if not LOOPED:
+        a = tl.load(q_at + d[None, :], mask=real_q[:, None] & (d[None, :] < width), other=0.0)
+    if MASK == 2:
+        labels_q = tl.load(query_groups + tl.minimum(q, queries - 1))
+        least_q, most_q = tl.min(labels_q), tl.max(labels_q)
+    best = tl.full((QUERIES, KEEP), float("inf"), tl.float32)
+    ids = tl.full((QUERIES, KEEP), -1, tl.int32)
+    slots, lanes = tl.arange(0, KEEP), tl.arange(0, SETS)
+    worst = tl.full((QUERIES,), float("inf"), tl.float32)
+    for start in range(split * chunk, tl.minimum(rows, (split + 1) * chunk), ROWS):
+        n = start + tl.arange(0, ROWS)
+        wanted = True
+        mixed = False
+        if MASK == 2:
+            labels_n = tl.load(base_groups + tl.minimum(n, rows - 1))
+            least_n, most_n = tl.min(labels_n), tl.max(labels_n)
+            wanted = (least_n != most_n) | (least_q != most_q) | (least_n != least_q)
+            mixed = (least_n <= most_q) & (least_q <= most_n)
+        if wanted:
+            score = tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :] + tl.zeros((QUERIES, ROWS), tl.float32)
+            n_at = base + n.to(tl.int64)[None, :] * width
+            if LOOPED:
+                for first in range(0, width, WIDTH):
+                    e = first + d
+                    x = tl.load(q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < width), other=0.0)
+                    y = tl.load(n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < width), other=0.0)
+                    score = tl.dot(x, y, score, input_precision="tf32")
+            else:
+                y = tl.load(n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < width), other=0.0)
+                score = tl.dot(a, y, score, input_precision="tf32")
+            if MASK == 1:
+                if (start < tl.program_id(0) * QUERIES + QUERIES) & (start + ROWS > tl.program_id(0) * QUERIES):
+                    score = tl.where(q[:, None] == n[None, :], float("inf"), score)
+            if MASK == 2:
+                if mixed:
+                    score = tl.where(labels_q[:, None] == labels_n[None, :], float("inf"), score)
+            least = tl.min(tl.reshape(score, (QUERIES, SET, SETS)), 1)
+            more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
+            while more > 0:
+                value, lane = tl.min(least, 1, return_indices=True)
+                slot = tl.argmax(best, 1)
+                hit = (slots[None, :] == slot[:, None]) & (value < worst)[:, None]
+                best = tl.where(hit, value[:, None], best)
+                ids = tl.where(hit, ((start // ROWS) * SETS + lane)[:, None], ids)
+                least = tl.where(lanes[None, :] == lane[:, None], float("inf"), least)
+                worst = tl.max(best, 1)
+                more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
+    out = (q.to(tl.int64)[:, None] * tl.num_programs(1) + split) * KEEP + slots[None, :]
+    tl.store(values + out, best, mask=real_q[:, None])
+    tl.store(sets + out, ids, mask=real_q[:, None])
+
+
+@triton.jit
+def _distances(query, base, q, index, real, width, COSINE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Squared distance (or twice the cosine distance) in fp64 of one query to base[index], infinity where not real."""
+    total = tl.zeros((COUNT,), tl.float64)
+    norm = tl.zeros((COUNT,), tl.float64)
+    own = tl.zeros((1,), tl.float64)
+    for first in range(0, width, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        a = tl.load(query + q.to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0).to(tl.float64)
+        b = tl.load(base + index.to(tl.int64)[:, None] * width + d[None, :],
+                    mask=real[:, None] & (d[None, :] < width), other=0.0).to(tl.float64)
+        if COSINE:
+            total += tl.sum(a * b, 1)
+            norm += tl.sum(b * b, 1)
+            own += tl.sum(a * a, 1)
+        else:
+            total += tl.sum((a - b) * (a - b), 1)
+    if COSINE:
+        product = tl.sqrt(norm) * tl.sqrt(own)
+        total = 2.0 - 2.0 * total / tl.where(product == 0.0, 1.0, product)
+        total = tl.where(total < 0.0, 0.0, total)
+    return tl.where(real, total, float("inf"))
+
+
+@triton.jit
+def _emit(distance, index, q, distances, indices, k, COSINE: tl.constexpr):
+    """Write the k first by (distance, index), -1 at infinity -> the k-th squared distance."""
+    last = tl.min(distance)
+    for place in range(k):
+        last = tl.min(distance)
+        chosen = tl.min(tl.where(distance == last, index, 2147483647))
+        finite = last < float("inf")
+        tl.store(distances + q.to(tl.int64) * k + place, last / 2 if COSINE else tl.sqrt(last))
+        tl.store(indices + q.to(tl.int64) * k + place, tl.where(finite, chosen, -1).to(tl.int64))
+        distance = tl.where((distance == last) & (index == chosen), float("inf"), distance)
+    return last
+
+
+@triton.jit
+def rescan_kernel(
+    query, base, order, bias, query_groups, groups, sets, dropped, distances, indices, redo, rows, width, k,
+    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Members of one query's sets by fp64 differences -> its k neighbours, and whether they still have to be proved."""
+    SETS: tl.constexpr = ROWS // SET
+    q = tl.program_id(0)
+    i = tl.arange(0, KEEP * SET)
+    chosen = tl.load(sets + q.to(tl.int64) * KEEP + i // SET)
+    place = (chosen // SETS) * ROWS + (i % SET) * SETS + chosen % SETS
+    real = (chosen >= 0) & (place < rows)
+    index = tl.load(order + place, mask=real, other=0)
+    if MASK == 1:
+        real = real & (index != q)
+    if MASK == 2:
+        real = real & (tl.load(groups + index, mask=real, other=0) != tl.load(query_groups + q))
+    distance = _distances(query, base, q, index, real, width, COSINE, KEEP * SET, WIDTH)
+    last = _emit(distance, index, q, distances, indices, k, COSINE)
+    least = tl.load(dropped + q)
+    proved = (last < (least + tl.load(bias + q)).to(tl.float64)) | (least == float("inf"))
+    tl.store(redo + q, (proved == 0).to(tl.int8))
+
+
+@triton.jit
+def redo_kernel(
+    query, base, query_groups, groups, distances, indices, redo, rows, width, k,
+    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A query without a certificate against all of base in fp64; every other program ends at once."""
+    q = tl.program_id(0)
+    if tl.load(redo + q) != 0:
+        slots = tl.arange(0, KEEP)
+        best = tl.full((KEEP,), float("inf"), tl.float64)
+        ids = 2147483647 - slots  # free places, told apart
+        for start in range(0, rows, ROWS):
+            n = start + tl.arange(0, ROWS)
+            real = n < rows
+            if MASK == 1:
+                real = real & (n != q)
+            if MASK == 2:
+                real = real & (tl.load(groups + n, mask=real, other=0) != tl.load(query_groups + q))
+            distance = _distances(query, base, q, n, real, width, COSINE, ROWS, WIDTH)
+            worst = tl.max(best)
+            value = tl.min(distance)
+            while value < worst:  # rows come by index: a tie with the worst kept is not an improvement
+                chosen = tl.min(tl.where(distance == value, n, 2147483647))
+                place = tl.max(tl.where(best == worst, ids, -1))  # of equals the largest index leaves
+                hit = (best == worst) & (ids == place)
+                best = tl.where(hit, value, best)
+                ids = tl.where(hit, chosen, ids)
+                distance = tl.where(n == chosen, float("inf"), distance)
+                worst = tl.max(best)
+                value = tl.min(distance)
+        _emit(best, ids, q, distances, indices, k, COSINE)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+
+def screen_config(k: int, width: int) -> dict:
+    """Tile and launch parameters: fewer queries to a program the more sets it keeps, all of it being in registers."""
+    keep = max(16, triton.next_power_of_2(k + 8))
+    queries = 128 if keep <= 32 else 64 if keep == 64 else 32
+    looped = width > 64
+    return {"KEEP": keep, "QUERIES": queries, "ROWS": 128, "SET": 8, "LOOPED": looped,
+            "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
+            "num_warps": 8 if queries == 128 else 4, "num_stages": 2}
+
+
+def rescan_config(k: int) -> dict:
+    return {"WIDTH": 8, "num_warps": 4 if k <= 24 else 8}
+
+
+def redo_config(k: int) -> dict:
+    return {"KEEP": max(16, triton.next_power_of_2(k)), "ROWS": 256, "WIDTH": 8, "num_warps": 4}
+
+
+def search(base, k, query, groups, query_groups, metric):
+    alone, device, rows = query is None, base.device, base.shape[0]
+    count = rows if alone else query.shape[0]
+    distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=device)
+    indices = torch.full((count, k), -1, dtype=torch.int64, device=device)
+    redo = torch.zeros(count, dtype=torch.int8, device=device)
+    if rows == 0 or count == 0:
+        return distances, indices, redo.bool()
+    mask = GROUPS if groups is not None else SELF if alone else NONE
+    if mask == GROUPS:
+        groups = groups.contiguous().long()
+        query_groups = groups if alone else query_groups.contiguous().long()
+        order, order_q = groups.argsort(stable=True), query_groups.argsort(stable=True)
+        sorted_groups, sorted_query_groups = groups[order], query_groups[order_q]
+    else:
+        order, order_q = torch.arange(rows, device=device), torch.arange(count, device=device)
+        groups = query_groups = sorted_groups = sorted_query_groups = None
+    base = base.contiguous()
+    query = base if alone else query.contiguous()
+    q, b, bias_q, bias_b = _operands(base, None if alone else query, metric, TF32)
+    config = screen_config(k, base.shape[1])
+    tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
+    splits = min(triton.cdiv(rows, 4 * tile), max(1, PROGRAMS // tiles))
+    chunk = triton.cdiv(triton.cdiv(rows, splits), tile) * tile
+    values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
+    sets = torch.empty(count, splits, config["KEEP"], dtype=torch.int32, device=device)
+    cosine, width = metric == "cosine", base.shape[1]
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        screen_kernel[(tiles, splits)](q[order_q] * -2, b[order], bias_b[order], sorted_query_groups, sorted_groups,
+                                       values, sets, count, rows, width, chunk, MASK=mask, **config)
+        if splits > 1:
+            values, place = values.flatten(1).topk(config["KEEP"], dim=1, largest=False)
+            sets = sets.flatten(1).gather(1, place)
+        back = torch.empty_like(order_q)
+        back[order_q] = torch.arange(count, device=device)
+        dropped = values.view(count, -1).amax(1)[back]
+        sets = sets.view(count, -1)[back]
+        rescan_kernel[(count,)](query, base, order, bias_q, query_groups, groups, sets, dropped, distances, indices, redo,
+                                rows, width, k, MASK=mask, COSINE=cosine, KEEP=config["KEEP"], ROWS=tile,
+                                SET=config["SET"], **rescan_config(k))
+        redo_kernel[(count,)](query, base, query_groups, groups, distances, indices, redo, rows, width, k, MASK=mask,
+                              COSINE=cosine, **redo_config(k))
+    return distances, indices, redo.bool()
