@@ -286,6 +286,9 @@ class Slide:
             self.levels = [level for level in self.levels if level.number >= 0]
             for level in self.levels:
                 level.tiles = None
+        for level in self.levels[1:]:   # below a tile left out of level 0 the file holds junk; OpenSlide draws it anew
+            if level.tiles and not (level.tiles.complete and self.levels[0].tiles.complete):
+                level.tiles = None
         for level in self.levels:
             if level.tiles and level.tiles.codec.compression == Codec.JPEG:
                 self.drafts += [_Level(-(-level.width // s), -(-level.height // s), level.downsample * s, level.number,
@@ -364,10 +367,8 @@ class Slide:
 
     def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
-        if strict and (x % tw, y % th, w, h) == (0, 0, tw, th):     # the fast case: nothing to assemble or to keep
-            data = level.tiles.compressed(self.file, y // th * level.tiles.columns + x // tw)
-            if data:
-                return level.tiles.codec.decode(data, level.shrink)
+        if strict and (x % tw, y % th, w, h) == (0, 0, tw, th):     # the fast case: nothing to assemble
+            return self._tile(level, y // th * level.tiles.columns + x // tw).copy()
         out = np.empty((h, w, 3), np.uint8)
         for row in range(y // th, (y + h - 1) // th + 1):
             top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
@@ -398,7 +399,7 @@ class Slide:
             self._reopen()
             if strict:
                 raise PatchError(str(error)) from error
-            if w * h <= 512 * 512:
+            if w * h <= 256 * 256 or len(self.damaged) > 50:
                 self._note_damage(level, x, y, error)
                 return np.full((h, w, 3), 255, np.uint8)
             halves = ((x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)) if w >= h else (
@@ -414,10 +415,15 @@ class Slide:
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level.width), min(y + h, level.height)
         if left >= right or top >= bottom:
             return np.full((h, w, 3), 255, np.uint8)
-        # What a lower level's file lacks, OpenSlide draws from the level above.
-        use_tiles = level.tiles and (level.tiles.complete or level.downsample == 1 or level.shrink > 1)
-        read = self._from_tiles if use_tiles else self._from_openslide
-        part = read(level, left, top, right - left, bottom - top, strict)
+        part = None
+        if level.tiles:
+            try:
+                part = self._from_tiles(level, left, top, right - left, bottom - top, strict)
+            except PatchError:
+                if level.number < 0:
+                    raise
+        if part is None:    # also what our decoder refuses: OpenSlide decides what is damaged
+            part = self._from_openslide(level, left, top, right - left, bottom - top, strict)
         if part.shape[:2] == (h, w):
             return part
         out = np.full((h, w, 3), 255, np.uint8)
@@ -554,6 +560,7 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
     # A fold is denser than the tissue around it in both stains alike; a crowd of nuclei is so in haematoxylin only.
     near = ndimage.uniform_filter(mask.astype(np.float32), 65) + 1e-6
     red0, green0 = (ndimage.uniform_filter(channel * mask, 65) / near for channel in (red, green))
+    red, green = (ndimage.uniform_filter(channel, 3) for channel in (red, green))
     fold = (mask & (green > 1.6 * green0) & (red > 1.5 * red0) & (green > 0.3)
             & (red * green0 < green * (red0 + 0.15 * green0)))
     fold = _without_specks(_open(fold), 12)
@@ -1011,6 +1018,7 @@ class _Handle:
     offset: np.ndarray | None = None
     bytes: np.ndarray | None = None
     file: int = -1
+    shard: bool = False
     slide: Slide | None = None
 
     def close(self) -> None:
@@ -1096,7 +1104,8 @@ class PatchIndex:
             group = file.get("compressed")
             if group is not None:
                 path = self._path(number)
-                if group.attrs["file"] == "shard":
+                handle.shard = group.attrs["file"] == "shard"
+                if handle.shard:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
                 with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
                     handle.file = os.open(path, os.O_RDONLY)
@@ -1120,7 +1129,11 @@ class PatchIndex:
             x, y = handle.coords[row].tolist()
             place = f"x={x}, y={y}"
             if handle.codec and handle.bytes[row]:
-                return handle.codec.decode(read_bytes(handle.file, int(handle.offset[row]), int(handle.bytes[row])))
+                try:
+                    return handle.codec.decode(read_bytes(handle.file, int(handle.offset[row]), int(handle.bytes[row])))
+                except PatchError:
+                    if handle.shard:
+                        raise       # of a slide, OpenSlide decides what is damaged
             if not handle.slide:
                 using = [other for other in self._open.values() if other.slide]
                 if len(using) >= 16:
@@ -1312,8 +1325,9 @@ def ask_gdc(args: argparse.Namespace, names: list[str] | None) -> list[Source]:
     hits = []
     while True:
         try:
-            with ask(f"{args.gdc_url}/files", {"Content-Type": "application/json"}, json.dumps(query).encode()) as answer:
-                data = json.load(answer)["data"]
+            body = json.dumps(query).encode()
+            with ask(f"{args.gdc_url}/files", {"Content-Type": "application/json"}, body) as reply:
+                data = json.load(reply)["data"]
             hits += data["hits"]
             total = int(data["pagination"]["total"])
         except (ValueError, KeyError, TypeError) as error:
