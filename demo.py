@@ -385,8 +385,10 @@ def demo(folder: Path, max_steps: int) -> None:
     seconds["tile.py"] = run("tile.py", "--cancer", "demo", "--data", f"{data}", "--mpp", "0.5", "--patch-size", "128")
     seconds["distill.py"] = run(
         "distill.py", "--cancer", "demo", "--data", f"{data}", "--runs", f"{runs}", "--name", "demo",
-        "--teacher", teacher, "--student", student, *known, "--crop", "112", "--max-steps", f"{max_steps}", "--lr", "3e-3")
-    seconds["evaluate.py"] = run("evaluate.py", *models, "--teacher", teacher, "--baseline", student, *known, *benchmark)
+        "--teacher", teacher, "--student", student, *known, "--crop", "112",
+        "--max-steps", f"{max_steps}", "--lr", "3e-3")
+    seconds["evaluate.py"] = run("evaluate.py", *models, "--teacher", teacher, "--baseline", student, *known,
+                                 *benchmark)
     seconds["robustness.py"] = run("robustness.py", *models, *known, *benchmark)
     print(screen(folder, seconds))
 
