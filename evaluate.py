@@ -225,9 +225,13 @@ def make(name: str, level: str, images: Sequence, rows: list[tuple[str, str, str
         raise UserError(f"{root}: no images of {name} in it; `python evaluate.py --list` says where to get it, and the "
                         "archive is unpacked below this folder as it comes")
     ids, labels, groups = map(list, zip(*rows, strict=True))
+    strange = [i for i, y in zip(ids, labels, strict=True) if y not in classes]
+    if strange:
+        raise UserError(f"{root}: {strange[0]} is labelled {labels[ids.index(strange[0])]}; {name} knows "
+                        f"{', '.join(classes)}")
     if (root / "patients.csv").is_file():
         with open(root / "patients.csv", newline="", encoding="utf-8-sig") as file:
-            patient = {row["group"]: row["patient"] for row in csv.DictReader(file)}
+            patient = {row.get("group"): row.get("patient") for row in csv.DictReader(file)}
         lost = sorted(set(groups) - set(patient))
         if lost:
             raise UserError(f"{root / 'patients.csv'}: no patient for {len(lost)} groups, first {lost[0]}; add them")
@@ -650,6 +654,7 @@ def split(labels: np.ndarray, groups: Sequence[str], n: int, seed: int = 0, grou
         for number, (_, test) in enumerate(parts):
             fold[test] = number
     assert (fold >= 0).all()
+    fold = np.unique(fold, return_inverse=True)[1]   # a fold may come out empty when groups differ much in size
     if grouped:
         assert all(len(set(fold[group == g])) == 1 for g in np.unique(group)), "a group straddles two folds"
     return fold

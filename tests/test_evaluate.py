@@ -267,3 +267,17 @@ def test_paper_numbers_stand_beside_ours_only_where_names_match():
     assert evaluate.paper_value("probe", "uni", "chimera", {}) == " (paper 0.857)"
     assert evaluate.paper_value("knn", "timm:resnet10t", "idc", {}) == ""
     assert evaluate.paper_value("knn", "virchow", "idc", {}) == ""
+
+
+def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+    for name, whole in (("a", True), ("b", False)):
+        (tmp_path / "runs" / name / "student").mkdir(parents=True)
+        if whole:
+            (tmp_path / "runs" / name / "student" / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache",
+                        lambda repo, file: "/cache/file" if repo == models.REGISTRY["hibou-l"].hub else None)
+    args = evaluate.build_parser().parse_args(["--all", "--runs", str(tmp_path / "runs"), "--weights", "uni=some.bin"])
+    assert sorted(evaluate.models_at_hand(args)) == [str(tmp_path / "runs" / "a" / "student"), "hibou-l", "uni"]
+    err = capsys.readouterr().err
+    assert "h-optimus-0 (huggingface.co/bioptimus/H-optimus-0)" in err and "hibou-l" not in err

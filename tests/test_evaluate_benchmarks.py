@@ -221,8 +221,11 @@ def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_o
     stack = b.images[0]
     assert len(stack) == 8 and stack[0].shape == (256, 256, 3)   # half of a 4 x 4 grid is tissue
     assert stack[0].mean() < 160
-    with pytest.raises(OSError, match="mpp"):   # named and counted as unreadable, not fatal
+    with pytest.raises(OSError, match=r"B2-0002.*per pixel"):   # named and counted as unreadable, not fatal
         b.images[2]
+    table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-A1-0001-01Z-00-DX1", "label": "1"}])
+    with pytest.raises(UserError, match="is labelled 1; tp53 knows WT, MUT"):
+        load("tp53", root)
 
 
 def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):

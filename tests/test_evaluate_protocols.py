@@ -183,6 +183,9 @@ def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
     assert [r["value"] for r in evaluate.read_metrics(tmp_path)] == [1.0, 1.0, 2.0]
     evaluate.record(tmp_path, [row | {"value": 3.0}], same=("model", "benchmark", "protocol"))
     assert [(r["protocol"], r["value"]) for r in evaluate.read_metrics(tmp_path)] == [("cka", 1.0), ("knn", 3.0)]
+    evaluate.record(tmp_path, [row | {"value": float("nan")}])
+    assert evaluate.read_metrics(tmp_path)[-1]["value"] is None
+    assert ("knn", "accuracy", "a", "b") not in evaluate.means(tmp_path)
 
 
 def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
