@@ -63,7 +63,7 @@ def test_ratio_of_totals_not_mean_of_ratios():
     counts = np.zeros((4, 2, 1), int)
     counts[1, 0], counts[2, 1] = 3, 1   # query 0: three SO; query 1: one OS
     assert rb.index_of(counts.sum(1)) == 3
-    assert np.isinf(rb.index_of(counts)[0, 0])
+    assert np.isnan(rb.index_of(counts)[0, 0])
     assert np.isnan(rb.bounded_of(np.zeros((4, 1))))[0]
 
 
@@ -321,7 +321,7 @@ def patch() -> np.ndarray:
 
 @pytest.mark.parametrize("kind", list(rb.SHIFTS))
 def test_shift_grows_with_its_strength_and_starts_at_nothing(kind, patch):
-    _, nothing, strengths = rb.SHIFTS[kind]
+    _, nothing, _, strengths = rb.SHIFTS[kind]
     change = lambda s: np.abs(rb.shift(patch, kind, s).astype(float) - patch).mean()  # noqa: E731
     above = sorted(s for s in strengths if s > nothing)
     below = sorted((s for s in strengths if s < nothing), reverse=True)
@@ -359,6 +359,7 @@ def test_displacement():
     assert same["distance"] == pytest.approx(0, abs=1e-6)
     other = rb.displacement(base, np.roll(base, 1, 0))
     assert other["first"] == 0 and other["distance"] == pytest.approx(1, abs=0.15)
+    assert rb.displacement(np.ones((9, 4)), np.ones((9, 4)))["first"] == 0   # all alike: nothing known again
     unit = base / np.linalg.norm(base, axis=1, keepdims=True)
     similar = unit @ unit.T
     assert same["others"] == pytest.approx(similar[~np.eye(50, dtype=bool)].mean())
@@ -482,11 +483,31 @@ def test_unreadable_patch_is_left_out_and_told(folder, fake, capsys):
     assert "| centre-0 | 11 of 12" in (folder.parent / "r" / "table3.md").read_text()
 
 
+def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, capsys):
+    original = evaluate.features
+
+    def features(name, *args, **options):
+        if name == "gone":
+            raise UserError("gone: no weights; pass --weights gone=FILE")
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(evaluate, "features", features)
+    arguments = ("--benchmark", folder, "--results", folder.parent / "r", "--per-class", 9, "--no-pictures")
+    status, out, err = call(capsys, "--models", "tissue", "gone", "place", *arguments)
+    assert status == 1 and err == "error: gone: no weights; pass --weights gone=FILE\n"
+    assert "tissue − place" in out and "gone" not in out
+    status, out, err = call(capsys, "--models", "gone", *arguments)
+    assert status == 1 and out == "" and err.startswith("error: gone: no weights")
+    assert "share a name" in call(capsys, "--models", "tissue", "tissue", *arguments)[2]
+
+
 @pytest.mark.parametrize(("labels", "flags", "message"), [
     ("image,label,group\nplain-0-0.png,a,p\n", (), "no column center"),
     ("image,label,group,center\nplain-0-0.png,a,p,c\nplain-0-1.png,b,p,c\n", (), "2 classes and 1 centres"),
     (None, ("--per-class", 1, "--benchmark", "/nowhere"), "/nowhere: no such folder"),
     (None, ("--per-class", 1), "fewer than two classes, two centres or 4 patches"),
+    ("image,label,group,center\nplain-0-0.png,a,patient-0,c\nplain-0-1.png,b,patient-0,d\n",
+     ("--models", "run", "--exclude-seen"), "--exclude-seen leaves nothing"),
 ])
 def test_user_errors(folder, fake, capsys, labels, flags, message):
     if labels:
@@ -496,7 +517,7 @@ def test_user_errors(folder, fake, capsys, labels, flags, message):
 
 
 @pytest.mark.parametrize("flags", [("--strengths", "1"), ("--perturb", "stain", "blur", "--strengths", "1"),
-                                   ("--samples", "0"), ("--perturb", "fog")])
+                                   ("--samples", "0"), ("--perturb", "fog"), ("--perturb", "jpeg", "--strengths", "0")])
 def test_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         rb.main(list(flags))
