@@ -126,8 +126,9 @@ def stamp(canvas: np.ndarray, points: np.ndarray, stamps: list, weights: np.ndar
         np.maximum(view, part * weight, out=view)
 
 
-def render(rng: np.random.Generator, types: np.ndarray, centre: Centre) -> np.ndarray:
-    """An RGB image (H, W, 3) uint8 of tissue of these types, from one patient, as this centre stains and scans it."""
+def render(rng: np.random.Generator, types: np.ndarray, centre: Centre) -> tuple[np.ndarray, np.ndarray]:
+    """An RGB image (H, W, 3) uint8 of tissue of these types, from one patient, as this centre stains and scans it;
+    and where ducts are packed with cells, (H, W) bool."""
     shape = types.shape
     vigour = np.exp(rng.normal(0, 0.12, 2)) * centre.strength           # this slide's staining
     size = np.exp(rng.normal(0, 0.10))                                  # this patient's nuclei
@@ -158,7 +159,7 @@ def render(rng: np.random.Generator, types: np.ndarray, centre: Centre) -> np.nd
     # In-situ: round ducts packed with cells, a pale rim around each, stroma between them.
     eosin[in_situ] = (0.46 + 0.18 * np.maximum(fibres, -1.6) + 0.03 * fine)[in_situ]
     packed = np.zeros(shape, bool)
-    for cy, cx in scatter(rng, in_situ, 105):
+    for cy, cx in scatter(rng, in_situ, 94):
         radius = rng.uniform(34, 50)
         top, left = max(0, int(cy - radius - 6)), max(0, int(cx - radius - 6))
         window = np.s_[top:int(cy + radius + 7), left:int(cx + radius + 7)]
@@ -201,7 +202,7 @@ def render(rng: np.random.Generator, types: np.ndarray, centre: Centre) -> np.nd
              for white, h, e in zip(centre.white, centre.haematoxylin, centre.eosin, strict=True)]
     image = Image.fromarray(np.stack(light, -1).astype(np.uint8)).filter(ImageFilter.GaussianBlur(centre.blur))
     noise = rng.standard_normal(shape, np.float32) * centre.noise
-    return np.clip(np.asarray(image) + noise[..., None], 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(image) + noise[..., None], 0, 255).astype(np.uint8), packed
 
 
 def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
@@ -212,7 +213,7 @@ def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
     import tifffile
 
     rng = np.random.default_rng(seed)
-    image = render(rng, tissue_map(rng, side), centre)
+    image, _ = render(rng, tissue_map(rng, side), centre)
     options = {"tile": (centre.tile, centre.tile), "photometric": "rgb", "compression": "jpeg",
                "compressionargs": {"level": centre.quality}}
     if centre.vendor == "generic":
@@ -232,12 +233,17 @@ def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
 def write_patches(job: tuple[Path, str, int, Centre, int, int]) -> list[dict]:
     """Draw one held-out patient, write up to `most` patches of 128 px of each tissue type; returns their labels."""
     folder, patient, seed, centre, side, most = job
+    def covered(where: np.ndarray) -> np.ndarray:
+        return ndimage.uniform_filter(where.astype(np.float32), 128)[64:-64:32, 64:-64:32]
+
     rng = np.random.default_rng(seed)
     types = tissue_map(rng, side)
-    image = render(rng, types, centre)
+    image, packed = render(rng, types, centre)
     rows = []
     for number, name in enumerate(CLASSES):
-        share = ndimage.uniform_filter((types == number).astype(np.float32), 128)[64:-64:32, 64:-64:32]
+        share = covered(types == number)
+        if name == "in-situ":  # between its ducts lies stroma like any other
+            share *= covered(packed) > 0.4
         taken: list[tuple[int, int]] = []
         for top, left in rng.permutation(np.argwhere(share > 0.8)) * 32:
             if len(taken) < most and all(abs(top - t) >= 128 or abs(left - s) >= 128 for t, s in taken):
