@@ -131,9 +131,9 @@ class Model(nn.Module):
 
     @property
     def geometry(self):
-        """uint8 (B, 3, H, W) of any size -> uint8 (B, 3, S, S): see `geometry`."""
-        return functools.partial(geometry, size=self.input_size, resize=self.resize, interpolation=self.interpolation,
-                                 squash=self.crop_mode == "squash")
+        """This model's `resize_and_crop`: a function that can be sent to a worker process, as the model need not be."""
+        return functools.partial(resize_and_crop, size=self.input_size, resize=self.resize,
+                                 interpolation=self.interpolation, squash=self.crop_mode == "squash")
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """float (B, 3, S, S) in [0, 1] -> float32 of the same shape, with this model's mean and standard deviation.
@@ -187,7 +187,8 @@ class Model(nn.Module):
         return total.hexdigest()[:32]
 
 
-def geometry(images: torch.Tensor, *, size: int, resize: int, interpolation: str, squash: bool = False) -> torch.Tensor:
+def resize_and_crop(images: torch.Tensor, *, size: int, resize: int, interpolation: str,
+                    squash: bool = False) -> torch.Tensor:
     """uint8 (B, 3, H, W) of any size -> uint8 (B, 3, size, size).
 
     The shorter side becomes `resize` with antialias, smaller images are enlarged, and the middle is taken (squash: both
@@ -450,6 +451,15 @@ def hub_file(name: str) -> Path:
             except EntryNotFoundError as error:  # not there, or neither in the cache nor to be reached
                 absent, cut_off = error, isinstance(error, LocalEntryNotFoundError)
         raise absent
+
+
+def verify_cached(path: Path) -> None:
+    """Raise UserError unless a file in the hub's cache has the SHA-256 that it is named by (large files are)."""
+    blob = path.resolve()
+    if len(blob.name) == 64:
+        with blob.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                raise UserError(f"{blob}: damaged, its SHA-256 is not that of its name; delete it and fetch it again")
 
 
 @contextlib.contextmanager
@@ -837,15 +847,15 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Measured FLOP/s of a large square matrix product on random numbers: what a network can reach at best."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _seconds(lambda: a @ b, device)
+    return 2 * n**3 / min(_seconds(lambda: a @ b, device))
 
 
-def _seconds(call, device: torch.device, budget: float = 3.0) -> float:
-    """Median time of `call` over up to 20 runs, or as many as fit into `budget` seconds (at least 2)."""
+def _seconds(call, device: torch.device, budget: float = 3.0) -> list[float]:
+    """Times of up to 20 runs of `call`, or as many as fit into `budget` seconds (at least 2), after a warm-up."""
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    for _ in range(3 if device.type == "cuda" else 1):  # warm-up: allocation, compilation, clocks
+    for _ in range(3 if device.type == "cuda" else 1):  # allocation, compilation, clocks
         call()
     wait()
     times: list[float] = []
@@ -854,7 +864,7 @@ def _seconds(call, device: torch.device, budget: float = 3.0) -> float:
         call()
         wait()
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return times
 
 
 def speed(model: Model, batch_size: int | None = None) -> dict:
@@ -867,7 +877,7 @@ def speed(model: Model, batch_size: int | None = None) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        seconds = _seconds(lambda: model(x), device)
+        seconds = float(np.median(_seconds(lambda: model(x), device)))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"model": model.name, "parameters": model.parameters_count, "precision": str(model.dtype).split(".")[-1],
             "input": model.input_size, "batch": batch_size, "gflops": flops / 1e9, "ms": 1e3 * seconds / batch_size,
@@ -881,16 +891,17 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name(options["device"]) if options["device"].type == "cuda" else "CPU, " + \
         f"{torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}{'; compiled' if args.compile else ''}")
-    form = "{:24s} {:>10s} {:>9s} {:>5s} {:>6s} {:>12s} {:>10s} {:>9s} {:>8s} {:>6s} {:>9s}"
-    print(form.format("model", "parameters", "precision", "input", "batch", "GFLOP/image", "ms/image", "images/s",
-                      "TFLOP/s", "MFU", "memory"))
-    for name in names:
+    for n, name in enumerate(names):
         default = None if Path(name).exists() else "random"
         row = speed(load_model(name, weights[name] or default, input_size=args.input_size, **options), args.batch_size)
-        print(form.format(row["model"], f"{row['parameters'] / 1e6:,.1f} M", row["precision"], str(row["input"]),
-                          str(row["batch"]), f"{row['gflops']:,.1f}", f"{row['ms']:.2f}", f"{row['rate']:,.1f}",
-                          f"{row['tflops']:.3g}", f"{row['mfu']:.0%}",
-                          f"{row['peak'] / 2**30:.1f} GiB" if row["peak"] else "-"), flush=True)
+        cells = {"parameters": f"{row['parameters'] / 1e6:,.1f} M", "precision": row["precision"],
+                 "input": str(row["input"]), "batch": str(row["batch"]), "GFLOP/image": f"{row['gflops']:,.1f}",
+                 "ms/image": f"{row['ms']:.2f}", "images/s": f"{row['rate']:,.1f}", "TFLOP/s": f"{row['tflops']:.3g}",
+                 "MFU": f"{row['mfu']:.0%}", "memory": f"{row['peak'] / 2**30:.1f} GiB" if row["peak"] else "-"}
+        width = max(len(name) for name in (*names, row["model"]))
+        if n == 0:
+            print("model".ljust(width), *(title.rjust(9) for title in cells))
+        print(row["model"].ljust(width), *(cell.rjust(max(9, len(title))) for title, cell in cells.items()), flush=True)
     print(f"MFU: share of the {row['ceiling']:.3g} TFLOP/s measured for a large matrix product in the same precision; "
           "preprocessing and reading are not counted")
 
@@ -908,8 +919,11 @@ def table() -> str:
                                for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
 
 
-def check(name: str | None, path: str, args: argparse.Namespace) -> None:
-    """Say that a weight file fits, or raise UserError that says why not; without a name, say which models it fits."""
+def check(name: str | None, path: str | None, args: argparse.Namespace) -> None:
+    """Say that a weight file (without one, the hub's) is whole and fits, or raise UserError that says why not.
+
+    Without a name, say which models it fits.
+    """
     if name is None:
         fits = identify(read_weights(weight_file(path)))
         if not fits:
@@ -917,11 +931,14 @@ def check(name: str | None, path: str, args: argparse.Namespace) -> None:
         print(f"{path}: fits {' and '.join(fits)}")
         return
     start = time.perf_counter()
+    if path is None and name.lower() in REGISTRY:
+        path = str(hub_file(name.lower()))
+        verify_cached(Path(path))
     model = load_model(name, path, input_size=args.input_size, **model_options(args))
     flat = [k for k, p in model.net.named_parameters() if not torch.isfinite(p).all()]
     if flat:
-        raise UserError(f"{path}: {len(flat)} tensors hold NaN or infinity ({', '.join(flat[:3])})")
-    print(f"{path}: fits {model.name}; {model.parameters_count:,} parameters, embedding {model.dim} "
+        raise UserError(f"{path or name}: {len(flat)} tensors hold NaN or infinity ({', '.join(flat[:3])})")
+    print(f"{path or name}: fits {model.name}; {model.parameters_count:,} parameters, embedding {model.dim} "
           f"({model.embedding}), fingerprint {model.fingerprint} ({time.perf_counter() - start:.1f} s)")
 
 
@@ -929,18 +946,19 @@ def build_parser() -> argparse.ArgumentParser:
     """Arguments of `python models.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the registry, timm:NAME, or runs/NAME/student")
-    act = parser.add_argument_group("what to do; without any of these, the registry is printed")
+    act = parser.add_argument_group("what to do; without names and flags, the registry is printed")
     act.add_argument("--check", metavar="WEIGHTS", help="does this file or folder hold the weights of NAME? Without "
                      "NAME: of which models does it?")
     act.add_argument("--speed", nargs="*", metavar="NAME", help="measure images per second, FLOPs and MFU")
-    parser.add_argument("--input-size", type=int, metavar="PX", help="side of the input, if not the published one")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="for --speed; default: 4 on CPU, on a GPU the most")
+    act.add_argument("--input-size", type=int, metavar="PX", help="side of the input, if not the published one")
+    act.add_argument("--batch-size", type=int, metavar="N", help="for --speed; default: 4 on CPU, on a GPU the most")
     add_model_arguments(parser)
     return parser
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

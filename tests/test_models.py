@@ -1,6 +1,7 @@
 """models.py: the registry, weights in every layout and every state of damage, preprocessing, students, features."""
 
 import dataclasses
+import hashlib
 import http.server
 import os
 import pickle
@@ -380,7 +381,7 @@ def hub(monkeypatch, tmp_path):
                 body = b""
             else:
                 self.send_response(200)
-                self.send_header("ETag", f'"{len(body):040d}"')
+                self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -401,13 +402,15 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server.constants = constants
+    server.reset = getattr(pytest.importorskip("huggingface_hub.utils"), "reset_sessions", lambda: None)
+    server.reset()  # older clients keep a session that knows whether it is offline
     yield server
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.parametrize("file", models.WEIGHT_FILES)
-def test_weights_come_from_the_hub_and_then_from_its_cache(file, hub, tiny, tmp_path, monkeypatch):
+def test_weights_come_from_the_hub_and_then_from_its_cache(file, hub, tiny, tmp_path, monkeypatch, capsys):
     state = load_model(tiny, "random").net.state_dict()
     (save_file if file.endswith("safetensors") else torch.save)(state, tmp_path / file)
     hub.files[f"lab/tiny/{file}"] = (tmp_path / file).read_bytes()
@@ -415,8 +418,12 @@ def test_weights_come_from_the_hub_and_then_from_its_cache(file, hub, tiny, tmp_
     assert any(token == "Bearer hf_secret" for _, _, token in hub.seen)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     hub.seen.clear()
+    hub.reset()
     assert load_model(tiny).fingerprint == first.fingerprint == load_model(tiny, "random").fingerprint
-    assert not hub.seen
+    assert models.main([tiny, "--device", "cpu"]) == 0 and not hub.seen
+    blob = next(p for p in tmp_path.glob("cache/*/blobs/*") if len(p.name) == 64)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    assert models.main([tiny, "--device", "cpu"]) == 1 and "SHA-256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault, says", [
@@ -437,6 +444,7 @@ def test_hub_refusals_say_what_to_do(fault, says, hub, tiny, monkeypatch):
 
 def test_a_timm_model_without_network_says_so(hub, monkeypatch):
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    hub.reset()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         load_model("timm:resnet10t")
 
@@ -479,7 +487,7 @@ def test_timm_models_bring_their_own_transform(tmp_path):
     levels = (model.preprocess(batch(image))[0] - reference(Image.fromarray(image))).abs() * min(model.std) * 255
     assert levels.max() < 1.01
     assert load_model("timm:test_vit", "random", input_size=64).preprocess(batch(image)).shape[-1] == 64
-    squashed = models.geometry(batch(image), size=64, resize=64, interpolation="bicubic", squash=True)
+    squashed = models.resize_and_crop(batch(image), size=64, resize=64, interpolation="bicubic", squash=True)
     assert np.abs(squashed[0].permute(1, 2, 0).numpy().astype(int)
                   - np.asarray(Image.fromarray(image).resize((64, 64), Image.BICUBIC))).max() <= 1
 
