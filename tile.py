@@ -74,7 +74,8 @@ def atomic(path: str | os.PathLike):
 def slide_name(path: str | os.PathLike) -> str:
     """File name without the suffixes of slides, images and our own outputs: "a.b.ome.tif" -> "a.b"."""
     suffix = r"(\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|svslide|bif|vms|vmu|dcm|czi|png|jpe?g|bmp|h5|tar)$"
-    return re.sub(suffix, "", Path(path).name, flags=re.IGNORECASE)
+    name = os.fsencode(Path(path).name).decode("utf-8", "replace")     # not every file system speaks UTF-8
+    return re.sub(suffix, "", name, flags=re.IGNORECASE)
 
 
 def patient_of(name: str) -> str:
@@ -860,16 +861,15 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: 
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
+                data = b""
                 if copy and place["bytes"][number]:
                     data = codec.standalone(read_bytes(slide.file, int(place["offset"][number]),
                                                        int(place["bytes"][number])))
-                    if b"\xff\xd9" not in data[-16:]:     # no proper end: let the decoder judge
-                        codec.decode(data)
-                else:
-                    data = simplejpeg.encode_jpeg(slide.read(x, y, tiling.size0, tiling.patch_size), quality=quality,
-                                                  colorsubsampling="444", fastdct=False)
+                if b"\xff\xd9" not in data[-16:]:     # nothing to copy, or cut short: the reader decides
+                    data = simplejpeg.encode_jpeg(slide.area(x, y, *(tiling.size0,) * 2, *(tiling.patch_size,) * 2),
+                                                  quality=quality, colorsubsampling="444", fastdct=False)
             except PatchError as error:
-                errors.append(str(error))
+                errors.append(f"x={x}, y={y}: {error}")
                 continue
             member = tarfile.TarInfo(f"{key}_{x:06d}_{y:06d}.jpg")
             member.size = len(data)
@@ -917,7 +917,7 @@ def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
 def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
     """The tissue's outline in level-0 pixels, one annotation per piece, as QuPath opens it by drag and drop."""
     edge = np.array([slide.width, slide.height])
-    features = [{"type": "Feature", "id": hashlib.md5(f"{slide.name}{number}".encode()).hexdigest(),
+    features = [{"type": "Feature", "id": f"{slide.name}-{number}",
                  "geometry": {"type": "Polygon", "coordinates": [
                      np.clip(np.round(ring * tiling.scale), 0, edge).astype(int).tolist() for ring in polygon]},
                  "properties": {"objectType": "annotation", "name": f"tissue {number}",
@@ -1281,7 +1281,7 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
         elif args.strategy not in ("both", kind):
             reasons[source.name] = f"a {kind} slide (--strategy {args.strategy})"
         else:
-            order = hashlib.sha256(f"{args.seed}:{source.name}".encode(errors="surrogateescape")).hexdigest()
+            order = hashlib.sha256(f"{args.seed}:{source.name}".encode()).hexdigest()
             wanted.append((kind != "diagnostic", order, source))
     wanted.sort(key=lambda item: item[:2])
     limit = args.max_slides or len(wanted)
@@ -1378,6 +1378,11 @@ def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
     raise UserError(f"{url}: {reason}; the same command goes on from here later")
 
 
+def downloaded_mark(path: Path) -> Path:
+    """An empty file beside a slide that we fetched: only such a slide may be discarded."""
+    return path.with_name(f".{path.name}.downloaded")
+
+
 def download(source: Source, args: argparse.Namespace, report) -> None:
     """Fetch one slide to its path by way of a .partial file that goes on where it was; size and md5 are verified.
 
@@ -1408,6 +1413,7 @@ def download(source: Source, args: argparse.Namespace, report) -> None:
         if now >= source.size:
             with open(partial, "rb") as file:
                 if now == source.size and hashlib.file_digest(file, "md5").hexdigest() == source.md5:
+                    downloaded_mark(source.path).touch()
                     os.replace(partial, source.path)
                     return
             reason = f"size ({now} of {source.size} bytes) or md5 is not what the server states"
@@ -1483,8 +1489,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--download", action="store_true", help="fetch the slides of a TCGA project, as many at once "
                        "as there are --workers")
     group.add_argument("--yes", action="store_true", help="do not ask before downloading")
-    group.add_argument("--discard-slides", action="store_true", help="delete each downloaded slide when its patches "
-                       "are saved (with --download and --save-patches)")
+    group.add_argument("--discard-slides", action="store_true", help="delete each slide that was downloaded here when "
+                       "its patches are saved or it is skipped (with --download and --save-patches)")
     group.add_argument("--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server")
     group = parser.add_argument_group("work")
     group.add_argument("--workers", type=int, metavar="N", help="processes, up to 1 GB each (default: one per CPU, "
@@ -1572,7 +1578,7 @@ def is_done(source: Source, row: dict | None, folder: Path, args: argparse.Names
     if row["settings"] != settings and (args.save_patches or row["settings"].split("-")[0] != settings):
         return False
     if row["status"] == "skipped":
-        return row["bytes"] == str(source.size) and not row["reason"].startswith(("held out", "not in", "a "))
+        return row["bytes"] == str(source.size)
     return ((not source.size or row["bytes"] == str(source.size))
             and (folder / "patches" / f"{source.name}_patches.h5").is_file()
             and (not args.save_patches or (folder / "shards" / f"{source.name}.tar").is_file()))
@@ -1613,7 +1619,7 @@ def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str
     for name, reason in (gone | left_out).items():
         row = known.get(name) or {"slide": name, "patient": patient_of(name)}
         if row.get("reason") != reason and (name in known or not args.download):
-            rows.append(row | {"status": "skipped", "reason": reason, "patches": 0})
+            rows.append(row | {"status": "skipped", "reason": reason, "patches": 0, "settings": ""})
     if rows:
         write_rows(folder, rows)
 
@@ -1641,15 +1647,18 @@ def do_slide(source: Source, folder: Path, args: argparse.Namespace, wait: bool,
         else:
             row = tile_one(source, folder, args)
         write_rows(folder, [row])
-        if args.discard_slides and source.id and row["status"] != "failed":
+        if args.discard_slides and row["status"] != "failed" and downloaded_mark(source.path).exists():
             source.path.unlink(missing_ok=True)
+            downloaded_mark(source.path).unlink()
             with contextlib.suppress(OSError):      # its folder, if it had one of its own
                 source.path.parent.rmdir()
         return row
 
 
-def worker(pipe, folder: Path, args: argparse.Namespace, wait: bool) -> None:
+def worker(pipe, parents: list, folder: Path, args: argparse.Namespace, wait: bool) -> None:
     """One process: slides come in through the pipe, rows, downloaded bytes and fatal errors go out."""
+    for end in parents:     # inherited; were they open here, nobody would notice the parent's death
+        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends us
     with contextlib.suppress(EOFError, BrokenPipeError):    # the parent is gone: so are we, the slide in hand finished
         while (source := pipe.recv()) is not None:
@@ -1675,7 +1684,7 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
 
     def start():
         pipe, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, folder, args, wait), daemon=True)
+        process = context.Process(target=worker, args=(theirs, [pipe, *running], folder, args, wait), daemon=True)
         process.start()
         theirs.close()
         running[pipe] = process, None
