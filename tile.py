@@ -537,7 +537,7 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
     red, green, blue = (table[plane] for table, plane in zip(dense, planes, strict=True))
     void = high < 25                # black borders
     chroma = np.maximum(np.maximum(*values[:2]), values[2]) - np.minimum(np.minimum(*values[:2]), values[2])
-    chroma = ndimage.uniform_filter(chroma, 3)
+    smooth = ndimage.uniform_filter(chroma, 3)
 
     # In any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
     pen = ((red > 1.15 * green + 0.08) | ((red > 0.88 * green) & (red > 0.7))       # blue, green, turquoise; dark blue
@@ -550,8 +550,8 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
                                          | ((blue > 0.6 * green) & (red < 0.3 * green) & (green > 0.4)))
         pen = _grow(pen, 3)
 
-    coloured = chroma[~(void | pen)]
-    mask = (chroma > np.clip(_otsu(coloured), 0.045, 0.09)) & ~pen
+    least = np.clip(_otsu(smooth[~(void | pen)]), 0.045, 0.09)
+    mask = (smooth > least) & (chroma > least / 2) & ~pen   # the latter keeps the smoothing from widening it
     mask &= ~_grow(void, 2)         # coloured fringe of compressed black edges
     mask = ~_grow(~_grow(mask, 1), 1)
     mask = ~_without_specks(~_without_specks(mask, smallest), smallest)
@@ -1627,7 +1627,8 @@ def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str
 def worker_count(args: argparse.Namespace) -> int:
     if args.workers:
         return args.workers
-    return max(1, min(len(os.sched_getaffinity(0)), 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def do_slide(source: Source, folder: Path, args: argparse.Namespace, wait: bool, report) -> dict | None:
@@ -1703,7 +1704,7 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
         for _ in range(min(worker_count(args), len(queue))):
             start()
         while running:
-            for pipe in multiprocessing.connection.wait(list(running), timeout=5):
+            for pipe in multiprocessing.connection.wait(list(running)):
                 process, source = running[pipe]
                 try:
                     kind, content = pipe.recv()
@@ -1729,11 +1730,11 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
                 else:
                     progress.slide(content)
                 hand_out(pipe)
-            progress.tick()
     finally:
         for process, _ in running.values():
             process.terminate()
-        progress.close()
+        if progress.bar is not None:
+            progress.bar.close()
     if fatal:
         raise fatal
     return busy
@@ -1743,40 +1744,32 @@ class Progress:
     """A bar on a terminal; in a log a line per slide, and now and then one for a long download."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.bytes, self.start, self.said, self.bar = total, 0, 0, time.time(), time.time(), None
+        self.total, self.done, self.bytes, self.bar = total, 0, 0, None
+        self.start = self.said = time.time()
         if total and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, unit="slide", dynamic_ncols=True, smoothing=0.05)
 
     def slide(self, row: dict) -> None:
-        self.done += 1
+        self.done, self.said = self.done + 1, time.time()
         what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
         text = f"{row['slide']}: {row['status']}, {what}" + (f" ({row['warnings']})" if row.get("warnings") else "")
         if self.bar is not None:
             self.bar.update()
             self.bar.write(text)
-            return
-        left = (time.time() - self.start) / self.done * (self.total - self.done)
-        print(f"[{self.done}/{self.total}] {text}" + (f"; {left / 60:.0f} min left" if left > 90 else ""), flush=True)
-        self.said = time.time()
+        else:
+            left = (self.said - self.start) / self.done * (self.total - self.done) / 60
+            print(f"[{self.done}/{self.total}] {text}" + (f"; {left:.0f} min left" if left > 2 else ""), flush=True)
 
     def fetched(self, n: int) -> None:
         self.bytes += n
-
-    def tick(self) -> None:
-        if not self.bytes:
-            return
         text = f"{self.bytes / 1e9:.2f} GB fetched, {self.bytes / 1e6 / (time.time() - self.start):.1f} MB/s"
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif time.time() - self.said > 60:
             self.said = time.time()
             print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def summarize(sources: list[Source], folder: Path, news: bool) -> int:
