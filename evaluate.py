@@ -664,8 +664,8 @@ def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50,
              device: str = "cpu") -> list[tuple[np.ndarray, np.ndarray]]:
     """For each array of row numbers: mean (D,) and leading principal axes (D, d) of all *other* rows, d <= dims.
 
-    One pass over the data: scatter(others) = scatter(all) - scatter(part) - shift of the mean. With fewer rows than
-    columns the same axes come from the smaller Gram matrix. fp64; scikit-learn's PCA up to the sign of an axis.
+    One pass over the data: scatter(others) = moment(all) - moment(part), less the shift of the mean. With fewer rows
+    than columns the same axes come from the smaller Gram matrix. fp64; scikit-learn's PCA up to the sign of an axis.
     """
     import torch
     from scipy.linalg import eigh
@@ -675,19 +675,20 @@ def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50,
     n, width = x.shape
     feature_side = width <= n - max(map(len, parts))
     if feature_side:
-        scatter = lambda y: (covariance(torch.from_numpy(y).to(device)).cpu().numpy() * (len(y) - 1)  # noqa: E731
-                             if len(y) > 1 else 0.0)
-        total = scatter(x)
+        moment = lambda y: (  # noqa: E731  (second moment about the origin, which is the mean of all)
+            covariance(torch.from_numpy(y).to(device)).cpu().numpy() * (len(y) - 1)
+            + len(y) * np.outer(y.mean(0), y.mean(0)) if len(y) > 1 else y.T @ y)
+        inside = [moment(x[part]) for part in parts]
+        total = sum(inside) if sum(map(len, parts)) == n else moment(x)
     else:
         gram = x @ x.T
     axes = []
-    for part in parts:
+    for i, part in enumerate(parts):
         rest = np.setdiff1d(np.arange(n), part)
         d = min(dims, len(rest) - 1, width)
         mean = x[rest].mean(0)
         if feature_side:
-            inside = x[part].mean(0) if len(part) else mean
-            matrix = total - scatter(x[part]) - len(part) * np.outer(inside, inside) - len(rest) * np.outer(mean, mean)
+            matrix = total - inside[i] - len(rest) * np.outer(mean, mean)
         else:
             matrix = gram[np.ix_(rest, rest)]
             matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
@@ -1018,6 +1019,14 @@ PAPER = {protocol: {row.split()[0]: {model: float(value) for model, value in zip
         "chimera 0.852 - 0.865 - 0.857"])]}
 
 
+def differences(rows: list[dict], benchmarks: Sequence[str], models: list[str]) -> list[dict]:
+    """The paired differences between these models on these benchmarks, in their order."""
+    found = [r for r in rows if r["protocol"] == "paired" and r["benchmark"] in benchmarks
+             and {r["model"], r["other"]} <= set(models)]
+    return sorted(found, key=lambda r: (benchmarks.index(r["benchmark"]), models.index(r["model"]),
+                                        models.index(r["other"]), list(WORDS).index(r["metric"])))
+
+
 def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
     """(protocol, metric, model, benchmark[, other]) -> mean, standard deviation and number over folds or seeds."""
     found: dict[tuple, list[float]] = {}
@@ -1125,8 +1134,8 @@ def write_tables(args: argparse.Namespace) -> str:
         two.append(f"## {title}\n\n" + markdown(
             ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], table))
     table = [[r["benchmark"], r["model"], r["other"], WORDS[r["metric"]],
-              f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)] for r in rows
-             if r["protocol"] == "paired" and r["benchmark"] in names and {r["model"], r["other"]} <= set(models)]
+              f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)]
+             for r in differences(rows, names, models)]
     if table:
         two.append("## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 resamplings of whole "
                    "groups; for CKA by the jackknife.\n\n"
@@ -1326,8 +1335,8 @@ def summarize(args: argparse.Namespace) -> str:
         lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}"
                      f"{form('knn', 'majority', shown[0], b, spread=0):<16}0.500")
         lines += [f"  {r['model']} against {r['other']}: {WORDS[r['metric']]} {r['value']:+.3f} "
-                  f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}" for r in rows
-                  if r["protocol"] == "paired" and r["benchmark"] == b and {r["model"], r["other"]} <= set(shown)]
+                  f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}"
+                  for r in differences(rows, [b], shown)]
         lines += [f"  note: {note}" for note in d["notes"]]
     return "\n".join(lines)
 
