@@ -160,7 +160,7 @@ class Model(nn.Module):
         if self.embedding != "cls+mean":
             with self._autocast(x):
                 return self.net(x)
-        tokens = self.tokens(x)
+        tokens = Model.tokens(self, x)
         return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens:].mean(1)], dim=-1)
 
     def _autocast(self, x: torch.Tensor):
@@ -199,8 +199,12 @@ def resize_and_crop(images: torch.Tensor, *, size: int, resize: int, interpolati
         raise ValueError(f"images: expected uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
-    images = F.resize(images, [resize, resize] if squash else [resize], antialias=True,
-                      interpolation=InterpolationMode(interpolation))
+    height, width = images.shape[2:]
+    short = min(height, width)
+    target = [resize, resize] if squash else [int(resize * height / short), int(resize * width / short)]
+    # PIL rounds between the horizontal and the vertical pass, and so does PyTorch on CPU; a GPU has to be made to.
+    for step in [target] if images.device.type == "cpu" else [[height, target[1]], target]:
+        images = F.resize(images, step, antialias=True, interpolation=InterpolationMode(interpolation))
     return F.center_crop(images, [size, size])
 
 
@@ -257,7 +261,8 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
     model = Model(net, name=name, embedding=embedding, dtype=dtype, weights=str(weights or "hub"), metadata=metadata)
     model = model.to(device).eval()
     if compile:
-        model.forward, model.compiled = torch.compile(model.forward), True
+        model.forward, model.tokens = torch.compile(model.forward), torch.compile(model.tokens)  # each at first use
+        model.compiled = True
     return model
 
 
