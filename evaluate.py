@@ -303,12 +303,12 @@ def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
     # Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so neither is used.
     kept = [(f, m) for f, m in found if not m[3].endswith("-13412")]
     subtypes, result = ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"), []
-    for zoom in ("40", "100", "200", "400"):
-        part = [(f, m) for f, m in kept if m[5] == zoom]
-        for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, subtypes)):
+    dropped = [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC)"]
+    for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, subtypes)):
+        for zoom in ("40", "100", "200", "400"):
+            part = [(f, m) for f, m in kept if m[5] == zoom]
             result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]),
-                               [(f.name, m[column], m[3]) for f, m in part], classes, root,
-                               [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC)"],
+                               [(f.name, m[column], m[3]) for f, m in part], classes, root, dropped,
                                source=f"breakhis-{zoom}x"))
     return result
 
@@ -1092,6 +1092,7 @@ def write_tables(args: argparse.Namespace) -> str:
             texts = ["–" if v is None else t + (paper_value(protocol, m, label, about) if len(members) == 1 else "")
                      + (" ⚠" if any(m in data[b]["marked"] for b in members) else "")
                      for m, (v, t) in zip(columns, cells, strict=True)]
+            label = label.replace("-binary", "") if protocol == "cka" else label   # the same images for both tasks
             table.append([label, chance(members), *ranked([v for v, _ in cells], texts)])
         return table
 

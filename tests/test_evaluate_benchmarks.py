@@ -105,10 +105,11 @@ def test_breakhis_has_eight_tasks_and_drops_the_patient_of_two_labels(tmp_path):
             picture(base / kind / "SOB" / subtype / f"SOB_{letter}_{code}_{patient}" / f"{zoom}X"
                     / f"SOB_{letter}_{code}-{patient}-{zoom}-007.png", (700, 460))
     found = load("breakhis", root)
-    assert [b.name for b in found][:3] == ["breakhis-binary-40x", "breakhis-subtype-40x", "breakhis-binary-100x"]
-    assert len(found) == 8
-    binary, subtype = found[:2]
+    zooms = (40, 100, 200, 400)
+    assert [b.name for b in found] == [f"breakhis-{task}-{z}x" for task in ("binary", "subtype") for z in zooms]
+    binary, subtype = found[0], found[4]
     assert binary.source == subtype.source == "breakhis-40x"   # one set of features for both tasks
+    assert evaluate.data_stamp(binary) == evaluate.data_stamp(subtype) != evaluate.data_stamp(found[1])
     assert binary.labels.tolist() == [0, 0, 1] and [subtype.classes[i] for i in subtype.labels] == ["A", "A", "PC"]
     assert binary.groups == ["14-22549", "14-22549", "14-15704"]   # AB and CD are parts of one case
     assert "8 images of patient 13412" in binary.notes[0]
