@@ -1,6 +1,6 @@
 """Stage 4 of G2L: does a model see the tissue or the hospital it came from? Table 3, with what is needed to read it.
 
-    python robustness.py --models h-optimus-0 hibou-l runs/NAME/student            # on data/benchmarks/tiger
+    python robustness.py                                                           # all models at hand, on TIGER
     python robustness.py --models h-optimus-0 runs/NAME/student --benchmark DIR    # your own patches and centres
     python robustness.py --models h-optimus-0 runs/NAME/student --cancer brca --perturb stain jpeg   # no centres needed
 
@@ -13,6 +13,7 @@ before the ratio is taken. PathoROB (arXiv 2507.17845) bounds it to 0..1 by SO /
 threshold: features that know nothing already score (share of the class) / (share of the centre), about 4.2 for five
 balanced classes in 21 balanced centres, and as k nears the number of patches every model ends there. So each number
 stands beside the chance level of the very sample drawn, and how well kNN and a linear probe tell class and centre.
+The paper's "five-fold" is read as five seeded samples, since only that shows what the choice of patches does.
 """
 
 from __future__ import annotations
@@ -373,7 +374,9 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
                for seed in seeds]
     used = np.full(len(labels), isinstance(benchmark.images, ImageFiles))   # those evaluate.py caches whole as well
     used[np.concatenate(samples)] = True
-    gathered = gather({"": benchmark if used.all() else benchmark.subset(used)}, args, weights, options)
+    own = f"{benchmark.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"   # features by sampling
+    part = benchmark if used.all() else dataclasses.replace(benchmark.subset(used), source=own)
+    gathered = gather({"": part}, args, weights, options)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
@@ -705,7 +708,7 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
     """`--patches` patches, seeded, of a cohort (`--cancer`), of a benchmark, or of a folder with nothing but images."""
     if args.cancer:
         index = PatchIndex(args.data / "tiles" / args.cancer)
-        rows = list(dict.fromkeys(index.draw(args.seed, n) for n in range(args.patches)))
+        rows = list(dict.fromkeys(index.draw(args.seed, n) for n in range(20 * args.patches)))[:args.patches]
         ids = [f"{index.slides[slide]} {row}" for slide, row in map(index.locate, rows)]
         return unlabelled(args.cancer, Made(rows, index.read), ids)
     folder = args.benchmark or args.data / "benchmarks" / "tiger"
@@ -754,12 +757,12 @@ def perturb(args: argparse.Namespace, weights: dict, options: dict) -> int:
                                    for (n, kind, s), values in found.items() for metric, value in values.items()])
     text = ["# Shifts of stain and scanner", "", f"{fine.sum()} patches of {patches.name}. Distance of a changed patch "
             "to itself over the median distance of two patches (1: as far as any other), and the share still nearest "
-            "to themselves."]
+            "to themselves.", ""]
     out = args.results / "robustness" / safe(patches.name)
     for kind, strengths in steps.items():
         rows = [[n, *(f"{found[n, kind, s]['distance']:.2f} ({found[n, kind, s]['first']:.0%})" for s in strengths)]
                 for n in x]
-        text += ["", f"## {kind}: {SHIFTS[kind][0]}", "", markdown(["model", *map("{:g}".format, strengths)], rows)]
+        text += [f"## {kind}: {SHIFTS[kind][0]}", "", markdown(["model", *map("{:g}".format, strengths)], rows)]
         if not args.no_pictures:
             draw_shift(out / f"{kind}.png", kind, strengths, patches.images[int(fine.argmax())], still | found, list(x))
     evaluate.write_text(out / "shifts.md", "\n".join(text) + "\n")
@@ -802,13 +805,14 @@ def build_parser() -> argparse.ArgumentParser:
     from models import add_model_arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["h-optimus-0", "hibou-l"], metavar="NAME",
-                        help="models to compare: registry names, timm:NAME, or folders such as runs/NAME/student")
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="models to compare: registry names, "
+                        "timm:NAME, folders such as runs/NAME/student; all at hand if not given")
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
     where.add_argument("--benchmark", type=Path, metavar="DIR", help="folder with labels.csv (image,label,group,center "
                        "and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; DATA/benchmarks/tiger")
     where.add_argument("--data", type=Path, default=Path("data"), help="its benchmarks/ and tiles/ are looked in")
+    where.add_argument("--runs", type=Path, default=Path("runs"), help="where students are looked for without --models")
     where.add_argument("--results", type=Path, default=Path("results"), help="features, metrics.jsonl, table, pictures")
     draw = parser.add_argument_group("sampling")
     draw.add_argument("--per-class", type=int, default=40, metavar="N", help="patches of each class; 0 takes all")
@@ -854,6 +858,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--samples, --patches and --patch-size start at 1, --per-class at 0")
     from models import model_options, parse_weights
     try:
+        args.models = args.models or evaluate.models_at_hand(args)
+        if not args.models:
+            raise UserError("--models: none named and none at hand; name one, for instance runs/NAME/student")
         options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
         return (perturb if args.perturb else study)(args, parse_weights(args.weights, args.models), options)
     except UserError as error:

@@ -498,6 +498,8 @@ def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, c
     assert "tissue − place" in out and "gone" not in out
     status, out, err = call(capsys, "--models", "gone", *arguments)
     assert status == 1 and out == "" and err.startswith("error: gone: no weights")
+    none = call(capsys, *arguments, "--runs", folder)
+    assert none[0] == 1 and "--models: none named and none at hand" in none[2]
     assert "share a name" in call(capsys, "--models", "tissue", "tissue", *arguments)[2]
 
 
