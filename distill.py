@@ -472,6 +472,13 @@ class Run:
         for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink()
 
+    def close(self) -> None:
+        """Finish TensorBoard's file and let others train this run."""
+        if self.board:
+            self.board.close()
+        if self.main:
+            self.lock.close()
+
     def config(self) -> dict:
         """What config.json of an earlier start says; {} if there is none."""
         try:
@@ -661,11 +668,18 @@ class Readings:
 def train(args: argparse.Namespace) -> int:
     """Train, or go on training, and export the student. Returns the exit status."""
     rank, world, device = models.setup_distributed(args.device)
+    run = Run(Path(args.runs) / (args.name or default_name(args)), args.keep, rank == 0)
+    try:
+        return _train(args, run, rank, world, device)
+    finally:
+        run.close()
+
+
+def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: torch.device) -> int:
     main, cuda = rank == 0, device.type == "cuda"
     precision = pick_precision(args.precision, device)
     torch.manual_seed(args.seed + rank)
     torch.backends.cudnn.benchmark = True
-    run = Run(Path(args.runs) / (args.name or default_name(args)), args.keep, main)
 
     def say(text: str) -> None:
         if main:
@@ -844,7 +858,6 @@ def train(args: argparse.Namespace) -> int:
     progress.end()
     if main:
         run.draw_loss()
-        run.board.close()
     if ended == "signal":
         say(f"stopped by {signal.Signals(received[0]).name if received else 'a signal'} at step {done}; "
             "run the same command to go on")
@@ -859,15 +872,14 @@ def train(args: argparse.Namespace) -> int:
 
 def finish(args, run: Run, teacher, student, index, done: int, ended: str, best: dict, config: dict) -> None:
     """Export the student and say where it is."""
-    if best.get("last") is None:
-        best["last"] = best["before"]
+    from safetensors import SafetensorError
     try:
         models.save_student(student, run.folder / "student", metadata={
             "teacher": args.teacher, "student": args.student, "cancer": args.cancer, "run": run.folder.name,
             "steps": done, "patients": list(index.patients), "loss": args.loss, "cka_before": best["before"],
             "cka_after": best["last"]})
         run.write_config({**config, "finished": {"step": done, "because": ended or "--max-steps", "best": best}})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{run.folder / 'student'}: not written ({error}); make room and run the same command again, "
                         "which exports from the checkpoint") from None
     print(f"{ended or 'done'}: held-out CKA to the teacher {best['before']:.4f} before and {best['last']:.4f} after "
