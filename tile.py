@@ -1448,11 +1448,18 @@ def share(text: str) -> float:
     return value
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the help, where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tile.py", description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
         "Run the same command again at any time: it does only what is missing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=Help)
     group = parser.add_argument_group("cohort")
     group.add_argument("--cancer", required=True, metavar="NAME", help="a TCGA project (brca, prad, ...) or any name; "
                        "output goes to DATA/tiles/NAME")
@@ -1531,7 +1538,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         check(args)
-        return run(args)
+        # Under torchrun rank 0 speaks for all.
+        with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
+            return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
@@ -1716,10 +1725,12 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
                     kind, content = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     process.join()
-                    reason = signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode
+                    reason = "its reader ended the process " + (
+                        f"({signal.Signals(-process.exitcode).name}): damaged, or too little memory"
+                        if process.exitcode < 0 else "by an error of this program, printed above")
                     row = {"slide": source.name, "status": "failed", "patient": patient_of(source.name), "patches": 0,
                            "path": os.path.abspath(source.path), "settings": source.settings(args),
-                           "reason": f"its reader ended the process ({reason}): damaged, or too little memory"}
+                           "reason": reason}
                     write_rows(folder, [row])
                     progress.slide(row)
                     del running[pipe]
@@ -1752,7 +1763,7 @@ class Progress:
     def __init__(self, total: int):
         self.total, self.done, self.bytes, self.bar = total, 0, 0, None
         self.start = self.said = time.time()
-        if total and sys.stderr.isatty():
+        if total and sys.stderr.isatty() and not int(os.environ.get("RANK", 0)):
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, unit="slide", dynamic_ncols=True, smoothing=0.05)
