@@ -8,6 +8,8 @@ One step: a batch of patches -> one random crop, flips, colour jitter and blur p
 student see the same crop, each in its own normalisation -> the student's embedding goes through a linear projector to
 the teacher's width -> batch norm on both -> log(sum |difference|^4). The projector is dropped afterwards:
 runs/NAME/student is the bare student. Kill it at any moment and run the same command again: it goes on where it was.
+With torchrun's --max-restarts it does so by itself; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, since otherwise
+the new processes look for one another at the addresses of the old ones (pytorch issue 135712).
 """
 
 from __future__ import annotations

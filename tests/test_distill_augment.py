@@ -1,4 +1,4 @@
-"""Augmentation of distill.py against torchvision, one transform at a time, and its randomness against the stated one."""
+"""Augmentation of distill.py against torchvision, one transform at a time, and its randomness against what is said."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import distill
 
 @pytest.fixture(scope="module")
 def images():
-    """float (6, 3, 40, 48): noise, a grey ramp, black, white, pure colours and two channels that tie for the maximum."""
+    """float (6, 3, 40, 48): noise, a grey ramp, black and white, pure colours, two channels that tie for the maximum."""
     x = torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))
     x[1] = torch.linspace(0, 1, 48)
     x[2, :, :20], x[2, :, 20:] = 0, 1
@@ -21,13 +21,20 @@ def images():
     return x
 
 
-@pytest.mark.parametrize("ours, theirs, values", [
-    (distill.adjust_brightness, TF.adjust_brightness, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
-    (distill.adjust_contrast, TF.adjust_contrast, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
-    (distill.adjust_saturation, TF.adjust_saturation, [0.0, 0.9, 1.0, 1.1, 2.0, 0.5]),
-    (distill.adjust_hue, TF.adjust_hue, [0.0, 0.05, -0.05, 0.5, -0.5, 0.3]),
-    (distill.gaussian_blur, lambda image, sigma: TF.gaussian_blur(image, [9, 9], sigma), [0.1, 0.3, 0.5, 1.0, 2.0, 1.3]),
-])
+@pytest.mark.parametrize(
+    "ours, theirs, values",
+    [
+        (distill.adjust_brightness, TF.adjust_brightness, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
+        (distill.adjust_contrast, TF.adjust_contrast, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
+        (distill.adjust_saturation, TF.adjust_saturation, [0.0, 0.9, 1.0, 1.1, 2.0, 0.5]),
+        (distill.adjust_hue, TF.adjust_hue, [0.0, 0.05, -0.05, 0.5, -0.5, 0.3]),
+        (
+            distill.gaussian_blur,
+            lambda image, sigma: TF.gaussian_blur(image, [9, 9], sigma),
+            [0.1, 0.3, 0.5, 1.0, 2.0, 1.3],
+        ),
+    ],
+)
 def test_each_operation_equals_torchvision(images, ours, theirs, values):
     for turn in range(6):  # each image with each value, and neighbours with other values
         turned = values[turn:] + values[:turn]
@@ -58,8 +65,9 @@ def test_whole_augmentation_equals_torchvision_in_both_ways():
     still = params._replace(jitter=torch.zeros(64, dtype=torch.bool), blur=torch.zeros(64, dtype=torch.bool))
     grouped = distill._together(distill.augment(raw, 32, still), params)  # what a GPU does
     torch.testing.assert_close(grouped, want, atol=1e-5, rtol=0)
-    only = distill._together(distill.augment(raw[:1], 32, distill.Params(*(p[:1] for p in still))),
-                             distill.Params(*(p[:1] for p in params)))  # a group of one is everything
+    only = distill._together(
+        distill.augment(raw[:1], 32, distill.Params(*(p[:1] for p in still))), distill.Params(*(p[:1] for p in params))
+    )  # a group of one is everything
     torch.testing.assert_close(only, want[:1], atol=1e-5, rtol=0)
 
 
@@ -80,7 +88,7 @@ def test_parameters_are_a_function_of_the_sample_number():
     for first, count in ((0, 1), (5, 7), (63, 1), (32, 32)):
         part = distill.draw_params(3, first, count, 256, 224)
         for a, b in zip(whole, part, strict=True):
-            assert torch.equal(a[first:first + count], b)
+            assert torch.equal(a[first : first + count], b)
     other = distill.draw_params(4, 0, 64, 256, 224)
     assert not torch.equal(whole.factors, other.factors)
 
