@@ -62,14 +62,21 @@ def gram_kernel(
         tl.store(out + pid, tl.sum(total * total))
 
 
-def config(hip: bool = False) -> dict:
-    """Tile and launch parameters."""
-    return {"TILE": 128, "ROWS": 16 if hip else 32, "num_warps": 8, "num_stages": 2 if hip else 3}
+def scatter_precision(hip: bool) -> str:
+    """Three TF32 products make one of nearly fp32 precision; AMD's compiler has plain fp32 matrix instructions."""
+    return "ieee" if hip else "tf32x3"
 
 
-def _tables(features, means, pairs):
+def config(precision: str, hip: bool) -> dict:
+    """Tile and launch parameters; three products instead of one need smaller tiles to stay within registers."""
+    if precision == "tf32x3":
+        return {"TILE": 64, "ROWS": 32, "num_warps": 4, "num_stages": 2}
+    return {"TILE": 128, "ROWS": 16 if hip else 32, "num_warps": 8, "num_stages": 2}
+
+
+def _tables(features, means, pairs, size):
     """-> operands of the launch, tile pairs, the pair each belongs to, and its weight (2 above the diagonal)."""
-    device, size = features[0].device, config()["TILE"]
+    device = features[0].device
     kinds = {x.dtype for x in features}
     common = kinds.pop() if len(kinds) == 1 else torch.float32
     features = [x.to(common) if x.stride(1) == 1 else x.to(common).contiguous() for x in features]
@@ -95,7 +102,7 @@ def _tables(features, means, pairs):
 
 def _launch(features, operands, chosen, precision, store, splits):
     device, rows = features[0].device, features[0].shape[0]
-    options = config(torch.version.hip is not None)
+    options = config(precision, torch.version.hip is not None)
     shape = (len(chosen), splits, options["TILE"], options["TILE"]) if store else (len(chosen),)
     out = torch.empty(shape, dtype=torch.float32, device=device)
     step = triton.cdiv(triton.cdiv(rows, splits), options["ROWS"]) * options["ROWS"]
@@ -107,7 +114,7 @@ def _launch(features, operands, chosen, precision, store, splits):
 
 def square_norms(features, means, pairs):
     """Squared Frobenius norm of the centred product of each pair (i, j) of feature sets, as fp64 scalars."""
-    features, operands, chosen, owner, weight = _tables(features, means, pairs)
+    features, operands, chosen, owner, weight = _tables(features, means, pairs, config("tf32", False)["TILE"])
     splits = triton.cdiv(features[0].shape[0], CHUNK_ROWS)
     if splits == 1:
         squares = _launch(features, operands, chosen, "tf32", False, 1).double()
@@ -120,12 +127,12 @@ def square_norms(features, means, pairs):
 
 
 def scatter(x, mean):
-    """Sum over rows of (x - mean)(x - mean)^T -> (D, D) fp64; three TF32 products for one of nearly fp32 precision."""
-    features, operands, chosen, _, _ = _tables([x], [mean], [(0, 0)])
-    width, size = x.shape[1], config()["TILE"]
+    """Sum over rows of (x - mean)(x - mean)^T -> (D, D) fp64."""
+    precision = scatter_precision(torch.version.hip is not None)
+    width, size = x.shape[1], config(precision, torch.version.hip is not None)["TILE"]
+    features, operands, chosen, _, _ = _tables([x], [mean], [(0, 0)], size)
     splits, count = triton.cdiv(x.shape[0], CHUNK_ROWS), triton.cdiv(width, size)
     full = torch.zeros(count, size, count, size, dtype=torch.float64, device=x.device)
-    precision = "ieee" if torch.version.hip is not None else "tf32x3"
     for part in chosen.split(max(1, GROUP // splits)):
         tiles = _launch(features, operands, part, precision, True, splits).double().sum(1)
         a, b = part.unbind(1)

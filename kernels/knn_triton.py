@@ -14,13 +14,14 @@ import triton.language as tl
 
 from kernels.knn import TF32, _operands
 
+SPARE = 8  # sets kept beyond k
 PROGRAMS = 264  # two for each multiprocessor of the largest device meant; fewer queries than that split the base
 NONE, SELF, GROUPS = 0, 1, 2
 
 
 @triton.jit
 def screen_kernel(
-    query, base, bias, query_groups, base_groups, values, sets, queries, rows, width, chunk,
+    query, base, bias, query_groups, base_groups, values, sets, queries, rows, width,
     MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
     WIDTH: tl.constexpr, LOOPED: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +44,7 @@ def screen_kernel(
     ids = tl.full((QUERIES, KEEP), -1, tl.int32)
     slots, lanes = tl.arange(0, KEEP), tl.arange(0, SETS)
     worst = tl.full((QUERIES,), float("inf"), tl.float32)
-    for start in range(split * chunk, tl.minimum(rows, (split + 1) * chunk), ROWS):
+    for start in range(split * ROWS, rows, tl.num_programs(1) * ROWS):
         n = start + tl.arange(0, ROWS)
         wanted = True
         mixed = False
@@ -185,32 +186,46 @@ def redo_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
-def screen_config(k: int, width: int) -> dict:
-    """Tile and launch parameters: fewer queries to a program the more sets it keeps, all of it being in registers."""
-    keep = max(16, triton.next_power_of_2(k + 8))
-    queries = 128 if keep <= 32 else 64 if keep == 64 else 32
-    looped = width > 64
-    return {"KEEP": keep, "QUERIES": queries, "ROWS": 128, "SET": 8, "LOOPED": looped,
+def screen_config(k: int, width: int, device: str) -> dict:
+    """Tile and launch parameters on a device "hopper", "cuda" or "hip".
+
+    Scores, kept sets and one operand are all in registers: what compiles without spilling decides the tiles, and more
+    than 64 sets fit nowhere, so that the largest k keep 64 in each of two programs.
+    """
+    keep, looped = min(64, max(16, triton.next_power_of_2(k + SPARE))), width > 64
+    if device == "hopper" and keep <= 32 and not looped:
+        queries, rows = 128, 128
+    else:
+        queries, rows = 64 if keep <= 32 else 16 if device == "hip" else 32, 64
+    return {"KEEP": keep, "QUERIES": queries, "ROWS": rows, "SET": 8, "LOOPED": looped,
             "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
-            "num_warps": 8 if queries == 128 else 4, "num_stages": 2}
+            "num_warps": 8, "num_stages": 1 if keep == 64 else 2}
 
 
-def rescan_config(k: int) -> dict:
-    return {"WIDTH": 8, "num_warps": 4 if k <= 24 else 8}
+def rescan_config(k: int, device: str) -> dict:
+    screen = screen_config(k, 1, device)
+    merged = max(16, triton.next_power_of_2(k + SPARE))
+    return {"KEEP": merged, "SET": screen["SET"], "WIDTH": 8 if merged <= 32 else 4, "num_warps": 4 if merged <= 32 else 8}
 
 
 def redo_config(k: int) -> dict:
     return {"KEEP": max(16, triton.next_power_of_2(k)), "ROWS": 256, "WIDTH": 8, "num_warps": 4}
 
 
+def _kind(device):
+    if torch.version.hip is not None:
+        return "hip"
+    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+
+
 def search(base, k, query, groups, query_groups, metric):
     alone, device, rows = query is None, base.device, base.shape[0]
     count = rows if alone else query.shape[0]
-    distances = torch.full((count, k), float("inf"), dtype=torch.float32, device=device)
-    indices = torch.full((count, k), -1, dtype=torch.int64, device=device)
-    redo = torch.zeros(count, dtype=torch.int8, device=device)
+    distances = torch.empty(count, k, dtype=torch.float32, device=device)
+    indices = torch.empty(count, k, dtype=torch.int64, device=device)
+    redo = torch.empty(count, dtype=torch.int8, device=device)
     if rows == 0 or count == 0:
-        return distances, indices, redo.bool()
+        return distances.fill_(float("inf")), indices.fill_(-1), redo.zero_().bool()
     mask = GROUPS if groups is not None else SELF if alone else NONE
     if mask == GROUPS:
         groups = groups.contiguous().long()
@@ -223,26 +238,24 @@ def search(base, k, query, groups, query_groups, metric):
     base = base.contiguous()
     query = base if alone else query.contiguous()
     q, b, bias_q, bias_b = _operands(base, None if alone else query, metric, TF32)
-    config = screen_config(k, base.shape[1])
+    kind = _kind(device)
+    config, rescan = screen_config(k, base.shape[1], kind), rescan_config(k, kind)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
-    splits = min(triton.cdiv(rows, 4 * tile), max(1, PROGRAMS // tiles))
-    chunk = triton.cdiv(triton.cdiv(rows, splits), tile) * tile
+    splits = max(rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles))
     values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
     sets = torch.empty(count, splits, config["KEEP"], dtype=torch.int32, device=device)
     cosine, width = metric == "cosine", base.shape[1]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         screen_kernel[(tiles, splits)](q[order_q] * -2, b[order], bias_b[order], sorted_query_groups, sorted_groups,
-                                       values, sets, count, rows, width, chunk, MASK=mask, **config)
-        if splits > 1:
-            values, place = values.flatten(1).topk(config["KEEP"], dim=1, largest=False)
-            sets = sets.flatten(1).gather(1, place)
+                                       values, sets, count, rows, width, MASK=mask, **config)
+        dropped = values.amax(2).amin(1)  # a program dropped no set whose bound is below its worst kept
+        values, place = values.flatten(1).topk(rescan["KEEP"], dim=1, largest=False)
+        dropped = torch.minimum(dropped, values.amax(1))
         back = torch.empty_like(order_q)
         back[order_q] = torch.arange(count, device=device)
-        dropped = values.view(count, -1).amax(1)[back]
-        sets = sets.view(count, -1)[back]
+        sets, dropped = sets.flatten(1).gather(1, place)[back], dropped[back]
         rescan_kernel[(count,)](query, base, order, bias_q, query_groups, groups, sets, dropped, distances, indices, redo,
-                                rows, width, k, MASK=mask, COSINE=cosine, KEEP=config["KEEP"], ROWS=tile,
-                                SET=config["SET"], **rescan_config(k))
+                                rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
         redo_kernel[(count,)](query, base, query_groups, groups, distances, indices, redo, rows, width, k, MASK=mask,
                               COSINE=cosine, **redo_config(k))
     return distances, indices, redo.bool()

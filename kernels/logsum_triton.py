@@ -124,21 +124,21 @@ def fused_backward_kernel(
             total = tl.dot(a.to(OPERAND), (g * coefficient).to(OPERAND), total, input_precision="ieee")
         tl.store(d_weight + k.to(tl.int64)[:, None] * features + c[None, :], total,
                  mask=(k[:, None] < inner) & (c[None, :] < features))
-    else:
-        pid -= weight_programs
-        tiles = tl.cdiv(inner, COLUMNS)
-        r = (pid // tiles) * ROWS + tl.arange(0, ROWS)
-        k = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, features, INNER):
-            c = start + tl.arange(0, INNER)
-            g = tl.load(grad_y + r.to(tl.int64)[:, None] * features + c[None, :],
-                        mask=(r[:, None] < rows) & (c[None, :] < features), other=0.0)
-            b = tl.load(weight + k.to(tl.int64)[None, :] * stride_wk + c.to(tl.int64)[:, None] * stride_wn,
-                        mask=(k[None, :] < inner) & (c[:, None] < features), other=0.0)
-            total = tl.dot((g * coefficient).to(OPERAND), b.to(OPERAND), total, input_precision="ieee")
-        tl.store(d_student + r.to(tl.int64)[:, None] * inner + k[None, :], total,
-                 mask=(r[:, None] < rows) & (k[None, :] < inner))
+    else:  # other names: Triton wants one shape for a name
+        place = pid - weight_programs
+        blocks = tl.cdiv(inner, COLUMNS)
+        row = (place // blocks) * ROWS + tl.arange(0, ROWS)
+        out = (place % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, features, INNER):
+            f = first + tl.arange(0, INNER)
+            slope = tl.load(grad_y + row.to(tl.int64)[:, None] * features + f[None, :],
+                            mask=(row[:, None] < rows) & (f[None, :] < features), other=0.0)
+            b = tl.load(weight + out.to(tl.int64)[None, :] * stride_wk + f.to(tl.int64)[:, None] * stride_wn,
+                        mask=(out[None, :] < inner) & (f[:, None] < features), other=0.0)
+            product = tl.dot((slope * coefficient).to(OPERAND), b.to(OPERAND), product, input_precision="ieee")
+        tl.store(d_student + row.to(tl.int64)[:, None] * inner + out[None, :], product,
+                 mask=(row[:, None] < rows) & (out[None, :] < inner))
 
 
 @triton.jit
@@ -267,7 +267,9 @@ def _on(tensor):
 def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
     """Tile and launch parameters for a batch of `rows`."""
     padded = max(16, triton.next_power_of_2(rows))
-    inner = (64 if operand == torch.float32 else 128) if padded <= 64 else 32 if operand == torch.float32 else 64
+    inner = 128 if padded <= 64 else 64 if padded == 128 else 32
+    if operand == torch.float32:
+        inner = max(16, inner // 2)
     return {"ROWS": padded, "COLUMNS": 16, "INNER": inner, "num_warps": 4 if padded <= 128 else 8, "num_stages": 3}
 
 
