@@ -242,7 +242,7 @@ class Slide:
             else:
                 self._slide = openslide.OpenSlide(str(self.path))
                 self._slide.set_cache(openslide.OpenSlideCache(self._cache_limit))
-        except (openslide.OpenSlideError, OSError) as error:
+        except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             what = "not a slide format that OpenSlide knows" if "nsupported" in str(error) else str(error)
             raise UserError(f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide") from error
 
@@ -775,6 +775,8 @@ def read_rows(folder: Path) -> dict[str, dict]:
 def write_rows(folder: Path, rows: list[dict]) -> None:
     """Add rows to slides.csv or replace them, under a lock, so that processes do not lose each other's rows."""
     with locked(folder / ".locks" / "slides.csv"):
+        for leftover in folder.glob(".slides.*.tmp.csv"):   # of a process that was killed while it held the lock
+            leftover.unlink()
         merged = read_rows(folder) | {row["slide"]: row for row in rows}
         with (atomic(folder / "slides.csv") as temporary,
               open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file):
@@ -1119,6 +1121,7 @@ class PatchIndex:
                                          self.patch_size, self.patch_size)
                     handle.offset, handle.bytes = group["offset"][:], group["bytes"][:]
         if len(handle.coords) != self.counts[number]:
+            handle.close()
             raise PatchError(f"its h5 file holds {len(handle.coords)} patches, slides.csv says {self.counts[number]}; "
                              f"run tile.py again")
         self._open[number] = handle

@@ -283,8 +283,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
     for name in names:
         shard = Path("tiles", "mine", "shards", name).with_suffix(".tar")
         assert (tmp_path / "whole" / shard).stat().st_size == (tmp_path / "killed" / shard).stat().st_size
-    leftovers = [path for path in (tmp_path / "killed" / "tiles").rglob("*.tmp*") if "slides" not in path.name]
-    assert not leftovers
+    assert not list((tmp_path / "killed" / "tiles" / "mine").glob("*/.*.tmp*"))
+    assert not list((tmp_path / "killed" / "tiles" / "mine").glob(".slides*.tmp*"))
 
 
 def test_workers_end_with_their_parent(tmp_path, sound):
