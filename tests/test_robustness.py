@@ -158,6 +158,14 @@ def test_noise_scores_chance_and_knowledge_leaves_it():
     assert blind["knn_class", 10] == 1 / 5 and blind["knn_center", 10] == 1 / 4
 
 
+def test_a_centre_of_one_slide_cannot_be_found_and_is_not_asked_for():
+    labels, centers, slides = cohort(4, 3, 3, 4)
+    keep = (centers != 2) | (slides == 8)   # of the last centre one slide is left
+    labels, centers, slides = labels[keep], centers[keep], slides[keep]
+    assert rb.measure(planted(centers), labels, centers, slides, slides)[1]["knn_center", 5] == 1
+    assert rb.measure(None, labels, centers, slides, slides)[1]["knn_center", 5] == 1 / 2
+
+
 # ---- probe and bootstrap
 
 def test_probe_finds_what_is_there_in_unseen_patients():
@@ -454,6 +462,8 @@ def test_reading_is_honest(folder, fake, capsys):
     assert text.count("## mine") == 2 and "left out" in text and "| centre-0 | 6 of 8" in text   # a patient less
     rows = evaluate.read_metrics(results)
     assert {r["paper"] for r in rows if r["metric"] == "seen" and r["model"] == "run"} == {"G2L"}
+    call(capsys, "--models", "tissue", *arguments[4:], "--per-class", 18, "--seed", 7)   # others: drawn differently
+    assert "place" not in (results / "table3.md").read_text().split("left out")[0]
     status, out, _ = call(capsys, *arguments, "--per-class", 0)
     assert status == 0 and "One sample." in out and "All patches" in out
 
