@@ -18,11 +18,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from conftest import SHARED, torchrun
 from PIL import Image
-from test_tile import section, write_slide
+from test_tile import by_openslide, section, write_slide
 
 import tile
 
@@ -515,6 +516,11 @@ def test_real_slides(tmp_path):
     frozen = table["TCGA-CR-7395-01A-01-TS1"]
     assert frozen["status"] == "skipped" and "no µm per pixel" in frozen["reason"]
     assert frozen["patient"] == "TCGA-CR-7395"
+    for path in sorted((SHARED / "slides").glob("*.svs")):
+        with tile.Slide(path) as slide, openslide.OpenSlide(path) as reference:
+            assert slide.levels[0].tiles
+            for x, y in np.random.default_rng(0).integers(-100, (slide.width, slide.height), (25, 2)).tolist():
+                assert np.array_equal(slide.read(x, y, 256, 256), by_openslide(reference, x, y, 256, 256))
     odd = run(tmp_path, "--slides", SHARED / "odd", "--mpp", 0.5)
     table = rows(tmp_path)
     assert odd.returncode == 1 and table["histolab_broken"]["status"] == "failed"
