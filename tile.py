@@ -905,7 +905,7 @@ def write_thumbnail(path: Path, slide: Slide, tiling: Tiling, max_side: int = 16
     draw = ImageDraw.Draw(picture, "RGBA")
     side = tiling.size0 * zoom
     for x, y in (tiling.coords * zoom).tolist():
-        draw.rectangle((x, y, x + side, y + side), outline=(0, 40, 200, 150 if side > 12 else 80))
+        draw.rectangle((x, y, x + side, y + side), outline=(0, 40, 200, 150 if side > 12 else 80 if side > 6 else 45))
     for polygon in outlines(tiling.mask):
         for ring in polygon:
             draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)

@@ -24,7 +24,7 @@ import tile
 
 
 def rate(opened, places, repeats: int = 3) -> float:
-    """Median patches per CPU second over `repeats` passes, each with a reader freshly opened, whose caches are empty."""
+    """Median patches per CPU second over `repeats` passes, each with a fresh reader, whose caches are empty."""
     seconds = []
     for _ in range(repeats):
         read = opened()
