@@ -68,7 +68,8 @@ def log_sum_loss(
         return _Synchronised.apply(student, weight, teacher, scale, shift, *options, group)
     inputs = (student, weight) if scale is None else (student, weight, scale, shift)
     need_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _forward_op(student, weight, teacher, scale, shift, *options, need_grad)[0]
+    run = _forward_op if torch.compiler.is_compiling() else _Eager.apply
+    return run(student, weight, teacher, scale, shift, *options, need_grad)[0]
 
 
 def _check(student, weight, teacher, alpha, normalize, reduction, eps, norm_eps, scale, shift):
@@ -169,11 +170,12 @@ def _reference(student, weight, teacher, scale, shift, alpha, normalize, reducti
 def _reference_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight):
     wide, coefficient = grad_y.dtype, grad * factor
     d_student, d_weight = student.new_empty(0), weight.new_empty(0)
+    scaled = grad_y * coefficient
     with torch.autocast(grad_y.device.type, enabled=False):
         if need_student:
-            d_student = torch.mm(grad_y, weight.to(operand).to(wide).T).mul_(coefficient).to(student.dtype)
+            d_student = torch.mm(scaled, weight.to(operand).to(wide).T).to(student.dtype)
         if need_weight:
-            d_weight = torch.mm(student.to(operand).to(wide).T, grad_y).mul_(coefficient).to(weight.dtype)
+            d_weight = torch.mm(student.to(operand).to(wide).T, scaled).to(weight.dtype)
     return d_student, d_weight
 
 
@@ -190,8 +192,7 @@ def _takes_triton(student, operand) -> bool:
     return operand != torch.float64 and use_triton(student.device)  # Triton has no useful fp64 product
 
 
-@torch.library.custom_op("g2l::log_sum_forward", mutates_args=())
-def _forward_op(
+def _forward(
     student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | None,
     shift: torch.Tensor | None, alpha: float, normalize: str, reduction: str, eps: float, norm_eps: float,
     operand: torch.dtype, need_grad: bool,
@@ -207,6 +208,9 @@ def _forward_op(
     return run(student, weight, teacher, scale, shift, *options)
 
 
+_forward_op = torch.library.custom_op("g2l::log_sum_forward", _forward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
     rows, features = teacher.shape
@@ -219,8 +223,7 @@ def _(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, 
             loss.new_empty(weights))
 
 
-@torch.library.custom_op("g2l::log_sum_backward", mutates_args=())
-def _backward_op(
+def _backward(
     grad: torch.Tensor, factor: torch.Tensor, grad_y: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor,
     student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | None,
     shift: torch.Tensor | None, alpha: float, normalize: str, operand: torch.dtype, need_student: bool,
@@ -235,6 +238,9 @@ def _backward_op(
         return logsum_triton.fused_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight)
     return logsum_triton.tiled_backward(grad, factor, columns, rows, student, weight, teacher, scale, shift, alpha,
                                         normalize, operand, need_student, need_weight)
+
+
+_backward_op = torch.library.custom_op("g2l::log_sum_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -253,7 +259,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(factor, grad_y, columns, rows, student, weight, teacher, scale, shift)
 
 
-def _backward(ctx, grad, *_):
+def _gradients(ctx, backward, grad):
     factor, grad_y, columns, rows, student, weight, teacher, scale, shift = ctx.saved_tensors
     none = (None,) * 12
     if grad is None:
@@ -261,8 +267,8 @@ def _backward(ctx, grad, *_):
     if not ctx.need_grad:
         raise RuntimeError("the forward pass was told that no gradient is needed")
     need_student, need_weight = ctx.needs_input_grad[:2]
-    d_student, d_weight = _backward_op(grad, factor, grad_y, columns, rows, student, weight, teacher, scale, shift,
-                                       *ctx.options, need_student, need_weight)
+    d_student, d_weight = backward(grad, factor, grad_y, columns, rows, student, weight, teacher, scale, shift,
+                                   *ctx.options, need_student, need_weight)
     d_scale = d_shift = None
     if scale is not None:
         d_shift, d_scale = (columns[-2:] * (grad * factor)).to(scale.dtype)
@@ -270,7 +276,24 @@ def _backward(ctx, grad, *_):
     return (d_student if need_student else None, d_weight if need_weight else None, None, d_scale, d_shift, *none[5:])
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
+_forward_op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _backward_op, grad), setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher, for eager code: an operator's first call imports Dynamo, which takes seconds."""
+
+    @staticmethod
+    def forward(*args):
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, _backward, grad)
 
 
 # --- one batch over several processes ---------------------------------------------------------------------------------

@@ -275,7 +275,8 @@ def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
 
 def fused_backward_config(rows: int, operand: torch.dtype) -> dict:
     padded = min(64, max(16, triton.next_power_of_2(rows)))
-    return {"ROWS": padded, "INNER": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3}
+    warps = 8 if operand == torch.float32 else 4
+    return {"ROWS": padded, "INNER": 64, "COLUMNS": 32, "num_warps": warps, "num_stages": 2}
 
 
 def fused_forward(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):

@@ -1,0 +1,38 @@
+"""Every Triton kernel, in every configuration a launcher can choose, compiled for real GPUs on a machine without one."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from kernels import aot
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("kernels", [("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss", "gradient"),
+                                     ("gram",), ("screen",), ("rescan", "redo")], ids=lambda names: names[0])
+def test_compiles_within_the_device(target, kernels):
+    made = 0
+    for kernel, label, function, parameters, types, cores in aot.configurations(target):
+        if kernel not in kernels:
+            continue
+        result = aot.compiled(target, function, parameters, types)
+        where = f"{kernel}, {label}, {target}"
+        assert result["shared"] <= aot.TARGETS[target][3], where
+        assert result["spills"] == 0, where
+        assert 0 < result["registers"] <= 512, where
+        assert bool(aot.TENSOR_CORES.search(result["code"])) or not cores, where
+        made += 1
+    assert made >= len(kernels)
+
+
+def test_all_kernels_are_covered():
+    from kernels import cka_triton, knn_triton, logsum_triton
+
+    every = {name.removesuffix("_kernel") for module in (cka_triton, knn_triton, logsum_triton) for name in vars(module)
+             if name.endswith("_kernel")}
+    assert every == {kernel for kernel, *_ in aot.configurations("sm_80")}
