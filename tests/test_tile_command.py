@@ -437,6 +437,19 @@ def test_download_plans_first(tmp_path, gdc, capsys):
     assert not Gdc.log
 
 
+@pytest.mark.parametrize(("typed", "status"), [("no", 1), ("", 1), ("yes", 0)])
+def test_download_goes_on_with_a_typed_yes(tmp_path, gdc, monkeypatch, typed, status):
+    monkeypatch.setattr(tile.sys, "stdin", Namespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: typed)
+    assert download(tmp_path, gdc) == status and bool(Gdc.log) == (status == 0)
+
+
+def test_download_needs_room(tmp_path, gdc, monkeypatch, capsys):
+    monkeypatch.setattr(tile.shutil, "disk_usage", lambda _: Namespace(free=1000))
+    assert download(tmp_path, gdc, "--yes") == 1 and not Gdc.log
+    assert "--save-patches --discard-slides" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", ["cut", "short", "corrupt", "long", "norange", 429, 503, 500])
 def test_download_survives(tmp_path, gdc, sound, fault):
     Gdc.faults = {"uuid-1": ["cut", fault, fault], "files": [503]}
