@@ -439,7 +439,7 @@ def test_download_plans_first(tmp_path, gdc, capsys):
 
 @pytest.mark.parametrize(("typed", "status"), [("no", 1), ("", 1), ("yes", 0)])
 def test_download_goes_on_with_a_typed_yes(tmp_path, gdc, monkeypatch, typed, status):
-    monkeypatch.setattr(tile.sys, "stdin", Namespace(isatty=lambda: True))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: typed)
     assert download(tmp_path, gdc) == status and bool(Gdc.log) == (status == 0)
 
