@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from tile import UserError, atomic
+from tile import Help, UserError, atomic
 
 ROOT = Path(__file__).resolve().parent
 
@@ -401,7 +401,7 @@ def demo(folder: Path, max_steps: int) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="everything is written below it")
     parser.add_argument("--max-steps", type=int, default=150, help="of distillation; more steps, a better student")
     return parser

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tile import PatchError, UserError, atomic, locked
+from tile import Help, PatchError, UserError, atomic, locked
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -1347,7 +1347,7 @@ def summarize(args: argparse.Namespace) -> str:
 def build_parser() -> argparse.ArgumentParser:
     from models import add_model_arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     what = parser.add_argument_group("what to compare")
     what.add_argument("--models", nargs="+", default=[], metavar="NAME",
                       help="registry names, timm:NAME, or folders such as runs/NAME/student")

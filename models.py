@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tile import PatchError, UserError, atomic
+from tile import Help, PatchError, UserError, atomic
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
@@ -961,9 +961,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+class _Help(Help, argparse.RawDescriptionHelpFormatter):
+    """Shared help, with the docstring's own lines."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1452,10 +1452,11 @@ def share(text: str) -> float:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind the help, where there is one to show."""
+    """Of every script: the default behind the help, where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        empty = action.default is None or action.default is False or action.default == []
+        return action.help if empty else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
