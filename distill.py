@@ -410,6 +410,8 @@ class Step:
             # A rank's own batch-norm buffers are rank 0's at every step, so that a checkpoint holds all there is.
             self.module = nn.parallel.DistributedDataParallel(
                 distiller, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            if device.type == "cpu":
+                self.module.register_comm_hook(None, _ordered_mean)
 
     def __call__(self, batches, lr: float, weight_decay: float) -> torch.Tensor:
         """`batches`: one (images, params) per accumulated micro-batch. -> device (3,): loss, gradient norm, spread."""
@@ -447,6 +449,20 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.mark("optimizer")
         return torch.stack([sum(losses) / count, norm, spread])
+
+
+def _ordered_mean(_, bucket):
+    """Mean of a bucket over the ranks, added in the order of the ranks, so that a resumed run has the same bits.
+
+    Gloo's ring adds in an order that depends on a gradient's place in the bucket, and DDP rearranges its buckets after
+    the first step of a process.
+    """
+    world = torch.distributed.get_world_size()
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(world)]
+    torch.distributed.all_gather(parts, bucket.buffer())
+    done = torch.futures.Future()
+    done.set_result(sum(parts[1:], parts[0]) / world)
+    return done
 
 
 # ---- the run folder: log, checkpoints, pictures -----------------------------------------------------------------
@@ -692,11 +708,12 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
     identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
     flags = [k for k in vars(args)]
     earlier = run.config() if main else {}
-    if earlier and any(path.exists() for path in run.checkpoints):
-        refuse_changes(earlier.get("identity", {}), {**identity, "flags": flags}, run.folder)
-        if earlier.get("finished"):
+    finished = "finished" in earlier and (run.folder / "student" / "model.safetensors").exists()
+    if finished or (earlier and any(path.exists() for path in run.checkpoints)):
+        refuse_changes(earlier["identity"], {**identity, "flags": flags}, run.folder)
+    if _agree(finished, rank, world):
+        if main:
             say(f"{run.folder}: finished at step {earlier['finished']['step']}; student: {run.folder / 'student'}")
-    if _agree(bool(earlier.get("finished")), rank, world):
         return 0
 
     index = tile.PatchIndex(Path(args.data) / "tiles" / args.cancer, Path(args.slides) if args.slides else None)
@@ -974,11 +991,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def default_workers(workers: int | None, device: torch.device) -> int:
-    """Loading processes per rank: enough to feed a GPU; on a CPU one, since loading shares the cores with training."""
+    """Loading processes per rank: enough to feed a GPU; on a CPU at most one, which shares the cores with training."""
     if workers is not None:
         return workers
     cores = (os.cpu_count() or 1) // max(1, torch.cuda.device_count())
-    return max(1, min(12, cores - 1)) if device.type == "cuda" else 1
+    return max(1, min(12, cores - 1)) if device.type == "cuda" else int(cores > 2)
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -1252,7 +1269,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--stop-min-steps", type=int, default=1000, help="never stop before this step")
     models.add_model_arguments(parser)
     group = parser.add_argument_group("running")
-    group.add_argument("--workers", type=int, help="loading processes per rank; default 1 on CPU, up to 12 on a GPU")
+    group.add_argument("--workers", type=int,
+                       help="loading processes per rank; default: up to 12 for a GPU, 1 on a CPU of more than 2 cores")
     group.add_argument("--max-unreadable", type=float, default=0.01,
                        help="stop when more than this fraction of patches (and more than 10) cannot be read")
     group.add_argument("--hold-out", type=float, default=0.05, help="fraction of patients kept for measuring CKA")

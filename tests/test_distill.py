@@ -467,6 +467,9 @@ def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
     )
     fails(command(data, tmp_path, "r", "--max-steps", 9, "--alpha", 2), "--max-steps", "--alpha", capsys=capsys)
     assert (tmp_path / "r" / "config.json").read_bytes() == before
+    (tmp_path / "r" / "student" / "model.safetensors").unlink()  # lost: exported again from the checkpoint
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 3)) == 0
+    assert (tmp_path / "r" / "student" / "model.safetensors").exists() and len(losses(tmp_path / "r")) == 3
     with open(tmp_path / "r" / ".lock", "w") as file:
         import fcntl
 
