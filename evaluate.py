@@ -77,9 +77,12 @@ class Rows(Source):
     """Some rows of another image source, in the given order."""
 
     def __init__(self, source: Sequence, rows: np.ndarray):
-        files = getattr(source, "files", None) or [Path()] * len(source)
-        super().__init__([files[i] for i in rows])
+        files = getattr(source, "files", ())  # a source that is no files is known by its ids alone
+        super().__init__([files[i] for i in rows] if len(files) else [])
         self.source, self.rows, self.rule = source, rows, getattr(source, "rule", "")
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, i: int):
         return self.source[self.rows[i]]

@@ -239,7 +239,7 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
         name = str(metadata.get("run") or (folder.parent if folder.name == "student" else folder).name)
     else:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.5)
-        raise UserError(f"{name}: no such model or folder{f'; did you mean {close[0]}?' if close else ''} "
+        raise UserError(f"{name}: no such model or folder{f'; did you mean {close[0]}?' if close else '.'} "
                         f"Known are {', '.join(REGISTRY)}, timm:NAME, and folders such as runs/NAME/student")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else entry.precision if entry else BF16

@@ -35,7 +35,7 @@ import numpy as np
 
 import evaluate
 from evaluate import Benchmark, ImageFiles, display, load_folder, markdown, read_metrics, recall, safe, save_figure
-from tile import PatchIndex, UserError
+from tile import Help, PatchIndex, UserError
 
 KS = (3, 5, 10, 20)
 DRAWS = 1000   # bootstrap resamples of the patients
@@ -804,7 +804,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     from models import add_model_arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="models to compare: registry names, "
                         "timm:NAME, folders such as runs/NAME/student; all at hand if not given")
     add_model_arguments(parser)

@@ -281,3 +281,9 @@ def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsy
     assert sorted(evaluate.models_at_hand(args)) == [str(tmp_path / "runs" / "a" / "student"), "hibou-l", "uni"]
     err = capsys.readouterr().err
     assert "h-optimus-0 (huggingface.co/bioptimus/H-optimus-0)" in err and "hibou-l" not in err
+
+
+def test_rows_of_a_source_without_files_watch_no_file():
+    """Such rows once watched the current folder with everything in it."""
+    rows = evaluate.Rows([np.full((2, 2, 3), i, np.uint8) for i in range(5)], np.array([3, 1]))
+    assert len(rows) == 2 and rows[0].max() == 3 and rows.files == []
