@@ -389,21 +389,21 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, tmp_path_factory):
+def three_ranks(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("ranks")
-    result = torchrun(2, "distill.py", *command(data, runs, "r", "--max-steps", 40))
+    result = torchrun(3, "distill.py", *command(data, runs, "r", "--max-steps", 40))
     assert result.returncode == 0, result.stdout + result.stderr
     return runs / "r"
 
 
-def test_two_ranks_equal_two_accumulated_batches(data, two_ranks, tmp_path):
-    assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 2)) == 0
-    one, two = losses(tmp_path / "r"), losses(two_ranks)
+def test_three_ranks_equal_three_accumulated_batches(data, three_ranks, tmp_path):
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 3)) == 0
+    one, two = losses(tmp_path / "r"), losses(three_ranks)
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)
     np.testing.assert_allclose([row[1] for row in one[:12]], [row[1] for row in two[:12]], rtol=2e-3)
 
 
-def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, two_ranks, tmp_path):
+def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_ranks, tmp_path):
     result = torchrun(2, "distill.py", *command(data, tmp_path, "two", "--sync"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert distill.main(command(data, tmp_path, "one", "--batch-size", 16)) == 0
@@ -411,29 +411,29 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, two_ran
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)  # loss and gradient of the same weights
     np.testing.assert_allclose(one, two, rtol=2e-2)  # then AdamW turns rounding of tiny gradients into steps
     np.testing.assert_allclose([row[1] for row in one], [row[1] for row in two], rtol=2e-3)
-    assert abs(two[0][1] - losses(two_ranks)[0][1]) > 0.1  # and it is not what local statistics give
+    assert abs(two[0][1] - losses(three_ranks)[0][1]) > 0.1  # and it is not what local statistics give
 
 
-def test_two_ranks_killed_and_resumed_equal_unbroken(data, two_ranks, tmp_path):
+def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
-    process = start(arguments, ranks=2)
+    process = start(arguments, ranks=3)
     wait_for_step(process, tmp_path / "r", random.randint(4, 25))
     kill(process)
     assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
-    result = torchrun(2, "distill.py", *arguments)
+    result = torchrun(3, "distill.py", *arguments)
     assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout + result.stderr
-    same(two_ranks, tmp_path / "r")
+    same(three_ranks, tmp_path / "r")
 
 
-def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, two_ranks, tmp_path):
+def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
-    process = start(arguments, ranks=2, options=("--max-restarts=1",), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    process = start(arguments, ranks=3, options=("--max-restarts=1",), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     wait_for_step(process, tmp_path / "r", 5)
     ranks = [pid for pid in descendants(process.pid) if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(random.choice(ranks[:2]), signal.SIGKILL)
+    os.kill(random.choice(ranks[:3]), signal.SIGKILL)
     output = process.communicate(timeout=150)[0]
     assert process.returncode == 0 and "going on from step" in output and "another rank ended" in output, output
-    same(two_ranks, tmp_path / "r")
+    same(three_ranks, tmp_path / "r")
 
 
 # ---- guards -----------------------------------------------------------------------------------------------------
