@@ -41,7 +41,8 @@ def configurations(target: str):
     kind = "hip" if hip else "hopper" if target == "sm_90" else "cuda"
     plain = {"scale": None, "shift": None}
     for operand, name, kind_of in ((torch.bfloat16, "bf16", tl.bfloat16), (torch.float32, "fp32", tl.float32)):
-        types = {x: f"*{name}" for x in ("student", "weight", "teacher", "d_student", "d_weight")} | {"norm_eps": "fp32"}
+        types = {x: f"*{name}" for x in ("student", "weight", "teacher", "d_student", "d_weight")}
+        types["norm_eps"] = "fp32"
         cores = operand != torch.float32
         for rows in (16, 32, 64, 128, 256):
             yield ("fused_forward", f"{name}, {rows} rows", logsum_triton.fused_forward_kernel, {
@@ -67,7 +68,8 @@ def configurations(target: str):
     for store, precision in ((False, "tf32"), (True, "tf32"), (True, cka_triton.scatter_precision(hip))):
         label = "covariance" if precision != "tf32" else "CKA, many rows" if store else "CKA"
         yield ("gram", label, cka_triton.gram_kernel, {
-            **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision}, types, True)
+            **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision},
+               types, True)
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
     types |= {"sets": "*i32", "redo": "*i8"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
@@ -76,13 +78,14 @@ def configurations(target: str):
                    {**knn_triton.screen_config(k, width, kind), "MASK": knn_triton.GROUPS}, types, True)
     rows = {"ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"], "MASK": knn_triton.GROUPS, "COSINE": True}
     for k in (8, 24, 56, 64):
-        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, {**rows, **knn_triton.rescan_config(k, kind)}, types, False
+        rescan = {**rows, **knn_triton.rescan_config(k, kind)}
+        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, rescan, types, False
     for k in (16, 32, 64):
         yield "redo", f"k <= {k}", knn_triton.redo_kernel, {**rows, **knn_triton.redo_config(k)}, types, False
 
 
 def compiled(target: str, function, parameters: dict, types: dict) -> dict:
-    """Compile one configuration for a target -> shared (bytes), registers, spills (bytes, or registers on AMD), code."""
+    """Compile one configuration for a target -> shared (bytes), registers, spills (bytes; registers on AMD), code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -133,8 +136,8 @@ def table() -> str:
     import triton
 
     lines = [f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
-             "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / registers of a thread / "
-             "spills; `tc` where the products are tensor-core instructions.", "",
+             "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / registers of "
+             "a thread / spills; `tc` where the products are tensor-core instructions.", "",
              f"| kernel | configuration | {' | '.join(TARGETS)} |", f"|---|---|{'---|' * len(TARGETS)}"]
     for rows in zip(*(configurations(target) for target in TARGETS), strict=True):
         cells = []

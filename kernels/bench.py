@@ -2,16 +2,16 @@
 
     python -m kernels.bench [logsum|cka|knn] [--quick] [--json FILE] [--device cpu|cuda]
 
-Every row: median and 20 to 80 % spread of the time, share of the roofline (from copy and matrix-product rates measured on
-this device in the same run), peak memory beside the input, and the error against fp64. A speed-up is printed only where
-our result is right; a rival's wrong result is marked.
+Every row: median and 20 to 80 % spread of the time, share of the roofline (from copy and matrix-product rates measured
+on this device in the same run), peak memory beside the input, and the error against fp64. A speed-up is printed only
+where our result is right; a rival's wrong result is marked. On a CPU the peak leaves out what a first run
+left in the heap.
 """
 
 import argparse
 import contextlib
 import json
 import platform
-import statistics
 import sys
 import threading
 import time
@@ -25,30 +25,36 @@ import torch
 from kernels import cka, knn, log_sum_loss
 
 
-def measure(run: Callable, device: torch.device, seconds: float) -> dict:
-    """Median, 20th and 80th percentile in milliseconds over about `seconds`, and peak memory in MB above the start's.
+def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, dict]:
+    """Median, 20th and 80th percentile in milliseconds over about `seconds` for each, and peak MB above the start's.
 
-    On a GPU a buffer larger than its L2 is written before each run, so that inputs come from memory.
+    The runs take turns, so that a change of the machine's load meets all of them alike. On a GPU a buffer larger than
+    its L2 is written before each run, so that inputs come from memory.
     """
-    run()
-    memory = _peak(run, device)
-    times, end = [], time.perf_counter() + seconds
+    memory = {name: (run(), _peak(run, device))[1] for name, run in runs.items()}
+    times, end = {name: [] for name in runs}, time.perf_counter() + seconds * len(runs)
     flush = torch.empty(2**26 if device.type == "cuda" else 0, dtype=torch.int32, device=device)
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-        if device.type == "cuda":
-            flush.zero_()
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
-    low, median, high = np.percentile(times, [20, 50, 80])
-    return {"ms": median, "ms_20": low, "ms_80": high, "runs": len(times), "peak_mb": memory}
+    rounds = 0
+    while rounds < 3 or (time.perf_counter() < end and rounds < 200):
+        rounds += 1
+        for name, run in runs.items():
+            if device.type == "cuda":
+                flush.zero_()
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                stop.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(stop))
+            else:
+                before = time.perf_counter()
+                run()
+                times[name].append(1e3 * (time.perf_counter() - before))
+    result = {}
+    for name in runs:
+        low, median, high = np.percentile(times[name], [20, 50, 80])
+        result[name] = {"ms": median, "ms_20": low, "ms_80": high, "runs": rounds, "peak_mb": memory[name]}
+    return result
 
 
 def _peak(run, device):
@@ -75,21 +81,25 @@ def _peak(run, device):
     return max(0, peak[0] - before) / 1e6
 
 
+def _median(run, device):
+    return measure({"it": run}, device, 0.5)["it"]["ms"]
+
+
 def ceilings(device: torch.device) -> dict:
     """Rates of this device as the library reaches them: copies in GB/s (read and written), products in TFLOP/s."""
     gpu = device.type == "cuda"
     a = torch.zeros((2**30 if gpu else 2**26) // 4, device=device)
     b = torch.empty_like(a)
-    rates = {"copy": 2 * a.nbytes / 1e6 / measure(lambda: b.copy_(a), device, 0.5)["ms"]}
+    rates = {"copy": 2 * a.nbytes / 1e6 / _median(lambda: b.copy_(a), device)}
     size = 8192 if gpu else 1536
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x = torch.randn(size, size, device=device, dtype=dtype)
-        rates[name] = 2 * size**3 / 1e9 / measure(lambda x=x: x @ x, device, 0.5)["ms"]
+        rates[name] = 2 * size**3 / 1e9 / _median(lambda x=x: x @ x, device)
     if gpu:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         x = torch.randn(size, size, device=device)
-        rates["tf32"] = 2 * size**3 / 1e9 / measure(lambda: x @ x, device, 0.5)["ms"]
+        rates["tf32"] = 2 * size**3 / 1e9 / _median(lambda: x @ x, device)
         torch.backends.cuda.matmul.allow_tf32 = before
     return rates
 
@@ -97,13 +107,10 @@ def ceilings(device: torch.device) -> dict:
 def compare(kernel: str, shape: str, runs: dict, check: Callable, limit: float, flops: float, moved: float, rate: str,
             rates: dict, device: torch.device, seconds: float) -> list[dict]:
     """Time `runs` (name -> function, ours first); `check` gives the error of a result, which may be at most `limit`."""
-    rows = []
     floor = max(flops / rates[rate] / 1e9, moved / rates["copy"] / 1e6)  # ms
-    for name, run in runs.items():
-        error = float(check(run()))
-        row = {"kernel": kernel, "shape": shape, "name": name, "error": error, "right": error <= limit}
-        row |= measure(run, device, seconds)
-        rows.append(row | {"roofline": floor / row["ms"]})
+    errors = {name: float(check(run())) for name, run in runs.items()}
+    rows = [{"kernel": kernel, "shape": shape, "name": name, "error": errors[name], "right": errors[name] <= limit,
+             **times, "roofline": floor / times["ms"]} for name, times in measure(runs, device, seconds).items()]
     for row in rows:
         ours = rows[0]
         row["speedup_of_ours"] = row["ms"] / ours["ms"] if ours["right"] and row is not ours else None
@@ -114,7 +121,8 @@ def compare(kernel: str, shape: str, runs: dict, check: Callable, limit: float, 
 def show(row: dict) -> None:
     speed = "" if row["speedup_of_ours"] is None else f"{row['speedup_of_ours']:.2f}x"
     wrong = "" if row["right"] else " WRONG"
-    print(f"| {row['kernel']} | {row['shape']} | {row['name']} | {row['ms']:.3g} ({row['ms_20']:.3g} to {row['ms_80']:.3g}) | "
+    spread = f"{row['ms']:.3g} ({row['ms_20']:.3g} to {row['ms_80']:.3g})"
+    print(f"| {row['kernel']} | {row['shape']} | {row['name']} | {spread} | "
           f"{100 * row['roofline']:.0f} % | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |", flush=True)
 
 
@@ -130,7 +138,9 @@ def eager_loss(student, weight, teacher):
 def bench_logsum(device, rates, quick, seconds):
     gpu = device.type == "cuda"
     rows = []
-    for batch in (32, 8192) if gpu and quick else (32, 128, 512, 1024, 8192, 16448) if gpu else (32,) if quick else (32, 512):
+    sizes = {(True, True): (32, 8192), (True, False): (32, 128, 512, 1024, 8192, 16448), (False, True): (32,),
+             (False, False): (32, 512)}
+    for batch in sizes[gpu, quick]:
         torch.manual_seed(0)
         student = torch.randn(batch, 1024, device=device, requires_grad=True)
         weight = (torch.randn(1024, 1536, device=device) / 32).requires_grad_()
@@ -193,10 +203,10 @@ def bench_cka(device, rates, quick, seconds):
         runs = {"ours": lambda x=x, y=y: cka([x], [y], estimator="biased")[0, 0],
                 "eager": lambda x=x, y=y: formula_cka(x, y)}
         if not gpu:
-            runs["numpy"] = lambda x=x.numpy(), y=y.numpy(): formula_cka(x, y)
+            runs["numpy"] = lambda x=x, y=y: formula_cka(x.numpy(), y.numpy())
         flops = 2 * n * (1536 * 1024 + (1536**2 + 1024**2) / 2)
-        rows += compare("cka, one pair", f"{n} x 1536, 1024", runs, lambda value, truth=truth: abs(value - truth), 1e-4, flops,
-                        4 * n * 2560, fast, rates, device, seconds)
+        rows += compare("cka, one pair", f"{n} x 1536, 1024", runs, lambda value, truth=truth: abs(value - truth), 1e-4,
+                        flops, 4 * n * 2560, fast, rates, device, seconds)
     n, layers, width = (4537, 20, 1024) if gpu and not quick else (600, 4, 384)
     torch.manual_seed(0)
     common = torch.randn(n, 64, device=device)
@@ -206,8 +216,8 @@ def bench_cka(device, rates, quick, seconds):
     runs = {"ours": lambda: cka(xs, ys), "each pair anew": lambda: package_cka(xs, ys)}
     flops = 2 * n * n * (2 * layers * width / 2 + layers * layers)
     return rows + compare("cka, all layers", f"{layers} x {layers} of {n} x {width}", runs,
-                          lambda value: (value.cpu() - truth).abs().max(), 1e-3, flops, 8 * layers * n * width, fast, rates,
-                          device, seconds)
+                          lambda value: (value.cpu() - truth).abs().max(), 1e-3, flops, 8 * layers * n * width, fast,
+                          rates, device, seconds)
 
 
 def torch_knn(base, k, groups):
@@ -271,6 +281,22 @@ def knn_rivals(base, k, groups):
     return rivals
 
 
+def bench_plain_knn(base, k, rates, device, seconds):
+    """All rows against all others on a CPU, beside scikit-learn, which needs k + 1 neighbours and finds the row itself."""
+    from sklearn.neighbors import NearestNeighbors
+
+    points, n = base.numpy(), len(base)
+    truth = knn(base.double(), k)
+
+    def rival():
+        found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points).kneighbors(points)[1]
+        return torch.from_numpy(found[:, 1:])
+
+    runs = {"ours": lambda: knn(base, k), "scikit-learn brute": rival}
+    return compare("knn", f"{n} x {base.shape[1]}, k = {k}", runs, lambda index: (index != truth).double().mean(), 0,
+                   2 * n * n * base.shape[1], 8 * n * base.shape[1], "fp32", rates, device, seconds)
+
+
 def bench_knn(device, rates, quick, seconds):
     gpu, rows, k = device.type == "cuda", [], 15
     for n, width in ((20000, 50),) if not gpu else ((77364, 50),) if quick else ((5245, 50), (77364, 50), (277524, 50)):
@@ -288,21 +314,24 @@ def bench_knn(device, rates, quick, seconds):
             found = index.cpu()[sample.cpu()]
             return (found[:, :, None] != truth[:, None, :]).all(2).double().mean()
 
+        if not gpu:
+            rows += bench_plain_knn(base, k, rates, device, seconds)
         runs = {"ours": lambda base=base, groups=groups: knn(base, k, groups=groups),
                 "torch mm + topk": lambda base=base, groups=groups: torch_knn(base, k, groups),
                 **knn_rivals(base, k, groups)}
-        rows += compare("knn, ten folds", f"{n} x {width}, k = {k}", runs, missed, 0, 2 * n * n * width * 0.9, 8 * n * width,
-                        "tf32" if gpu else "fp32", rates, device, seconds)
+        rows += compare("knn, ten folds", f"{n} x {width}, k = {k}", runs, missed, 0, 2 * n * n * width * 0.9,
+                        8 * n * width, "tf32" if gpu else "fp32", rates, device, seconds)
     return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", nargs="?", choices=("logsum", "cka", "knn"), help="one kernel only (default: all three)")
+    parser.add_argument("kernel", nargs="?", choices=("logsum", "cka", "knn"), help="one kernel (default: all three)")
     parser.add_argument("--quick", action="store_true", help="small shapes; under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(default: %(default)s)")
     return parser
 
 

@@ -2,15 +2,15 @@
 
 With Gram matrices K, L of two feature sets over the same n rows, CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
 
-Linear kernel, with columns centred first (neither estimator changes, and rounding then matters far less), a_i = |x_i|^2,
+Linear kernel, with columns centred first (neither estimator changes, and rounding matters far less), a_i = |x_i|^2,
 b_i = |y_i|^2 and F = |X^T Y|^2 (Frobenius):
 
     biased    F / (n - 1)^2                                                        (Kornblith et al. 2019)
-    unbiased  (F - sum a_i b_i + sum a sum b / ((n-1)(n-2)) - 2/(n-2) sum a_i b_i) / (n (n-3))   (Song et al. 2012, HSIC_1)
+    unbiased  (F - sum a_i b_i + sum a sum b / ((n-1)(n-2)) - 2/(n-2) sum a_i b_i) / (n (n-3))    (Song et al. 2012)
 
-The second line is HSIC_1 with the trace and row sums of the diagonal-free Gram matrices written out in features: the row
-sums of a centred linear Gram are 0, so those without the diagonal are -a_i. F comes from whichever side is cheaper: D x D
-products of the features, or N x N Grams in row blocks, which every pair of layers then shares.
+The second line is their HSIC_1 with the trace and row sums of the diagonal-free Gram matrices written out in features:
+the row sums of a centred linear Gram are 0, so those without the diagonal are -a_i. F comes from whichever side is
+cheaper: D x D products of the features, or N x N Grams in row blocks, which every pair of layers then shares.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def cka(
     kernel: str = "linear",
     bandwidth: float = 1.0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """CKA of every x with every y: a (len(xs), len(ys)) fp64 tensor, or (unbiased, biased) of them with estimator="both".
+    """CKA of every x with every y: a (len(xs), len(ys)) fp64 tensor, or two (unbiased, biased) with estimator="both".
 
     xs, ys     lists of (N, D_i) tensors with the same N >= 4 rows (samples) in the same order.
     estimator  "unbiased" (near 0 for unrelated features), "biased" (with a floor that grows with D / N: 0.2 for

@@ -1,9 +1,9 @@
 """Triton kernel of the centred product X^T Y for lists of features; imported on first use on a GPU. See cka.py.
 
 One launch does all wanted tiles of all pairs. Columns of every feature set are cut into tiles; a table names, for each
-program, its two column tiles, of X^T X only those on and above the diagonal. Means come off before rounding to TF32 (to nearest,
-where the hardware would cut), so columns with large offsets cost nothing. For up to CHUNK_ROWS rows each tile is squared
-and summed at once and never stored; more rows are split between programs and the partial tiles added in fp64.
+program, its two column tiles, of X^T X only those on and above the diagonal. Means come off before rounding to TF32 (to
+nearest, where the hardware would cut), so columns with large offsets cost nothing. For up to CHUNK_ROWS rows each tile
+is squared and summed at once and never stored; more rows are split between programs, their tiles added in fp64.
 """
 
 import contextlib
@@ -119,8 +119,9 @@ def square_norms(features, means, pairs):
     if splits == 1:
         squares = _launch(features, operands, chosen, "tf32", False, 1).double()
     else:
-        squares = torch.cat([_launch(features, operands, part, "tf32", True, splits).double().sum(1).square().sum((1, 2))
-                             for part in chosen.split(max(1, GROUP // splits))])
+        parts = (_launch(features, operands, part, "tf32", True, splits).double().sum(1)
+                 for part in chosen.split(max(1, GROUP // splits)))
+        squares = torch.cat([tiles.square().sum((1, 2)) for tiles in parts])
     squares *= torch.tensor(weight, dtype=torch.float64, device=squares.device)
     counts = [owner.count(number) for number in range(len(pairs))]
     return {pair: part.sum() for pair, part in zip(pairs, squares.split(counts), strict=True)}

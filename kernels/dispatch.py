@@ -15,7 +15,7 @@ def _triton_installed() -> bool:
 def use_triton(device: torch.device) -> bool:
     """Whether kernels on `device` run in Triton, by G2L_KERNELS (auto, triton or torch).
 
-    `triton` on a CPU is allowed only in Triton's interpreter (TRITON_INTERPRET=1): that is how the tests run the kernels.
+    `triton` on a CPU is allowed only in Triton's interpreter (TRITON_INTERPRET=1), as the tests use it.
     """
     choice = os.environ.get("G2L_KERNELS", "auto")
     if choice not in ("auto", "triton", "torch"):

@@ -3,8 +3,8 @@
 Every path screens with a matrix product in low precision and proves its result:
 
 1. Screen. For every pair a lower bound of the squared distance, |q|^2 + |b|^2 - 2 q.b less a bound on all rounding. The
-   rows of base are put in small sets and only each set's least bound is kept ("group-min screening"): any true neighbour
-   lies in one of the k best sets, and the costly selection sees an eighth of the values.
+   rows of base are put in small sets and only each set's least bound is kept ("group-min screening"): any true
+   neighbour lies in one of the k best sets, and the costly selection sees an eighth of the values.
 2. Rescan. The members of the best sets by direct differences (fp64 here, fp32 on a GPU), ordered by (distance, index).
 3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. Any other row (ties, mostly)
    is searched again without a screen.
@@ -103,9 +103,9 @@ def _rounded(x, unit):
 def _operands(base, query, metric, unit):
     """Centred (or normalised) fp32 rows and the two halves of the lower bound: |q - b|^2 >= bias_q + bias_b - 2 q.b.
 
-    `unit` is the rounding unit of the product's operands. For any order of summation in fp32 the computed |q - b|^2 is off
-    by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more roundings
-    and the operands' own; taking 2 gamma off each half makes it a bound.
+    `unit` is the rounding unit of the product's operands. For any order of summation in fp32 the computed |q - b|^2 is
+    off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more
+    roundings and the operands' own; taking 2 gamma off each half makes it a bound.
     """
     gamma = (base.shape[1] + 16) * FP32 + 2.02 * unit
     if metric == "cosine":
@@ -123,10 +123,10 @@ def _operands(base, query, metric, unit):
 
 
 def _exact(base, query, rows, candidates, metric):
-    """Squared distance (euclidean) or twice the distance (cosine) in fp64 of query[rows] (R,) to base[candidates] (R, C)."""
-    width = candidates.shape[1] * base.shape[1]
+    """Squared distance, or twice the cosine distance, in fp64 of query[rows (R,)] to base[candidates (R, C)]."""
+    step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
-    for part, chosen in zip(rows.split(max(1, CACHED // width)), candidates.split(max(1, CACHED // width)), strict=True):
+    for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
         a = query.index_select(0, part).double().unsqueeze(1)
         b = base.index_select(0, chosen.flatten()).double().view(*chosen.shape, base.shape[1])
         if metric == "euclidean":
@@ -169,7 +169,7 @@ def _reference(base, k, query, groups, query_groups, metric):
         return distances.to(wide), indices, redone
     q, b, bias_q, bias_b = _operands(base, query, metric, FP32)
     size = 1 if n <= SINGLE else SET
-    # Column j of a panel of width w is a member of set j % (w / size): one pass of vector minima finds each set's least.
+    # Column j of a panel of width w is a member of set j % (w / size): vector minima find each set's least.
     panel = min(PANEL, -(-n // size) * size)
     padded = -(-n // panel) * panel
     if padded > n:

@@ -1,9 +1,9 @@
 """Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in knn.py.
 
 Rows of base are sorted by group, so that a tile of them mostly has one label: a tile that shares no label with the
-queries needs no mask, and one whose only label is theirs is skipped. Screening is one TF32 matrix product per tile with the
-bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of those few minima that
-improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all that it owns; no atomics.
+queries needs no mask, and one whose only label is theirs is skipped. Screening is one TF32 matrix product per tile with
+the bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of the few minima
+that improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no atomics.
 """
 
 import contextlib
@@ -54,7 +54,8 @@ def screen_kernel(
             wanted = (least_n != most_n) | (least_q != most_q) | (least_n != least_q)
             mixed = (least_n <= most_q) & (least_q <= most_n)
         if wanted:
-            score = tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :] + tl.zeros((QUERIES, ROWS), tl.float32)
+            score = tl.zeros((QUERIES, ROWS), tl.float32)
+            score += tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :]
             n_at = base + n.to(tl.int64)[None, :] * width
             if LOOPED:
                 for first in range(0, width, WIDTH):
@@ -205,7 +206,8 @@ def screen_config(k: int, width: int, device: str) -> dict:
 def rescan_config(k: int, device: str) -> dict:
     screen = screen_config(k, 1, device)
     merged = max(16, triton.next_power_of_2(k + SPARE))
-    return {"KEEP": merged, "SET": screen["SET"], "WIDTH": 8 if merged <= 32 else 4, "num_warps": 4 if merged <= 32 else 8}
+    width, warps = (8, 4) if merged <= 32 else (4, 8)
+    return {"KEEP": merged, "SET": screen["SET"], "WIDTH": width, "num_warps": warps}
 
 
 def redo_config(k: int) -> dict:
@@ -254,8 +256,8 @@ def search(base, k, query, groups, query_groups, metric):
         back = torch.empty_like(order_q)
         back[order_q] = torch.arange(count, device=device)
         sets, dropped = sets.flatten(1).gather(1, place)[back], dropped[back]
-        rescan_kernel[(count,)](query, base, order, bias_q, query_groups, groups, sets, dropped, distances, indices, redo,
-                                rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
+        rescan_kernel[(count,)](query, base, order, bias_q, query_groups, groups, sets, dropped, distances, indices,
+                                redo, rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
         redo_kernel[(count,)](query, base, query_groups, groups, distances, indices, redo, rows, width, k, MASK=mask,
                               COSINE=cosine, **redo_config(k))
     return distances, indices, redo.bool()

@@ -7,9 +7,9 @@
 The recipe is that of Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation" (2024).
 
 Because the loss is a scalar, the gradient at the projector's output is known in the forward pass up to one factor,
-alpha / (sum + eps), and batch norm's backward is linear in it. So the forward pass leaves that gradient behind, unscaled,
-and the backward pass is two matrix products and a multiplication by a scalar that never leaves the device. Many rows on
-a GPU leave only the statistics behind and compute the projection a second time, which costs less than keeping it.
+alpha / (sum + eps), and batch norm's backward is linear in it. So the forward pass leaves that gradient behind,
+unscaled, and the backward pass is two matrix products and a multiplication by a scalar that never leaves the device.
+Many rows on a GPU leave only the statistics behind and compute the projection a second time: less memory, more work.
 """
 
 import math
@@ -120,7 +120,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _project(student, weight, operand):
-    """Product of operands rounded to `operand` with fp32 (fp64) accumulators and result, whatever autocast is set to."""
+    """Product of operands rounded to `operand` with fp32 (fp64) accumulators and result, whatever autocast says."""
     a, b = student.to(operand).to(_wide(operand)), weight.to(operand).to(_wide(operand))
     with torch.autocast(a.device.type, enabled=False):
         return torch.mm(a, b)
@@ -136,7 +136,7 @@ def _powers(d, alpha):
 
 
 def _reference(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
-    """The forward operator in PyTorch: loss, factor, grad_y (B, Dt) and (2, Dt) gradients of shift and scale, unscaled."""
+    """The forward operator in PyTorch: loss, factor, unscaled gradients of y (B, Dt) and of shift, scale (2, Dt)."""
     wide = _wide(operand)
     y = _project(student, weight, operand)
     t = teacher.to(wide)

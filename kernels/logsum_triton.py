@@ -1,7 +1,7 @@
 """Triton kernels of the projector + Log-Sum loss; imported on first use on a GPU. The mathematics is in logsum.py.
 
 Few rows (`fused_*`): one program owns some columns of the projection and all rows, so that batch statistics are sums in
-registers. Many rows (`tiled_*`): matrix products by the vendor's library into one slab of columns that stays in L2, and three
+registers. Many rows (`tiled_*`): matrix products by the vendor's library into one slab of columns that stays in L2, and
 small kernels over tiles of it. Every kernel writes each element of its outputs; sums over programs go through a buffer
 and are added in a fixed order; no atomics.
 """
@@ -145,7 +145,7 @@ def fused_backward_kernel(
 def moments_kernel(
     y, teacher, partial, rows, width, stride_yb, stride_tb, stride_tn, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Mean and sum of squared deviations of each column of one tile of y and teacher -> partial (row tile, 4, width)."""
+    """Mean and sum of squared deviations of each column of a tile of y and teacher -> partial (row tile, 4, width)."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < width
@@ -215,7 +215,7 @@ def loss_kernel(
     rows, width, stride_yb, stride_tb, stride_tn, stride_c,
     ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile's sum of |d|^alpha, its sums by row, and by column those of the gradient and gradient times projection."""
+    """One tile's sum of |d|^alpha, its row sums, and column sums of the gradient and of gradient times projection."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_yb, stride_tb, stride_tn, stride_c,
@@ -274,12 +274,12 @@ def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
 
 
 def fused_backward_config(rows: int, operand: torch.dtype) -> dict:
-    padded = min(64, max(16, triton.next_power_of_2(rows)))
+    padded = min(32 if operand == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
     warps = 8 if operand == torch.float32 else 4
     return {"ROWS": padded, "INNER": 64, "COLUMNS": 32, "num_warps": warps, "num_stages": 2}
 
 
-def fused_forward(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
+def fused_forward(student, weight, teacher, scale, shift, alpha, normalize, _, eps, norm_eps, operand, need_grad):
     rows, features = teacher.shape
     config = fused_forward_config(rows, operand)
     programs = triton.cdiv(features, config["COLUMNS"])
@@ -302,8 +302,8 @@ def fused_backward(grad, factor, grad_y, student, weight, operand, need_student,
     config = fused_backward_config(rows, operand)
     d_student = student.new_empty((rows, inner) if need_student else 0)
     d_weight = weight.new_empty((inner, features) if need_weight else 0)
-    weight_programs = triton.cdiv(inner, config["INNER"]) * triton.cdiv(features, config["COLUMNS"]) if need_weight else 0
-    student_programs = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["COLUMNS"]) if need_student else 0
+    weight_programs = need_weight * triton.cdiv(inner, config["INNER"]) * triton.cdiv(features, config["COLUMNS"])
+    student_programs = need_student * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["COLUMNS"])
     if weight_programs + student_programs:
         with _on(student):
             fused_backward_kernel[(weight_programs + student_programs,)](
@@ -330,7 +330,8 @@ def _slice(vector, start, stop):
     return None if vector is None else vector[start:stop]
 
 
-def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
+def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand,
+                  need_grad):
     rows, features = teacher.shape
     mode, a = _NORMALIZE[normalize], student.to(operand)
     empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=student.device)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every configuration a launcher can choose, compiled for real GPUs on a machine without one."""
+"""Every Triton kernel, in every configuration a launcher can choose, compiled for real GPUs without having one."""
 
 import pytest
 
@@ -13,8 +13,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("kernels", [("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss", "gradient"),
-                                     ("gram",), ("screen",), ("rescan", "redo")], ids=lambda names: names[0])
+@pytest.mark.parametrize("kernels", [
+    ("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss", "gradient"), ("gram",), ("screen",),
+    ("rescan", "redo")], ids=lambda names: names[0])
 def test_compiles_within_the_device(target, kernels):
     made = 0
     for kernel, label, function, parameters, types, cores in aot.configurations(target):
