@@ -10,7 +10,7 @@ import distill
 
 @pytest.fixture(scope="module")
 def images():
-    """float (6, 3, 40, 48): noise, a grey ramp, black and white, pure colours, two channels that tie for the maximum."""
+    """float (6, 3, 40, 48): noise, a grey ramp, black and white, pure colours, two channels tied for the maximum."""
     x = torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))
     x[1] = torch.linspace(0, 1, 48)
     x[2, :, :20], x[2, :, 20:] = 0, 1
