@@ -282,7 +282,7 @@ def knn_rivals(base, k, groups):
 
 
 def bench_plain_knn(base, k, rates, device, seconds):
-    """All rows against all others on a CPU, beside scikit-learn, which needs k + 1 neighbours and finds the row itself."""
+    """All rows against all others on a CPU; scikit-learn needs k + 1 neighbours, each row finding itself first."""
     from sklearn.neighbors import NearestNeighbors
 
     points, n = base.numpy(), len(base)
