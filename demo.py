@@ -336,7 +336,7 @@ def screen(folder: Path, seconds: dict[str, float]) -> str:
         spread = f" ± {np.std(found, ddof=1):.{digits}f}" if len(found) > 1 else ""
         return f"{np.mean(found):.{digits}f}{spread}"
 
-    names = {"teacher": TEACHER, "student before": STUDENT, "student after": "demo"}
+    names = {"teacher": TEACHER, "student before": STUDENT, "student after": "distilled"}
     size = {row["model"]: row for row in rows if row["protocol"] == "model"}
     patients = next(row["groups"] for row in rows if row["protocol"] == "data")
     images = next(row["value"] for row in rows if row["protocol"] == "data")
@@ -361,7 +361,7 @@ def screen(folder: Path, seconds: dict[str, float]) -> str:
     lines += ["", "± is the standard deviation over folds (kNN), splits (probe) or samples (index).", "", "look at"]
     overlay = sorted((folder / "data" / "tiles" / "demo" / "thumbnails").glob("*.jpg"))[0]
     results = folder / "results"
-    for what, path in (("patches of a slide", overlay), ("loss curve", folder / "runs" / "demo" / "loss.png"),
+    for what, path in (("patches of a slide", overlay), ("loss curve", folder / "runs" / "distilled" / "loss.png"),
                        ("Figure 1", results / "figure1.png"), ("the report", results / "report.md"),
                        ("robustness", results / "table3.md")):
         lines.append(f"  {what:20}{path}")
@@ -384,13 +384,13 @@ def demo(folder: Path, max_steps: int) -> None:
     write_teacher(weights)
     seconds["cohort"] = time.monotonic() - start
 
-    teacher, student, after = TEACHER, STUDENT, f"{runs / 'demo' / 'student'}"
+    teacher, student, after = TEACHER, STUDENT, f"{runs / 'distilled' / 'student'}"
     known = ("--weights", f"{teacher}={weights}", f"{student}=random")
     models = ("--models", teacher, student, after)
     benchmark = ("--benchmark", f"{data / 'benchmarks' / 'demo'}", "--input-size", "112", "--results", f"{results}")
     seconds["tile.py"] = run("tile.py", "--cancer", "demo", "--data", f"{data}", "--mpp", "0.5", "--patch-size", "128")
     seconds["distill.py"] = run(
-        "distill.py", "--cancer", "demo", "--data", f"{data}", "--runs", f"{runs}", "--name", "demo",
+        "distill.py", "--cancer", "demo", "--data", f"{data}", "--runs", f"{runs}", "--name", "distilled",
         "--teacher", teacher, "--student", student, *known, "--crop", "112",
         "--max-steps", f"{max_steps}", "--lr", "3e-3")
     seconds["evaluate.py"] = run("evaluate.py", *models, "--teacher", teacher, "--baseline", student, *known,

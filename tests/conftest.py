@@ -1,4 +1,4 @@
-"""What all test files share: the repository root, real inputs where present, and ways to run a script as a user does."""
+"""What all tests share: the repository root, real inputs where present, and ways to run a script as a user does."""
 
 import os
 import subprocess

@@ -96,10 +96,10 @@ def test_the_whole_demo_by_its_command_line(tmp_path):
     def mean(**keys):
         return np.mean([row["value"] for row in rows if all(row.get(k) == v for k, v in keys.items())])
 
-    before, after = (mean(model=demo.TEACHER, other=m, metric="unbiased") for m in (demo.STUDENT, "demo"))
+    before, after = (mean(model=demo.TEACHER, other=m, metric="unbiased") for m in (demo.STUDENT, "distilled"))
     assert after > before  # even thirty steps bring the student nearer to its teacher, on patients it never saw
     assert mean(model=demo.TEACHER, protocol="knn", metric="accuracy") > 0.8
-    student = json.loads((folder / "runs" / "demo" / "student" / "config.json").read_text())
+    student = json.loads((folder / "runs" / "distilled" / "student" / "config.json").read_text())
     assert "arden-01" in json.dumps(student) and "arden-51" not in json.dumps(student)
 
     again = run("demo.py", "--folder", folder, "--max-steps", "30", timeout=300)
