@@ -299,7 +299,9 @@ def bench_plain_knn(base, k, rates, device, seconds):
 
 def bench_knn(device, rates, quick, seconds):
     gpu, rows, k = device.type == "cuda", [], 15
-    for n, width in ((20000, 50),) if not gpu else ((77364, 50),) if quick else ((5245, 50), (77364, 50), (277524, 50)):
+    sizes = {(True, True): (77364,), (True, False): (5245, 77364, 277524), (False, True): (5245,),
+             (False, False): (20000,)}
+    for n, width in ((n, 50) for n in sizes[gpu, quick]):
         torch.manual_seed(0)
         base = torch.randn(n, width, device=device) * torch.linspace(3, 0.3, width, device=device)
         groups = torch.randint(10, (n,), device=device)
