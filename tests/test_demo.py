@@ -77,7 +77,7 @@ def test_the_teacher_is_the_published_network(tmp_path):
 
 def test_the_whole_demo_by_its_command_line(tmp_path):
     folder = tmp_path / "demo"
-    done = run("demo.py", "--folder", folder, "--max-steps", "30", timeout=900)
+    done = run("demo.py", "--folder", folder, "--max-steps", "80", timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for script in ("tile.py", "distill.py", "evaluate.py", "robustness.py"):
         assert f"$ python {script} " in done.stdout
@@ -97,13 +97,13 @@ def test_the_whole_demo_by_its_command_line(tmp_path):
         return np.mean([row["value"] for row in rows if all(row.get(k) == v for k, v in keys.items())])
 
     before, after = (mean(model=demo.TEACHER, other=m, metric="unbiased") for m in (demo.STUDENT, "distilled"))
-    assert after > before  # even thirty steps bring the student nearer to its teacher, on patients it never saw
+    assert after > before + 0.05  # even thirty steps bring the student nearer to its teacher, on patients it never saw
     assert mean(model=demo.TEACHER, protocol="knn", metric="accuracy") > 0.8
     student = json.loads((folder / "runs" / "distilled" / "student" / "config.json").read_text())
     assert "arden-01" in json.dumps(student) and "arden-51" not in json.dumps(student)
 
-    again = run("demo.py", "--folder", folder, "--max-steps", "30", timeout=300)
-    assert again.returncode == 0 and "step 1/30" not in again.stdout  # the second run does only what is missing
+    again = run("demo.py", "--folder", folder, "--max-steps", "80", timeout=300)
+    assert again.returncode == 0 and "step 1/80" not in again.stdout  # the second run does only what is missing
 
 
 @pytest.mark.skipif(SHARED is None, reason="the real slides are not at hand")
