@@ -47,6 +47,7 @@ def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> 
                 torch.cuda.synchronize()
                 times[name].append(start.elapsed_time(stop))
             else:
+                time.sleep(0.1)  # idle threads of the library before spin on a core for a while
                 before = time.perf_counter()
                 run()
                 times[name].append(1e3 * (time.perf_counter() - before))

@@ -68,11 +68,14 @@ def cka(
         raise ValueError(f"ys: on {ys[0].device}, but xs is on {xs[0].device}")
     if n < 4:
         raise ValueError(f"xs: CKA needs at least 4 rows, got {n}")
-    unique = list(dict((id(x), x) for x in (*xs, *ys)).values())
-    place = {id(x): i for i, x in enumerate(unique)}
+    unique, places = [], []  # a feature set named twice is worked on once; compared by `is`, which Dynamo traces
+    for x in (*xs, *ys):
+        found = [i for i, other in enumerate(unique) if other is x]
+        places.append(found[0] if found else len(unique))
+        if not found:
+            unique.append(x)
     run = _hsic_op if torch.compiler.is_compiling() else _hsic  # the operator's first call imports Dynamo: seconds
-    hsic = run([x.detach() for x in unique], [place[id(x)] for x in xs], [place[id(y)] for y in ys], kernel,
-               float(bandwidth))
+    hsic = run([x.detach() for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
     cross, own_x, own_y = hsic.split([len(xs) * len(ys), len(xs), len(ys)], dim=1)
     unbiased, biased = cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
     return {"unbiased": unbiased, "biased": biased, "both": (unbiased, biased)}[estimator]
