@@ -290,12 +290,12 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
 
 
 def test_workers_end_with_their_parent(tmp_path, sound):
-    put(tmp_path, sound, *(f"s{n}.svs" for n in range(12)))
-    process = subprocess.Popen(command(tmp_path, "--workers", 2), stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
+    put(tmp_path, sound, *(f"s{n}.svs" for n in range(200)))
+    process = subprocess.Popen(command(tmp_path, "--workers", 2), stdout=subprocess.DEVNULL)
+    deadline, children = time.time() + 60, []
+    while len(children) < 2:
+        assert process.poll() is None and time.time() < deadline, "no workers were seen"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()
     deadline = time.time() + 20
