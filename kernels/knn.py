@@ -86,12 +86,12 @@ def _check(base, k, query, groups, query_groups, metric):
 # --- plain PyTorch: the reference, and what runs on a CPU -----------------------------------------------------------
 
 SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
-PANEL = 2048  # columns of scores at a time: with QUERIES rows they stay in a core's own cache
+PANEL = 2048  # columns of scores at a time: with QUERIES rows their minima are taken while they are in a core's cache
 QUERIES = 192
+SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
 CACHED = 2**17  # fp64 values of the rescan at a time
 SET = 8  # rows per set of the screen
-SINGLE = 8192  # up to here sets of one row: selection costs less than looking into the sets
 
 
 def _rounded(x, unit):
@@ -144,15 +144,15 @@ def _ordered(distance, index, k):
     return distance[:, :k], index.gather(1, by_distance)[:, :k]
 
 
-def _blocks(queries, labels):
+def _blocks(queries, labels, height):
     """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go together."""
     order = torch.arange(queries) if labels is None else labels.argsort(stable=True).cpu()
-    plain = [(rows, None) for rows in order.split(QUERIES)]
+    plain = [(rows, None) for rows in order.split(height)]
     if labels is None:
         return plain
     values, counts = labels.unique(return_counts=True)
     grouped = [(rows, label) for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)
-               for rows in part.split(QUERIES)]
+               for rows in part.split(height)]
     return grouped if len(grouped) <= 2 * len(plain) else plain
 
 
@@ -168,21 +168,22 @@ def _reference(base, k, query, groups, query_groups, metric):
     if n == 0 or queries.shape[0] == 0:
         return distances.to(wide), indices, redone
     q, b, bias_q, bias_b = _operands(base, query, metric, FP32)
-    size = 1 if n <= SINGLE else SET
-    # Column j of a panel of width w is a member of set j % (w / size): vector minima find each set's least.
-    panel = min(PANEL, -(-n // size) * size)
-    padded = -(-n // panel) * panel
+    # Column j of a panel of width w is a member of set j % (w / SET): vector minima find each set's least.
+    panels = -(-n // PANEL)
+    panel = -(-n // (panels * SET)) * SET
+    padded = panels * panel
     if padded > n:
         b = torch.cat((b, b.new_zeros(padded - n, b.shape[1])))
     bias = bias_b.new_full((padded,), float("inf"))
     bias[:n] = bias_b
-    per_panel = panel // size
-    kept = min(k + SPARE, padded // size)
+    sets = panel // SET
+    kept = min(k + SPARE, padded // SET)
     found = min(k, n)
-    scores = b.new_empty(QUERIES, panel)
-    least = b.new_empty(QUERIES, padded // size)
-    members = torch.arange(size, device=base.device) * per_panel
-    for rows, label in _blocks(queries.shape[0], labels):
+    height = min(QUERIES, max(32, SCORES // padded))
+    scores = b.new_empty(height, padded)
+    least = b.new_empty(height, padded // SET)
+    members = torch.arange(SET, device=base.device) * sets
+    for rows, label in _blocks(queries.shape[0], labels, height):
         rows = rows.to(base.device)
         block, count = q[rows], len(rows)
         masked = bias
@@ -190,7 +191,8 @@ def _reference(base, k, query, groups, query_groups, metric):
             masked = bias.clone()
             masked[:n].masked_fill_(groups == label, float("inf"))
         for start in range(0, padded, panel):
-            score, part = scores[:count], slice(start, start + panel)
+            part = slice(start, start + panel)
+            score = scores[:count, part]
             torch.addmm(masked[part], block, b[part].T, alpha=-2, out=score)
             if alone:
                 inside = (rows >= start) & (rows < start + panel)
@@ -198,22 +200,16 @@ def _reference(base, k, query, groups, query_groups, metric):
             if labels is not None and label is None:
                 stop = min(start + panel, n)
                 score[:, : stop - start].masked_fill_(labels[rows, None] == groups[start:stop], float("inf"))
-            torch.amin(score.view(count, size, per_panel), 1,
-                       out=least[:count, start // size : start // size + per_panel])
-        bound, sets = least[:count].topk(kept, dim=1, largest=False)
-        dropped = bound[:, -1].clone() if kept < padded // size else bound.new_full((count,), float("inf"))
-        if size == 1:
-            candidates = sets
-        else:
-            first = sets // per_panel * panel + sets % per_panel
-            candidates = (first.unsqueeze(2) + members).flatten(1)
-            inner = torch.bmm(
-                b.index_select(0, candidates.flatten()).view(*candidates.shape, -1), block.unsqueeze(2)).squeeze(2)
-            lower = torch.where(_admissible(candidates, rows, alone, groups, labels, n), bias[candidates] - 2 * inner,
-                                float("inf"))
-            bound, best = lower.topk(kept, dim=1, largest=False)
+            torch.amin(score.unflatten(1, (SET, sets)), 1, out=least[:count, start // SET : start // SET + sets])
+        bound, best = least[:count].topk(kept, dim=1, largest=False)
+        dropped = bound[:, -1].clone() if kept < padded // SET else bound.new_full((count,), float("inf"))
+        first = best // sets * panel + best % sets
+        candidates = (first.unsqueeze(2) + members).flatten(1)
+        members_kept = min(k + SPARE, candidates.shape[1])
+        bound, best = scores[:count].gather(1, candidates).topk(members_kept, dim=1, largest=False)
+        if members_kept < candidates.shape[1]:
             dropped = torch.minimum(dropped, bound[:, -1])
-            candidates = candidates.gather(1, best)
+        candidates = candidates.gather(1, best)
         candidates = candidates.clamp(max=n - 1)
         exact = _exact(base, queries, rows, candidates, metric).masked_fill_(bound.isinf(), float("inf"))
         nearest, index = _ordered(exact, candidates, found)

@@ -364,14 +364,14 @@ def lattice(n, width):
     return torch.randint(-2, 3, (n, width)).float()
 
 
-@pytest.mark.parametrize("single", [8192, 10], ids=["rows", "sets"])
+@pytest.mark.parametrize("panel", [128, 2048])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("labels", [None, 3, 100])
 @pytest.mark.parametrize(("n", "width", "k", "queries"), [
     (1, 3, 2, None), (5, 2, 7, None), (300, 50, 15, None), (700, 20, 64, 50), (400, 130, 20, None), (0, 4, 2, 3)])
-def test_knn_equals_brute_force(monkeypatch, single, metric, labels, n, width, k, queries):
-    monkeypatch.setattr(knn_module, "SINGLE", single)
-    monkeypatch.setattr(knn_module, "PANEL", 128)
+def test_knn_equals_brute_force(monkeypatch, panel, metric, labels, n, width, k, queries):
+    monkeypatch.setattr(knn_module, "PANEL", panel)
+    monkeypatch.setattr(knn_module, "SCORES", 40 * panel)  # blocks of 32 or 40 rows
     for make in (torch.randn, lattice):
         base, query = make(n, width), None if queries is None else make(queries, width)
         groups = None if labels is None else torch.randint(labels, (n,))
