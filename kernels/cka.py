@@ -32,7 +32,10 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     if x.shape[0] < 2:
         raise ValueError("x: a covariance needs at least 2 rows")
     scatter = _scatter_op if torch.compiler.is_compiling() else _scatter  # the operator's first call imports Dynamo
-    return (scatter(x.detach()) / (x.shape[0] - 1)).to(_wide(x))
+    product = scatter(x.detach())
+    if not torch.compiler.is_compiling() and not product.diagonal().isfinite().all():
+        _check_finite([x], "x")
+    return (product / (x.shape[0] - 1)).to(_wide(x))
 
 
 def cka(
@@ -75,7 +78,13 @@ def cka(
         if not found:
             unique.append(x)
     run = _hsic_op if torch.compiler.is_compiling() else _hsic  # the operator's first call imports Dynamo: seconds
+    if kernel == "rbf" and not torch.compiler.is_compiling():  # the median cannot be counted among NaN
+        _check_finite(xs, "xs")
+        _check_finite(ys, "ys")
     hsic = run([x.detach() for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
+    if not torch.compiler.is_compiling() and not hsic.isfinite().all():  # any NaN or infinity reaches the result
+        _check_finite(xs, "xs")
+        _check_finite(ys, "ys")
     cross, own_x, own_y = hsic.split([len(xs) * len(ys), len(xs), len(ys)], dim=1)
     unbiased, biased = cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
     return {"unbiased": unbiased, "biased": biased, "both": (unbiased, biased)}[estimator]
@@ -95,8 +104,11 @@ def _check_features(features, name):
             raise ValueError(f"{name}[{i}]: {x.shape[0]} rows, but {name}[0] has {features[0].shape[0]}")
         if x.device != features[0].device:
             raise ValueError(f"{name}[{i}]: on {x.device}, but {name}[0] is on {features[0].device}")
-        # a sum shows at once that all is finite; an infinite one may also be overflow
-        if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
+
+
+def _check_finite(features, name):
+    for i, x in enumerate(features):
+        if not x.isfinite().all():
             raise ValueError(f"{name}[{i}]: contains NaN or infinity")
 
 
@@ -119,7 +131,7 @@ def _centred(x, mean, wide):
 def _own_product(x):
     """x^T x by halves, the lower left one mirrored: a quarter to a third less work than the plain product."""
     width = x.shape[1]
-    if width <= 256:
+    if width <= 128:
         return x.T @ x
     half = width // 2
     a, b = x[:, :half], x[:, half:]
