@@ -885,8 +885,9 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         finish(args, run, teacher, student, index, done, ended, best, config)
     total = sum(_gather(unreadable, rank, world))
     if total:
-        say(f"{total} patches could not be read and were replaced; they are named in {run.folder / 'unreadable.txt'}")
-    return 0
+        say(f"{total} patches could not be read and were replaced, which the exit status tells too; they are named in "
+            f"{run.folder / 'unreadable.txt'}")
+    return int(total > 0)
 
 
 def finish(args, run: Run, teacher, student, index, done: int, ended: str, best: dict, config: dict) -> None:

@@ -366,6 +366,20 @@ def test_killed_at_a_random_moment_and_resumed_equals_unbroken(data, unbroken, t
     assert not list((tmp_path / "r").glob(".*.tmp*"))
 
 
+def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
+    arguments = command(data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-minutes", 0,
+                        "--workers", 1, pair=CNN)
+    process = start(arguments)
+    wait_for_step(process, tmp_path / "r", 7)
+    for pid in [process.pid, *descendants(process.pid)]:  # a terminal sends it to all of them
+        os.kill(pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped by SIGINT at step" in output and "Traceback" not in output, output
+    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == losses(tmp_path / "r")[-1][0] < 60
+    assert distill.main(arguments) == 0
+    same(unbroken, tmp_path / "r")
+
+
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-minutes", 0, pair=CNN)
     process = start(arguments)
@@ -513,9 +527,11 @@ def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(data, tmp_path,
     monkeypatch.setattr(tile.PatchIndex, "read", broken(0.5))
     fails(command(data, tmp_path, "many"), "could not be read", "unreadable.txt", "--max-unreadable", capsys=capsys)
     monkeypatch.setattr(tile.PatchIndex, "read", broken(0.05))
-    assert distill.main(command(data, tmp_path, "few")) == 0
+    assert distill.main(command(data, tmp_path, "few")) == 1, "what failed shows in the exit status"
     named = (tmp_path / "few" / "unreadable.txt").read_text().splitlines()
     assert f"{len(named)} patches could not be read" in capsys.readouterr().out and 0 < len(named) <= 10
+    assert (tmp_path / "few" / "student" / "model.safetensors").exists()
+    assert distill.main(command(data, tmp_path, "few")) == 0, "nothing is left to do"
 
 
 def test_a_full_disk_loses_nothing(data, tmp_path):
