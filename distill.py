@@ -696,7 +696,6 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: torch.device) -> int:
     main, cuda = rank == 0, device.type == "cuda"
     precision = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed + rank)
     torch.backends.cudnn.benchmark = True
 
     def say(text: str) -> None:
@@ -758,10 +757,8 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         stop.load_state_dict(state["stop"])
         best, first, spent, ended = state["best"], state["step"], state["seconds"], state["ended"]
         drawn, unreadable = state["drawn"], state["unreadable"][rank]
-        torch.set_rng_state(state["random"][rank]["cpu"])
-        if cuda and state["random"][rank]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"][rank]["cuda"])
         say(f"going on from step {first} of {run.folder}")
+    random = state["random"][rank] if state else None
     del state
 
     if main:
@@ -779,7 +776,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first * args.accumulate, steps * args.accumulate), pin_memory=cuda,
         num_workers=default_workers(args.workers, device), worker_init_fn=_quiet_worker))
-    ceiling = matmul_ceiling(device, precision)
+    ceiling = models.matmul_ceiling(device, precision)
     images = world * args.accumulate * args.batch_size
     say(f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
         f"({student.parameters_count / 1e6:,.1f} M parameters); {images} patches a step, {steps} steps; "
@@ -827,15 +824,15 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         nonlocal saved
         readings.send()
         collect(readings.receive(everything=True))  # so nothing is saved that was not seen to be finite
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
-        random = _gather(random, rank, world)
+        now = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
+        states = _gather(now, rank, world)
         failures = _gather(unreadable, rank, world)
         saved = time.monotonic()
         if not main:
             return
         problem = run.save({"step": done, "identity": identity, "distiller": distiller.state_dict(),
                             "optimizer": step_of.optimizer.state_dict(), "stop": stop.state_dict(), "best": best,
-                            "random": random, "drawn": drawn, "unreadable": failures,
+                            "random": states, "drawn": drawn, "unreadable": failures,
                             "seconds": spent + progress.seconds, "ended": "" if ended == "signal" else ended})
         if problem:
             progress.note(f"checkpoint of step {done} not written ({problem}); the one before stays, training goes on")
@@ -845,6 +842,12 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         signal.signal(number, lambda number, frame: received.append(number))  # seen after a step, on all ranks at once
     if first == 0:
         measure(0)
+    # Last of all, so that nothing of the start, which a resumed run repeats, draws from the stream of the steps.
+    torch.manual_seed(args.seed + rank)
+    if random:
+        torch.set_rng_state(random["cpu"])
+        if cuda and random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"])
     while done < steps and not ended:
         batches, due = [], False
         for _ in range(args.accumulate):
@@ -1056,20 +1059,6 @@ def build(args, teacher, student, device, world: int) -> tuple[Distiller, float]
     return distiller, (flops[0] + 3 * flops[1]) * args.batch_size * args.accumulate
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some large matrix products on this device: what MFU is measured against."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 # ---- measuring speed --------------------------------------------------------------------------------------------
 
 
@@ -1120,7 +1109,7 @@ def profile(args: argparse.Namespace) -> int:
     args.weights = args.weights or ["random"]
     index = Synthetic(args.crop * 8 // 7)
     workers = default_workers(args.workers, device)
-    images, ceiling = args.batch_size * args.accumulate, matmul_ceiling(device, precision)
+    images, ceiling = args.batch_size * args.accumulate, models.matmul_ceiling(device, precision)
     print(f"{describe_device(device)}, torch {torch.__version__}, {str(precision).removeprefix('torch.')}; measured "
           f"matmul ceiling {ceiling / 1e12:,.2f} TFLOP/s; {workers} loading processes, batch {args.batch_size}"
           f"{f' x {args.accumulate}' if args.accumulate > 1 else ''}, crop {args.crop}", flush=True)

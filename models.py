@@ -850,8 +850,9 @@ def flops_per_image(model: Model) -> float:
 @functools.lru_cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Measured FLOP/s of a large square matrix product on random numbers: what a network can reach at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    n = 8192 if device.type == "cuda" else 1024
+    own = torch.Generator(device).manual_seed(0)  # a training run's random numbers stay its own
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     return 2 * n**3 / min(_seconds(lambda: a @ b, device))
 
 

@@ -399,6 +399,29 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_pat
     same(unbroken, tmp_path / "r")
 
 
+def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(data, tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    models.save_student(models.load_model("timm:test_vit", "random"), folder, metadata={})
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] |= {"drop_path_rate": 0.5, "pos_drop_rate": 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    pair = ["--teacher", "timm:test_vit4", "--student", str(folder)]
+    assert distill.main(command(data, tmp_path, "whole", pair=pair)) == 0
+    record = distill.Run.log
+
+    def stop_at_five(self, lines):
+        record(self, lines)
+        if lines[-1]["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(distill.Run, "log", stop_at_five)
+    assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 143
+    assert len(losses(tmp_path / "parts")) < 8
+    monkeypatch.setattr(distill.Run, "log", record)
+    assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 0
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
 # ---- ranks ------------------------------------------------------------------------------------------------------
 
 
