@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import argparse
 import csv
-import errno
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
 import time
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tile import Help, PatchError, UserError, atomic, locked
+from tile import Help, PatchError, UserError, atomic, disk_full, locked, share
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -96,9 +99,7 @@ class ImageFiles(Source):
         self.side = side
 
     def __getitem__(self, i: int) -> np.ndarray:
-        from PIL import Image
-        with Image.open(self.files[i]) as image:
-            return pad(np.array(image.convert("RGB")), self.side)
+        return pad(read_image(self.files[i]), self.side)
 
 
 class Regions(ImageFiles):
@@ -166,6 +167,20 @@ def open_slide(file: Path):
         raise OSError(str(error)) from error
 
 
+def read_image(file: Path) -> np.ndarray:
+    """An image of 8 bits a channel as (H, W, 3) uint8, transparent parts white. Raises OSError for anything else."""
+    from PIL import Image
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):   # Pillow would turn nearly all of it white without a word
+                raise OSError(f"{file}: more than 8 bits a pixel; save it with 8 bits a channel")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.array(image.convert("RGB"))
+    except (SyntaxError, EOFError, Image.DecompressionBombError) as error:   # Pillow's other words for a bad file
+        raise OSError(f"{file}: {error}") from error
+
+
 def pad(image: np.ndarray, side: int) -> np.ndarray:
     """`image` with both sides at least `side`: what is missing repeats the edge, half on each end."""
     lack = [max(0, side - n) for n in image.shape[:2]]
@@ -183,40 +198,70 @@ def load_folder(folder: Path) -> Benchmark:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise UserError(f"{table}: not found (in {folder}: {found or 'nothing'}); a benchmark folder holds images and "
                         "a labels.csv with the columns image,label,group and, for robustness.py, center")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        missing = [c for c in ("image", "label", "group") if c not in columns]
-        if missing:
-            raise UserError(f"{table}: no column {', '.join(missing)} (found: {', '.join(columns) or 'none'}); needed "
-                            "are image,label,group -- group is the patient, so that none is on both sides of a split")
-        rows = []
-        for row in reader:
-            empty = [c for c in ("image", "label", "group", *(["center"] if "center" in columns else [])) if not row[c]]
-            if empty:
-                raise UserError(f"{table}, line {reader.line_num}: {empty[0]} is empty; fill it in or remove the line")
-            rows.append(row)
-    if not rows:
-        raise UserError(f"{table}: holds no rows; one line per image is expected")
+    rows = read_table(table, ("image", "label", "group"), ("center",),
+                      " -- group is the patient, so that none is on both sides of a split")
     ids = [row["image"] for row in rows]
-    twice = {name for name, n in zip(*np.unique(ids, return_counts=True), strict=True) if n > 1}
+    files = [Path(os.path.normpath(folder / name)) for name in ids]
+    twice = [file for file, n in Counter(files).items() if n > 1]
     if twice:
-        raise UserError(f"{table}: {len(twice)} images are listed more than once, first {min(twice)}; list each once")
-    files = [folder / name for name in ids]
+        raise UserError(f"{table}: {len(twice)} images are listed more than once, first {ids[files.index(twice[0])]}; "
+                        "list each once")
     absent = [f for f in files if not f.is_file()]
     if len(absent) == len(files):
         raise UserError(f"{table}: none of its {len(files)} images exists, first {absent[0]}; "
                         f"paths in the column image are relative to {folder}")
     known = set(files)
-    extra = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p not in known]
+    extra = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p not in known]
     if extra:
         print(f"{folder}: {len(extra)} images have no line in labels.csv and are left out, first {extra[0].name}",
               file=sys.stderr)
     classes = sorted({row["label"] for row in rows})
     labels = np.array([classes.index(row["label"]) for row in rows], dtype=np.int64)
-    centers = [row["center"] for row in rows] if "center" in columns else None
+    centers = [row["center"] for row in rows] if "center" in rows[0] else None
     return Benchmark(folder.resolve().name, "patch", ImageFiles(files), ids, labels, classes,
                      [row["group"] for row in rows], centers)
+
+
+def read_table(path: Path, needed: Sequence[str], filled: Sequence[str] = (), why: str = "") -> list[dict[str, str]]:
+    """Rows of a CSV file with a header line, without blanks around names and values.
+
+    Raises UserError naming file and line where a column of `needed` lacks or has an empty cell, or one of `filled`,
+    which may lack, has one; `why` ends the text.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            head = [name.strip() for name in next(reader, [])]
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV file in UTF-8 ({error}); save it as \"CSV UTF-8\"") from error
+    missing = [name for name in needed if name not in head]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed are "
+                        f"{','.join(needed)}, separated by commas{why}")
+    if not lines:
+        raise UserError(f"{path}: holds no rows; one line per image is expected")
+    rows = []
+    for number, cells in lines:
+        row = dict(zip(head, [*cells, *[""] * len(head)], strict=False))
+        empty = [name for name in (*needed, *filled) if row.get(name) == ""]
+        if empty:
+            raise UserError(f"{path}, line {number}: {empty[0]} is empty; fill it in or remove the line")
+        rows.append(row)
+    return rows
+
+
+def files_below(root: Path) -> list[Path]:
+    """All files below `root` in order, through links to folders too; not macOS's `._` twins."""
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:   # a link back
+            inner.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        found += [Path(folder, name) for name in names if not name.startswith("._")]
+    return sorted(found)
 
 
 # ---------------------------------------------------------------------------------------------- published benchmarks
@@ -225,16 +270,15 @@ def make(name: str, level: str, images: Sequence, rows: list[tuple[str, str, str
          notes: Sequence[str] = (), source: str = "") -> Benchmark:
     """A Benchmark from rows (id, class, group). `root`/patients.csv (group,patient), if there, refines the groups."""
     if not rows:
-        raise UserError(f"{root}: no images of {name} in it; `python evaluate.py --list` says where to get it, and the "
-                        "archive is unpacked below this folder as it comes")
+        raise UserError(f"{root}: no labelled images of {name} in it{''.join(f'; {note}' for note in notes)}; `python "
+                        "evaluate.py --list` says where to get it; unpack the archive below this folder as it comes")
     ids, labels, groups = map(list, zip(*rows, strict=True))
     strange = [i for i, y in zip(ids, labels, strict=True) if y not in classes]
     if strange:
         raise UserError(f"{root}: {strange[0]} is labelled {labels[ids.index(strange[0])]}; {name} knows "
                         f"{', '.join(classes)}")
     if (root / "patients.csv").is_file():
-        with open(root / "patients.csv", newline="", encoding="utf-8-sig") as file:
-            patient = {row.get("group"): row.get("patient") for row in csv.DictReader(file)}
+        patient = {row["group"]: row["patient"] for row in read_table(root / "patients.csv", ("group", "patient"))}
         lost = sorted(set(groups) - set(patient))
         if lost:
             raise UserError(f"{root / 'patients.csv'}: no patient for {len(lost)} groups, first {lost[0]}; add them")
@@ -244,8 +288,8 @@ def make(name: str, level: str, images: Sequence, rows: list[tuple[str, str, str
 
 
 def find(root: Path, pattern: str, what: str) -> list[Path]:
-    """Files or folders of this name pattern anywhere below root; UserError that says what was looked for and found."""
-    hits = sorted(p for p in root.rglob(pattern) if not p.name.startswith("._"))
+    """Files of this name pattern, in either case, below root; UserError that says what was looked for and found."""
+    hits = [p for p in files_below(root) if fnmatch(p.name.lower(), pattern.lower())]
     if not hits:
         inside = ", ".join(sorted(p.name for p in root.iterdir())[:6]) if root.is_dir() else "no such folder"
         raise UserError(f"{root}: no {pattern} ({what}) in it; found: {inside or 'nothing'}")
@@ -254,11 +298,11 @@ def find(root: Path, pattern: str, what: str) -> list[Path]:
 
 def load_tils(root: Path, cache: Path) -> list[Benchmark]:
     table = find(root, "images-tcga-tils-metadata.csv", "the table of TCGA-TILs.tar.gz")[0]
-    with open(table, newline="") as file:   # by study, so the folder `pancancer` of links is never entered
-        rows = [r for r in csv.DictReader(file) if r["study"] == "brca"]
+    # by study, so the folder `pancancer` of links is never entered
+    rows = [r for r in read_table(table, ("study", "barcode", "label", "path")) if r["study"].lower() == "brca"]
     known = {r["path"] for r in rows}
-    stray = [f for f in (table.parent / "images-tcga-tils" / "brca").rglob("*.png")
-             if f.relative_to(table.parent).as_posix() not in known]
+    stray = [f for f in files_below(table.parent / "images-tcga-tils" / "brca") if f.suffix.lower() == ".png"
+             and f.relative_to(table.parent).as_posix() not in known]
     notes = [f"{len(stray)} images without a line in the table left out"] if stray else []
     images = ImageFiles([table.parent / r["path"] for r in rows])
     rows = [(r["path"], r["label"], r["barcode"][:12]) for r in rows]
@@ -266,15 +310,15 @@ def load_tils(root: Path, cache: Path) -> list[Benchmark]:
 
 
 def load_tp53(root: Path, cache: Path) -> list[Benchmark]:
-    table = find(root, "*.csv", "labels: slide_id,label[,patient], label MUT or WT")
-    with open(table[0], newline="", encoding="utf-8-sig") as file:
-        labels = list(csv.DictReader(file))
-    if not labels or not {"slide_id", "label"} <= set(labels[0]):
-        raise UserError(f"{table[0]}: expected the columns slide_id,label[,patient] and at least one row")
-    slides = {f.name.split(".")[0]: f for folder in (root, root.parent.parent / "slides" / "brca") if folder.is_dir()
-              for f in sorted(folder.rglob("*.svs"))}
-    rows = [(r["slide_id"], r["label"], r.get("patient") or r["slide_id"][:12]) for r in labels
-            if r["slide_id"] in slides]
+    tables = [f for f in find(root, "*.csv", "labels: slide_id,label[,patient], label MUT or WT")
+              if f.name != "patients.csv"]
+    if len(tables) != 1:
+        raise UserError(f"{root}: {len(tables)} tables of labels ({', '.join(f.name for f in tables)}); leave one")
+    labels = read_table(tables[0], ("slide_id", "label"))
+    slides = {f.name.split(".")[0]: f for folder in (root, root.parent.parent / "slides" / "brca")
+              for f in files_below(folder) if f.suffix.lower() == ".svs"}
+    rows = [(name, r["label"], r.get("patient") or name[:12]) for r in labels
+            if (name := r["slide_id"].split(".")[0]) in slides]
     notes = [f"{len(labels) - len(rows)} labels without a slide"] if len(rows) < len(labels) else []
     if len(slides) > len(rows):   # not the same as wild type: nobody sequenced them
         notes.append(f"{len(slides) - len(rows)} slides without a label left out")
@@ -292,28 +336,32 @@ def load_idc(root: Path, cache: Path) -> list[Benchmark]:
 
 
 def load_bracs(root: Path, cache: Path) -> list[Benchmark]:
-    files = [f for f in find(root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png") if f.parents[1].name in
-             ("train", "val", "test")]
-    rows = [(f"{f.parents[1].name}/{f.name}", f.parent.name.split("_", 1)[1], "BRACS_" + f.name.split("_")[1])
-            for f in files]
-    return [make("bracs", "region", Regions(files), rows, ["N", "PB", "UDH", "FEA", "ADH", "DCIS", "IC"], root)]
+    found = [f for f in find(root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png, in train, val and test") if
+             f.parents[1].name in ("train", "val", "test")]
+    # the server also holds previous versions of the same images
+    files = {f"{f.parents[1].name}/{f.name}": f for f in sorted(found, key=lambda f: "latest_version" in f.parts)}
+    rows = [(name, f.parent.name.split("_", 1)[-1], "BRACS_" + f.name.split("_")[1]) for name, f in files.items()]
+    notes = [f"{len(found) - len(files)} copies left out"] if len(found) > len(files) else []
+    return [make("bracs", "region", Regions(list(files.values())), rows,
+                 ["N", "PB", "UDH", "FEA", "ADH", "DCIS", "IC"], root, notes)]
 
 
 def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
-    name = re.compile(r"SOB_([BM])_([A-Z]+)-(\d+-\d+)([A-Z]*)-(\d+)-\d+\.png")
-    found = [(f, m) for f in find(root, "SOB_*.png", "SOB_B_A-14-22549CD-40-007.png and so on")
-             if (m := name.fullmatch(f.name))]
+    name = re.compile(r"SOB_([BM])_([A-Z]+)-(\d+-\d+)([A-Z]*)-(\d+)-\d+\.(?i:png)")
+    files = {f.name: f for f in find(root, "SOB_*.png", "SOB_B_A-14-22549CD-40-007.png and so on")}
+    found = [(f, m) for f in files.values() if (m := name.fullmatch(f.name))]
     # Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so neither is used.
-    kept = [(f, m) for f, m in found if not m[3].endswith("-13412")]
-    subtypes, result = ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"), []
-    dropped = [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC)"]
-    for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, subtypes)):
-        for zoom in ("40", "100", "200", "400"):
+    kept, result = [(f, m) for f, m in found if not m[3].endswith("-13412")], []
+    zooms = sorted({m[5] for _, m in kept}, key=int)
+    notes = [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC; all magnifications)"]
+    notes += [f"only {', '.join(zooms)}X at hand"] if len(zooms) < 4 else []
+    for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"))):
+        for zoom in zooms:
             part = [(f, m) for f, m in kept if m[5] == zoom]
             result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]),
-                               [(f.name, m[column], m[3]) for f, m in part], classes, root, dropped,
+                               [(f.name, m[column], m[3]) for f, m in part], classes, root, notes,
                                source=f"breakhis-{zoom}x"))
-    return result
+    return result or [make("breakhis", "region", [], [], [], root)]
 
 
 GLEASON = ["benign", "G3", "G4", "G5"]
@@ -323,12 +371,10 @@ VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}       # of Arvaniti's palette masks; 4 
 
 def majority(maps: Sequence[np.ndarray], values: dict[int, int]) -> np.ndarray:
     """Class map (H, W) on which most of the experts who drew agree, -1 where none drew or two classes tie."""
-    table = np.full(256, -1)
-    table[list(values)] = list(values.values())
     votes = np.zeros((4, *maps[0].shape), np.uint8)
     for drawn in maps:
-        for c in range(4):
-            votes[c] += table[drawn] == c
+        for value, c in values.items():
+            votes[c] += drawn == value
     second, first = np.sort(votes, 0)[-2:]
     return np.where(first > second, votes.argmax(0), -1)
 
@@ -347,10 +393,10 @@ def grid(name: str, shares: Iterable[tuple[Path, np.ndarray]], files: Sequence[P
     Squares without such a class, or with two (overlapping masks), are left out. Kept in `cache` until a file changes.
     """
     path, key = Path(cache) / f"{name}.json", digest([stamp(f) for f in files], str(root), side)
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_json(path)
     if known.get("key") != key:
-        found = [(str(file), int(c) * side, int(r) * side, int(share[:, r, c].argmax()))
-                 for file, share in shares for r, c in np.argwhere((share >= 0.5).sum(0) == 1)]
+        found = [(str(file), int(c) * side, int(r) * side, int(parts[:, r, c].argmax()))
+                 for file, parts in shares for r, c in np.argwhere((parts >= 0.5).sum(0) == 1)]
         known = {"key": key, "rows": found, "notes": notes}
         write_text(path, json.dumps(known))
     where = [(Path(f), x, y) for f, x, y, _ in known["rows"]]
@@ -370,19 +416,34 @@ def load_gleason(root: Path, cache: Path, zurich: bool = False) -> list[Benchmar
         maps.setdefault(f.stem.split("_", 1)[1] if zurich else f.stem.split("_classimg")[0], []).append(f)
     # of Arvaniti's two pathologists (mask1_, mask2_) the first, as its users do
     pairs = {images[c]: maps[c][:1 if zurich else None] for c in sorted(maps) if c in images}
-    values = VALUES_ZURICH if zurich else VALUES_2019
-    shares = ((image, shares_in(majority([np.asarray(Image.open(f)) for f in drawn], values), 4, 256))
-              for image, drawn in pairs.items())
-    return [grid("gleason-arvaniti" if zurich else "gleason", shares, [*pairs, *(f for d in pairs.values() for f in d)],
-                 GLEASON, lambda f: f.stem.split("_")[0],
-                 [f"{len(pairs)} cores with maps, {len(images) - len(pairs)} without"], root, cache)]
+    notes = [f"{len(pairs)} cores with maps, {len(images) - len(pairs)} without"]
+
+    def shares():
+        for file, drawn in pairs.items():
+            try:
+                with Image.open(file) as image:
+                    size = image.size
+                masks = [Image.open(f) for f in drawn]
+                for f, mask in zip(drawn, masks, strict=True):
+                    if mask.size != size or len(mask.getbands()) > 1:
+                        raise OSError(f"{f}: no map of one channel and the size of its core")
+                classes = majority([np.asarray(mask) for mask in masks], VALUES_ZURICH if zurich else VALUES_2019)
+                yield file, shares_in(classes, 4, 256)
+            except (OSError, SyntaxError) as error:
+                notes.append(f"{file.name} left out: {error}")
+    files = [*pairs, *(f for drawn in pairs.values() for f in drawn)]
+    return [grid("gleason-arvaniti" if zurich else "gleason", shares(), files, GLEASON, lambda f: f.stem.split("_")[0],
+                 notes, root, cache)]
 
 
 def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
     """AGGC 2022, subsets 1 and 2 (subset 3 repeats the same tissue on six scanners), grouped by slide."""
     classes = ["Stroma", "Normal", "G3", "G4", "G5"]
     images = {f.stem: f for f in find(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")}
-    masks = {name: {f.stem.split("_")[0]: f for f in root.rglob(f"{name}/*_Mask.tif")} for name in images}
+    masks: dict[str, dict[str, Path]] = {name: {} for name in images}
+    for f in find(root, "*_Mask.tif", "masks, in SubsetN_Train_annotation"):
+        if f.parent.name in masks and f.stem.split("_")[0] in classes:
+            masks[f.parent.name][f.stem.split("_")[0]] = f
     notes = [f"{sum(map(bool, masks.values()))} of {len(images)} slides with masks"]
 
     def shares():
@@ -390,13 +451,13 @@ def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
             try:
                 with open_slide(file) as slide:
                     h, w = slide.height // side, slide.width // side
-                share = np.zeros((5, h, w))
+                parts = np.zeros((5, h, w))
                 for c, mask in masks[name].items():   # a missing mask: the class is absent
                     with open_slide(mask) as drawn:
                         if (drawn.height // side, drawn.width // side) != (h, w):
                             raise OSError(f"{mask}: {drawn.width} x {drawn.height} px, not the size of its slide")
-                        share[classes.index(c)] = drawn.area(0, 0, w * side, h * side, w, h)[..., 0] / 255
-                yield file, share
+                        parts[classes.index(c)] = drawn.area(0, 0, w * side, h * side, w, h)[..., 0] / 255
+                yield file, parts
             except (OSError, PatchError) as error:
                 notes.append(f"{name} left out: {error}")
     files = [*images.values(), *(f for m in masks.values() for f in m.values())]
@@ -404,7 +465,7 @@ def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
 
 
 def load_chimera(root: Path, cache: Path) -> list[Benchmark]:
-    records = {f.stem: str(json.loads(f.read_text()).get("BCR")) for f in find(root, "*.json", "clinical_data/PID.json")
+    records = {f.stem: str(read_json(f).get("BCR")) for f in find(root, "*.json", "clinical_data/PID.json")
                if f.parent.name == "clinical_data"}
     slides = [f for f in find(root, "*.tif", "pathology/images/PID/PID_N.tif") if not f.stem.endswith("_tissue")]
     label = {"0.0": "no recurrence", "1.0": "recurrence", "0": "no recurrence", "1": "recurrence"}
@@ -478,6 +539,15 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; empty if there is no such file or it is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def stamp(path: Path) -> list:
     """What changes when a file (or a folder of files) changes: names, sizes and times of modification."""
     path = Path(path)
@@ -511,10 +581,9 @@ def card(name: str, results: Path, *, weights: str | None = None, **options) -> 
     key = digest(name, weights, sorted(options.items(), key=str), [stamp(p) for p in local],
                  hashlib.sha256(Path(models.__file__).read_bytes()).hexdigest())
     path = Path(results) / "features" / safe(display(name)) / "model.json"
-    if path.is_file():
-        known = json.loads(path.read_text())
-        if known.get("key") == key:
-            return known
+    known = read_json(path)
+    if known.get("key") == key:
+        return known
     model = _load(name, weights, tuple(sorted(options.items())))
     known = {"key": key, "name": name, "display": model.name, "fingerprint": model.fingerprint, "dim": model.dim,
              "parameters": model.parameters_count, "input_size": model.input_size, "metadata": model.metadata,
@@ -554,25 +623,22 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
     NaN; more of them than the share `max_unreadable`, or NaN from the network itself, raise UserError.
     Under torchrun every rank calls this and gets the whole array; together=False: one rank alone reads what is there.
     """
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     from models import extract_features, setup_distributed
     rank, world, _ = setup_distributed(options.get("device", "cpu")) if together else (0, 1, None)
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
     path = Path(results) / "features" / safe(display(name)) / f"{safe(benchmark.source or benchmark.name)}.safetensors"
-    cached = load_file(path) if path.is_file() else {}
-    names = json.loads(bytes(cached["names"])) if cached else {}
+    array, names = load_cached(path)
     fresh = names.get("key") == key
-    if world > 1:   # one answer for all ranks, whatever each saw on disk
+    if world > 1:   # all extract or none does, whatever each saw on disk
         import torch.distributed as dist
-        answer = [fresh]
-        dist.broadcast_object_list(answer)
-        fresh = answer[0]
-    if fresh:
-        array, errors = cached["features"], names["errors"]
-    else:
-        errors = []
+        seen: list = [None] * world
+        dist.all_gather_object(seen, fresh)
+        fresh = all(seen)
+    errors = names["errors"] if fresh else []
+    if not fresh:
         print(f"{display(name)} on {benchmark.name}: {len(benchmark)} images", file=sys.stderr) if rank == 0 else None
         array = extract_features(_load(name, weights, tuple(sorted(options.items()))), benchmark.images, key=key,
                                  batch_size=batch_size, workers=workers, cache=path.with_suffix(".part"), errors=errors)
@@ -600,6 +666,20 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
     return array
 
 
+def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
+    """Features and what is written beside them; (None, {}) if there is no such file or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+    try:
+        held = load_file(path)
+        return held["features"], json.loads(bytes(held["names"]))
+    except FileNotFoundError:
+        return None, {}
+    except (SafetensorError, KeyError, ValueError) as error:
+        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        return None, {}
+
+
 def feature_key(about: dict, benchmark: Benchmark) -> str:
     """What the features of a model (its card) on a benchmark depend on: weights, preprocessing, images."""
     return digest(about["fingerprint"], data_stamp(benchmark))
@@ -624,8 +704,13 @@ def record(results: Path, rows: list[dict], same: Sequence[str] = ("model", "ben
 
 def read_metrics(results: Path) -> list[dict]:
     """All rows of results/metrics.jsonl, oldest first; none if there is no such file."""
-    path = Path(results) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    path, rows = Path(results) / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: damaged ({error}); remove the line and run again") from error
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:
@@ -667,32 +752,33 @@ def pca_axes(x: np.ndarray, parts: list[np.ndarray], dims: int = 50,
              device: str = "cpu") -> list[tuple[np.ndarray, np.ndarray]]:
     """For each array of row numbers: mean (D,) and leading principal axes (D, d) of all *other* rows, d <= dims.
 
-    One pass over the data: scatter(others) = moment(all) - moment(part), less the shift of the mean. With fewer rows
-    than columns the same axes come from the smaller Gram matrix. fp64; scikit-learn's PCA up to the sign of an axis.
+    x (N, D) float64, its mean near 0. One pass over the data: scatter(others) = moment(all) - moment(part), less the
+    shift of the mean. With fewer rows than columns the same axes come from the smaller Gram matrix.
+    Equal to scikit-learn's PCA up to the sign of an axis.
     """
     import torch
     from scipy.linalg import eigh
 
     from kernels import covariance
-    x = x - x.mean(0, dtype=np.float64)
     n, width = x.shape
     feature_side = width <= n - max(map(len, parts))
     if feature_side:
-        moment = lambda y: (  # noqa: E731  (second moment about the origin, which is the mean of all)
+        moment = lambda y: (  # noqa: E731  (second moment about the origin)
             covariance(torch.from_numpy(y).to(device)).cpu().numpy() * (len(y) - 1)
             + len(y) * np.outer(y.mean(0), y.mean(0)) if len(y) > 1 else y.T @ y)
         inside = [moment(x[part]) for part in parts]
         total = sum(inside) if sum(map(len, parts)) == n else moment(x)
     else:
         gram = x @ x.T
-    axes = []
+    sums, axes = x.sum(0), []
     for i, part in enumerate(parts):
-        rest = np.setdiff1d(np.arange(n), part)
-        d = min(dims, len(rest) - 1, width)
-        mean = x[rest].mean(0)
+        count = n - len(part)
+        d = min(dims, count - 1, width)
+        mean = (sums - x[part].sum(0)) / count
         if feature_side:
-            matrix = total - inside[i] - len(rest) * np.outer(mean, mean)
+            matrix = total - inside[i] - count * np.outer(mean, mean)
         else:
+            rest = np.setdiff1d(np.arange(n), part)
             matrix = gram[np.ix_(rest, rest)]
             matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
         value, vector = eigh(matrix, subset_by_index=[len(matrix) - d, len(matrix) - 1])
@@ -720,19 +806,18 @@ def knn_predict(x: np.ndarray, labels: np.ndarray, fold: np.ndarray, n_classes: 
 
     from kernels import knn
     x = x - x.mean(0, dtype=np.float64)
-    k = min(k, 64)
     predicted, neighbors = np.empty(len(x), np.int64), np.full((len(x), k), -1)
     tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)).to(device)  # noqa: E731
     if pca == "all":   # one search serves all folds: neighbours of the own fold are masked
         (mean, axis), = pca_axes(x, [np.empty(0, int)], dims, device)
-        distance, index = knn(tensor((x - mean) @ axis), k, groups=torch.from_numpy(fold).to(device),
+        distance, index = knn(tensor(x @ axis - mean @ axis), k, groups=torch.from_numpy(fold).to(device),
                               return_distance=True)
         neighbors[:] = index.cpu().numpy()
         return vote(np.where(neighbors < 0, -1, labels[neighbors]), distance.cpu().numpy(), n_classes), neighbors
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     for test, (mean, axis) in zip(tests, pca_axes(x, tests, dims, device), strict=True):
         rest = np.setdiff1d(np.arange(len(x)), test)
-        z = (x - mean) @ axis
+        z = x @ axis - mean @ axis
         distance, index = knn(tensor(z[rest]), min(k, len(rest)), tensor(z[test]), return_distance=True)
         index = rest[index.cpu().numpy()]
         neighbors[test, :index.shape[1]] = index
@@ -745,10 +830,12 @@ def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: i
     """Linear probe on one grouped 6:2:2 split: rows of the test part, their scores (n, classes), the chosen C.
 
     L2 logistic regression (scikit-learn, L-BFGS) on features standardised by the training part; C is chosen among
-    1e-6 ... 1e2 by AUC on the validation part, from strong to weak regularisation, stopping when two steps bring
-    nothing. None when the groups do not allow a split in five or training would see one class only.
+    1e-6 ... 1e2 by log loss on the validation part (AUC would not see a model that always says the same class), from
+    strong to weak regularisation, stopping when two steps bring nothing. None when the groups do not allow a split in
+    five or training would see one class only.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
     fold = split(labels, groups, 5, seed, grouped)
     if fold.max() < 4:
         return None
@@ -761,19 +848,17 @@ def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: i
         value, vector = np.linalg.eigh(x[train] @ x[train].T)
         solid = value > value[-1] * 1e-10
         x = x @ (x[train].T @ (vector[:, solid] / np.sqrt(value[solid])))
-    best, stale = (-1.0, 0.0, None), 0
+    best, stale = (np.inf, 0.0, None), 0
     model = LogisticRegression(max_iter=2000, tol=1e-4, warm_start=True)
     for c in 10.0 ** np.arange(-6, 3):
         model.set_params(C=c).fit(x[train], labels[train])
         scores = _scores(model, x, n_classes)
-        value = macro_auc(scores[valid], labels[valid])[0]
-        stale = 0 if value > best[0] + 1e-4 else stale + 1
-        if value > best[0]:
-            best = (value, c, scores[test])
+        loss = log_loss(labels[valid], scores[valid], labels=np.arange(n_classes))
+        stale = 0 if loss < best[0] - 1e-4 else stale + 1
+        if loss < best[0]:
+            best = (loss, c, scores[test])
         if stale == 2:
             break
-    if best[2] is None:   # the validation part has one class only: no choice to make
-        best = (float("nan"), c, scores[test])
     return {"seed": seed, "test": np.flatnonzero(test), "scores": best[2], "C": best[1]}
 
 
@@ -812,6 +897,7 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
     se: jackknife over ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
     """
     import torch
+    from scipy.stats import t
 
     from kernels import cka
     names = list(x)
@@ -840,16 +926,20 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
                      base | {"metric": "floor", "value": float(floor[i])}]
             if baseline in others and name != baseline:
                 gain = whole[names.index(name)] - whole[names.index(baseline)]
-                margin = 1.96 * error(left_out[:, i] - left_out[:, others.index(baseline)])
+                margin = t.ppf(0.975, len(parts) - 1) * error(left_out[:, i] - left_out[:, others.index(baseline)])
                 rows.append({"model": name, "other": baseline, "protocol": "paired", "metric": "cka", "value": gain,
                              "low": gain - margin, "high": gain + margin})
     return rows
 
 
+FEW = 6   # groups: with five, even one model better in each of them is no evidence at 95 % (sign test: 2 / 2^5 > 0.05)
+
+
 def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str], n: int = 1000) -> dict[str, tuple]:
     """Difference first - second of two models' predictions with its 95 % interval, by resampling whole groups n times.
 
-    Returns {"knn": (difference, low, high), "probe": (...)}; the same resampled groups serve both models.
+    Returns {"knn": (difference, low, high), "probe": (...)}; the same resampled groups serve both models. The interval
+    is NaN where fewer than FEW groups were tested, and whatever value is not defined is left out.
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n_groups = group.max() + 1
@@ -857,17 +947,20 @@ def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str],
     times = np.concatenate([np.ones((1, n_groups)), times])   # row 0: the data as they are
     right = [(p["knn"] == labels).astype(float) for p in (first, second)]
     gain = times @ np.bincount(group, right[0] - right[1]) / (times @ np.bincount(group))
-    result = {"knn": gain}
+    result, tested = {"knn": gain}, {"knn": n_groups}
     pairs = list(zip(first["probe"], second["probe"], strict=True))
     if pairs:
         each = []
+        tested["probe"] = len(np.unique(group[np.concatenate([a["test"] for a, _ in pairs])]))
         for a, b in pairs:
             y, chunk = labels[a["test"]], max(1, 2**24 // len(a["test"]))
             blocks = [times[i:i + chunk][:, group[a["test"]]] for i in range(0, len(times), chunk)]
             each.append(np.concatenate([macro_auc(a["scores"], y, w) - macro_auc(b["scores"], y, w) for w in blocks]))
-        result["probe"] = np.mean(each, 0)
-    return {name: (float(v[0]), *np.nanpercentile(v[1:], [2.5, 97.5]).tolist()) for name, v in result.items()
-            if np.isfinite(v[0])}
+        each = [v for v in each if np.isfinite(v[0])]   # a test part of one class has no AUC
+        if each:
+            result["probe"] = np.mean(each, 0)
+    return {name: (float(v[0]), *(np.nanpercentile(v[1:], [2.5, 97.5]) if tested[name] >= FEW else (np.nan, np.nan)))
+            for name, v in result.items()}
 
 
 # ---------------------------------------------------------------------------------------------- one benchmark
@@ -937,7 +1030,7 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
         rows.append(base | {"model": "data", "protocol": "data", "metric": "images", "value": len(labels), "key": key,
                             "level": benchmark.level, "classes": benchmark.classes, "counts": present.tolist(),
                             "groups": len(set(groups)), "class_groups": patients, "notes": notes, "marked": marked})
-        record(args.results, rows)
+        record(args.results, rows, same=("model", "other", "benchmark", "protocol"))
     seen = Path(args.results) / "pictures" / f"confusion-{safe(benchmark.name)}.png"
     if not args.no_pictures and (new or not seen.is_file()):
         draw_benchmark(benchmark, predictions, args)
@@ -946,7 +1039,7 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
 def predict(benchmark: Benchmark, x: np.ndarray, args: argparse.Namespace, device: str) -> tuple[dict, list[dict]]:
     """kNN and linear probe of one model's features (N, D): predictions by row, and the rows for metrics.jsonl."""
     labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
-    rows, predictions = [], {}
+    rows, predictions, common = [], {}, np.bincount(labels).argmax()
     for grouped in (True, False) if args.paper_splits else (True,):
         tail = "" if grouped else "-ungrouped"
         fold = split(labels, groups, args.folds, 0, grouped)
@@ -954,7 +1047,6 @@ def predict(benchmark: Benchmark, x: np.ndarray, args: argparse.Namespace, devic
                                        device=device)
         for f in range(fold.max() + 1):
             test = fold == f
-            common = np.bincount(labels[~test]).argmax()
             rows += [{"protocol": "knn" + tail, "metric": metric, "fold": f, "value": float(value)} for metric, value in
                      (("accuracy", (guess == labels)[test].mean()), ("majority", (labels[test] == common).mean()))]
         rows.append({"protocol": "knn" + tail, "metric": "balanced accuracy", "value": recall(guess, labels)})
@@ -993,15 +1085,16 @@ def save_predictions(path: Path, key: str, p: dict) -> None:
 
 def load_predictions(path: Path, key: str) -> dict | None:
     """What `save_predictions` wrote, or None if it is not there or depends on something else than `key`."""
-    if not path.is_file():
+    try:
+        with np.load(path) as data:
+            if str(data["key"]) != key:
+                return None
+            seeds = sorted(int(n[5:]) for n in data if n.startswith("test_"))
+            probes = [{"seed": s, "C": float(data[f"C_{s}"]), "test": data[f"test_{s}"], "scores": data[f"scores_{s}"]}
+                      for s in seeds]
+            return {"knn": data["knn"], "neighbors": data["neighbors"], "probe": probes}
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):   # not there, or damaged
         return None
-    with np.load(path) as data:
-        if str(data["key"]) != key:
-            return None
-        seeds = sorted(int(n[5:]) for n in data if n.startswith("test_"))
-        probes = [{"seed": s, "C": float(data[f"C_{s}"]), "test": data[f"test_{s}"], "scores": data[f"scores_{s}"]}
-                  for s in seeds]
-        return {"knn": data["knn"], "neighbors": data["neighbors"], "probe": probes}
 
 
 # ---------------------------------------------------------------------------------------------- tables and pictures
@@ -1022,10 +1115,12 @@ PAPER = {protocol: {row.split()[0]: {model: float(value) for model, value in zip
         "chimera 0.852 - 0.865 - 0.857"])]}
 
 
-def differences(rows: list[dict], benchmarks: Sequence[str], models: list[str]) -> list[dict]:
-    """The paired differences between these models on these benchmarks, in their order."""
-    found = [r for r in rows if r["protocol"] == "paired" and r["benchmark"] in benchmarks
-             and {r["model"], r["other"]} <= set(models)]
+def differences(rows: list[dict], benchmarks: Sequence[str], args: argparse.Namespace) -> list[dict]:
+    """The paired differences between this run's models and its teacher and baseline, in their order."""
+    models = [display(n) for n in args.models]
+    ends = [display(n) for n in (args.teacher, args.baseline) if n in args.models]
+    found = [r for r in rows if r["protocol"] == "paired" and r["benchmark"] in benchmarks and r["model"] in models
+             and r["other"] in ends and not (args.teacher and r["model"] == display(args.teacher))]
     return sorted(found, key=lambda r: (benchmarks.index(r["benchmark"]), models.index(r["model"]),
                                         models.index(r["other"]), list(WORDS).index(r["metric"])))
 
@@ -1127,7 +1222,8 @@ def write_tables(args: argparse.Namespace) -> str:
                    "compare with published numbers)") for protocol, metric, title in (kinds[0], kinds[2])]
     for protocol, metric, title in kinds:
         def chance(members: list[str], protocol: str = protocol, metric: str = metric) -> str:
-            value = average(members, protocol, "majority", models[0]) if metric == "accuracy" else \
+            common = (average(members, protocol, "majority", m) for m in models)   # the same for each that has it
+            value = next((v for v in common if v is not None), None) if metric == "accuracy" else \
                 0.5 if metric == "auc" else np.mean([1 / np.count_nonzero(data[b]["counts"]) for b in members])
             return "–" if value is None else f"{value:.3f}"
 
@@ -1137,12 +1233,11 @@ def write_tables(args: argparse.Namespace) -> str:
         table = lines(protocol if metric in ("accuracy", "auc") else "", models, chance, cell)
         two.append(f"## {title}\n\n" + markdown(
             ["benchmark", "majority class" if metric == "accuracy" else "chance", *models], table))
-    table = [[r["benchmark"], r["model"], r["other"], WORDS[r["metric"]],
-              f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]", verdict(r)]
-             for r in differences(rows, names, models)]
+    table = [[r["benchmark"], r["model"], r["other"], WORDS[r["metric"]], with_interval(r), verdict(r)]
+             for r in differences(rows, names, args)]
     if table:
         two.append("## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 resamplings of whole "
-                   "groups; for CKA by the jackknife.\n\n"
+                   f"groups; for CKA by the jackknife. Fewer than {FEW} groups allow none.\n\n"
                    + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], table))
     two = "\n\n".join(two)
     write_text(Path(args.results) / "table2.md", two)
@@ -1154,7 +1249,14 @@ WORDS = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}  
 
 def verdict(row: dict) -> str:
     """A paired difference in a word: better, worse, or no difference that the data can show."""
+    if row["low"] is None:
+        return "too few groups to tell"
     return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "within noise"
+
+
+def with_interval(row: dict) -> str:
+    """A paired difference with its interval, where there is one."""
+    return f"{row['value']:+.3f}" + ("" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]")
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1173,12 +1275,17 @@ def role(name: str, args: argparse.Namespace) -> str:
 
 
 def draw_figure1(args: argparse.Namespace) -> None:
-    """figure1.png: mean kNN accuracy over benchmarks against parameters and against measured time per image."""
+    """figure1.png: kNN accuracy, mean of the benchmarks that every model has, against parameters and time per image."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-    mean, names = means(args.results), [b.name for b in args.found]
-    points = [(n, np.mean(y), args.cards[n]["parameters"] / 1e6, args.cards[n]["ms_per_image"]) for n in args.models
-              if (y := [mean[key][0] for b in names if (key := ("knn", "accuracy", display(n), b)) in mean])]
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    mean = means(args.results)
+    score = lambda n, b: mean.get(("knn", "accuracy", display(n), b), (None,))[0]  # noqa: E731
+    names = [b.name for b in args.found if all(score(n, b.name) is not None for n in args.models)]
+    if not names:
+        print("figure1.png: no benchmark has all models, so there is nothing to compare", file=sys.stderr)
+        return
+    points = [(n, np.mean([score(n, b) for b in names]), args.cards[n]["parameters"] / 1e6,
+               args.cards[n]["ms_per_image"]) for n in args.models]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2 + 0.18 * len(points)), sharey=True)
     handles = []
     for i, (name, y, *sizes) in enumerate(points):
@@ -1193,16 +1300,21 @@ def draw_figure1(args: argparse.Namespace) -> None:
         x = [p[column] for p in points]
         if max(x) > 5 * min(x):
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
         else:
             axis.set_xlim(0, 1.2 * max(x))
         axis.set_xlabel(label)
         axis.margins(0.15)
         axis.grid(alpha=0.3)
+    low, high = (f(p[1] for p in points) for f in (min, max))
+    gap = max(0.15 * (high - low), 0.05 - (high - low) / 2)   # a span of 0.1 at least: noise is not to look like news
+    axes[0].set_ylim(low - gap, high + gap)
     axes[0].set_ylabel("kNN accuracy" + (f", mean of {len(names)} benchmarks" if len(names) > 1 else f" on {names[0]}"))
-    figure.legend(handles=handles, loc="lower center", ncols=2 if len(handles) > 3 else 1, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.05 * -(-len(handles) // (2 if len(handles) > 3 else 1)), 1, 1))
+    columns = 2 if len(handles) > 3 else 1
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 * -(-len(handles) // columns), 1, 1))
     save_figure(figure, Path(args.results) / "figure1.png")
 
 
@@ -1234,6 +1346,7 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
         axis.set_title(display(name), fontsize=9)
         axis.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
         axis.set_yticks(range(n), classes, fontsize=8)
+        axis.set_xlabel("said")
     axes[0, 0].set_ylabel("true class")
     figure.suptitle(f"{benchmark.name}: kNN, percent of each true class", fontsize=10)
     save_figure(figure, folder / f"confusion-{safe(benchmark.name)}.png")
@@ -1257,9 +1370,8 @@ def draw_benchmark(benchmark: Benchmark, predictions: dict[str, dict], args: arg
         draw_gallery(benchmark, name, predictions[name], path)
 
 
-def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, side: int = 112) -> None:
+def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path) -> None:
     """Three queries that kNN got right and three that it got wrong, each with its neighbours from other folds."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
     labels, classes, guess, neighbors = benchmark.labels, benchmark.classes, predicted["knn"], predicted["neighbors"]
     certain, rng, rows = (labels[neighbors] == guess[:, None]).mean(1), np.random.default_rng(0), []
     for hit in (True, False):   # right ones at random, wrong ones with the surest vote: they are worth looking at
@@ -1267,26 +1379,42 @@ def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path, s
         pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
         first = [pool[labels[pool] == c][:1] for c in rng.permutation(len(classes))]   # differ in class
         rows += list(dict.fromkeys(np.concatenate([*first, pool]).astype(int).tolist()))[:3]
-    shown, left, top, cell = min(6, neighbors.shape[1]), 116, 64, side + 34
-    sheet = Image.new("RGB", (left + (shown + 1) * (side + 12) + 12, top + len(rows) * cell + 8), "white")
-    draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(15)
-    title = f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds"
+    colors, lines = {"query": "black", "the query's class": "#2a9d3a", "another": "#d62728"}, []
+    for row in rows:
+        said = "right" if guess[row] == labels[row] else f"said {classes[guess[row]]}"
+        lines.append([(picture(benchmark, row), f"{classes[labels[row]]}\n{said}", "black")])
+        lines[-1] += [(picture(benchmark, i), classes[labels[i]],
+                       colors["the query's class" if labels[i] == labels[row] else "another"])
+                      for i in neighbors[row, :6] if i >= 0]
+    draw_sheet(path, f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds", colors,
+               lines)
+
+
+def draw_sheet(path: Path, title: str, colors: dict[str, str], lines: list[list[tuple[np.ndarray, str, str]]],
+               side: int = 112) -> None:
+    """A picture of lines of images (pixels, caption of one or two lines, frame colour), the first one set apart.
+
+    colors: what each frame colour means.
+    """
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    small, large, cell = ImageFont.load_default(13), ImageFont.load_default(15), side + 56
+    width = max(36 + max(map(len, lines), default=1) * (side + 12), 24 + int(large.getlength(title)))
+    sheet = Image.new("RGB", (width, 64 + len(lines) * cell), "white")
+    draw, x = ImageDraw.Draw(sheet), 12
     draw.text((12, 8), title, "black", large)
-    draw.text((12, 34), "frame green: the query's class, red: another", "#555555", small)
-    for r, row in enumerate(rows):
-        y = top + r * cell
-        hit = guess[row] == labels[row]
-        text, color = ("right", "#1b7a2c") if hit else (f"wrong: said\n{classes[guess[row]]}", "#b3201f")
-        draw.multiline_text((12, y + cell // 2 - 12), text, color, small)
-        for j, i in enumerate([row, *neighbors[row, :shown]]):
-            if i < 0:
-                continue
-            x = left + j * (side + 12) + (0 if j == 0 else 12)
-            color = "black" if j == 0 else "#2a9d3a" if labels[i] == labels[row] else "#d62728"
-            draw.text((x, y), classes[labels[i]][:18], color, small)
-            draw.rectangle((x - 4, y + 18, x + side + 3, y + 18 + side + 7), fill=color)
-            tile = ImageOps.pad(Image.fromarray(picture(benchmark, i)), (side, side), color="white")
-            sheet.paste(tile, (x, y + 22))
+    for meaning, color in colors.items():
+        draw.rectangle((x, 36, x + 12, 48), fill=color)
+        draw.text((x + 18, 34), meaning, "#555555", small)
+        x += 36 + int(small.getlength(meaning))
+    for y, line in zip(range(64, 64 + len(lines) * cell, cell), lines, strict=True):
+        for j, (pixels, caption, color) in enumerate(line):
+            x = 12 + j * (side + 12) + (12 if j else 0)
+            for row, text in enumerate(caption.split("\n")):
+                while small.getlength(text) > side + 8:
+                    text = text[:-2] + "…"
+                draw.text((x - 4, y + 16 * row), text, "black", small)
+            draw.rectangle((x - 4, y + 36, x + side + 3, y + 36 + side + 7), fill=color)
+            sheet.paste(ImageOps.pad(Image.fromarray(pixels), (side, side), color="white"), (x, y + 40))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         sheet.save(temporary)
@@ -1302,15 +1430,16 @@ def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> 
                    ", ".join(f"{c} {n}" for c, n in zip(data[b]["classes"], data[b]["counts"], strict=True)),
                    "; ".join(data[b]["notes"]) or "–"] for b in names]
     pictures = [f"## {b}\n\n" + "\n\n".join(f"![{kind} of {b}](pictures/{kind}-{safe(b)}{tail}.png)" for kind, tail in
-                [("confusion", ""), *([("cka", "")] if len(args.models) > 1 else []),
-                 *(("gallery", f"-{safe(display(n))}") for n in args.models)]) for b in names]
+                [("confusion", ""), ("cka", ""), *(("gallery", f"-{safe(display(n))}") for n in args.models)]
+                if (Path(args.results) / "pictures" / f"{kind}-{safe(b)}{tail}.png").is_file()) for b in names]
     if args.no_pictures:
         pictures = []
     write_text(Path(args.results) / "report.md", "\n\n".join([
         "# Evaluation",
         "Written by `" + " ".join(["python evaluate.py", *args.argv]) + f"` on {args.device_used}.",
         *(["**Not evaluated:** " + "; ".join(failures)] if failures else []),
-        *([] if args.no_pictures else ["![accuracy against size and time](figure1.png)"]),
+        *(["![accuracy against size and time](figure1.png)"] if (Path(args.results) / "figure1.png").is_file()
+          and not args.no_pictures else []),
         "## Models\n\n" + markdown(["model", "role", "parameters", "width", "embedding", "input px",
                                     f"ms per image ({args.device_used})", "weights"], models),
         "## Benchmarks\n\n" + markdown(["benchmark", "level", "images", "groups", "classes", "notes"], benchmarks),
@@ -1336,11 +1465,11 @@ def summarize(args: argparse.Namespace) -> str:
             cka = "teacher" if m == teacher else form("cka", "unbiased", m, b, teacher, spread=se)
             lines.append(f"{m:{width}}{about['parameters'] / 1e6:>7.1f} M{about['ms_per_image']:>8.1f}   {cka:<16}"
                          f"{form('knn', 'accuracy', m, b):<16}{form('probe', 'auc', m, b)}")
+        common = next((m for m in shown if ("knn", "majority", m, b) in mean), "")   # the same for each that has it
         lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}"
-                     f"{form('knn', 'majority', shown[0], b, spread=0):<16}0.500")
-        lines += [f"  {r['model']} against {r['other']}: {WORDS[r['metric']]} {r['value']:+.3f} "
-                  f"[{r['low']:+.3f}, {r['high']:+.3f}], {verdict(r)}"
-                  for r in differences(rows, [b], shown)]
+                     f"{form('knn', 'majority', common, b, spread=0):<16}0.500")
+        lines += [f"  {r['model']} against {r['other']}: {WORDS[r['metric']]} {with_interval(r)}, {verdict(r)}"
+                  for r in differences(rows, [b], args)]
         lines += [f"  note: {note}" for note in d["notes"]]
     return "\n".join(lines)
 
@@ -1366,8 +1495,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
     where.add_argument("--data", default=Path("data"), type=Path, help="its benchmarks/NAME hold published data sets")
-    where.add_argument("--runs", default=Path("runs"), type=Path, help="where --all looks for students")
-    where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics, tables, pictures")
+    add_running_arguments(where, parser.add_argument_group("running")).add_argument(
+        "--json", action="store_true", help="print the metrics as JSON instead of the summary")
     how = parser.add_argument_group("protocols")
     how.add_argument("--k", type=int, default=15, help="neighbours that vote, 1 to 64")
     how.add_argument("--pca-dims", type=int, default=50, help="principal axes before kNN")
@@ -1379,14 +1508,27 @@ def build_parser() -> argparse.ArgumentParser:
                      help="also split without regard to patients, to compare with published numbers")
     how.add_argument("--leaks", choices=["exclude", "mark"], default="exclude",
                      help="images of patients that a student was distilled on: leave out for all models, or only mark")
-    how.add_argument("--max-unreadable", type=float, default=0.01, metavar="SHARE", help="of images, before it stops")
-    run = parser.add_argument_group("running")
-    run.add_argument("--input-size", type=int, metavar="PX", help="side of the networks' input, if not the published")
-    run.add_argument("--batch-size", type=int, help="images per forward pass; default by device and memory")
-    run.add_argument("--workers", type=int, default=0, help="processes that read images")
-    run.add_argument("--no-pictures", action="store_true", help="tables only")
-    run.add_argument("--json", action="store_true", help="print the metrics as JSON instead of the summary")
     return parser
+
+
+def add_running_arguments(where, run):
+    """Add the flags that evaluate.py and robustness.py share to two argument groups; returns the second."""
+    where.add_argument("--runs", default=Path("runs"), type=Path, help="looked through for students")
+    where.add_argument("--results", default=Path("results"), type=Path, help="features, metrics, tables, pictures")
+    run.add_argument("--input-size", type=whole, metavar="PX", help="side of the networks' input, if not the published")
+    run.add_argument("--batch-size", type=whole, metavar="N", help="images per forward pass; default by device, memory")
+    run.add_argument("--workers", type=functools.partial(whole, least=0), default=0, metavar="N",
+                     help="processes that read images")
+    run.add_argument("--max-unreadable", type=share, default=0.01, metavar="SHARE", help="of images, before it stops")
+    run.add_argument("--no-pictures", action="store_true", help="tables only")
+    return run
+
+
+def whole(text: str, least: int = 1) -> int:
+    """A whole number of a flag, not below `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}")
+    return int(text)
 
 
 def models_at_hand(args: argparse.Namespace) -> list[str]:
@@ -1406,7 +1548,7 @@ def models_at_hand(args: argparse.Namespace) -> list[str]:
 
 def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Benchmark]:
     """The benchmarks asked for; one that cannot be read is told, put into `failures` and passed over."""
-    names, found = list(args.benchmarks), []
+    names, found = list(dict.fromkeys(args.benchmarks)), []
     if args.all:
         names += [n for n in PUBLISHED if n not in names and at_hand(args.data, n)]
         for n, p in PUBLISHED.items():
@@ -1418,7 +1560,7 @@ def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Bench
     for name, load, published in jobs:
         try:
             loaded = load()
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             failures.append(f"{name}: {error}")
             continue
         loaded = loaded if isinstance(loaded, list) else [loaded]
@@ -1435,6 +1577,14 @@ def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Bench
     return found
 
 
+def check_names(models: Sequence[str]) -> None:
+    """UserError if two models would be kept under one name."""
+    for name in models:
+        if sum(safe(display(name)) == safe(display(other)) for other in models) > 1:
+            raise UserError(f"--models: {name} and another share the name {safe(display(name))}; rename one of the "
+                            "folders")
+
+
 def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures. Returns the exit status."""
     from models import model_options, parse_weights, setup_distributed
@@ -1447,10 +1597,7 @@ def run(args: argparse.Namespace) -> int:
     args.models = list(dict.fromkeys([*args.models, *(n for n in (args.teacher, args.baseline) if n)]))
     if not args.models:
         raise UserError("--models: name at least one, for instance h-optimus-0 or runs/NAME/student")
-    shown = [safe(display(n)) for n in args.models]
-    for name, other in zip(shown, args.models, strict=True):
-        if shown.count(name) > 1:
-            raise UserError(f"--models: {other} and another share the name {name}; rename one of the folders")
+    check_names(args.models)
     weights = parse_weights(args.weights, args.models)
     options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
     rank, world, args.device_used = setup_distributed(args.device)
@@ -1512,15 +1659,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(list_benchmarks(args.data))
         return 0
+    return guarded(lambda: run(args))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit status of `work`, the text of a user's mistake or of a disk that refuses instead of a traceback."""
+    from safetensors import SafetensorError
     try:
-        return run(args)
+        return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise
-        print(f"error: {args.results}: no space left on the disk; nothing was lost: make room and run again",
-              file=sys.stderr)
+        why = "no space left on the disk; make room" if disk_full(error) else f"{error}; mend it"
+        print(f"error: {why} and run again: nothing was lost", file=sys.stderr)
     return 1
 
 

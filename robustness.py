@@ -19,7 +19,6 @@ The paper's "five-fold" is read as five seeded samples, since only that shows wh
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import io
 import itertools
@@ -34,8 +33,23 @@ from pathlib import Path
 import numpy as np
 
 import evaluate
-from evaluate import Benchmark, ImageFiles, display, load_folder, markdown, read_metrics, recall, safe, save_figure
-from tile import Help, PatchIndex, UserError
+from evaluate import (
+    Benchmark,
+    ImageFiles,
+    check_names,
+    display,
+    files_below,
+    load_folder,
+    markdown,
+    read_image,
+    read_metrics,
+    read_table,
+    recall,
+    safe,
+    save_figure,
+    whole,
+)
+from tile import Help, PatchIndex, UserError, share
 
 KS = (3, 5, 10, 20)
 DRAWS = 1000   # bootstrap resamples of the patients
@@ -66,16 +80,13 @@ class Made(Sequence):
         return self.make(self.items[i])
 
 
-@lru_cache(maxsize=2)   # patches come ordered by file, so each file is decoded once
-def open_rgb(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8."""
-    return ImageFiles([path])[0]
+decoded = lru_cache(maxsize=2)(read_image)   # patches come ordered by file, so each file is decoded once
 
 
 def cut_out(patch: tuple[Path, int, int], size: int) -> np.ndarray:
     """The square of `size` px whose top-left corner is x, y of (path, x, y)."""
     path, x, y = patch
-    return open_rgb(path)[y:y + size, x:x + size]
+    return decoded(path)[y:y + size, x:x + size]
 
 
 def tiger_origin(slide: str) -> tuple[str, str]:
@@ -96,16 +107,18 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
     `min_fraction` of it. Regions of tissue-cells that overlap one of tissue-bcss are passed over.
     """
     from PIL import Image
-    roots = [folder / sub / kind for sub in ("", "wsirois", "roi-level-annotations", "wsirois/roi-level-annotations")
-             for kind in ("tissue-bcss", "tissue-cells")]
-    roots = [root for root in roots if (root / "images").is_dir()]
-    if not roots:
+    values, patches, labels, slides, boxes = np.array(list(TIGER_CLASSES)), [], [], [], {}
+    passed: dict[str, list[Path]] = {"have no mask": [], "or their masks cannot be read, or differ in size": [],
+                                     f"are smaller than {size} px (--patch-size)": []}
+    no_mask, unreadable, small = passed.values()
+    below = {path: path.relative_to(folder).parts[-3:] for path in files_below(folder)}
+    found = {place: path for path, place in below.items() if path.suffix.lower() == ".png" and   # a copy counts once
+             place[:2] in (("tissue-bcss", "images"), ("tissue-cells", "images"))}
+    if not found:
         raise UserError(f"{folder}: holds neither labels.csv, PathoROB's metadata nor TIGER's roi-level-annotations "
                         "(tissue-bcss or tissue-cells); get TIGER by aws s3 cp --no-sign-request --recursive "
                         "s3://tiger-training/wsirois DIR/wsirois")
-    values = np.array(list(TIGER_CLASSES))
-    patches, labels, slides, boxes, small, unmasked = [], [], [], {}, 0, 0
-    for path in (path for root in roots for path in sorted((root / "images").glob("*.png"))):
+    for (kind, *_), path in sorted(found.items()):
         name = re.fullmatch(r"(.+)_\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", path.stem)
         if not name:
             raise UserError(f"{path}: expected a name such as SLIDE_[xmin, ymin, xmax, ymax].png")
@@ -114,28 +127,36 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
         if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes.get(name[1], ())):
             continue
         if not mask_path.is_file():
-            unmasked += 1
+            no_mask.append(path)
             continue
-        if "tissue-bcss" in path.parts:
-            boxes.setdefault(name[1], []).append(box)
-        with Image.open(mask_path) as image:
-            mask = np.asarray(image)
+        try:
+            with Image.open(path) as region, Image.open(mask_path) as image:
+                mask, fits = np.asarray(image), image.size == region.size
+        except (OSError, SyntaxError):
+            mask, fits = np.zeros((0, 0)), False
         if mask.ndim != 2:
             raise UserError(f"{mask_path}: expected one channel of class values 0 to 7, found shape {mask.shape}")
+        if not fits:
+            unreadable.append(path)
+            continue
+        if kind == "tissue-bcss":
+            boxes.setdefault(name[1], []).append(box)
         rows, columns = mask.shape[0] // size, mask.shape[1] // size
-        small += not rows * columns
+        if not rows * columns:
+            small.append(path)
+            continue
         cells = mask[:rows * size, :columns * size].reshape(rows, size, columns, size)
-        share = np.stack([(cells == value).mean((1, 3)) for value in values], -1)
-        for row, column in np.argwhere(share.max(-1) >= min_fraction) if share.size else ():
+        covered = np.stack([(cells == value).mean((1, 3)) for value in values], -1)
+        for row, column in np.argwhere(covered.max(-1) >= min_fraction):
             patches.append((path, int(column) * size, int(row) * size))
-            labels.append(int(share[row, column].argmax()))
+            labels.append(int(covered[row, column].argmax()))
             slides.append(name[1])
-    for count, what in ((unmasked, "have no mask"), (small, f"are smaller than {size} px (--patch-size)")):
-        if count:
-            print(f"{folder}: {count} regions {what} and were passed over", file=sys.stderr)
+    for why, paths in passed.items():
+        if paths:
+            print(f"{folder}: {len(paths)} regions {why} and were passed over, first {paths[0].name}", file=sys.stderr)
     if not patches:
-        raise UserError(f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class; lower "
-                        "--min-fraction or --patch-size")
+        raise UserError(f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class in the "
+                        f"{len(found)} regions of TIGER's roi-level-annotations; lower --min-fraction or --patch-size")
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
     images = Made(patches, partial(cut_out, size=size), [path for path, _, _ in patches], f"{size} px")
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]
@@ -143,12 +164,14 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
                      list(centers)), slides
 
 
+PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")
+
+
 def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
     """PathoROB's metadata (slide_id, patch_id, biological_class, medical_center), and the slide of each patch; images
     SLIDE-PATCH, SLIDE/PATCH or PATCH with any suffix lie below the folder. A patch in several subsets counts once."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = {(row["slide_id"], row["patch_id"]): row for row in csv.DictReader(file)}
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != table]
+    rows = {(row["slide_id"], row["patch_id"]): row for row in read_table(table, PATHOROB)}
+    paths = [p for p in files_below(folder) if p != table]
     known = {p.name: p for p in paths} | {p.stem: p for p in paths} | {f"{p.parent.name}/{p.stem}": p for p in paths}
     files = [next((known[n] for n in (f"{slide}/{patch}", f"{slide}-{patch}", patch) if n in known), None)
              for slide, patch in rows]
@@ -167,18 +190,16 @@ def load(folder: Path, size: int, min_fraction: float, bare: bool = False) -> tu
     """
     if (folder / "labels.csv").is_file():
         benchmark = load_folder(folder)
-        with open(folder / "labels.csv", newline="", encoding="utf-8-sig") as file:
-            slides = {row["image"]: row.get("slide") or row["group"] for row in csv.DictReader(file)}
-        return benchmark, [slides[name] for name in benchmark.ids]
+        return benchmark, [row.get("slide") or row["group"] for row in read_table(folder / "labels.csv", ("image",))]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --benchmark takes one with labels.csv (image,label,group,center), "
                         "TIGER's wsirois or PathoROB's metadata")
     for table in sorted(folder.glob("*.csv")):
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            if {"slide_id", "patch_id", "biological_class", "medical_center"} <= set(next(csv.reader(file), ())):
+        with open(table, encoding="utf-8-sig", errors="replace") as file:
+            if set(PATHOROB) <= {name.strip() for name in file.readline().split(",")}:
                 return load_pathorob(folder, table)
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in evaluate.IMAGE_SUFFIXES] if bare else []
-    if files and not any(p.is_dir() for p in folder.rglob("tissue-*")):
+    files = [p for p in files_below(folder) if p.suffix.lower() in evaluate.IMAGE_SUFFIXES] if bare else []
+    if files and not any(part.startswith("tissue-") for p in files for part in p.relative_to(folder).parts):
         names = [path.relative_to(folder).as_posix() for path in files]
         return unlabelled(folder.resolve().name, ImageFiles(files), names), names
     return load_tiger(folder, size, min_fraction)
@@ -318,7 +339,7 @@ def measure(x: np.ndarray | None, labels: np.ndarray, centers: np.ndarray, slide
     for k in (k for k in KS if k <= counts.shape[-1]):
         total = counts[:, :, k - 1].sum(1)
         values["index", k], values["bounded", k] = float(index_of(total)), float(bounded_of(total))
-        for metric, target, keep in (("knn_class", labels, found >= 0), ("knn_center", centers, found)):
+        for metric, target, keep in (("knn_class", labels, slice(None)), ("knn_center", centers, found)):
             values[metric, k] = guess(target[keep]) if x is None else recall(evaluate.vote(np.where(
                 rows[:, :k] < 0, -1, target[rows[:, :k]]), distances[:, :k], target.max() + 1)[keep], target[keep])
     for metric, target in (("probe_class", labels), ("probe_center", centers)):
@@ -357,7 +378,8 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
     if benchmark.centers is None:
         raise UserError(f"{folder / 'labels.csv'}: no column center; add the hospital or scanner of each image, or use "
                         "--perturb, which needs none")
-    labels, centers, slides, groups = map(codes, (benchmark.labels, benchmark.centers, slides, benchmark.groups))
+    slide_names, slides = slides, codes(slides)
+    labels, centers, groups = map(codes, (benchmark.labels, benchmark.centers, benchmark.groups))
     classes, sites = [benchmark.classes[i] for i in np.unique(benchmark.labels)], np.unique(benchmark.centers).tolist()
     if min(labels.max(), centers.max()) < 1:
         raise UserError(f"{benchmark.name}: {labels.max() + 1} classes and {centers.max() + 1} centres; the index sets "
@@ -390,8 +412,10 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
                         "raise --per-class or add patches")
     if all(np.array_equal(samples[0], s) for s in samples):
         samples = samples[:1]   # each draw took everything: their spread would say nothing
-
     near = None if args.include_same_slide else slides
+    if near is not None and any(len(np.unique(slides[s])) < 2 for s in samples):
+        raise UserError(f"{benchmark.name}: all patches are of slide {slide_names[0]}, whose own are no neighbours; "
+                        "add slides (column slide, or group, of labels.csv), or --include-same-slide")
     k_max = min(max(KS), min(map(len, samples)) - 1)
     settings = "; ".join([
         f"{args.per_class} patches of each class{' and centre' * args.per_center}" if args.per_class else "all patches",
@@ -449,8 +473,7 @@ def gather(parts: dict, args: argparse.Namespace, weights: dict, options: dict) 
     """
     from models import setup_distributed
     rank, world, _ = setup_distributed(args.device)
-    if len({safe(display(name)) for name in args.models}) < len(args.models):
-        raise UserError("--models: two of them share a name; rename one of the folders")
+    check_names(args.models)
     x, cards, failures = {}, {}, []
     for name in args.models:
         try:
@@ -479,14 +502,15 @@ def finish(failures: list[str], lost: np.ndarray) -> int:
 
 def intervals(base: dict, counts: dict[str, list[np.ndarray]], groups: list[np.ndarray]) -> list[dict]:
     """95 % bootstrap intervals over patients of each model's index, and of the difference of each pair of models."""
-    models = [n for n in counts if n != "chance"]
+    models, patients = [n for n in counts if n != "chance"], len(np.unique(np.concatenate(groups)))
     draws = {n: bootstrap(counts[n], groups) for n in models}
     point = {n: np.mean([index_of(c.sum(1)) for c in counts[n]], 0) for n in models}
     rows = []
     for one, other in [(n, None) for n in models] + list(itertools.combinations(models, 2)):
         for k in (k for k in KS if k <= len(point[one])):
             value, spread = (v[one][..., k - 1] - (v[other][..., k - 1] if other else 0) for v in (point, draws))
-            low, high = np.percentile(spread, [2.5, 97.5])   # not known if a resample has no ratio
+            # not known if a resample has no ratio, nor from a handful of patients
+            low, high = np.percentile(spread, [2.5, 97.5]) if patients >= evaluate.FEW else (math.nan, math.nan)
             metric = "index_difference" if other else "index_interval"
             rows.append(base | {"model": one, "other": other, "metric": metric, "k": k, "value": float(value),
                                 "low": float(low), "high": float(high)})
@@ -553,9 +577,12 @@ def section(rows: list[dict]) -> list[str]:
     for row in pick(metric="index_interval", k=middle) + pick(metric="index_difference", k=middle):
         rival, start = (row["other"], 0) if row["other"] else ("chance", blind)
         word = "below" if row["high"] < start else "above" if row["low"] > start else "not clearly apart from"
+        known = np.isfinite(row["low"])
         over.append([row["model"] + (f" − {rival}" if row["other"] else ""), show(row["value"]),
-                     f"{show(row['low'])} to {show(row['high'])}", f"{word} {rival}"])
-    text += [f"### Over patients, k = {middle}", "", f"95 % interval of {DRAWS} resamples of the patients, paired.", "",
+                     f"{show(row['low'])} to {show(row['high'])}" if known else "–",
+                     f"{word} {rival}" if known else "too few patients to tell"])
+    text += [f"### Over patients, k = {middle}", "", f"95 % interval of {DRAWS} resamples of the patients, paired; "
+             f"fewer than {evaluate.FEW} allow none.", "",
              markdown(["model", "index", "interval", "reading"], over)]
     for field, title in (("class", "class"), ("center", "centre")):
         kinds = [row[field] for row in pick(metric=f"index_by_{field}", model="chance")]
@@ -643,27 +670,16 @@ def draw_map(path: Path, benchmark: Benchmark, x: dict[str, np.ndarray], rows: n
 def draw_gallery(path: Path, name: str, benchmark: Benchmark, sample: np.ndarray, rows: np.ndarray) -> None:
     """The queries of a sample whose five nearest neighbours `rows` (n, 5) most often share the centre but not the
     tissue, at most one per patient."""
-    from matplotlib.patches import Patch
     labels, centers, groups = (codes(a)[sample] for a in (benchmark.labels, benchmark.centers, benchmark.groups))
-    classes = [benchmark.classes[i] for i in np.unique(benchmark.labels)]
     misled = ((labels[rows] != labels[:, None]) & (centers[rows] == centers[:, None]) & (rows >= 0)).sum(1)
     order = [i for i in np.argsort(-misled, kind="stable") if misled[i]]
     queries = [order[j] for j in np.sort(np.unique(groups[order], return_index=True)[1])][:6]
-    figure, axes = canvas(max(1, len(queries)), 1 + rows.shape[1], 1.5, 1.75)
-    for ax, j, query in ((ax, j, i) for line, i in zip(axes, queries, strict=False)
-                         for ax, j in zip(line, [i, *rows[i]], strict=True) if j >= 0):
-        ax.imshow(benchmark.images[int(sample[j])])
-        ax.set_title(f"{classes[labels[j]]}\n{benchmark.centers[sample[j]]}", fontsize=7)
-        kind = labels[j] == labels[query], centers[j] == centers[query]
-        ax.spines[:].set(color="black" if j == query else KINDS[kind][1], lw=3)
-    for ax in axes.ravel():
-        ax.set(xticks=[], yticks=[])
-        ax.set_axis_off() if not ax.images else None
-    figure.legend(handles=[Patch(color="black", label="query"), *(Patch(color=c, label=t) for t, c in KINDS.values())],
-                  loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    figure.suptitle(f"{name}: neighbours that share the centre but not the tissue" if queries else
-                    f"{name}: no neighbour shares the centre of its query but not the tissue", fontsize=10)
-    save_figure(figure, path)
+    color = lambda i, j: "black" if i == j else KINDS[labels[j] == labels[i], centers[j] == centers[i]][1]  # noqa: E731
+    lines = [[(benchmark.images[int(sample[j])], f"{benchmark.classes[benchmark.labels[sample[j]]]}\n"
+               f"{benchmark.centers[sample[j]]}", color(i, j)) for j in (i, *rows[i]) if j >= 0] for i in queries]
+    evaluate.draw_sheet(path, f"{name}: neighbours that share the centre but not the tissue" if queries else
+                        f"{name}: no neighbour shares the centre of its query but not the tissue",
+                        {"query": "black"} | {text: c for text, c in KINDS.values()}, lines)
 
 
 # ------------------------------------------------------------------ shifts of stain and scanner, on any patches
@@ -812,17 +828,16 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--benchmark", type=Path, metavar="DIR", help="folder with labels.csv (image,label,group,center "
                        "and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; DATA/benchmarks/tiger")
     where.add_argument("--data", type=Path, default=Path("data"), help="its benchmarks/ and tiles/ are looked in")
-    where.add_argument("--runs", type=Path, default=Path("runs"), help="where students are looked for without --models")
-    where.add_argument("--results", type=Path, default=Path("results"), help="features, metrics.jsonl, table, pictures")
     draw = parser.add_argument_group("sampling")
-    draw.add_argument("--per-class", type=int, default=40, metavar="N", help="patches of each class; 0 takes all")
+    draw.add_argument("--per-class", type=partial(whole, least=0), default=40, metavar="N",
+                      help="patches of each class; 0 takes all")
     draw.add_argument("--per-center", action="store_true", help="N patches of each class and centre instead")
-    draw.add_argument("--samples", type=int, default=5, metavar="N", help="seeded samples, for their spread")
-    draw.add_argument("--seed", type=int, default=0, help="of the first sample")
+    draw.add_argument("--samples", type=whole, default=5, metavar="N", help="seeded samples, for their spread")
+    draw.add_argument("--seed", type=partial(whole, least=0), default=0, help="of the first sample")
     draw.add_argument("--exclude-seen", action="store_true", help="leave out patients that a student was distilled on; "
                       "otherwise the table marks it")
-    draw.add_argument("--patch-size", type=int, default=224, metavar="PX", help="TIGER: side of a patch, 0.5 µm/px")
-    draw.add_argument("--min-fraction", type=float, default=0.75, metavar="SHARE", help="TIGER: a class must cover it")
+    draw.add_argument("--patch-size", type=whole, default=224, metavar="PX", help="TIGER: side of a patch, 0.5 µm/px")
+    draw.add_argument("--min-fraction", type=share, default=0.75, metavar="SHARE", help="TIGER: a class must cover it")
     index = parser.add_argument_group("index")
     index.add_argument("--include-same-slide", action="store_true", help="let neighbours come from the patch's own "
                        "slide, as the paper seems to; it raises the counts of both class and centre")
@@ -833,14 +848,9 @@ def build_parser() -> argparse.ArgumentParser:
     shifts.add_argument("--strengths", nargs="+", type=float, metavar="S", help="of the change, a range if not given; "
                         + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()))
     shifts.add_argument("--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them")
-    shifts.add_argument("--patches", type=int, default=200, metavar="N", help="how many to follow")
-    run = parser.add_argument_group("running")
-    run.add_argument("--input-size", type=int, metavar="PX", help="side of the network's input, if not its own")
-    run.add_argument("--batch-size", type=int, help="images per forward pass; default by device and memory")
-    run.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images")
-    run.add_argument("--max-unreadable", type=float, default=0.01, metavar="SHARE", help="of images, before it stops")
+    shifts.add_argument("--patches", type=whole, default=200, metavar="N", help="how many to follow")
+    run = evaluate.add_running_arguments(where, parser.add_argument_group("running"))
     run.add_argument("--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map")
-    run.add_argument("--no-pictures", action="store_true", help="tables only")
     return parser
 
 
@@ -854,23 +864,17 @@ def main(argv: list[str] | None = None) -> int:
         low, high = SHIFTS[args.perturb[0]][2]
         if min(args.strengths) < low or max(args.strengths) > high:
             parser.error(f"--strengths of {args.perturb[0]} lie between {low} and {high}")
-    if min(args.samples, args.patches, args.patch_size) < 1 or args.per_class < 0:
-        parser.error("--samples, --patches and --patch-size start at 1, --per-class at 0")
-    from models import model_options, parse_weights
-    try:
+    if args.min_fraction == 0:
+        parser.error("--min-fraction 0: a patch is of the class that covers this share of it, so it is above 0")
+
+    def work() -> int:
+        from models import model_options, parse_weights
         args.models = args.models or evaluate.models_at_hand(args)
         if not args.models:
             raise UserError("--models: none named and none at hand; name one, for instance runs/NAME/student")
         options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
         return (perturb if args.perturb else study)(args, parse_weights(args.weights, args.models), options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno != 28:
-            raise
-        print(f"error: {args.results}: no space left on the disk; nothing was lost: make room and run again",
-              file=sys.stderr)
-    return 1
+    return evaluate.guarded(work)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     assert {r["other"] for r in rows(folder, model="try", protocol="paired")} == {ONE, TWO}
     twin = rows(folder, model="try", other=TWO, protocol="cka", metric="unbiased")
     assert twin[0]["value"] == pytest.approx(1, abs=1e-4)   # the "student" is the baseline under another name
-    assert all(evaluate.verdict(r) == "within noise" for r in rows(folder, model="try", other=TWO, protocol="paired"))
+    verdicts = {r["metric"]: evaluate.verdict(r) for r in rows(folder, model="try", other=TWO, protocol="paired")}
+    assert verdicts == {"cka": "within noise", "knn": "within noise", "probe": "too few groups to tell"}
 
     before = {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()}
     monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("a model was loaded again"))
@@ -157,6 +159,9 @@ def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
     (lambda t: t.replace("image,label", "file,label"), "no column image"),
     (lambda t: t.replace("07.png,b,p2", "07.png,,p2"), "line 9: label is empty"),
     (lambda t: t.replace("07.png", "06.png"), "1 images are listed more than once, first 06.png"),
+    (lambda t: t.replace("07.png", "./06.png"), "1 images are listed more than once, first 06.png"),
+    (lambda t: t.replace(",", ";"), "separated by commas"),
+    (lambda t: t.replace(",b,", ",drüse,").encode("latin-1"), "save it as"),
     (lambda t: t.splitlines()[0] + "\n", "no rows"),
     (lambda t: t.replace(".png", ".gif"), "none of its 36 images exists"),
     (lambda t: t.replace(",b,", ",a,").replace(",c,", ",a,"), "all 36 images are of class a"),
@@ -165,7 +170,8 @@ def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
 ])
 def test_a_wrong_table_is_named_with_the_remedy(folder, capsys, change, message):
     table = folder / "labels.csv"
-    table.write_text(change(table.read_text()))
+    changed = change(table.read_text())
+    table.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     assert go(folder, "--no-pictures") == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") or "\nerror: " in err
@@ -178,6 +184,77 @@ def test_images_without_labels_are_told_and_left_out(folder, capsys):
     assert "1 images have no line in labels.csv" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"labels.csv: not found .*no such folder"):
         evaluate.load_folder(folder / "nowhere")
+
+
+def test_blanks_and_windows_line_ends_make_no_classes_of_their_own(folder):
+    text = (folder / "labels.csv").read_text().replace(",b,", ", b,").replace("label,group", "label, group")
+    (folder / "labels.csv").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    b = evaluate.load_folder(folder)
+    assert b.classes == ["a", "b", "c"] and len(b) == 36 and b.centers[:4] == ["x", "x", "x", "y"]
+
+
+def test_images_of_other_kinds_are_read_as_seen_or_refused(tmp_path):
+    """Transparent parts are white, as a slide's background is; 16 bits once came out white without a word."""
+    pixels = np.full((8, 8, 3), 120, np.uint8)
+    hole = np.dstack([pixels, np.repeat([[0] * 4 + [255] * 4], 8, 0)]).astype(np.uint8)
+    for name, image in {"rgba.png": Image.fromarray(hole), "grey.png": Image.fromarray(pixels[..., 0]),
+                        "cmyk.jpg": Image.fromarray(pixels).convert("CMYK"), "palette.png": Image.fromarray(pixels)
+                        .quantize(), "deep.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)}.items():
+        image.save(tmp_path / name)
+    read = lambda name: evaluate.ImageFiles([tmp_path / name])[0]  # noqa: E731
+    assert read("rgba.png")[0].tolist() == [[255] * 3] * 4 + [[120] * 3] * 4
+    assert all(np.abs(read(n).astype(int) - 120).max() < 4 for n in ("grey.png", "cmyk.jpg", "palette.png"))
+    with pytest.raises(OSError, match="more than 8 bits"):
+        read("deep.png")
+
+
+def test_an_image_too_large_to_be_one_is_unreadable(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    with pytest.raises(OSError, match=r"bomb\.png"):
+        evaluate.ImageFiles([tmp_path / "bomb.png"])[0]
+
+
+def test_damaged_results_are_made_again_or_named(folder, weights, capsys):
+    assert go(folder, "--no-pictures", w=weights) == 0
+    results = folder.parent / "results"
+    before = (results / "table2.md").read_text()
+    for path in [*results.rglob("*.safetensors"), *results.rglob("*.npz"), *results.rglob("model.json")]:
+        path.write_bytes(b"{junk")
+    assert go(folder, "--no-pictures", w=weights) == 0 and (results / "table2.md").read_text() == before
+    assert "damaged" in capsys.readouterr().err
+    with open(results / "metrics.jsonl", "a") as file:
+        file.write("{half")
+    assert go(folder, "--no-pictures", w=weights) == 1
+    err = capsys.readouterr().err
+    assert "metrics.jsonl, line " in err and "remove the line" in err
+
+
+def test_results_that_cannot_be_written_are_an_error_without_a_traceback(folder, capsys):
+    (folder.parent / "results").write_text("a file")
+    assert go(folder, "--no-pictures") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_report_links_nothing_that_is_not_there(folder, weights):
+    """A model that fails on one of two benchmarks has no gallery there, and Figure 1 leaves that benchmark out."""
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    original = evaluate.features
+
+    def features(name, benchmark, *args, **options):
+        if (name, benchmark.name) == (TWO, "other"):
+            raise UserError("not today")
+        return original(name, benchmark, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "features", features)
+        assert evaluate.main(["--models", TWO, ONE, "--weights", f"{TWO}=random", f"{ONE}={weights}", "--benchmark",
+                              str(folder), str(other), "--results", str(folder.parent / "results"), *FAST]) == 1
+    report = (folder.parent / "results" / "report.md").read_text()
+    links = [part.split(")")[0] for part in report.split("](")[1:]]
+    assert len(links) == 7 and all((folder.parent / "results" / link).is_file() for link in links)
+    assert "| other | 0.333 | – |" in (folder.parent / "results" / "table2.md").read_text()   # majority all the same
 
 
 def test_features_that_are_not_a_number_name_the_model(folder, weights, capsys):

@@ -116,6 +116,28 @@ def test_breakhis_has_eight_tasks_and_drops_the_patient_of_two_labels(tmp_path):
     assert binary.images[0].shape == (6, 224, 224, 3)
 
 
+def test_breakhis_in_part_and_bracs_in_two_versions(tmp_path):
+    root = tmp_path / "breakhis"
+    picture(root / "40X" / "SOB_B_A-14-22549AB-40-001.PNG", (230, 230))
+    found = load("breakhis", root)
+    assert [b.name for b in found] == ["breakhis-binary-40x", "breakhis-subtype-40x"]
+    assert "only 40X at hand" in found[0].notes
+    root = tmp_path / "bracs"
+    for version, color in (("latest_version", 9), ("previous_versions", 200)):
+        picture(root / "BRACS_RoI" / version / "train" / "0_N" / "BRACS_1003_N_1.png", (224, 224), (color,) * 3)
+    b, = load("bracs", root)
+    assert len(b) == 1 and b.images[0].max() == 9 and b.notes == ["1 copies left out"]
+
+
+def test_folders_may_be_links_and_a_link_back_is_no_trap(tmp_path):
+    root, far = tmp_path / "idc", tmp_path / "disk"
+    picture(far / "8863" / "0" / "8863_idx5_x1_y1_class0.png")
+    root.mkdir()
+    (root / "release").symlink_to(far)
+    (far / "8863" / "again").symlink_to(far)
+    assert load("idc", root)[0].ids == ["8863_idx5_x1_y1_class0.png"]
+
+
 def gleason_maps(root, core, values):
     for number, value in values.items():
         path = root / f"Maps{number}_T" / f"{core}_classimg_nonconvex.png"
@@ -147,6 +169,10 @@ def test_gleason_majority_vote_ties_value_six_and_missing_annotators(tmp_path):
     assert (tmp_path / "index" / "gleason.json").stat().st_mtime_ns == before
     gleason_maps(root, "slide002_core010", {2: np.zeros((300, 512))})
     assert len(load("gleason", root)[0]) == 3   # a changed map is noticed
+    (root / "Maps1_T" / "slide001_core003_classimg_nonconvex.png").write_bytes(b"cut")
+    gleason_maps(root, "slide002_core010", {2: np.full((300, 300), 4), 4: np.full((300, 512), 4)})
+    with pytest.raises(UserError, match=r"core003.jpg left out: cannot identify.*core010.jpg left out: .*size of its"):
+        load("gleason", root)
 
 
 def test_gleason_of_arvaniti_by_palette_masks_of_the_first_pathologist(tmp_path):
@@ -224,6 +250,11 @@ def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_o
     assert stack[0].mean() < 160
     with pytest.raises(OSError, match=r"B2-0002.*per pixel"):   # named and counted as unreadable, not fatal
         b.images[2]
+    table(root / "patients.csv", [{"group": f"TCGA-{n}", "patient": "same"} for n in ("A1-0001", "B2-0002")])
+    assert load("tp53", root)[0].groups == ["same"] * 3   # not taken for the table of labels
+    table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-XX-0001", "label": "WT"}])
+    with pytest.raises(UserError, match=r"no labelled images.*1 labels without a slide; 4 slides without a label"):
+        load("tp53", root)
     table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-A1-0001-01Z-00-DX1", "label": "1"}])
     with pytest.raises(UserError, match="is labelled 1; tp53 knows WT, MUT"):
         load("tp53", root)
@@ -239,6 +270,7 @@ def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
         for i in range(1, n + 1):
             slide(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}.tif", side=512)
             picture(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}_tissue.tif")
+    (root / "task1" / "clinical_data" / "1012.json").write_text("{cut")
     b, = load("chimera", root)
     assert b.ids == ["1003_1.tif", "1003_2.tif", "1010_1.tif"] and b.groups == ["1003", "1003", "1010"]
     assert [b.classes[y] for y in b.labels] == ["recurrence", "recurrence", "no recurrence"]

@@ -1,5 +1,7 @@
 """The protocols of evaluate.py against independent implementations: scikit-learn, and formulas written out in fp64."""
 
+import argparse
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -109,6 +111,25 @@ def test_probe_is_logistic_regression_on_a_grouped_split(width):
     assert abs(evaluate.macro_auc(found["scores"], labels[found["test"]])[0] - expected) < 2e-3
 
 
+def test_probe_names_classes_and_does_not_only_rank_them():
+    """C chosen by AUC may rank perfectly and still call everything the majority class."""
+    labels = np.arange(120) % 3 // 2   # two thirds are of class 0
+    x = (4.0 * labels + np.random.default_rng(0).normal(size=(16, 120))).T.astype(np.float32)
+    found = evaluate.probe(x, labels, [f"p{i // 3}" for i in range(120)], 2, seed=0)
+    assert evaluate.macro_auc(found["scores"], labels[found["test"]])[0] == 1
+    assert evaluate.recall(found["scores"].argmax(1), labels[found["test"]]) == 1
+
+
+def test_majority_baseline_is_the_share_of_the_most_common_class():
+    """Not that of the training folds: grouped folds of balanced classes would give it nothing at all."""
+    x, labels, groups = cloud(n=160, classes=8, groups=8)
+    labels = np.array([int(g[1:]) for g in groups])   # a class is a group: each fold's class is not in training
+    b = evaluate.Benchmark("b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups)
+    args = argparse.Namespace(k=5, pca_dims=8, pca="fold", folds=8, seeds=1, paper_splits=False)
+    _, rows = evaluate.predict(b, x, args, "cpu")
+    assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
+
+
 def test_probe_says_none_where_groups_do_not_allow_it():
     x, labels, groups = cloud(groups=4)
     assert evaluate.probe(x, labels, groups, 3, seed=0) is None
@@ -166,6 +187,17 @@ def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
     assert low < 0 < high
     assert evaluate.verdict({"low": low, "high": high}) == "within noise"
     assert evaluate.paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0)
+
+
+def test_paired_gives_no_interval_for_a_handful_of_groups():
+    """All resamplings of one tested group agree: that is no certainty."""
+    labels = np.arange(40) % 2
+    guess = lambda wrong: {"knn": np.where(np.arange(40) < wrong, 1 - labels, labels), "probe": []}  # noqa: E731
+    for n, known in ((5, False), (10, True)):
+        value, low, high = evaluate.paired(guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)])["knn"]
+        assert value == pytest.approx(0.3) and np.isfinite(low) == np.isfinite(high) == known
+    row = {"value": 0.3, "low": None, "high": None}
+    assert evaluate.verdict(row) == "too few groups to tell" and evaluate.with_interval(row) == "+0.300"
 
 
 def test_leaked_patients_are_found_by_group_and_by_barcode():

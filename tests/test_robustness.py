@@ -208,6 +208,15 @@ def test_intervals_tell_a_real_difference_from_none():
     assert rows["tissue", None, 5]["low"] <= rows["tissue", None, 5]["value"] <= rows["tissue", None, 5]["high"]
 
 
+def test_a_handful_of_patients_gives_no_interval():
+    """With five even a model that is better in every one of them is no evidence at 95 %."""
+    labels, centers, slides = cohort(5, 4, 4, 4)
+    counts = {n: [rb.measure(planted(by), labels, centers, slides, slides)[0]] for n, by in
+              (("tissue", labels), ("place", centers))}
+    rows = rb.intervals({}, counts, [slides % 5])
+    assert all(math.isnan(row["low"]) and math.isnan(row["high"]) and row["value"] for row in rows)
+
+
 # ---- sampling
 
 def test_sample_spreads_over_centres_and_slides():
@@ -278,7 +287,7 @@ def test_tiger_as_it_unpacks(tiger, capsys):
     assert len(rb.load(tiger, 64, 0.6)[0]) == 8   # the inflamed patch, 66 % annotated, joins
 
 
-def test_tiger_faults(tiger):
+def test_tiger_faults(tiger, capsys):
     root = tiger / "wsirois" / "roi-level-annotations"
     with pytest.raises(UserError, match=r"--min-fraction"):
         rb.load(tiger, 64, 1.01)
@@ -288,9 +297,27 @@ def test_tiger_faults(tiger):
         rb.tiger_origin("slide-7")
     next((root / "tissue-bcss" / "masks").glob("*.png")).unlink()   # its overlapping tissue-cells region now counts
     assert len(rb.load(tiger, 64, 0.75)[0]) == 4
-    (root / "tissue-cells" / "images" / "100B.png").write_bytes(b"")
+    cells = root / "tissue-cells"
+    for name in ("images", "masks"):   # macOS leaves such twins
+        (cells / name / "._100B_[35129, 6567, 35193, 6631].png").write_bytes(b"Mac OS X")
+    assert len(rb.load(tiger, 64, 0.75)[0]) == 4
+    (cells / "masks" / "100B_[35129, 6567, 35193, 6631].png").write_bytes(b"cut")
+    Image.new("L", (32, 64), 1).save(cells / "masks" / "TC_S01_P000054_C0001_B101_[27671, 88267, 27735, 88331].png")
+    capsys.readouterr()
+    assert len(rb.load(tiger, 64, 0.75)[0]) == 2
+    assert "2 regions or their masks cannot be read, or differ in size and were passed over" in capsys.readouterr().err
+    (cells / "images" / "100B.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"100B\.png: expected a name such as"):
         rb.load(tiger, 64, 0.75)
+
+
+def test_tiger_below_further_folders_and_behind_links(tiger, tmp_path_factory):
+    place = tmp_path_factory.mktemp("linked")
+    (place / "download" / "tiger").mkdir(parents=True)
+    (place / "download" / "tiger" / "training").symlink_to(tiger / "wsirois")
+    assert len(rb.load(place, 64, 0.75)[0]) == 7
+    (place / "copy").symlink_to(tiger)
+    assert len(rb.load(place, 64, 0.75)[0]) == 7   # the same regions once more
 
 
 def test_pathorob_metadata(tmp_path):
@@ -510,7 +537,7 @@ def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, c
     assert status == 1 and out == "" and err.startswith("error: gone: no weights")
     none = call(capsys, *arguments, "--runs", folder)
     assert none[0] == 1 and "--models: none named and none at hand" in none[2]
-    assert "share a name" in call(capsys, "--models", "tissue", "tissue", *arguments)[2]
+    assert "share the name tissue" in call(capsys, "--models", "tissue", "tissue", *arguments)[2]
 
 
 @pytest.mark.parametrize(("labels", "flags", "message"), [
@@ -520,6 +547,8 @@ def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, c
     (None, ("--per-class", 1), "fewer than two classes, two centres or 4 patches"),
     ("image,label,group,center\nplain-0-0.png,a,patient-0,c\nplain-0-1.png,b,patient-0,d\n",
      ("--models", "run", "--exclude-seen"), "--exclude-seen leaves nothing"),
+    ("image,label,group,center\n" + "".join(f"plain-0-{i}.png,{'ab'[i % 2]},p,{'cd'[i // 2]}\n" for i in range(4)),
+     (), "all patches are of slide p"),
 ])
 def test_user_errors(folder, fake, capsys, labels, flags, message):
     if labels:
@@ -529,7 +558,8 @@ def test_user_errors(folder, fake, capsys, labels, flags, message):
 
 
 @pytest.mark.parametrize("flags", [("--strengths", "1"), ("--perturb", "stain", "blur", "--strengths", "1"),
-                                   ("--samples", "0"), ("--perturb", "fog"), ("--perturb", "jpeg", "--strengths", "0")])
+                                   ("--samples", "0"), ("--min-fraction", "0"), ("--max-unreadable", "-1"),
+                                   ("--workers", "x"), ("--perturb", "fog"), ("--perturb", "jpeg", "--strengths", "0")])
 def test_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         rb.main(list(flags))
