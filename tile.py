@@ -18,6 +18,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -81,9 +82,8 @@ def slide_name(path: str | os.PathLike) -> str:
 def patient_of(name: str) -> str:
     """Patient of a slide or image: the first 12 characters of a TCGA barcode, else the stem up to its first "_"."""
     stem = slide_name(name)
-    if re.match(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem, flags=re.IGNORECASE):
-        return stem[:12].upper()
-    return stem.split("_", 1)[0] or stem
+    barcode = re.search(r"\bTCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem.replace("_", " "), flags=re.IGNORECASE)
+    return barcode[0].upper() if barcode else stem.split("_", 1)[0] or stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Codec:
         return self.prefix + data[2 + jfif:]
 
     def decode(self, data: bytes, shrink: int = 1) -> np.ndarray:
-        """(height, width, 3) uint8, a JPEG optionally at 1/2, 1/4 or 1/8. Any complaint of the decoder: PatchError."""
+        """(height, width, 3) uint8, optionally at 1/2, 1/4, ... (see _Tiles.shrinks). Any complaint: PatchError."""
         height, width = self.height // shrink, self.width // shrink
         try:
             if self.compression == self.JPEG:
@@ -122,25 +122,28 @@ class Codec:
                     raise PatchError("no JPEG where one should be")
                 image = simplejpeg.decode_jpeg(self.standalone(data), min_height=height, min_width=width,
                                                min_factor=shrink, fastdct=False, fastupsample=False, strict=True)
+            elif shrink > 1:    # imagecodecs has no such choice
+                picture = Image.open(io.BytesIO(data))
+                picture.reduce = shrink.bit_length() - 1
+                image = np.asarray(picture)
             else:
                 import imagecodecs
 
                 image = imagecodecs.jpeg2k_decode(data)
-                if self.compression == self.JP2K_YCBCR:
-                    image = _ycbcr_to_rgb(image)
-        except (RuntimeError, ValueError) as error:     # both libraries' own errors
+        except (RuntimeError, ValueError, OSError) as error:     # the libraries' own errors
             raise PatchError(str(error)) from error
         if image.shape != (height, width, 3):
             raise PatchError(f"compressed tile holds {image.shape}, expected {(height, width, 3)}")
-        return image
+        return _ycbcr_to_rgb(image) if self.compression == self.JP2K_YCBCR else image
 
 
 def _ycbcr_to_rgb(image: np.ndarray) -> np.ndarray:
     """JPEG's colour conversion in libjpeg's 16-bit fixed point (jdcolor.c), which OpenSlide uses for JPEG 2000 too."""
-    y, cb, cr = image[..., 0].astype(np.int32), np.arange(256) - 128, np.arange(256) - 128
-    red, blue = (91881 * cr + 32768) >> 16, (116130 * cb + 32768) >> 16
-    green = ((-22554 * cb + 32768)[image[..., 1]] + (-46802 * cr)[image[..., 2]]) >> 16
-    return np.clip(np.stack([y + red[image[..., 2]], y + green, y + blue[image[..., 1]]], 2), 0, 255).astype(np.uint8)
+    y, cb, cr = image.transpose(2, 0, 1).astype(np.int32)
+    cb -= 128
+    cr -= 128
+    shifts = 91881 * cr, -22554 * cb - 46802 * cr, 116130 * cb
+    return np.stack([np.clip(y + (shift + 32768 >> 16), 0, 255).astype(np.uint8) for shift in shifts], axis=2)
 
 
 class _Tiles:
@@ -162,7 +165,19 @@ class _Tiles:
         usable = (page.is_tiled and page.dtype == np.uint8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
                   and int(page.compression) in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB)
                   and int(page.photometric) in (2, 6))
-        return cls(page) if usable else None
+        if not usable or len(page.dataoffsets) != -(-page.imagewidth // page.tilewidth) * -(
+                -page.imagelength // page.tilelength):
+            return None
+        return cls(page)
+
+    def shrinks(self, file: int) -> list[int]:
+        """Scales at which tiles can be decoded small: 1/2 to 1/8 of JPEG, as far as JPEG 2000 is layered, to 1/32."""
+        halvings = 3
+        if self.codec.compression != Codec.JPEG:
+            data = self.compressed(file, int(self.counts.argmax()))
+            style = data.find(b"\xff\x52")     # marker COD
+            halvings = min(data[style + 9], 5) if 0 <= style < len(data) - 9 else 0
+        return [2**n for n in range(1, halvings + 1) if self.codec.width % 2**n == self.codec.height % 2**n == 0]
 
     def compressed(self, file: int, index: int) -> bytes:
         """The bytes of tile `index`; empty for a tile that the scanner left out."""
@@ -180,7 +195,7 @@ def read_bytes(file: int, offset: int, count: int) -> bytes:
 @dataclass
 class _Level:
     """One pyramid level. `number` is OpenSlide's, -1 where OpenSlide does not see it. `shrink` is the scale at which
-    JPEG tiles are decoded: levels that no file holds, good enough to look for tissue."""
+    tiles are decoded: levels that no file holds, good enough to look for tissue."""
 
     width: int
     height: int
@@ -222,7 +237,7 @@ class Slide:
     def _complain_early(self) -> None:
         """What OpenSlide would call "unsupported or missing", in words that help."""
         if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file")
+            raise UserError(f"{self.path}: no such file" + " (dead link)" * self.path.is_symlink())
         with open(self.path, "rb") as file:
             head = file.read(64)
         if not head:
@@ -243,7 +258,13 @@ class Slide:
                 self._slide = openslide.OpenSlide(str(self.path))
                 self._slide.set_cache(openslide.OpenSlideCache(self._cache_limit))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
-            what = "not a slide format that OpenSlide knows" if "nsupported" in str(error) else str(error)
+            what = str(error)
+            if "nsupported" in what:
+                what = "not a slide format that OpenSlide knows"
+                with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(self.path) as picture:
+                    if 322 not in getattr(picture, "tag_v2", ()):    # a tiled TIFF may be a slide cut short
+                        raise UserError(f"{self.path}: a {picture.format} picture, no slide with tiles; make one of it: "
+                                        f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg") from error
             raise UserError(f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide") from error
 
     def _downsample(self, width: int, height: int) -> float:
@@ -291,10 +312,9 @@ class Slide:
             if level.tiles and not (level.tiles.complete and self.levels[0].tiles.complete):
                 level.tiles = None
         for level in self.levels:
-            if level.tiles and level.tiles.codec.compression == Codec.JPEG:
+            with contextlib.suppress(PatchError):
                 self.drafts += [_Level(-(-level.width // s), -(-level.height // s), level.downsample * s, level.number,
-                                       level.tiles, s) for s in (2, 4, 8)
-                                if level.tiles.codec.width % s == level.tiles.codec.height % s == 0]
+                                       level.tiles, s) for s in (level.tiles.shrinks(self.file) if level.tiles else ())]
         return description
 
     def _equals_openslide(self) -> bool:
@@ -327,7 +347,8 @@ class Slide:
                       (number(properties.get("aperio.MPP", "")), "aperio.MPP")]
         ome = re.search(r'PhysicalSizeX="([\d.eE+-]+)"', description)
         unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', description)
-        factor = {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(unit[1] if unit else "", 1)
+        factor = {"nm": 1e-3, "um": 1, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(
+            re.sub("[\u00b5\u03bc]", "u", html.unescape(unit[1])) if unit else "um", math.nan)
         candidates.insert(0, (number(ome[1]) * factor if ome else math.nan, "OME PhysicalSizeX"))
         per_unit = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
         resolution = number(properties.get("tiff.XResolution", ""))
@@ -353,7 +374,7 @@ class Slide:
 
     def _tile(self, level: _Level, index: int) -> np.ndarray:
         """Decoded tile from the cache or the file; a tile left out by the scanner is white."""
-        key = (level.downsample, index)
+        key = (id(level), index)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -580,8 +601,9 @@ def _grow(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def _open(mask: np.ndarray) -> np.ndarray:
-    """The mask without what is narrower than 3 pixels."""
-    return _grow(~_grow(~mask, 1), 1)
+    """The mask without what is narrower than 2 pixels."""
+    whole = np.pad(mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:], 1)     # squares of 2 x 2
+    return whole[:-1, :-1] | whole[1:, :-1] | whole[:-1, 1:] | whole[1:, 1:]
 
 
 def _without_specks(mask: np.ndarray, smallest: float) -> np.ndarray:
@@ -641,7 +663,8 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
         green = slide.area(*origin.tolist(), w * factor, h * factor, w, h, draft=True)[..., 1]
         fine = np.stack([green[y:y + side, x:x + side] for x, y in places.tolist()]).astype(np.float32)
         coarse = (fine[:, ::2, ::2] + fine[:, 1::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, 1::2]) / 4
-        ratio = _laplacian_power(fine, 2) / np.maximum(_laplacian_power(coarse), 1)
+        sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)   # 10: noise of compression, all that strong blur leaves
+        ratio = sharp / np.maximum(_laplacian_power(coarse), 1)
         blur[members] = np.interp(ratio, (0.1, 0.16, 0.215, 0.35, 0.55), (6, 4, 3, 2, 0))
     return blur
 
@@ -728,8 +751,9 @@ def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
     is not 0 where there is tissue.
     """
     if path.suffix.lower() not in (".geojson", ".json"):
-        with Image.open(path) as picture:
-            values = np.asarray(picture.convert("L")) > 0
+        with Image.open(path) as picture:   # labels as stored: neither a palette's colours nor transparency
+            plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
+            values = np.atleast_3d(picture if plain else picture.convert("RGB")).any(axis=2)
         return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
     picture = Image.new("1", shape[::-1])
     draw = ImageDraw.Draw(picture)
@@ -892,23 +916,18 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: 
     return {"file": "shard", "compression": Codec.JPEG, "prefix": b"", "offset": offsets, "bytes": sizes}, errors
 
 
-def write_thumbnail(path: Path, slide: Slide, tiling: Tiling, max_side: int = 1600) -> None:
-    """Thumbnail with the tissue's outline and the grid of the patches kept."""
-    image = tiling.image if max(tiling.image.shape) >= max_side else slide.thumbnail(max_side)
-    zoom = min(max_side / max(slide.width, slide.height), 1)
-    size = max(1, round(slide.width * zoom)), max(1, round(slide.height * zoom))
-    if image is tiling.image:
-        box = (0, 0, slide.width / tiling.scale, slide.height / tiling.scale)
-        picture = Image.fromarray(image).resize(size, Image.Resampling.BOX, box)
-    else:
-        picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture, "RGBA")
-    side = tiling.size0 * zoom
-    for x, y in (tiling.coords * zoom).tolist():
-        draw.rectangle((x, y, x + side, y + side), outline=(0, 40, 200, 150 if side > 12 else 80 if side > 6 else 45))
-    for polygon in outlines(tiling.mask):
-        for ring in polygon:
-            draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)
+def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600) -> None:
+    """Thumbnail; of a slide that was tiled with the tissue's outline and the grid of the patches kept."""
+    picture = Image.fromarray(slide.thumbnail(max_side))
+    if tiling:
+        zoom = min(max_side / max(slide.width, slide.height), 1)
+        draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
+        for x, y in (tiling.coords * zoom).tolist():
+            draw.rectangle((x, y, x + side, y + side),
+                           outline=(0, 40, 200, 150 if side > 12 else 80 if side > 6 else 45))
+        for polygon in outlines(tiling.mask):
+            for ring in polygon:
+                draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)
     with atomic(path) as temporary:
         picture.save(temporary, quality=88)
 
@@ -966,7 +985,7 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
            "settings": source.settings(args), "patch_size": args.patch_size, "target_mpp": args.mpp}
     try:
         mask = find_mask(args.masks, name) if args.masks else None
-        row["bytes"] = path.stat().st_size
+        row["bytes"] = size_of(path)
         with Slide(path, source.mpp) as slide:
             slide.name = name
             if slide.mpp is None and args.assume_mpp:
@@ -974,7 +993,12 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
             row |= {"width": slide.width, "height": slide.height, "mpp": slide.mpp or "",
                     "mpp_source": slide.mpp_source, "objective": slide.objective or "",
                     "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else ""}
-            tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
+            try:
+                tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
+            except SkippedSlide:
+                if len(slide.levels + slide.drafts) > 1:    # another would have to be read whole
+                    write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
+                raise
             place, errors = coinciding_tiles(slide, tiling), []
             if args.save_patches:
                 place, errors = write_shard(folder / "shards" / f"{name}.tar", slide, tiling, place, args.jpeg_quality)
@@ -1018,20 +1042,38 @@ def find_mask(folder: Path, name: str) -> Path:
 
 
 @dataclass
-class _Handle:
-    """What is kept open of one slide: its coordinates, where its patches lie compressed, and, if needed, the slide."""
+class _Layout:
+    """Where in a slide's h5 file its tables begin, so that rows are read without HDF5, a millisecond a file."""
 
-    coords: np.ndarray
+    version: tuple              # of the file: inode, size, time
+    coords: int
+    offset: int = 0             # of compressed patches: where, and how many bytes each
+    bytes: int = 0
     codec: Codec | None = None
-    offset: np.ndarray | None = None
-    bytes: np.ndarray | None = None
-    file: int = -1
     shard: bool = False
+
+
+@dataclass
+class _Handle:
+    """What is kept open of one slide: its h5 file; the shard or slide that holds compressed patches; a reader."""
+
+    layout: _Layout
+    table: int
+    file: int = -1
     slide: Slide | None = None
 
+    def row(self, row: int) -> tuple[int, int, int, int]:
+        """x, y, and offset and bytes of a compressed patch (0: none)."""
+        place = struct.unpack("<2q", read_bytes(self.table, self.layout.coords + 16 * row, 16))
+        if self.file < 0:
+            return *place, 0, 0
+        return *place, *(struct.unpack("<q", read_bytes(self.table, table + 8 * row, 8))[0]
+                         for table in (self.layout.offset, self.layout.bytes))
+
     def close(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
+        for file in (self.table, self.file):
+            if file >= 0:
+                os.close(file)
         if self.slide:
             self.slide.close()
 
@@ -1039,15 +1081,17 @@ class _Handle:
 class PatchIndex:
     """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>, `slides` where slides lie if moved.
 
-    Only slides.csv is read at first (1,000 rows for 10 million patches). A slide's coordinates are read when one of its
-    patches is wanted, and kept for the last `handles` slides; patches that are compressed tiles (of a shard, or of the
-    slide) are read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork and to
-    use in data-loader workers; not to be shared between threads.
+    Only slides.csv is read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
+    process holds them, the system's cache of the files serves all workers. The files of the last `handles` slides stay
+    open; patches that are compressed tiles (of a shard, or of the slide) are read without opening the slide, others by
+    Slide, of which 16 stay open. Safe to pickle, to fork and to use in data-loader workers; not to be shared between
+    threads.
     """
 
     def __init__(self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256):
         self.folder, self.handles = Path(folder), handles
-        self._moved = {path.name: path for path in find_slides(Path(slides))} if slides else {}
+        self._moved = find_slides(Path(slides)) if slides else []
+        self._layouts: dict[int, _Layout] = {}
         every = read_rows(self.folder)
         if not every:
             raise UserError(f"{self.folder}/slides.csv: not found or empty; run tile.py --cancer {self.folder.name}")
@@ -1095,8 +1139,31 @@ class PatchIndex:
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
 
     def _path(self, number: int) -> Path:
+        """Where the slide is now: among those moved by its folder and name, or by its name where only one has it."""
         path = Path(self._rows[number][0])
-        return self._moved.get(path.name, path)
+        named = [other for other in self._moved if other.name == path.name]
+        return next((other for other in named if other.parent.name == path.parent.name),
+                    named[0] if len(named) == 1 else path)
+
+    def _layout(self, number: int, table: int) -> _Layout:
+        """Read from the h5 file (open as `table`) where it is new to us or was written anew."""
+        status = os.fstat(table)
+        version = status.st_ino, status.st_size, status.st_mtime_ns
+        if number not in self._layouts or self._layouts[number].version != version:
+            import h5py
+
+            with h5py.File(self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r") as file:
+                layout, count = _Layout(version, file["coords"].id.get_offset()), len(file["coords"])
+                if group := file.get("compressed"):
+                    layout.offset, layout.bytes = (group[name].id.get_offset() for name in ("offset", "bytes"))
+                    layout.codec = Codec(int(group.attrs["compression"]), group["prefix"][:].tobytes(),
+                                         self.patch_size, self.patch_size)
+                    layout.shard = group.attrs["file"] == "shard"
+            if count != self.counts[number]:
+                raise PatchError(f"its h5 file holds {count} patches, slides.csv says {self.counts[number]}; "
+                                 f"run tile.py again")
+            self._layouts[number] = layout
+        return self._layouts[number]
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
@@ -1105,25 +1172,16 @@ class PatchIndex:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        import h5py
-
-        with h5py.File(self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r") as file:
-            handle = _Handle(file["coords"][:])
-            group = file.get("compressed")
-            if group is not None:
-                path = self._path(number)
-                handle.shard = group.attrs["file"] == "shard"
-                if handle.shard:
-                    path = self.folder / "shards" / f"{self.slides[number]}.tar"
-                with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
-                    handle.file = os.open(path, os.O_RDONLY)
-                    handle.codec = Codec(int(group.attrs["compression"]), group["prefix"][:].tobytes(),
-                                         self.patch_size, self.patch_size)
-                    handle.offset, handle.bytes = group["offset"][:], group["bytes"][:]
-        if len(handle.coords) != self.counts[number]:
-            handle.close()
-            raise PatchError(f"its h5 file holds {len(handle.coords)} patches, slides.csv says {self.counts[number]}; "
-                             f"run tile.py again")
+        table = os.open(self.folder / "patches" / f"{self.slides[number]}_patches.h5", os.O_RDONLY)
+        try:
+            handle = _Handle(self._layout(number, table), table)
+        except BaseException:
+            os.close(table)
+            raise
+        if handle.layout.codec:
+            path = self.folder / "shards" / f"{self.slides[number]}.tar" if handle.layout.shard else self._path(number)
+            with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
+                handle.file = os.open(path, os.O_RDONLY)
         self._open[number] = handle
         while len(self._open) > self.handles:
             self._open.popitem(last=False)[1].close()
@@ -1135,13 +1193,13 @@ class PatchIndex:
         place = f"row {row}"
         try:
             handle = self._handle(number)
-            x, y = handle.coords[row].tolist()
+            x, y, offset, count = handle.row(row)
             place = f"x={x}, y={y}"
-            if handle.codec and handle.bytes[row]:
+            if count:
                 try:
-                    return handle.codec.decode(read_bytes(handle.file, int(handle.offset[row]), int(handle.bytes[row])))
+                    return handle.layout.codec.decode(read_bytes(handle.file, offset, count))
                 except PatchError:
-                    if handle.shard:
+                    if handle.layout.shard:
                         raise       # of a slide, OpenSlide decides what is damaged
             if not handle.slide:
                 using = [other for other in self._open.values() if other.slide]
@@ -1174,6 +1232,11 @@ class Source:
     size: int = 0           # bytes
     md5: str = ""
 
+    @property
+    def patients(self) -> set[str]:
+        """Whose it is, by its name, or by the file's where another has the same: held out if either is."""
+        return {patient_of(self.name), patient_of(self.path)}
+
     def settings(self, args: argparse.Namespace) -> str:
         """Changes when the slide's patches would: another row in slides.csv with it is out of date."""
         values = [getattr(args, key) for key in LIMITS] + [args.assume_mpp, self.mpp]
@@ -1184,11 +1247,11 @@ class Source:
 
 
 def find_slides(folder: Path) -> list[Path]:
-    """Slides below a folder, flat or in folders per file id, sorted by name; hidden files are left out.
+    """Slides below a folder, flat or in folders per file id, sorted by name, dead links too; hidden files are left out.
 
     Of the several files of one DICOM slide only the first is listed.
     """
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     found.sort(key=lambda path: (path.name, str(path)))
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
@@ -1227,11 +1290,11 @@ def read_manifest(path: Path) -> list[dict]:
     rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
             for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")]
     for row in rows:
-        row["filename"] = next((row[key] for key in ("filename", "slide", "wsi", "path") if row.get(key)), "")
+        row["filename"] = next((row[key] for key in ("filename", "slide", "slide_id", "wsi", "path") if row.get(key)), "")
         try:
-            row["mpp"] = float(row["mpp"]) if row.get("mpp") else None
+            row["mpp"] = positive(row["mpp"]) if row.get("mpp") else None
             row["size"] = int(row.get("size") or 0)
-        except ValueError as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"--manifest {path}: {error} in the row of {row['filename']}") from error
     if not any(row["filename"] for row in rows):
         raise UserError(f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
@@ -1239,27 +1302,48 @@ def read_manifest(path: Path) -> list[dict]:
     return [row for row in rows if row["filename"]]
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def local_sources(args: argparse.Namespace, folder: Path) -> list[Source]:
     """The slides in a folder, or those of them that the manifest names."""
-    named = name_slides(find_slides(folder)) if folder.is_dir() else {}
+    paths = find_slides(folder) if folder.is_dir() else []
     if not args.manifest:
         if not folder.is_dir():
             hint = "; --download fetches them from the GDC" if args.cancer.lower() in TCGA else ""
             raise UserError(f"{folder}: no such folder; put slides there or name their folder with --slides{hint}")
-        if not named:
+        if not paths:
             raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})")
-        return [Source(name, path, size=path.stat().st_size) for name, path in named.items()]
-    known = {key: (name, path) for name, path in named.items() for key in (name, path.name, slide_name(path))}
+        return [Source(name, path, size=size_of(path)) for name, path in name_slides(paths).items()]
+    rows, there = read_manifest(args.manifest), {os.path.abspath(path): path for path in paths}
+    for row in rows:    # a path, as it stands or below one of these folders
+        for place in (Path(), args.manifest.parent, folder, folder / row.get("id", "")):
+            if (place / row["filename"]).is_file():
+                row["path"] = os.path.abspath(place / row["filename"])
+                there.setdefault(row["path"], Path(row["path"]))
+    named = name_slides(list(there.values()))
+    names = {os.path.abspath(path): name for name, path in named.items()}
+    known: dict[str, set[str]] = {}
+    for name, path in named.items():
+        for key in (name, path.name, slide_name(path)):
+            known.setdefault(key, set()).add(name)
     sources, missing = {}, []
-    for row in read_manifest(args.manifest):
-        given = Path(row["filename"])
-        direct = next((p for p in (given, args.manifest.parent / given, folder / given) if p.is_file()), None)
-        name, path = known.get(given.name) or known.get(slide_name(given)) or (slide_name(given), direct)
-        if path is None:
+    for row in rows:
+        given = Path(row["filename"]).name
+        found = {names[row["path"]]} if row.get("path") in names else known.get(given) or known.get(slide_name(given))
+        if not found:
             missing.append(row["filename"])
             continue
-        path = direct or path
-        sources[name] = Source(name, path, row["mpp"], row.get("id", ""), row["size"] or path.stat().st_size,
+        if len(found) > 1:
+            raise UserError(f"--manifest {args.manifest}: {row['filename']}: {len(found)} slides are called so: "
+                            f"{', '.join(sorted(found))}; name one of them, or its path")
+        name, = found
+        sources[name] = Source(name, named[name], row["mpp"], row.get("id", ""), row["size"] or size_of(named[name]),
                                row.get("md5", ""))
     if not sources:
         raise UserError(f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
@@ -1279,13 +1363,13 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
     held, reasons = set(), {}
     if args.exclude:
         held = read_patients(args.exclude)
-        if not held & {patient_of(source.name) for source in sources}:
+        if not any(held & source.patients for source in sources):
             print(f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort", flush=True)
     wanted = []
     for source in sources:
         section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", source.name)
         kind = "diagnostic" if not section or section[1].startswith("DX") else "tissue"
-        if patient_of(source.name) in held:
+        if held & source.patients:
             reasons[source.name] = f"held out: its patient is in {args.exclude} (--exclude)"
         elif args.strategy not in ("both", kind):
             reasons[source.name] = f"a {kind} slide (--strategy {args.strategy})"
@@ -1346,14 +1430,15 @@ def ask_gdc(args: argparse.Namespace, names: list[str] | None) -> list[Source]:
         query["from"] = len(hits)
     sources = []
     for hit in hits:
-        name, key = str(hit.get("file_name")), str(hit.get("file_id"))
+        name, key, size, md5 = (str(hit.get(field)) for field in ("file_name", "file_id", "file_size", "md5sum"))
         # Names come from the network: they may choose a file in our folder, never another path.
         if not re.fullmatch(r"[A-Za-z0-9][\w.() +-]{0,200}", name) or not name.lower().endswith(SUFFIXES) \
-                or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key):
-            print(f"note: the server names a slide {name!r} with id {key!r}: refused", flush=True)
+                or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key) \
+                or not re.fullmatch(r"[1-9]\d{0,14}", size) or not re.fullmatch(r"[0-9a-f]{32}", md5):
+            print(f"note: the server names a slide {name!r} with id {key!r}, {size} bytes, md5 {md5!r}: refused",
+                  flush=True)
             continue
-        sources.append(Source(slide_name(name), args.slides / key / name, None, key, int(hit["file_size"]),
-                              str(hit["md5sum"])))
+        sources.append(Source(slide_name(name), args.slides / key / name, None, key, int(size), md5))
     return sources
 
 
@@ -1366,7 +1451,10 @@ def pause(attempt: int, least: float = 0) -> None:
 
 
 def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
-    """Open a URL; what may pass (429, 5xx, no connection) is tried again, later each time."""
+    """Open a URL; what may pass (429, 5xx, no connection) is tried again, later each time.
+
+    The answer to a question (`data`) is read whole, so that a broken one is asked again.
+    """
     import http.client
     import urllib.error
     import urllib.request
@@ -1375,7 +1463,8 @@ def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
     for attempt in range(tries):
         wait = ""
         try:
-            return urllib.request.urlopen(request, timeout=60)
+            answer = urllib.request.urlopen(request, timeout=60)
+            return io.BytesIO(answer.read()) if data else answer
         except urllib.error.HTTPError as error:
             reason, wait = f"the server answers {error.code} {error.reason}", error.headers.get("Retry-After", "")
             if error.code < 500 and error.code != 429:
@@ -1548,10 +1637,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if not disk_full(error):
-            raise
-        print(f"error: {error}: free some space and run the same command again; it goes on where it was",
-              file=sys.stderr)
+        mend = "free some space" if disk_full(error) else "mend that"
+        print(f"error: {error}: {mend} and run the same command again; it goes on where it was", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -1633,7 +1720,11 @@ def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str
                   for s in sources]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
     held = read_patients(args.exclude) if args.exclude else set()
-    gone = dict.fromkeys((name for name in known if patient_of(name) in held), f"held out: {args.exclude} (--exclude)")
+    names = {os.path.abspath(source.path): source.name for source in sources}
+    gone = {name: f"held out: {args.exclude} (--exclude)" for name, row in known.items()
+            if held & {patient_of(name), patient_of(row["path"])}}
+    gone |= {name: f"is {names[row['path']]} now, since others have its name" for name, row in known.items()
+             if names.get(row["path"], name) != name}
     rows = []
     for name, reason in (gone | left_out).items():
         row = known.get(name) or {"slide": name, "patient": patient_of(name)}

@@ -24,6 +24,7 @@ import pytest
 import tifffile
 from conftest import SHARED, torchrun
 from PIL import Image
+from scipy import ndimage
 from test_tile import by_openslide, section, write_slide
 
 import tile
@@ -67,6 +68,8 @@ def zoo(tmp_path_factory, sound):
     data = tmp_path_factory.mktemp("zoo")
     folder = put(data, sound, "good.svs", "na\u00efve \u00fc [1], (2)#%.svs", "d290-uuid/in-folder.svs", "p1/same.svs",
                  "p2/same.svs", os.fsdecode(b"latin\xe9.svs"), ".hidden.svs", "b.svs.partial")
+    (folder / "dangling.svs").symlink_to("/nowhere/dangling.svs")
+    (folder / "folder.svs").mkdir()
     (folder / "lfs.svs").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     (folder / "empty.ndpi").touch()
     (folder / "page.svs").write_text("<html>404</html>" * 80)
@@ -95,7 +98,7 @@ def zoo(tmp_path_factory, sound):
     ("good", "done", ""), ("na\u00efve \u00fc [1], (2)#%", "done", ""), ("in-folder", "done", ""),
     ("p1_same", "done", ""), ("p2_same", "done", ""), ("latin\ufffd", "done", ""), ("lfs", "failed", "git lfs pull"),
     ("empty", "failed", "empty file"), ("page", "failed", "not a slide format"), ("half", "failed", "cut short"),
-    ("alone", "failed", "MIRAX data folder alone/ is missing"), ("no-mpp", "skipped", "--assume-mpp"),
+    ("dangling", "failed", "no such file"), ("alone", "failed", "MIRAX data folder alone/ is missing"), ("no-mpp", "skipped", "--assume-mpp"),
     ("dpi", "skipped", "352.8 µm/px is implausible"), ("coarse", "skipped", "0.5 µm/px is coarser than 0.25"),
     ("blank", "skipped", "no tissue"), ("white", "failed", "empty pixels"), ("tiny", "skipped", "smaller"),
     ("damaged", "done", ""), ("cut", "failed", "cut short")])
@@ -110,9 +113,9 @@ def test_faults_are_told_and_nothing_else_is_lost(zoo):
     data, done = zoo
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     table = rows(data)
-    assert len(table) == 19 and ".hidden" not in table
+    assert len(table) == 20 and ".hidden" not in table
     last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("7 slides done (1 with warnings), 5 skipped, 7 failed;"), last
+    assert last.startswith("7 slides done (1 with warnings), 5 skipped, 8 failed;"), last
     row = table["damaged"]
     assert int(row["unreadable"]) == 1 and "left out, first: x=256, y=256: " in row["warnings"]
     assert int(row["patches"]) == int(table["good"]["patches"]) - 1
@@ -127,7 +130,7 @@ def test_a_second_run_does_only_what_is_missing(zoo):
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.h5")}
     (folder / "patches" / "good_patches.h5").unlink()
     done = run(data, "--save-patches")
-    assert done.returncode == 1 and "11 slides are finished, 8 to do" in done.stdout     # 7 failed, 1 missing
+    assert done.returncode == 1 and "11 slides are finished, 9 to do" in done.stdout     # 8 failed, 1 missing
     assert all(path.stat().st_mtime_ns == old for path, old in times.items() if path.name != "good_patches.h5")
 
 
@@ -174,6 +177,56 @@ def test_masks_and_mpp_of_the_user(tmp_path, sound):
             assert file["coords"][:].tolist() == [[256, 256], [512, 256]]
 
 
+@pytest.mark.parametrize("mpp", ["nan", "-0.25", "0", "inf", "fast"])
+def test_impossible_mpp_in_a_table(tmp_path, sound, capsys, mpp):
+    put(tmp_path, sound, "a.svs")
+    (tmp_path / "list.csv").write_text(f"slide,mpp\na.svs,{mpp}\n")
+    args = ["--cancer", "mine", "--data", str(tmp_path), "--manifest", str(tmp_path / "list.csv")]
+    assert tile.main(args) == 1
+    error = capsys.readouterr().err
+    assert "list.csv" in error and mpp in error and "a.svs" in error
+
+
+def test_slides_of_one_name_in_a_table(tmp_path, sound):
+    """Each row is its own slide, also where two differ in the folder only."""
+    put(tmp_path, sound, "p1/same.svs", "p2/same.svs", "p3/same.svs")
+    (tmp_path / "list.csv").write_text("slide,mpp\np1/same.svs,\np3/same.svs,0.26\n")
+    assert run(tmp_path, "--manifest", tmp_path / "list.csv").returncode == 0
+    assert {name: row["mpp"] for name, row in rows(tmp_path).items()} == {"p1_same": "0.25", "p3_same": "0.26"}
+    (tmp_path / "list.csv").write_text("slide\nsame\n")
+    done = run(tmp_path, "--manifest", tmp_path / "list.csv")
+    assert done.returncode == 1 and "same: 3 slides" in done.stderr
+
+
+def test_a_name_that_changes_leaves_no_second_copy(tmp_path, sound):
+    put(tmp_path, sound, "p1/same.svs")
+    assert run(tmp_path).returncode == 0
+    put(tmp_path, sound, "p2/same.svs")
+    assert run(tmp_path).returncode == 0
+    assert tile.PatchIndex(tmp_path / "tiles" / "mine").slides == ["p1_same", "p2_same"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_without_a_traceback(tmp_path, sound, capsys):
+    put(tmp_path, sound, "a.svs")
+    (tmp_path / "tiles").write_text("a file where a folder should be")
+    assert tile.main(["--cancer", "mine", "--data", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "tiles" in error
+
+
+def test_slides_without_patches_have_a_thumbnail_too(tmp_path):
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    write_slide(folder / "blank.svs", np.full((600, 700, 3), 240, np.uint8))
+    write_slide(folder / "coarse.svs", section(600, 700), mpp=0.5)
+    write_slide(folder / "blurred.svs", ndimage.gaussian_filter(section(600, 700), (15, 15, 0)))
+    assert run(tmp_path).returncode == 0
+    table = rows(tmp_path)
+    assert {row["status"] for row in table.values()} == {"skipped"} and "for blur" in table["blurred"]["reason"]
+    for name in table:
+        assert Image.open(tmp_path / "tiles" / "mine" / "thumbnails" / f"{name}.jpg").size == (700, 600)
+
+
 # Selection -----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +264,9 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
         chosen, reasons = choose(sources, exclude=tmp_path / name)
         assert len(chosen) == 38 and not [s for s in chosen if s.name.startswith(patient)]
         assert sum("held out" in reason for reason in reasons.values()) == 2
+    double = [tile.Source(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
+    (tmp_path / "d.txt").write_text("# held out\r\nsame.svs\r\n", encoding="utf-8-sig")
+    assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], "named as the file is"
     (tmp_path / "c.txt").write_text("somebody\n")
     choose(sources, exclude=tmp_path / "c.txt")
     assert "none of its 1 patients is in this cohort" in capsys.readouterr().out
@@ -352,7 +408,7 @@ class Gdc(BaseHTTPRequestHandler):
     """The part of the GDC's interface that is used, with faults to order: {id or "files": [fault, ...]}."""
 
     protocol_version = "HTTP/1.1"
-    slides, faults, log = {}, {}, []    # set anew by the fixture
+    slides, faults, changes, log = {}, {}, {}, []   # set anew by the fixture
 
     def log_message(self, *_):
         pass
@@ -372,10 +428,14 @@ class Gdc(BaseHTTPRequestHandler):
     def do_POST(self):
         query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fault = self.fault("files")
+        if fault == "cut":
+            self.close_connection = True
+            return self.reply(200, b'{"data":', length=1000)
         if fault:
-            return self.reply(fault, b"")
+            return self.reply(*{"html": (200, b"<html>"), "nothing": (200, b"{}")}.get(fault, (fault, b"")))
         hits = [{"file_id": key, "file_name": name, "file_size": len(body), "md5sum": md5}
                 for key, (name, body, md5) in self.slides.items()]
+        hits = [hit | self.changes.get(hit["file_id"], {}) for hit in hits]
         for clause in query["filters"]["content"]:
             field, values = clause["content"]["field"], clause["content"]["value"]
             if field == "file_name":
@@ -419,7 +479,7 @@ def gdc(sound, monkeypatch):
     """A server with four slides; its address."""
     md5 = hashlib.md5(sound).hexdigest()
     Gdc.slides = {f"uuid-{n}": (f"TCGA-N5-A4R{n}-01Z-00-DX1.{n}.svs", sound, md5) for n in range(4)}
-    Gdc.faults, Gdc.log = {}, []
+    Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
     monkeypatch.setattr(tile, "RETRY_SECONDS", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -464,6 +524,22 @@ def test_download_survives(tmp_path, gdc, sound, fault):
     assert ranges[0] is None and ranges[1] == f"bytes={len(sound) // 2}-", "it went on where it was cut"
     requests = len(Gdc.log)
     assert download(tmp_path, gdc, "--yes") == 0 and len(Gdc.log) == requests, "nothing is fetched twice"
+
+
+@pytest.mark.parametrize("fault", ["cut", "html", "nothing", 503])
+def test_list_of_files_comes_broken(tmp_path, gdc, fault, capsys):
+    """A list cut short is asked for again; an answer that is no list is an error, not a traceback."""
+    Gdc.faults = {"files": [fault]}
+    passes = fault in ("cut", 503)
+    assert download(tmp_path, gdc, "--yes") == (0 if passes else 1)
+    assert passes or "is it a GDC server?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"file_size": None}, {"file_size": 0}, {"file_size": "x"}, {"md5sum": None}])
+def test_hostile_entries_of_the_list(tmp_path, gdc, change, capsys):
+    Gdc.changes = {"uuid-1": change}
+    assert download(tmp_path, gdc, "--yes") == 0
+    assert len(rows(tmp_path, "ucs")) == 3 and "refused" in capsys.readouterr().out
 
 
 def test_download_gives_up_on_one_slide_only(tmp_path, gdc, capsys):
