@@ -66,19 +66,20 @@ def configurations(target: str):
         yield "gradient", label, logsum_triton.gradient_kernel, flags, types, False
     types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
     for store, precision in ((False, "tf32"), (True, "tf32"), (True, cka_triton.scatter_precision(hip))):
-        label = "covariance" if precision != "tf32" else "CKA, many rows" if store else "CKA"
-        yield ("gram", label, cka_triton.gram_kernel, {
-            **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision},
-               types, True)
+        for aligned in (True, False):
+            label = "covariance" if precision != "tf32" else "CKA, many rows" if store else "CKA"
+            yield ("gram", label + ("" if aligned else ", odd widths"), cka_triton.gram_kernel, {
+                **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision,
+                "ALIGNED": aligned}, types, True)
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
-    types |= {"sets": "*i32", "redo": "*i8"}
+    types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
         for width in (16, 32, 64, 1536):
             yield ("screen", f"{label}, D {'> 64' if width > 64 else f'<= {width}'}", knn_triton.screen_kernel,
                    {**knn_triton.screen_config(k, width, kind), "MASK": knn_triton.GROUPS}, types, True)
     rows = {"ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"], "MASK": knn_triton.GROUPS, "COSINE": True}
     for k in (8, 24, 56, 64):
-        rescan = {**rows, **knn_triton.rescan_config(k, kind)}
+        rescan = {**rows, **knn_triton.rescan_config(k)}
         yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, rescan, types, False
     for k in (16, 32, 64):
         yield "redo", f"k <= {k}", knn_triton.redo_kernel, {**rows, **knn_triton.redo_config(k)}, types, False
@@ -91,7 +92,7 @@ def compiled(target: str, function, parameters: dict, types: dict) -> dict:
     from triton.compiler import ASTSource
 
     backend, architecture, lanes, _ = TARGETS[target]
-    options = {name: value for name, value in parameters.items() if name.startswith("num_")}
+    options = {name: value for name, value in parameters.items() if name.startswith("num_") or name == "maxnreg"}
     constants = {name: value for name, value in parameters.items() if name not in options}
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):

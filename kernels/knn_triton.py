@@ -1,9 +1,10 @@
 """Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in knn.py.
 
-Rows of base are sorted by group, so that a tile of them mostly has one label: a tile that shares no label with the
-queries needs no mask, and one whose only label is theirs is skipped. Screening is one TF32 matrix product per tile with
-the bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of the few minima
-that improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no atomics.
+Rows of base and queries are sorted by group, so that a tile of queries knows beforehand which tiles of base hold no
+label but its own and are passed over, and which share one with it and need a mask. Screening is one TF32 matrix product
+per tile with the bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of the
+few minima that improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no
+atomics.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from kernels.knn import TF32, _operands
 
@@ -21,68 +23,68 @@ NONE, SELF, GROUPS = 0, 1, 2
 
 @triton.jit
 def screen_kernel(
-    query, base, bias, query_groups, base_groups, values, sets, queries, rows, width,
+    query, base, bias, query_groups, base_groups, spans, values, sets, queries, rows, stride,
     MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
     WIDTH: tl.constexpr, LOOPED: tl.constexpr,
 ):  # fmt: skip
     """The KEEP sets with the least lower bounds for each query, unsorted -> values, sets (queries, splits, KEEP).
 
-    query (queries, width) is -2 times the operand; member m of set s of a tile is its row m * (ROWS / SET) + s.
+    query (queries, stride) is -2 times the operand; member m of set s of a tile is its row m * (ROWS / SET) + s. Rows
+    are padded with zeros to a stride that is a multiple of 16, so that loads are 16 bytes wide and asynchronous.
+    spans (4, query tiles): the tiles of base passed over, from and to, and the rows that may share a label, likewise.
     """
     SETS: tl.constexpr = ROWS // SET
     q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     split = tl.program_id(1)
     real_q = q < queries
     d = tl.arange(0, WIDTH)
-    q_at = query + q.to(tl.int64)[:, None] * width
+    q_at = query + q.to(tl.int64)[:, None] * stride
     if not LOOPED:
-        a = tl.load(q_at + d[None, :], mask=real_q[:, None] & (d[None, :] < width), other=0.0)
+        a = tl.load(q_at + d[None, :], mask=real_q[:, None] & (d[None, :] < stride), other=0.0)
+    skip_from, skipped, near_from, near_to = 0, 0, 0, 0
     if MASK == 2:
         labels_q = tl.load(query_groups + tl.minimum(q, queries - 1))
-        least_q, most_q = tl.min(labels_q), tl.max(labels_q)
+        at = spans + tl.program_id(0)
+        skip_from, skipped = tl.load(at), tl.load(at + tl.num_programs(0)) - tl.load(at)
+        near_from, near_to = tl.load(at + 2 * tl.num_programs(0)), tl.load(at + 3 * tl.num_programs(0))
     best = tl.full((QUERIES, KEEP), float("inf"), tl.float32)
     ids = tl.full((QUERIES, KEEP), -1, tl.int32)
     slots, lanes = tl.arange(0, KEEP), tl.arange(0, SETS)
     worst = tl.full((QUERIES,), float("inf"), tl.float32)
-    for start in range(split * ROWS, rows, tl.num_programs(1) * ROWS):
+    for step in range(split, tl.cdiv(rows, ROWS) - skipped, tl.num_programs(1)):
+        tile = step + tl.where(step >= skip_from, skipped, 0)
+        start = tile * ROWS
         n = start + tl.arange(0, ROWS)
-        wanted = True
-        mixed = False
+        score = tl.zeros((QUERIES, ROWS), tl.float32)
+        score += tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :]
+        n_at = base + n.to(tl.int64)[None, :] * stride
+        if LOOPED:
+            for first in range(0, stride, WIDTH):
+                e = first + d
+                x = tl.load(q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < stride), other=0.0)
+                y = tl.load(n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < stride), other=0.0)
+                score = tl.dot(x, y, score, input_precision="tf32")
+        else:
+            y = tl.load(n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < stride), other=0.0)
+            score = tl.dot(a, y, score, input_precision="tf32")
+        if MASK == 1:
+            if (start < tl.program_id(0) * QUERIES + QUERIES) & (start + ROWS > tl.program_id(0) * QUERIES):
+                score = tl.where(q[:, None] == n[None, :], float("inf"), score)
         if MASK == 2:
-            labels_n = tl.load(base_groups + tl.minimum(n, rows - 1))
-            least_n, most_n = tl.min(labels_n), tl.max(labels_n)
-            wanted = (least_n != most_n) | (least_q != most_q) | (least_n != least_q)
-            mixed = (least_n <= most_q) & (least_q <= most_n)
-        if wanted:
-            score = tl.zeros((QUERIES, ROWS), tl.float32)
-            score += tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :]
-            n_at = base + n.to(tl.int64)[None, :] * width
-            if LOOPED:
-                for first in range(0, width, WIDTH):
-                    e = first + d
-                    x = tl.load(q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < width), other=0.0)
-                    y = tl.load(n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < width), other=0.0)
-                    score = tl.dot(x, y, score, input_precision="tf32")
-            else:
-                y = tl.load(n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < width), other=0.0)
-                score = tl.dot(a, y, score, input_precision="tf32")
-            if MASK == 1:
-                if (start < tl.program_id(0) * QUERIES + QUERIES) & (start + ROWS > tl.program_id(0) * QUERIES):
-                    score = tl.where(q[:, None] == n[None, :], float("inf"), score)
-            if MASK == 2:
-                if mixed:
-                    score = tl.where(labels_q[:, None] == labels_n[None, :], float("inf"), score)
-            least = tl.min(tl.reshape(score, (QUERIES, SET, SETS)), 1)
+            if (start < near_to) & (start + ROWS > near_from):
+                labels_n = tl.load(base_groups + tl.minimum(n, rows - 1))
+                score = tl.where(labels_q[:, None] == labels_n[None, :], float("inf"), score)
+        least = tl.min(tl.reshape(score, (QUERIES, SET, SETS)), 1)
+        more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
+        while more > 0:
+            value, lane = tl.min(least, 1, return_indices=True)
+            slot = tl.argmax(best, 1)
+            hit = (slots[None, :] == slot[:, None]) & (value < worst)[:, None]
+            best = tl.where(hit, value[:, None], best)
+            ids = tl.where(hit, (tile * SETS + lane)[:, None], ids)
+            least = tl.where(lanes[None, :] == lane[:, None], float("inf"), least)
+            worst = tl.max(best, 1)
             more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
-            while more > 0:
-                value, lane = tl.min(least, 1, return_indices=True)
-                slot = tl.argmax(best, 1)
-                hit = (slots[None, :] == slot[:, None]) & (value < worst)[:, None]
-                best = tl.where(hit, value[:, None], best)
-                ids = tl.where(hit, ((start // ROWS) * SETS + lane)[:, None], ids)
-                least = tl.where(lanes[None, :] == lane[:, None], float("inf"), least)
-                worst = tl.max(best, 1)
-                more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
     out = (q.to(tl.int64)[:, None] * tl.num_programs(1) + split) * KEEP + slots[None, :]
     tl.store(values + out, best, mask=real_q[:, None])
     tl.store(sets + out, ids, mask=real_q[:, None])
@@ -191,27 +193,37 @@ def screen_config(k: int, width: int, device: str) -> dict:
     """Tile and launch parameters on a device "hopper", "cuda" or "hip".
 
     Scores, kept sets and one operand are all in registers: what compiles without spilling decides the tiles, and more
-    than 64 sets fit nowhere, so that the largest k keep 64 in each of two programs.
+    than 64 sets fit nowhere, so that the largest k keep 64 in each of two programs. On Hopper the limit on registers
+    lets two programs share a multiprocessor, so that one multiplies while the other waits for its loads.
     """
     keep, looped = min(64, max(16, triton.next_power_of_2(k + SPARE))), width > 64
+    config = {"KEEP": keep, "QUERIES": 64 if keep <= 32 else 16 if device == "hip" else 32, "ROWS": 64, "SET": 8,
+              "LOOPED": looped, "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
+              "num_warps": 8, "num_stages": 1 if keep == 64 else 2}
     if device == "hopper" and keep <= 32 and not looped:
-        queries, rows = 128, 128
-    else:
-        queries, rows = 64 if keep <= 32 else 16 if device == "hip" else 32, 64
-    return {"KEEP": keep, "QUERIES": queries, "ROWS": rows, "SET": 8, "LOOPED": looped,
-            "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
-            "num_warps": 8, "num_stages": 1 if keep == 64 else 2}
+        config |= {"QUERIES": 128, "maxnreg": 128}
+    return config
 
 
-def rescan_config(k: int, device: str) -> dict:
-    screen = screen_config(k, 1, device)
+def rescan_config(k: int) -> dict:
     merged = max(16, triton.next_power_of_2(k + SPARE))
-    width, warps = (8, 4) if merged <= 32 else (4, 8)
-    return {"KEEP": merged, "SET": screen["SET"], "WIDTH": width, "num_warps": warps}
+    width, warps = (8, 4) if merged <= 32 else (4, 4) if merged == 64 else (4, 8)
+    return {"KEEP": merged, "SET": 8, "WIDTH": width, "num_warps": warps}
 
 
 def redo_config(k: int) -> dict:
     return {"KEEP": max(16, triton.next_power_of_2(k)), "ROWS": 256, "WIDTH": 8, "num_warps": 4}
+
+
+def _spans(query_groups, groups, queries, rows):
+    """What screen_kernel takes as spans, from sorted labels and the sizes of its tiles."""
+    least, most = query_groups[::queries], query_groups[queries - 1 :: queries]
+    if len(most) < len(least):
+        most = torch.cat((most, query_groups[-1:]))
+    near_from, near_to = torch.searchsorted(groups, least), torch.searchsorted(groups, most, right=True)
+    skip_from, skip_to = (near_from + rows - 1) // rows, near_to // rows
+    skip_to = torch.where(least == most, skip_to.maximum(skip_from), skip_from)
+    return torch.stack((skip_from, skip_to, near_from, near_to)).int()
 
 
 def _kind(device):
@@ -236,20 +248,23 @@ def search(base, k, query, groups, query_groups, metric):
         sorted_groups, sorted_query_groups = groups[order], query_groups[order_q]
     else:
         order, order_q = torch.arange(rows, device=device), torch.arange(count, device=device)
-        groups = query_groups = sorted_groups = sorted_query_groups = None
+        groups = query_groups = sorted_groups = sorted_query_groups = spans = None
     base = base.contiguous()
     query = base if alone else query.contiguous()
     q, b, bias_q, bias_b = _operands(base, None if alone else query, metric, TF32)
-    kind = _kind(device)
-    config, rescan = screen_config(k, base.shape[1], kind), rescan_config(k, kind)
+    config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
     splits = max(rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles))
+    if mask == GROUPS:
+        spans = _spans(sorted_query_groups, sorted_groups, config["QUERIES"], tile)
     values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
     sets = torch.empty(count, splits, config["KEEP"], dtype=torch.int32, device=device)
     cosine, width = metric == "cosine", base.shape[1]
+    padding = (0, -width % 16)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        screen_kernel[(tiles, splits)](q[order_q] * -2, b[order], bias_b[order], sorted_query_groups, sorted_groups,
-                                       values, sets, count, rows, width, MASK=mask, **config)
+        screen_kernel[(tiles, splits)](pad(q[order_q] * -2, padding), pad(b[order], padding), bias_b[order],
+                                       sorted_query_groups, sorted_groups, spans, values, sets, count, rows,
+                                       width + padding[1], MASK=mask, **config)
         dropped = values.amax(2).amin(1)  # a program dropped no set whose bound is below its worst kept
         values, place = values.flatten(1).topk(rescan["KEEP"], dim=1, largest=False)
         dropped = torch.minimum(dropped, values.amax(1))

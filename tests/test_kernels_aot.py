@@ -1,5 +1,7 @@
 """Every Triton kernel, in every configuration a launcher can choose, compiled for real GPUs without having one."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
@@ -29,6 +31,14 @@ def test_compiles_within_the_device(target, kernels):
         assert bool(aot.TENSOR_CORES.search(result["code"])) or not cores, where
         made += 1
     assert made >= len(kernels)
+
+
+@pytest.mark.parametrize("wanted", ["CKA", "k <= 24, D > 64"])
+def test_operands_are_loaded_16_bytes_at_a_time(wanted):
+    for _, label, function, parameters, types, _ in aot.configurations("sm_90"):
+        if label == wanted:
+            code = aot.compiled("sm_90", function, parameters, types)["code"]
+            assert re.search(r"cp\.async\.cg[^;]*, 0x10", code) and not re.search(r"cp\.async\.ca[^;]*, 0x4", code)
 
 
 def test_all_kernels_are_covered():
