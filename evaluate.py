@@ -331,8 +331,9 @@ def load_idc(root: Path, cache: Path) -> list[Benchmark]:
     for f in sorted(found, key=lambda p: (len(p.parts), p)):   # the archive holds everything twice, one level deeper
         files.setdefault(f.name, f)
     notes = [f"{len(found) - len(files)} nested copies left out"] if len(found) > len(files) else []
-    rows = [(n, n[-5], n.split("_")[0]) for n in files]
-    return [make("idc", "patch", ImageFiles(list(files.values()), 50), rows, ["0", "1"], root, notes)]
+    classes = ["no IDC", "IDC"]
+    rows = [(n, classes[int(n[-5])], n.split("_")[0]) for n in files]   # by file name: folders are copied by hand
+    return [make("idc", "patch", ImageFiles(list(files.values()), 50), rows, classes, root, notes)]
 
 
 def load_bracs(root: Path, cache: Path) -> list[Benchmark]:
@@ -355,12 +356,13 @@ def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
     zooms = sorted({m[5] for _, m in kept}, key=int)
     notes = [f"{len(found) - len(kept)} images of patient 13412 left out (labelled DC and LC; all magnifications)"]
     notes += [f"only {', '.join(zooms)}X at hand"] if len(zooms) < 4 else []
-    for task, column, classes in (("binary", 1, "BM"), ("subtype", 2, ("A", "F", "PT", "TA", "DC", "LC", "MC", "PC"))):
+    kinds = {"B": "benign", "M": "malignant"}
+    for task, classes in (("binary", list(kinds.values())), ("subtype", "A F PT TA DC LC MC PC".split())):
         for zoom in zooms:
             part = [(f, m) for f, m in kept if m[5] == zoom]
-            result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]),
-                               [(f.name, m[column], m[3]) for f, m in part], classes, root, notes,
-                               source=f"breakhis-{zoom}x"))
+            rows = [(f.name, kinds[m[1]] if task == "binary" else m[2], m[3]) for f, m in part]
+            result.append(make(f"breakhis-{task}-{zoom}x", "region", Regions([f for f, _ in part]), rows, classes, root,
+                               notes, source=f"breakhis-{zoom}x"))
     return result or [make("breakhis", "region", [], [], [], root)]
 
 
@@ -836,27 +838,28 @@ def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: i
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
+    from sklearn.preprocessing import StandardScaler
     fold = split(labels, groups, 5, seed, grouped)
     if fold.max() < 4:
         return None
     train, valid, test = fold > 1, fold == 1, fold == 0
     if len(np.unique(labels[train])) < 2:
         return None
-    mean, scale = x[train].mean(0, dtype=np.float64), x[train].std(0, dtype=np.float64)
-    x = (x - mean) / np.where(scale > 0, scale, 1)
+    scaler = StandardScaler().fit(x[train])
+    inputs = [scaler.transform(x[part].astype(np.float64)) for part in (train, valid, test)]
     if train.sum() < x.shape[1]:   # the solution lies in the span of the training rows: same optimum, fewer columns
-        value, vector = np.linalg.eigh(x[train] @ x[train].T)
+        value, vector = np.linalg.eigh(inputs[0] @ inputs[0].T)
         solid = value > value[-1] * 1e-10
-        x = x @ (x[train].T @ (vector[:, solid] / np.sqrt(value[solid])))
+        span = inputs[0].T @ (vector[:, solid] / np.sqrt(value[solid]))
+        inputs = [part @ span for part in inputs]
     best, stale = (np.inf, 0.0, None), 0
     model = LogisticRegression(max_iter=2000, tol=1e-4, warm_start=True)
     for c in 10.0 ** np.arange(-6, 3):
-        model.set_params(C=c).fit(x[train], labels[train])
-        scores = _scores(model, x, n_classes)
-        loss = log_loss(labels[valid], scores[valid], labels=np.arange(n_classes))
+        model.set_params(C=c).fit(inputs[0], labels[train])
+        loss = log_loss(labels[valid], _scores(model, inputs[1], n_classes), labels=np.arange(n_classes))
         stale = 0 if loss < best[0] - 1e-4 else stale + 1
         if loss < best[0]:
-            best = (loss, c, scores[test])
+            best = (loss, c, _scores(model, inputs[2], n_classes))
         if stale == 2:
             break
     return {"seed": seed, "test": np.flatnonzero(test), "scores": best[2], "C": best[1]}
@@ -894,7 +897,7 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
              baseline: str | None = None) -> list[dict]:
     """CKA of every pair of models; to the teacher also its standard error, chance level, and gain over the baseline.
 
-    se: jackknife over ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
+    se: jackknife over up to ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
     """
     import torch
     from scipy.stats import t
@@ -922,8 +925,10 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
         whole = unbiased[:, names.index(teacher)].tolist()
         for i, name in enumerate(others):
             base = {"model": name, "other": teacher, "protocol": "cka"}
-            rows += [base | {"metric": "se", "value": error(left_out[:, i]), "parts": len(parts)},
-                     base | {"metric": "floor", "value": float(floor[i])}]
+            rows.append(base | {"metric": "floor", "value": float(floor[i])})
+            if len(parts) < 2:   # one group is nearly everything
+                continue
+            rows.append(base | {"metric": "se", "value": error(left_out[:, i]), "parts": len(parts)})
             if baseline in others and name != baseline:
                 gain = whole[names.index(name)] - whole[names.index(baseline)]
                 margin = t.ppf(0.975, len(parts) - 1) * error(left_out[:, i] - left_out[:, others.index(baseline)])
@@ -959,7 +964,8 @@ def paired(first: dict, second: dict, labels: np.ndarray, groups: Sequence[str],
         each = [v for v in each if np.isfinite(v[0])]   # a test part of one class has no AUC
         if each:
             result["probe"] = np.mean(each, 0)
-    return {name: (float(v[0]), *(np.nanpercentile(v[1:], [2.5, 97.5]) if tested[name] >= FEW else (np.nan, np.nan)))
+    return {name: (float(v[0]), *(np.nanpercentile(v[1:], [2.5, 97.5]).tolist() if tested[name] >= FEW
+                                  else [np.nan, np.nan]))
             for name, v in result.items()}
 
 
@@ -1197,13 +1203,14 @@ def write_tables(args: argparse.Namespace) -> str:
     def alignment(members: list[str], m: str) -> tuple[float | None, str]:
         value, se, biased, floor = (average(members, "cka", part, m, teacher)
                                     for part in ("unbiased", "se", "biased", "floor"))
-        return value, "" if value is None else f"{value:.3f} ± {se:.3f} · {biased:.3f} [{floor:.3f}]"
+        return value, "" if value is None else (f"{value:.3f}" + ("" if se is None else f" ± {se:.3f}")
+                                                + f" · {biased:.3f} [{floor:.3f}]")
 
     one, others = "", [m for m in models if m != teacher]
     if teacher and others:
         table = lines("cka", others, lambda members: str(sum(data[b]["value"] for b in members)), alignment)
-        one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over ten parts of whole "
-               "groups) · biased CKA [what remains of it when the rows of one side are shuffled: its chance level]. "
+        one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over up to ten parts of "
+               "whole groups) · biased CKA [what remains of it when the rows of one side are shuffled: its chance level]. "
                "Unrelated features have an unbiased CKA of 0. Embeddings as used downstream, before the projector. "
                "Bold: best, underlined: second.\n\n" + markdown(["benchmark", "images", *others], table))
         write_text(Path(args.results) / "table1.md", one)
@@ -1398,8 +1405,9 @@ def draw_sheet(path: Path, title: str, colors: dict[str, str], lines: list[list[
     """
     from PIL import Image, ImageDraw, ImageFont, ImageOps
     small, large, cell = ImageFont.load_default(13), ImageFont.load_default(15), side + 56
-    width = max(36 + max(map(len, lines), default=1) * (side + 12), 24 + int(large.getlength(title)))
-    sheet = Image.new("RGB", (width, 64 + len(lines) * cell), "white")
+    widths = [36 + max(map(len, lines), default=1) * (side + 12), 24 + int(large.getlength(title)),
+              12 + sum(36 + int(small.getlength(meaning)) for meaning in colors)]
+    sheet = Image.new("RGB", (max(widths), 64 + len(lines) * cell), "white")
     draw, x = ImageDraw.Draw(sheet), 12
     draw.text((12, 8), title, "black", large)
     for meaning, color in colors.items():
@@ -1551,17 +1559,14 @@ def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Bench
     names, found = list(dict.fromkeys(args.benchmarks)), []
     if args.all:
         names += [n for n in PUBLISHED if n not in names and at_hand(args.data, n)]
-        for n, p in PUBLISHED.items():
-            if n not in names:
-                print(f"benchmark {n} is not in {args.data}/benchmarks/{n}; from {p.source}", file=sys.stderr)
-    jobs = [(str(folder), functools.partial(load_folder, folder), "") for folder in args.benchmark]
+    jobs = [("", functools.partial(load_folder, folder), "") for folder in args.benchmark]
     jobs += [(n, functools.partial(PUBLISHED[n].load, args.data / "benchmarks" / n, args.results / "index"),
               PUBLISHED[n].count) for n in names]
     for name, load, published in jobs:
         try:
             loaded = load()
         except (UserError, PermissionError) as error:
-            failures.append(f"{name}: {error}")
+            failures.append(f"{name}: {error}".removeprefix(": "))   # a folder's errors begin with its path
             continue
         loaded = loaded if isinstance(loaded, list) else [loaded]
         if published:
@@ -1590,6 +1595,10 @@ def run(args: argparse.Namespace) -> int:
     from models import model_options, parse_weights, setup_distributed
     if args.k < 1 or args.k > 64 or args.folds < 2 or args.seeds < 1 or args.pca_dims < 1:
         raise UserError("--k 1 to 64, --folds at least 2, --seeds and --pca-dims at least 1")
+    if args.all and int(os.environ.get("RANK", 0)) == 0:
+        for name in [n for n in PUBLISHED if n not in args.benchmarks and not at_hand(args.data, n)]:
+            print(f"benchmark {name} is not in {args.data}/benchmarks/{name}; from {PUBLISHED[name].source}",
+                  file=sys.stderr)
     if args.all and not args.models:
         args.models = models_at_hand(args)
         args.teacher = args.teacher or ("h-optimus-0" if "h-optimus-0" in args.models else None)
@@ -1670,8 +1679,10 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
-            raise
+        if isinstance(error, SafetensorError):   # it has no number, only a text
+            if "I/O error" not in str(error):
+                raise
+            error = OSError(str(error))
         why = "no space left on the disk; make room" if disk_full(error) else f"{error}; mend it"
         print(f"error: {why} and run again: nothing was lost", file=sys.stderr)
     return 1

@@ -237,7 +237,7 @@ def _median(x, norms, step):
         below = counts[:-1].cumsum(0)
         found = torch.searchsorted(below, rank, right=True)
         if high is None:
-            high, rank = found, rank - (below[found] - counts[found])
+            high, rank = found, rank - (below - counts[:-1]).take(found)
     return (high << 16 | found).to(torch.int32).view(torch.float32)
 
 

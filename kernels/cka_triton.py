@@ -81,6 +81,12 @@ def config(precision: str, hip: bool) -> dict:
     return {"TILE": 128, "ROWS": 16 if hip else 32, "num_warps": 8, "num_stages": 2}
 
 
+def _send(values, dtype, device):
+    """A table on the device, without waiting for it."""
+    table = torch.tensor(values, dtype=dtype)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
 def _tables(features, means, pairs, size):
     """-> operands of the launch, tile pairs, the pair each belongs to, and its weight (2 above the diagonal)."""
     device = features[0].device
@@ -101,7 +107,7 @@ def _tables(features, means, pairs, size):
                     chosen.append((a, b))
                     owner.append(number)
                     weight.append(2.0 if i == j and b > a else 1.0)
-    tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
+    tensor = lambda values: _send(values, torch.int64, device)  # noqa: E731
     operands = (tensor([x.data_ptr() for x in features]), tensor([x.stride(0) for x in features]),
                 torch.cat(means).float(), tensor(tiles))
     return features, operands, tensor(chosen), owner, weight
@@ -133,7 +139,7 @@ def square_norms(features, means, pairs):
         parts = (_launch(features, operands, part, "tf32", True, splits).double().sum(1)
                  for part in chosen.split(max(1, GROUP // splits)))
         squares = torch.cat([tiles.square().sum((1, 2)) for tiles in parts])
-    squares *= torch.tensor(weight, dtype=torch.float64, device=squares.device)
+    squares *= _send(weight, torch.float64, squares.device)
     counts = [owner.count(number) for number in range(len(pairs))]
     return {pair: part.sum() for pair, part in zip(pairs, squares.split(counts), strict=True)}
 

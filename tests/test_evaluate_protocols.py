@@ -169,6 +169,12 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     assert gain[0]["value"] == pytest.approx(value["s", "t", "unbiased"] - value["noise", "t", "unbiased"])
 
 
+def test_cka_has_no_standard_error_where_one_group_is_nearly_everything():
+    x = {n: np.random.default_rng(i).normal(size=(20, 6)).astype(np.float32) for i, n in enumerate("tsb")}
+    rows = evaluate.cka_rows(x, ["p"] * 18 + ["q"] * 2, "t", "cpu", "b")
+    assert {r["metric"] for r in rows} == {"unbiased", "biased", "floor"}
+
+
 def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
     rng = np.random.default_rng(0)
     labels, groups = rng.integers(2, size=600), [f"p{i % 30}" for i in range(600)]
