@@ -897,7 +897,7 @@ def cka_rows(x: dict[str, np.ndarray], groups: Sequence[str], teacher: str | Non
              baseline: str | None = None) -> list[dict]:
     """CKA of every pair of models; to the teacher also its standard error, chance level, and gain over the baseline.
 
-    se: jackknife over up to ten parts made of whole groups. floor: the biased estimator with the rows of one side permuted.
+    se: jackknife over up to ten parts made of whole groups. floor: the biased estimator, rows of one side permuted.
     """
     import torch
     from scipy.stats import t
@@ -1163,7 +1163,8 @@ def ranked(values: list[float | None], texts: list[str]) -> list[str]:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
@@ -1210,7 +1211,7 @@ def write_tables(args: argparse.Namespace) -> str:
     if teacher and others:
         table = lines("cka", others, lambda members: str(sum(data[b]["value"] for b in members)), alignment)
         one = (f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over up to ten parts of "
-               "whole groups) · biased CKA [what remains of it when the rows of one side are shuffled: its chance level]. "
+               "whole groups) · biased CKA [what is left of it with the rows of one side shuffled: its chance level]. "
                "Unrelated features have an unbiased CKA of 0. Embeddings as used downstream, before the projector. "
                "Bold: best, underlined: second.\n\n" + markdown(["benchmark", "images", *others], table))
         write_text(Path(args.results) / "table1.md", one)
@@ -1685,6 +1686,9 @@ def guarded(work: Callable[[], int]) -> int:
             error = OSError(str(error))
         why = "no space left on the disk; make room" if disk_full(error) else f"{error}; mend it"
         print(f"error: {why} and run again: nothing was lost", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
     return 1
 
 
