@@ -172,28 +172,26 @@ def _reference(base, k, query, groups, query_groups, metric):
     panels = -(-n // PANEL)
     panel = -(-n // (panels * SET)) * SET
     padded = panels * panel
-    if padded > n:
-        b = torch.cat((b, b.new_zeros(padded - n, b.shape[1])))
-    bias = bias_b.new_full((padded,), float("inf"))
-    bias[:n] = bias_b
+    # The half of the bound that belongs to base is one more column of the product: 1 times it is exact.
+    table = torch.nn.functional.pad(b, (0, 1, 0, padded - n))
+    table[:n, -1], table[n:, -1] = bias_b, float("inf")
+    probe = torch.nn.functional.pad(q * -2, (0, 1), value=1.0)
     sets = panel // SET
     kept = min(k + SPARE, padded // SET)
     found = min(k, n)
     height = min(QUERIES, max(32, SCORES // padded))
-    scores = b.new_empty(height, padded)
-    least = b.new_empty(height, padded // SET)
+    scores = table.new_empty(height, padded)
+    least = table.new_empty(height, padded // SET)
     members = torch.arange(SET, device=base.device) * sets
     for rows, label in _blocks(queries.shape[0], labels, height):
         rows = rows.to(base.device)
-        block, count = q[rows], len(rows)
-        masked = bias
+        block, count = probe[rows], len(rows)
         if label is not None:
-            masked = bias.clone()
-            masked[:n].masked_fill_(groups == label, float("inf"))
+            table[:n, -1] = bias_b.masked_fill(groups == label, float("inf"))
         for start in range(0, padded, panel):
             part = slice(start, start + panel)
             score = scores[:count, part]
-            torch.addmm(masked[part], block, b[part].T, alpha=-2, out=score)
+            torch.mm(block, table[part].T, out=score)
             if alone:
                 inside = (rows >= start) & (rows < start + panel)
                 score[inside, rows[inside] - start] = float("inf")
@@ -215,11 +213,12 @@ def _reference(base, k, query, groups, query_groups, metric):
         nearest, index = _ordered(exact, candidates, found)
         distances[rows, :found], indices[rows, :found] = nearest, index.masked_fill(nearest.isinf(), -1)
         redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1]) | dropped.isinf())
+    table[:n, -1] = bias_b
     again = redone.nonzero().squeeze(1)
     for rows in again.split(max(1, 2**22 // n)) if len(again) else ():
         limit = distances[rows, found - 1].to(torch.float64)
         nearest, index = _redo(base, queries, rows, found, limit, alone, groups, labels, metric,
-                               lambda part: bias_q[part, None] + torch.addmm(bias[:n], q[part], b[:n].T, alpha=-2))
+                               lambda part: bias_q[part, None] + probe[part] @ table[:n].T)
         distances[rows, :found], indices[rows, :found] = nearest, index
     if metric == "cosine":
         distances.div_(2).clamp_(min=0)
