@@ -26,7 +26,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ import evaluate
 from evaluate import (
     Benchmark,
     ImageFiles,
+    Source,
     check_names,
     display,
     files_below,
@@ -66,19 +67,6 @@ KINDS = {(True, False): ("same tissue, other centre", "#009e73"), (True, True): 
 
 
 # ------------------------------------------------------------------ patches with class, patient, slide and centre
-
-class Made(Sequence):
-    """Images (H, W, 3) uint8 made when asked for: `make` of each item; `files` and `rule` tell when it changes."""
-
-    def __init__(self, items: Sequence, make: Callable, files: Sequence[Path] = (), rule: str = ""):
-        self.items, self.make, self.files, self.rule = items, make, files, rule
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.make(self.items[i])
-
 
 decoded = lru_cache(maxsize=2)(read_image)   # patches come ordered by file, so each file is decoded once
 
@@ -158,7 +146,7 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
         raise UserError(f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class in the "
                         f"{len(found)} regions of TIGER's roi-level-annotations; lower --min-fraction or --patch-size")
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
-    images = Made(patches, partial(cut_out, size=size), [path for path, _, _ in patches], f"{size} px")
+    images = Source(patches, partial(cut_out, size=size), [path for path, _, _ in patches], f"{size} px")
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]
     return Benchmark("tiger", "patch", images, ids, np.array(labels), list(TIGER_CLASSES.values()), list(patients),
                      list(centers)), slides
@@ -726,7 +714,7 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         index = PatchIndex(args.data / "tiles" / args.cancer)
         rows = list(dict.fromkeys(index.draw(args.seed, n) for n in range(20 * args.patches)))[:args.patches]
         ids = [f"{index.slides[slide]} {row}" for slide, row in map(index.locate, rows)]
-        return unlabelled(args.cancer, Made(rows, index.read), ids)
+        return unlabelled(args.cancer, Source(rows, index.read), ids)
     folder = args.benchmark or args.data / "benchmarks" / "tiger"
     benchmark = load(folder, args.patch_size, args.min_fraction, bare=True)[0]
     luck = np.random.default_rng(args.seed).permutation(len(benchmark))
@@ -758,7 +746,7 @@ def perturb(args: argparse.Namespace, weights: dict, options: dict) -> int:
     steps = {kind: sorted(args.strengths or SHIFTS[kind][3]) for kind in args.perturb}
     source = {None: dataclasses.replace(patches, name=f"{patches.name}-unchanged")}
     for kind, s in [(kind, s) for kind, strengths in steps.items() for s in strengths]:
-        images = Made(patches.images, partial(shift, kind=kind, strength=s), getattr(patches.images, "files", ()),
+        images = Source(patches.images, partial(shift, kind=kind, strength=s), getattr(patches.images, "files", ()),
                       f"{getattr(patches.images, 'rule', '')} {kind} {s:g}")
         source[kind, s] = dataclasses.replace(patches, name=f"{patches.name}-{kind}{s:g}", images=images)
     gathered = gather(source, args, weights, options)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -323,6 +324,9 @@ def test_squares_travel_to_workers_and_a_file_that_is_no_image_is_unreadable(tmp
     assert copy.slide is None and np.array_equal(copy[1], cut[1])
     with pytest.raises(OSError, match=r"bad\.png"):
         cut[2]
+    gone = weakref.ref(cut.slide)
+    del cut
+    assert gone() is None   # at once: a slide each, with its cache, must not wait for the garbage collector
 
 
 @pytest.mark.skipif(SHARED is None, reason="the real tables are not here")
