@@ -268,7 +268,7 @@ class Heldout:
             raise UserError(f"--eval-patches {count}: only {len(patches)} held-out patches can be read ({problem}); "
                             "if the slides have moved, say where they are by --slides")
         self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
-        self.batch = batch
+        self.batch, self.name = batch, "held-out CKA" if held.any() else "CKA on training slides"
         self.teacher = self.features(teacher)
 
     @torch.no_grad()
@@ -726,7 +726,8 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         raise UserError(f"--crop {args.crop}: larger than the patches, which are {index.patch_size} px")
     cohort = json.dumps([list(index.slides), counts.tolist(), index.patch_size])
     say(f"{args.cancer}: {int(counts.sum()):,} patches of {index.patch_size} px from {len(index.slides)} slides of "
-        f"{len(index.patients)} patients; {int(held.sum())} slides held out to measure CKA")
+        f"{len(index.patients)} patients; " + (f"{int(held.sum())} slides held out to measure CKA" if held.any() else
+        "none held out (--hold-out 0, or fewer than 4 patients), so CKA is measured on slides that are trained on"))
 
     teacher, student = load_pair(args, device, precision)
     identity |= {"cohort": hashlib.sha256(cohort.encode()).hexdigest()[:16]}
@@ -799,7 +800,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         best.setdefault("before", result["cka"])
         best["last"] = result["cka"]
         run.log([{"step": step, **result}])
-        progress.note(f"step {step}: held-out CKA to the teacher {result['cka']:.4f}")
+        progress.note(f"step {step}: {heldout.name} to the teacher {result['cka']:.4f}")
 
     def collect(rows: list[list[float]]) -> None:
         """Numbers that have arrived: log them, guard, and ask the stop rule."""
@@ -885,7 +886,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
             "run the same command to go on")
         return 128 + (received[0] if received else signal.SIGTERM)
     if main:
-        finish(args, run, teacher, student, index, done, ended, best, config)
+        finish(args, run, teacher, student, index, done, ended, best, config, heldout.name)
     total = sum(_gather(unreadable, rank, world))
     if total:
         say(f"{total} patches could not be read and were replaced, which the exit status tells too; they are named in "
@@ -893,7 +894,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
     return int(total > 0)
 
 
-def finish(args, run: Run, teacher, student, index, done: int, ended: str, best: dict, config: dict) -> None:
+def finish(args, run: Run, teacher, student, index, done: int, ended: str, best: dict, config: dict, cka: str) -> None:
     """Export the student and say where it is."""
     from safetensors import SafetensorError
     try:
@@ -905,7 +906,7 @@ def finish(args, run: Run, teacher, student, index, done: int, ended: str, best:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{run.folder / 'student'}: not written ({error}); make room and run the same command again, "
                         "which exports from the checkpoint") from None
-    print(f"{ended or 'done'}: held-out CKA to the teacher {best['before']:.4f} before and {best['last']:.4f} after "
+    print(f"{ended or 'done'}: {cka} to the teacher {best['before']:.4f} before and {best['last']:.4f} after "
           f"{done} steps\nloss curve: {run.folder / 'loss.png'}; patches as the models see them: "
           f"{run.folder / 'augmented.png'}\nstudent: {run.folder / 'student'}", flush=True)
 
@@ -1286,6 +1287,12 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < low:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}{why}")
+    for name, low in (("lr", 0), ("lr_end", 0), ("weight_decay", 0), ("weight_decay_end", 0), ("grad_clip", 0),
+                      ("alpha", 1), ("stop_patience", 0), ("stop_min_steps", 0), ("max_unreadable", 0),
+                      ("eval_every", 0), ("checkpoint_minutes", 0), ("checkpoint_steps", 0), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number of at least {low}")
     if not 0 <= args.hold_out <= 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.sync and args.loss != "logsum":

@@ -521,6 +521,12 @@ def test_a_loss_that_is_no_number_stops_and_leaves_no_such_checkpoint(data, tmp_
         assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
 
 
+@pytest.mark.parametrize("flag, value", [("--lr", "nan"), ("--lr", "-1"), ("--alpha", "0"), ("--workers", "-1"),
+                                         ("--weight-decay", "inf"), ("--hold-out", "0.9"), ("--max-steps", "0")])
+def test_numbers_that_cannot_be_are_named(data, tmp_path, flag, value, capsys):
+    fails(command(data, tmp_path, "r", flag, value), flag, "expected", capsys=capsys)
+
+
 def test_a_constant_student_is_named(data, tmp_path, capsys):
     from safetensors.torch import save_file
 
