@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tile import Help, PatchError, UserError, atomic, disk_full, locked, share
+from tile import Help, UserError, atomic, disk_full, locked, share
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -433,6 +433,32 @@ def load_gleason(root: Path, cache: Path, zurich: bool = False) -> list[Benchmar
                  notes, root, cache)]
 
 
+def drawn_share(mask: Path, size: tuple[int, int], side: int) -> np.ndarray:
+    """Share (rows, columns) that is not 0 in every square of a TIFF mask of `size` (height, width) px.
+
+    Its tiles or strips are read one by one: whole, a mask has gigapixels. OSError for a damaged one or another size.
+    """
+    import tifffile
+    rows, columns = (-(-n // side) for n in size)
+    count = np.zeros((rows, columns), np.int64)
+    try:
+        with tifffile.TiffFile(mask) as file:
+            page = file.pages[0]
+            if page.shape[:2] != size:
+                raise OSError(f"{mask}: {page.shape[1]} x {page.shape[0]} px, not the size of its slide")
+            for pixels, (*_, y, x, _), _ in page.segments():
+                if pixels is None:   # left out by the writer: empty
+                    continue
+                pixels = pixels[0, :size[0] - y, :size[1] - x, 0] != 0   # a last tile hangs over
+                r, first_row = np.unique((y + np.arange(pixels.shape[0])) // side, return_index=True)
+                c, first_column = np.unique((x + np.arange(pixels.shape[1])) // side, return_index=True)
+                inside = np.add.reduceat(np.add.reduceat(pixels, first_row, 0, np.int64), first_column, 1)
+                count[r[0]:r[-1] + 1, c[0]:c[-1] + 1] += inside
+    except (tifffile.TiffFileError, IndexError, TypeError, ValueError, RuntimeError) as error:   # tifffile's words
+        raise OSError(f"{mask}: damaged ({error})") from error
+    return count[:size[0] // side, :size[1] // side] / side**2
+
+
 def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
     """AGGC 2022, subsets 1 and 2 (subset 3 repeats the same tissue on six scanners), grouped by slide."""
     classes = ["Stroma", "Normal", "G3", "G4", "G5"]
@@ -447,15 +473,12 @@ def load_aggc(root: Path, cache: Path, side: int = 256) -> list[Benchmark]:
         for name, file in images.items():
             try:
                 with open_slide(file) as slide:
-                    h, w = slide.height // side, slide.width // side
-                parts = np.zeros((5, h, w))
+                    size = slide.height, slide.width
+                parts = np.zeros((5, size[0] // side, size[1] // side))
                 for c, mask in masks[name].items():   # a missing mask: the class is absent
-                    with open_slide(mask) as drawn:
-                        if (drawn.height // side, drawn.width // side) != (h, w):
-                            raise OSError(f"{mask}: {drawn.width} x {drawn.height} px, not the size of its slide")
-                        parts[classes.index(c)] = drawn.area(0, 0, w * side, h * side, w, h)[..., 0] / 255
+                    parts[classes.index(c)] = drawn_share(mask, size, side)
                 yield file, parts
-            except (OSError, PatchError) as error:
+            except OSError as error:
                 notes.append(f"{name} left out: {error}")
     files = [*images.values(), *(f for m in masks.values() for f in m.values())]
     return [grid("aggc", shares(), files, classes, lambda f: f.stem, notes, root, cache)]

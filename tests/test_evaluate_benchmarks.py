@@ -221,6 +221,22 @@ def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
     assert b.images[0].shape == (256, 256, 3) and b.images[0].mean() == pytest.approx(180, abs=2)
 
 
+@pytest.mark.parametrize("layout", [{}, {"compression": "lzw", "rowsperstrip": 100}, {"tile": (96, 160)},
+                                    {"compression": "zlib", "tile": (256, 256)}], ids=lambda layout: " ".join(layout))
+def test_masks_are_counted_pixel_by_pixel_in_strips_and_tiles(tmp_path, layout):
+    """OpenSlide takes no picture of strips, and masks are often written so."""
+    mask = (np.random.default_rng(0).random((600, 770)) < np.linspace(0, 1, 770)).astype(np.uint8) * 255
+    mask[256:512, :256] = 0
+    tifffile.imwrite(tmp_path / "G3_Mask.tif", mask, photometric="minisblack", **layout)
+    expected = (mask[:512, :768] > 0).reshape(2, 256, 3, 256).mean((1, 3))
+    assert np.array_equal(evaluate.drawn_share(tmp_path / "G3_Mask.tif", (600, 770), 256), expected)
+    with pytest.raises(OSError, match="770 x 600 px, not the size"):
+        evaluate.drawn_share(tmp_path / "G3_Mask.tif", (600, 800), 256)
+    (tmp_path / "G3_Mask.tif").write_bytes((tmp_path / "G3_Mask.tif").read_bytes()[:900])
+    with pytest.raises(OSError, match=r"G3_Mask\.tif"):
+        evaluate.drawn_share(tmp_path / "G3_Mask.tif", (600, 770), 256)
+
+
 def slide(path, mpp=0.25, tissue=(0, 512), side=1024):
     """A small Aperio-like slide: textured tissue in columns `tissue` of a bright background."""
     rng = np.random.default_rng(0)
