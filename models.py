@@ -406,7 +406,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{path}: no safetensors file ({size:,} bytes, begins with {head[:12]!r}); {remedy}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        # PyTorch's own message begins with how to load the file all the same; what follows is the reason
+        lines = [line.strip() for line in str(error).split("WeightsUnpickler error:")[-1].splitlines() if line.strip()]
+        reason = next((line for line in lines if "weights_only" not in line), "no tensors could be read")
         raise UserError(f"{path}: refused. Expected tensors only (safetensors, or a state dict saved by PyTorch); this "
                         f"is no such file, or it holds Python objects, which could run code: {reason}") from None
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -424,6 +426,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def read_config(folder: Path) -> tuple[str, dict, dict, str | None, dict]:
     """Architecture, its arguments, preprocessing, embedding and G2L metadata from a timm folder's config.json."""
     path = folder / "config.json"
+    if (folder / "student" / "config.json").is_file():
+        raise UserError(f"{folder}: a folder with a student in it; name that: {folder / 'student'}")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a folder in timm's format, such as runs/NAME/student")
     try:

@@ -290,6 +290,7 @@ def test_damaged_weights_give_one_clear_message_and_run_nothing(kind, says, tiny
         warnings.simplefilter("ignore")  # torch's own, about an old pickle
         load_model(tiny, str(file))
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value), "no advice to load it all the same"
     assert not (tmp_path / "exploded").exists()
 
 
@@ -570,6 +571,8 @@ def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
     save_student(student.net, tmp_path / "again" / "student", metadata={})  # the bare network will do
     assert load_model(str(tmp_path / "again" / "student")).fingerprint == model.fingerprint
     assert load_model(str(tmp_path / "again" / "student" / "model.safetensors")).name == "again"
+    with pytest.raises(UserError, match="again/student"):
+        load_model(str(tmp_path / "again"))
 
 
 # ---- features -------------------------------------------------------------------------------------------------------
