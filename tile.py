@@ -218,7 +218,7 @@ class Slide:
 
         self.path, self.name = Path(path), slide_name(path)
         self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache
-        self.file, self.damaged, self.drafts = -1, [], []
+        self.file, self.damaged = -1, []
         self._complain_early()
         self._reopen()
         try:
@@ -226,6 +226,7 @@ class Slide:
             self.width, self.height = self._slide.dimensions
             self.levels = [_Level(*size, self._downsample(*size), number)
                            for number, size in enumerate(self._slide.level_dimensions)]
+            self.drafts = list(self.levels)     # what is good enough to look for tissue
             description = self._open_tiles()
             self.mpp, self.mpp_source = (float(mpp), "given") if mpp else self._find_mpp(description)
             power = self._slide.properties.get("openslide.objective-power", "")
@@ -263,7 +264,7 @@ class Slide:
                 what = "not a slide format that OpenSlide knows"
                 with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(self.path) as picture:
                     if 322 not in getattr(picture, "tag_v2", ()):    # a tiled TIFF may be a slide cut short
-                        raise UserError(f"{self.path}: a {picture.format} picture, no slide with tiles; make one of it: "
+                        raise UserError(f"{self.path}: a {picture.format} picture, no slide with tiles; make it one by "
                                         f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg") from error
             raise UserError(f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide") from error
 
@@ -311,10 +312,12 @@ class Slide:
         for level in self.levels[1:]:   # below a tile left out of level 0 the file holds junk; OpenSlide draws it anew
             if level.tiles and not (level.tiles.complete and self.levels[0].tiles.complete):
                 level.tiles = None
-        for level in self.levels:
+        sparse = self.levels[0].tiles and (self.levels[0].tiles.counts == 0).mean() > 0.1
+        self.drafts = [level for level in self.levels if level.tiles or not sparse]     # else it would draw all of them
+        for level in [level for level in self.levels if level.tiles]:
             with contextlib.suppress(PatchError):
                 self.drafts += [_Level(-(-level.width // s), -(-level.height // s), level.downsample * s, level.number,
-                                       level.tiles, s) for s in (level.tiles.shrinks(self.file) if level.tiles else ())]
+                                       level.tiles, s) for s in level.tiles.shrinks(self.file)]
         return description
 
     def _equals_openslide(self) -> bool:
@@ -459,7 +462,7 @@ class Slide:
         with `draft` it is left white and noted in `damaged`. Memory is bounded: a large source is read in pieces.
         """
         scale = min(w / out_w, h / out_h)
-        level = max((v for v in self.levels + (self.drafts if draft else []) if v.downsample <= scale * 1.01),
+        level = max((v for v in (self.drafts if draft else self.levels) if v.downsample <= scale * 1.01),
                     key=lambda v: (v.downsample, -v.shrink), default=self.levels[0])
         d = level.downsample
         if w * h / d**2 > 8e6 and max(out_w, out_h) > 64:   # halve the longer side
@@ -918,9 +921,13 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: 
 
 def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600) -> None:
     """Thumbnail; of a slide that was tiled with the tissue's outline and the grid of the patches kept."""
-    picture = Image.fromarray(slide.thumbnail(max_side))
+    if tiling and len(slide.levels) == 1 and slide.width * slide.height > 1e8:      # not to read all of it once more
+        image = tiling.image[:int(slide.height / tiling.scale), :int(slide.width / tiling.scale)]
+    else:
+        image = slide.thumbnail(max_side)
+    picture = Image.fromarray(image)
     if tiling:
-        zoom = min(max_side / max(slide.width, slide.height), 1)
+        zoom = picture.width / slide.width
         draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
         for x, y in (tiling.coords * zoom).tolist():
             draw.rectangle((x, y, x + side, y + side),
@@ -996,7 +1003,7 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
             try:
                 tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
             except SkippedSlide:
-                if len(slide.levels + slide.drafts) > 1:    # another would have to be read whole
+                if len(slide.drafts) > 1:   # another would have to be read whole
                     write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
                 raise
             place, errors = coinciding_tiles(slide, tiling), []
@@ -1290,7 +1297,8 @@ def read_manifest(path: Path) -> list[dict]:
     rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
             for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")]
     for row in rows:
-        row["filename"] = next((row[key] for key in ("filename", "slide", "slide_id", "wsi", "path") if row.get(key)), "")
+        columns = ("filename", "slide", "slide_id", "wsi", "path")
+        row["filename"] = next((row[column] for column in columns if row.get(column)), "")
         try:
             row["mpp"] = positive(row["mpp"]) if row.get("mpp") else None
             row["size"] = int(row.get("size") or 0)

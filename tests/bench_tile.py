@@ -23,16 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tile
 
 
-def rate(opened, places, repeats: int = 3) -> float:
-    """Median patches per CPU second over `repeats` passes, each with a fresh reader, whose caches are empty."""
-    seconds = []
+def rates(places, *readers, repeats: int = 5) -> list[float]:
+    """Median patches per CPU second of each reader over `repeats` passes in turn, each with empty caches."""
+    seconds = [[] for _ in readers]
     for _ in range(repeats):
-        read = opened()
-        start = time.process_time()
-        for place in places:
-            read(place)
-        seconds.append(time.process_time() - start)
-    return len(places) / sorted(seconds)[repeats // 2]
+        for opened, taken in zip(readers, seconds, strict=True):
+            read = opened()
+            start = time.process_time()
+            for place in places:
+                read(place)
+            taken.append(time.process_time() - start)
+    return [len(places) / sorted(taken)[repeats // 2] for taken in seconds]
 
 
 def bench(path: Path, patches: int, mpp: float | None) -> None:
@@ -71,7 +72,7 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
             print("  patches differ from OpenSlide's (transparent pixels?): no rates")
             return
         for order, places in (("scan", scan), ("random", scattered)):
-            slow, fast = rate(plain, places), rate(ours, places)
+            slow, fast = rates(places, plain, ours)
             print(f"  {order:6} order: OpenSlide {slow:6.0f} patches/s, Slide.read {fast:6.0f} ({fast / slow:.1f}x)")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +92,8 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
 
         index = tile.PatchIndex(Path(folder) / "tiles" / "bench")
         order = np.random.default_rng(0).permutation(len(index))[:patches].tolist()
-        print(f"  PatchIndex.read: scan {rate(opened, range(min(patches, len(index)))):.0f}, "
-              f"random {rate(opened, order):.0f} patches/s")
+        (scan,), (scattered,) = rates(range(min(patches, len(index))), opened), rates(order, opened)
+        print(f"  PatchIndex.read: scan {scan:.0f}, random {scattered:.0f} patches/s")
 
 
 def main() -> int:
