@@ -373,7 +373,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path
     wait_for_step(process, tmp_path / "r", 7)
     for pid in [process.pid, *descendants(process.pid)]:  # a terminal sends it to all of them
         os.kill(pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=180)[0]
     assert process.returncode == 130 and "stopped by SIGINT at step" in output and "Traceback" not in output, output
     assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == losses(tmp_path / "r")[-1][0] < 60
     assert distill.main(arguments) == 0
@@ -385,7 +385,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_pat
     process = start(arguments)
     wait_for_step(process, tmp_path / "r", 7)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=180)[0]
     assert process.returncode == 143 and "stopped by SIGTERM at step" in output, output
     assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == losses(tmp_path / "r")[-1][0] < 60
     damaged = tmp_path / "r" / "checkpoint.pt"
@@ -394,7 +394,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_pat
     content[len(content) // 2] ^= 0xFF  # one bit-flipped byte, as a bad disk leaves it
     damaged.write_bytes(content)
     process = start(arguments)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=180)[0]
     assert process.returncode == 0 and "damaged" in output and "falling back" in output, output
     same(unbroken, tmp_path / "r")
 
@@ -468,7 +468,7 @@ def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks
     wait_for_step(process, tmp_path / "r", 5)
     ranks = [pid for pid in descendants(process.pid) if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(random.choice(ranks[:3]), signal.SIGKILL)
-    output = process.communicate(timeout=150)[0]
+    output = process.communicate(timeout=180)[0]
     assert process.returncode == 0 and "going on from step" in output and "another rank ended" in output, output
     same(three_ranks, tmp_path / "r")
 
