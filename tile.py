@@ -184,6 +184,18 @@ class _Tiles:
         return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
 
 
+def assemble(tile, tw: int, th: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    """(h, w, 3) uint8 at (x, y) of a picture in tiles of tw x th pixels, where tile(row, column) gives one."""
+    out = np.empty((h, w, 3), np.uint8)
+    for row in range(y // th, (y + h - 1) // th + 1):
+        top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
+        for column in range(x // tw, (x + w - 1) // tw + 1):
+            left, right = max(x, column * tw), min(x + w, (column + 1) * tw)
+            out[top - y:bottom - y, left - x:right - x] = tile(row, column)[
+                top - row * th:bottom - row * th, left - column * tw:right - column * tw]
+    return out
+
+
 def read_bytes(file: int, offset: int, count: int) -> bytes:
     """`count` bytes at `offset` of an open file, whose position stays where it is (safe after a fork)."""
     data = os.pread(file, count, offset) if count < 1 << 28 else b""
@@ -394,21 +406,17 @@ class Slide:
         tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
         if strict and (x % tw, y % th, w, h) == (0, 0, tw, th):     # the fast case: nothing to assemble
             return self._tile(level, y // th * level.tiles.columns + x // tw).copy()
-        out = np.empty((h, w, 3), np.uint8)
-        for row in range(y // th, (y + h - 1) // th + 1):
-            top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
-            for column in range(x // tw, (x + w - 1) // tw + 1):
-                left, right = max(x, column * tw), min(x + w, (column + 1) * tw)
-                try:
-                    tile = self._tile(level, row * level.tiles.columns + column)
-                except PatchError as error:
-                    if strict:
-                        raise
-                    self._note_damage(level, column * tw, row * th, error)
-                    tile = np.full((th, tw, 3), 255, np.uint8)
-                out[top - y:bottom - y, left - x:right - x] = tile[top - row * th:bottom - row * th,
-                                                                   left - column * tw:right - column * tw]
-        return out
+
+        def tile(row, column):
+            try:
+                return self._tile(level, row * level.tiles.columns + column)
+            except PatchError as error:
+                if strict:
+                    raise
+                self._note_damage(level, column * tw, row * th, error)
+                return np.full((th, tw, 3), 255, np.uint8)
+
+        return assemble(tile, tw, th, x, y, w, h)
 
     def _note_damage(self, level: _Level, x: int, y: int, error: Exception) -> None:
         self.damaged.append(f"x={round(x * level.downsample)}, y={round(y * level.downsample)}: {error}")
@@ -833,8 +841,8 @@ def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source:
 
     CLAM reads `patch_size` pixels of `patch_level`, TRIDENT `patch_size` pixels at `target_magnification`. Where
     patches are resampled the two contradict, so the attribute `patch_level` is left out: CLAM then stops instead of
-    reading another field of view. Beside it lie the measures of each patch and, where patches are compressed tiles of
-    the slide or of a shard, `offset` and `bytes` of each in that file (bytes 0: none).
+    reading another field of view. Beside it lie the measures of each patch and, in `compressed`, `offset` and `bytes`
+    of each patch in the shard, or of each tile in the slide (see tile_table), so that PatchIndex need not open it.
     """
     import h5py
 
@@ -855,12 +863,13 @@ def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source:
             coords.attrs["patch_level"] = 0
         for name, values in tiling.measures.items():
             file.create_dataset(name, data=values)
-        if len(source["bytes"]):
-            group = file.create_group("compressed")
+        if source:
+            group, codec = file.create_group("compressed"), source["codec"]
             for name in ("offset", "bytes"):
                 group.create_dataset(name, data=np.array(source[name], np.int64))
-            group.create_dataset("prefix", data=np.frombuffer(source["prefix"], np.uint8))
-            group.attrs.update({"file": source["file"], "compression": source["compression"]})
+            group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
+            group.attrs.update({"columns": source["columns"], "width": codec.width, "height": codec.height,
+                                "compression": codec.compression})
 
 
 def magnification(mpp: float) -> int:
@@ -868,40 +877,37 @@ def magnification(mpp: float) -> int:
     return min((80, 40, 20, 10, 5, 4, 2, 1), key=lambda power: abs(math.log2(power * mpp / 10)))
 
 
-def coinciding_tiles(slide: Slide, tiling: Tiling) -> dict:
-    """Where in the slide's file the patches lie that are exactly one compressed tile each (bytes 0: not so)."""
+def tile_table(slide: Slide, tiling: Tiling) -> dict:
+    """Where the compressed tiles of level 0 lie in the slide's file, if patches are pixels of theirs; else empty."""
     tiles = slide.levels[0].tiles
-    if not tiles or (tiles.codec.width, tiles.codec.height) != (tiling.size0,) * 2 or tiling.size0 != tiling.patch_size:
-        return {"bytes": ()}
-    x, y = tiling.coords.T
-    index = y // tiling.size0 * tiles.columns + x // tiling.size0
-    there = (x % tiling.size0 == 0) & (y % tiling.size0 == 0)
-    return {"file": "slide", "compression": tiles.codec.compression, "prefix": tiles.codec.prefix,
-            "offset": np.where(there, tiles.offsets[index], 0), "bytes": np.where(there, tiles.counts[index], 0)}
+    if not tiles or tiling.size0 != tiling.patch_size:
+        return {}
+    return {"codec": tiles.codec, "columns": tiles.columns, "offset": tiles.offsets, "bytes": tiles.counts}
 
 
-def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: int) -> tuple[dict, list[str]]:
+def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple[dict, list[str]]:
     """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot); unreadable ones are left out.
 
-    A patch that coincides with a JPEG tile is copied, not decoded. Returns where the patches lie in the tar, and the
-    errors; `tiling` keeps only the patches written.
+    A patch that coincides with a JPEG tile is copied, not decoded. Returns where the patches lie in the tar (as
+    tile_table, a row each), and the errors; `tiling` keeps only the patches written.
     """
     import tarfile
 
     import simplejpeg
 
-    key, codec = slide.name.replace(".", "_"), slide.levels[0].tiles and slide.levels[0].tiles.codec
-    copy = len(place["bytes"]) and codec.compression == Codec.JPEG
+    key, tiles, size = slide.name.replace(".", "_"), slide.levels[0].tiles, tiling.patch_size
+    copy = tiles and tiles.codec.compression == Codec.JPEG and (
+        size == tiling.size0 == tiles.codec.width == tiles.codec.height)
     kept, offsets, sizes, errors = [], [], [], []
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
                 data = b""
-                if copy and place["bytes"][number]:
-                    data = codec.standalone(read_bytes(slide.file, int(place["offset"][number]),
-                                                       int(place["bytes"][number])))
+                index = y // size * tiles.columns + x // size if copy and x % size == y % size == 0 else -1
+                if index >= 0 and tiles.counts[index]:
+                    data = tiles.codec.standalone(tiles.compressed(slide.file, index))
                 if b"\xff\xd9" not in data[-16:]:     # nothing to copy, or cut short: the reader decides
-                    data = simplejpeg.encode_jpeg(slide.area(x, y, *(tiling.size0,) * 2, *(tiling.patch_size,) * 2),
+                    data = simplejpeg.encode_jpeg(slide.area(x, y, *(tiling.size0,) * 2, size, size),
                                                   quality=quality, colorsubsampling="444", fastdct=False)
             except PatchError as error:
                 errors.append(f"x={x}, y={y}: {error}")
@@ -916,7 +922,7 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, place: dict, quality: 
             raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}")
     tiling.coords = tiling.coords[kept]
     tiling.measures = {name: values[kept] for name, values in tiling.measures.items()}
-    return {"file": "shard", "compression": Codec.JPEG, "prefix": b"", "offset": offsets, "bytes": sizes}, errors
+    return {"codec": Codec(Codec.JPEG, b"", size, size), "columns": 0, "offset": offsets, "bytes": sizes}, errors
 
 
 def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600) -> None:
@@ -1006,9 +1012,9 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
                 if len(slide.drafts) > 1:   # another would have to be read whole
                     write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
                 raise
-            place, errors = coinciding_tiles(slide, tiling), []
+            place, errors = tile_table(slide, tiling), []
             if args.save_patches:
-                place, errors = write_shard(folder / "shards" / f"{name}.tar", slide, tiling, place, args.jpeg_quality)
+                place, errors = write_shard(folder / "shards" / f"{name}.tar", slide, tiling, args.jpeg_quality)
             write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide, tiling)
             write_geojson(folder / "geojson" / f"{name}.geojson", slide, tiling)
             write_coords(folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap, place)
@@ -1054,10 +1060,10 @@ class _Layout:
 
     version: tuple              # of the file: inode, size, time
     coords: int
-    offset: int = 0             # of compressed patches: where, and how many bytes each
+    offset: int = 0             # of compressed patches or tiles: where, and how many bytes each
     bytes: int = 0
     codec: Codec | None = None
-    shard: bool = False
+    columns: int = 0            # of tiles; 0: a shard, where each row is a patch
 
 
 @dataclass
@@ -1069,13 +1075,15 @@ class _Handle:
     file: int = -1
     slide: Slide | None = None
 
-    def row(self, row: int) -> tuple[int, int, int, int]:
-        """x, y, and offset and bytes of a compressed patch (0: none)."""
-        place = struct.unpack("<2q", read_bytes(self.table, self.layout.coords + 16 * row, 16))
-        if self.file < 0:
-            return *place, 0, 0
-        return *place, *(struct.unpack("<q", read_bytes(self.table, table + 8 * row, 8))[0]
-                         for table in (self.layout.offset, self.layout.bytes))
+    def numbers(self, at: int, count: int = 1) -> tuple[int, ...]:
+        return struct.unpack(f"<{count}q", read_bytes(self.table, at, 8 * count))
+
+    def decode(self, index: int) -> np.ndarray:
+        """A patch of a shard or a tile of the slide; a tile that was left out is white."""
+        (offset,), (count,) = (self.numbers(table + 8 * index) for table in (self.layout.offset, self.layout.bytes))
+        codec = self.layout.codec
+        return codec.decode(read_bytes(self.file, offset, count)) if count else np.full(
+            (codec.height, codec.width, 3), 255, np.uint8)
 
     def close(self) -> None:
         for file in (self.table, self.file):
@@ -1090,7 +1098,7 @@ class PatchIndex:
 
     Only slides.csv is read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
     process holds them, the system's cache of the files serves all workers. The files of the last `handles` slides stay
-    open; patches that are compressed tiles (of a shard, or of the slide) are read without opening the slide, others by
+    open; patches that are in a shard or are pixels of compressed tiles are read without opening the slide, others by
     Slide, of which 16 stay open. Safe to pickle, to fork and to use in data-loader workers; not to be shared between
     threads.
     """
@@ -1163,9 +1171,9 @@ class PatchIndex:
                 layout, count = _Layout(version, file["coords"].id.get_offset()), len(file["coords"])
                 if group := file.get("compressed"):
                     layout.offset, layout.bytes = (group[name].id.get_offset() for name in ("offset", "bytes"))
+                    layout.columns = int(group.attrs["columns"])
                     layout.codec = Codec(int(group.attrs["compression"]), group["prefix"][:].tobytes(),
-                                         self.patch_size, self.patch_size)
-                    layout.shard = group.attrs["file"] == "shard"
+                                         int(group.attrs["width"]), int(group.attrs["height"]))
             if count != self.counts[number]:
                 raise PatchError(f"its h5 file holds {count} patches, slides.csv says {self.counts[number]}; "
                                  f"run tile.py again")
@@ -1186,7 +1194,8 @@ class PatchIndex:
             os.close(table)
             raise
         if handle.layout.codec:
-            path = self.folder / "shards" / f"{self.slides[number]}.tar" if handle.layout.shard else self._path(number)
+            shard = self.folder / "shards" / f"{self.slides[number]}.tar"
+            path = self._path(number) if handle.layout.columns else shard
             with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
                 handle.file = os.open(path, os.O_RDONLY)
         self._open[number] = handle
@@ -1200,14 +1209,15 @@ class PatchIndex:
         place = f"row {row}"
         try:
             handle = self._handle(number)
-            x, y, offset, count = handle.row(row)
+            layout, size = handle.layout, self.patch_size
+            x, y = handle.numbers(layout.coords + 16 * row, 2)
             place = f"x={x}, y={y}"
-            if count:
-                try:
-                    return handle.layout.codec.decode(read_bytes(handle.file, offset, count))
-                except PatchError:
-                    if handle.layout.shard:
-                        raise       # of a slide, OpenSlide decides what is damaged
+            if handle.file >= 0 and not layout.columns:
+                return handle.decode(row)
+            if handle.file >= 0:
+                with contextlib.suppress(PatchError):       # of a slide, OpenSlide decides what is damaged
+                    return assemble(lambda row, column: handle.decode(row * layout.columns + column),
+                                    layout.codec.width, layout.codec.height, x, y, size, size)
             if not handle.slide:
                 using = [other for other in self._open.values() if other.slide]
                 if len(using) >= 16:
