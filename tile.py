@@ -112,8 +112,13 @@ class Codec:
         return self.prefix + data[2 + jfif:]
 
     def decode(self, data: bytes, shrink: int = 1) -> np.ndarray:
-        """(height, width, 3) uint8, optionally at 1/2, 1/4, ... (see _Tiles.shrinks). Any complaint: PatchError."""
+        """(height, width, 3) uint8, optionally at 1/2, 1/4, ... (see _Tiles.shrinks); white for no data.
+
+        PatchError where the decoder complains at all.
+        """
         height, width = self.height // shrink, self.width // shrink
+        if not data:    # the scanner left it out
+            return np.full((height, width, 3), 255, np.uint8)
         try:
             if self.compression == self.JPEG:
                 import simplejpeg
@@ -180,7 +185,7 @@ class _Tiles:
         return [2**n for n in range(1, halvings + 1) if self.codec.width % 2**n == self.codec.height % 2**n == 0]
 
     def compressed(self, file: int, index: int) -> bytes:
-        """The bytes of tile `index`; empty for a tile that the scanner left out."""
+        """The bytes of tile `index`, none where the scanner left it out."""
         return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
 
 
@@ -388,14 +393,12 @@ class Slide:
         self.close()
 
     def _tile(self, level: _Level, index: int) -> np.ndarray:
-        """Decoded tile from the cache or the file; a tile left out by the scanner is white."""
+        """Decoded tile from the cache or the file."""
         key = (id(level), index)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        codec, data = level.tiles.codec, level.tiles.compressed(self.file, index)
-        tile = (codec.decode(data, level.shrink) if data else
-                np.full((codec.height // level.shrink, codec.width // level.shrink, 3), 255, np.uint8))
+        tile = level.tiles.codec.decode(level.tiles.compressed(self.file, index), level.shrink)
         self._cache[key] = tile
         self._cache_bytes += tile.nbytes
         while self._cache_bytes > self._cache_limit and len(self._cache) > 4:
@@ -404,8 +407,6 @@ class Slide:
 
     def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
-        if strict and (x % tw, y % th, w, h) == (0, 0, tw, th):     # the fast case: nothing to assemble
-            return self._tile(level, y // th * level.tiles.columns + x // tw).copy()
 
         def tile(row, column):
             try:
@@ -1076,14 +1077,13 @@ class _Handle:
     slide: Slide | None = None
 
     def numbers(self, at: int, count: int = 1) -> tuple[int, ...]:
+        """So many 64-bit integers at a place in the h5 file."""
         return struct.unpack(f"<{count}q", read_bytes(self.table, at, 8 * count))
 
     def decode(self, index: int) -> np.ndarray:
-        """A patch of a shard or a tile of the slide; a tile that was left out is white."""
+        """A patch of a shard or a tile of the slide."""
         (offset,), (count,) = (self.numbers(table + 8 * index) for table in (self.layout.offset, self.layout.bytes))
-        codec = self.layout.codec
-        return codec.decode(read_bytes(self.file, offset, count)) if count else np.full(
-            (codec.height, codec.width, 3), 255, np.uint8)
+        return self.layout.codec.decode(read_bytes(self.file, offset, count))
 
     def close(self) -> None:
         for file in (self.table, self.file):
@@ -1105,7 +1105,6 @@ class PatchIndex:
 
     def __init__(self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256):
         self.folder, self.handles = Path(folder), handles
-        self._moved = find_slides(Path(slides)) if slides else []
         self._layouts: dict[int, _Layout] = {}
         every = read_rows(self.folder)
         if not every:
@@ -1123,7 +1122,16 @@ class PatchIndex:
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
-        self._rows = [(row["path"], int(row["size0"]), float(row["mpp"])) for row in rows]
+        moved: dict[str, list[Path]] = {}
+        for path in find_slides(Path(slides)) if slides else ():
+            moved.setdefault(path.name, []).append(path)
+
+        def where(path):    # by its folder and name, or by its name where only one slide has it
+            named = moved.get(path.name, [])
+            return next((other for other in named if other.parent.name == path.parent.name),
+                        named[0] if len(named) == 1 else path)
+
+        self._rows = [(where(Path(row["path"])), int(row["size0"]), float(row["mpp"])) for row in rows]
         self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._process = os.getpid()
 
@@ -1152,13 +1160,6 @@ class PatchIndex:
             raise ValueError(f'by must be "slide" or "patch", not {by!r}')
         slide = first * len(self.slides) >> 64
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
-
-    def _path(self, number: int) -> Path:
-        """Where the slide is now: among those moved by its folder and name, or by its name where only one has it."""
-        path = Path(self._rows[number][0])
-        named = [other for other in self._moved if other.name == path.name]
-        return next((other for other in named if other.parent.name == path.parent.name),
-                    named[0] if len(named) == 1 else path)
 
     def _layout(self, number: int, table: int) -> _Layout:
         """Read from the h5 file (open as `table`) where it is new to us or was written anew."""
@@ -1195,7 +1196,7 @@ class PatchIndex:
             raise
         if handle.layout.codec:
             shard = self.folder / "shards" / f"{self.slides[number]}.tar"
-            path = self._path(number) if handle.layout.columns else shard
+            path = self._rows[number][0] if handle.layout.columns else shard
             with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
                 handle.file = os.open(path, os.O_RDONLY)
         self._open[number] = handle
@@ -1223,7 +1224,7 @@ class PatchIndex:
                 if len(using) >= 16:
                     using[0].slide.close()
                     using[0].slide = None
-                handle.slide = Slide(self._path(number), self._rows[number][2], cache=4 << 20)
+                handle.slide = Slide(self._rows[number][0], self._rows[number][2], cache=4 << 20)
             return handle.slide.area(x, y, *(self._rows[number][1],) * 2, *(self.patch_size,) * 2)
         except (PatchError, UserError, OSError) as error:
             raise PatchError(f"{self.slides[number]}: patch at {place} cannot be read: {error}") from error
