@@ -1166,15 +1166,16 @@ def profile(args: argparse.Namespace) -> int:
     if not args.plain:
         return 0
 
-    from timm.layers import set_fused_attn
+    from timm.layers import set_fused_attn, use_fused_attn
     one = loader = teacher = student = distiller = None  # room for the other
     _end_workers()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    set_fused_attn(False)
-    args.compile = False
+    args.compile, before = False, use_fused_attn()
+    set_fused_attn(False)  # read by layers as they are built
     teacher, student = load_pair(args, device, torch.float32)
+    set_fused_attn(before)
     for model in (teacher, student):
         model.to(memory_format=torch.contiguous_format)
     distiller = Distiller(student, student.dim, teacher.dim, args).to(device)
