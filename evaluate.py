@@ -850,24 +850,36 @@ def knn_predict(x: np.ndarray, labels: np.ndarray, fold: np.ndarray, n_classes: 
     return predicted, neighbors
 
 
+def six_two_two(labels: np.ndarray, groups: Sequence[str], seed: int, grouped: bool = True) -> list[np.ndarray] | None:
+    """Masks (N,) of the training, validation and test part, each of whole folds of `split`; None for fewer than five.
+
+    The seed draws which folds: scikit-learn's own seed leaves groups of different sizes where they are, so that five
+    seeds would give one split five times.
+    """
+    fold = split(labels, groups, 10, 0, grouped)
+    n = fold.max() + 1
+    if n < 5:
+        return None
+    fold, fifth = np.random.default_rng(seed).permutation(n)[fold], round(n / 5)
+    return [fold >= 2 * fifth, (fold >= fifth) & (fold < 2 * fifth), fold < fifth]
+
+
 def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: int, seed: int,
           grouped: bool = True) -> dict | None:
     """Linear probe on one grouped 6:2:2 split: rows of the test part, their scores (n, classes), the chosen C.
 
     L2 logistic regression (scikit-learn, L-BFGS) on features standardised by the training part; C is chosen among
     1e-6 ... 1e2 by log loss on the validation part (AUC would not see a model that always says the same class), from
-    strong to weak regularisation, stopping when two steps bring nothing. None when the groups do not allow a split in
-    five or training would see one class only.
+    strong to weak regularisation, stopping when two steps bring nothing. None when the groups do not allow the split
+    or training would see one class only.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.preprocessing import StandardScaler
-    fold = split(labels, groups, 5, seed, grouped)
-    if fold.max() < 4:
+    parts = six_two_two(labels, groups, seed, grouped)
+    if parts is None or len(np.unique(labels[parts[0]])) < 2:
         return None
-    train, valid, test = fold > 1, fold == 1, fold == 0
-    if len(np.unique(labels[train])) < 2:
-        return None
+    train, valid, test = parts
     scaler = StandardScaler().fit(x[train])
     inputs = [scaler.transform(x[part].astype(np.float64)) for part in (train, valid, test)]
     if train.sum() < x.shape[1]:   # the solution lies in the span of the training rows: same optimum, fewer columns
@@ -876,7 +888,7 @@ def probe(x: np.ndarray, labels: np.ndarray, groups: Sequence[str], n_classes: i
         span = inputs[0].T @ (vector[:, solid] / np.sqrt(value[solid]))
         inputs = [part @ span for part in inputs]
     best, stale = (np.inf, 0.0, None), 0
-    model = LogisticRegression(max_iter=2000, tol=1e-4, warm_start=True)
+    model = LogisticRegression(max_iter=2000, tol=1e-6, warm_start=True)
     for c in 10.0 ** np.arange(-6, 3):
         model.set_params(C=c).fit(inputs[0], labels[train])
         loss = log_loss(labels[valid], _scores(model, inputs[1], n_classes), labels=np.arange(n_classes))
