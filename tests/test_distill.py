@@ -661,4 +661,4 @@ def test_profile_tells_where_the_time_goes(capsys):
         "times as fast as the plain one",
     ):
         assert part in output
-    assert models.load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, "the plain step's way stays its own"
+    assert models.load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, "the plain way stays its own"
