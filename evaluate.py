@@ -1650,13 +1650,15 @@ def run(args: argparse.Namespace) -> int:
     failures: list[str] = []
     args.found, args.cards = load_benchmarks(args, failures), {}
     arrays: dict[str, list[str]] = {b.name: [] for b in args.found}
+    lost: dict[str, int] = {}
     get = lambda name, benchmark, together: features(  # noqa: E731
         name, benchmark, args.results, weights=weights[name], batch_size=args.batch_size, workers=args.workers,
         max_unreadable=args.max_unreadable, together=together, **options)
     for name in args.models:
         for benchmark in args.found:
             try:
-                get(name, benchmark, True)
+                if missing := int(np.isnan(get(name, benchmark, True)).any(1).sum()):
+                    lost[benchmark.name] = missing
                 args.cards[name] = card(name, args.results, weights=weights[name], **options)
                 arrays[benchmark.name].append(name)
             except UserError as error:
@@ -1696,7 +1698,10 @@ def run(args: argparse.Namespace) -> int:
             print(summarize(args) + f"\n\ntables, pictures and how to read them: {args.results / 'report.md'}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    for name, missing in lost.items():
+        print(f"{name}: {missing} images could not be read and were left out, which the exit status tells too",
+              file=sys.stderr)
+    return 1 if failures or lost else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -147,7 +147,7 @@ def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
     assert go(folder, "--no-pictures") == 1
     err = capsys.readouterr().err
     assert "2 of 36 images cannot be read, first 07.png" in err and "--max-unreadable" in err
-    assert go(folder, "--no-pictures", "--max-unreadable", 0.1) == 0
+    assert go(folder, "--no-pictures", "--max-unreadable", 0.1) == 1, "what failed shows in the exit status"
     captured = capsys.readouterr()
     assert "07.png" in captured.err and "08.png" in captured.err and "2 unreadable images left out" in captured.out
     assert rows(folder, protocol="data")[0]["value"] == 34
