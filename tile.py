@@ -1526,6 +1526,10 @@ def download(source: Source, args: argparse.Namespace, report) -> None:
                 if disk_full(error):
                     raise
                 reason = f"the connection was lost ({error})"
+            except UserError as error:
+                if not have or " 416 " not in str(error):
+                    raise
+                partial.unlink()    # what is there cannot be gone on with: from the beginning
         now = partial.stat().st_size if partial.exists() else 0
         if now >= source.size:
             with open(partial, "rb") as file:
