@@ -189,6 +189,24 @@ class _Tiles:
         return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
 
 
+class Recent:
+    """The decoded tiles asked for last: as many as fit into `limit` bytes, and at least four."""
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes, self.tiles = limit, 0, OrderedDict()
+
+    def get(self, key, decode) -> np.ndarray:
+        """The tile kept under `key`, else what decode() gives."""
+        if key in self.tiles:
+            self.tiles.move_to_end(key)
+            return self.tiles[key]
+        tile = self.tiles[key] = decode()
+        self.bytes += tile.nbytes
+        while self.bytes > self.limit and len(self.tiles) > 4:
+            self.bytes -= self.tiles.popitem(last=False)[1].nbytes
+        return tile
+
+
 def assemble(tile, tw: int, th: int, x: int, y: int, w: int, h: int) -> np.ndarray:
     """(h, w, 3) uint8 at (x, y) of a picture in tiles of tw x th pixels, where tile(row, column) gives one."""
     out = np.empty((h, w, 3), np.uint8)
@@ -234,7 +252,7 @@ class Slide:
         import openslide
 
         self.path, self.name = Path(path), slide_name(path)
-        self._cache, self._cache_bytes, self._cache_limit = OrderedDict(), 0, cache
+        self._recent = Recent(cache)
         self.file, self.damaged = -1, []
         self._complain_early()
         self._reopen()
@@ -274,7 +292,7 @@ class Slide:
                 self._slide = openslide.ImageSlide(str(self.path))
             else:
                 self._slide = openslide.OpenSlide(str(self.path))
-                self._slide.set_cache(openslide.OpenSlideCache(self._cache_limit))
+                self._slide.set_cache(openslide.OpenSlideCache(self._recent.limit))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             what = str(error)
             if "nsupported" in what:
@@ -394,16 +412,9 @@ class Slide:
 
     def _tile(self, level: _Level, index: int) -> np.ndarray:
         """Decoded tile from the cache or the file."""
-        key = (id(level), index)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        tile = level.tiles.codec.decode(level.tiles.compressed(self.file, index), level.shrink)
-        self._cache[key] = tile
-        self._cache_bytes += tile.nbytes
-        while self._cache_bytes > self._cache_limit and len(self._cache) > 4:
-            self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return tile
+        tiles = level.tiles
+        return self._recent.get((id(level), index),
+                                lambda: tiles.codec.decode(tiles.compressed(self.file, index), level.shrink))
 
     def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
@@ -1133,13 +1144,14 @@ class PatchIndex:
 
         self._rows = [(where(Path(row["path"])), int(row["size0"]), float(row["mpp"])) for row in rows]
         self._open: OrderedDict[int, _Handle] = OrderedDict()
+        self._recent = Recent(32 << 20)     # neighbours share tiles
         self._process = os.getpid()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict(), "_recent": Recent(self._recent.limit)}
 
     def locate(self, i: int) -> tuple[int, int]:
         """(number of the slide, row of its coordinates) of patch `i`."""
@@ -1217,8 +1229,10 @@ class PatchIndex:
                 return handle.decode(row)
             if handle.file >= 0:
                 with contextlib.suppress(PatchError):       # of a slide, OpenSlide decides what is damaged
-                    return assemble(lambda row, column: handle.decode(row * layout.columns + column),
-                                    layout.codec.width, layout.codec.height, x, y, size, size)
+                    return assemble(
+                        lambda row, column: self._recent.get((number, row, column),
+                                                             lambda: handle.decode(row * layout.columns + column)),
+                        layout.codec.width, layout.codec.height, x, y, size, size)
             if not handle.slide:
                 using = [other for other in self._open.values() if other.slide]
                 if len(using) >= 16:
