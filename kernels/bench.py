@@ -122,7 +122,8 @@ def compare(kernel: str, shape: str, runs: dict, check: Callable, limit: float, 
 def show(row: dict) -> None:
     speed = "" if row["speedup_of_ours"] is None else f"{row['speedup_of_ours']:.2f}x"
     wrong = "" if row["right"] else " WRONG"
-    spread = f"{row['ms']:.3g} ({row['ms_20']:.3g} to {row['ms_80']:.3g})"
+    median, low, high = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:,.0f}" for key in ("ms", "ms_20", "ms_80"))
+    spread = f"{median} ({low} to {high})"
     print(f"| {row['kernel']} | {row['shape']} | {row['name']} | {spread} | "
           f"{100 * row['roofline']:.0f} % | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |", flush=True)
 
