@@ -122,7 +122,8 @@ def compare(kernel: str, shape: str, runs: dict, check: Callable, limit: float, 
 def show(row: dict) -> None:
     speed = "" if row["speedup_of_ours"] is None else f"{row['speedup_of_ours']:.2f}x"
     wrong = "" if row["right"] else " WRONG"
-    median, low, high = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:,.0f}" for key in ("ms", "ms_20", "ms_80"))
+    times = (row["ms"], row["ms_20"], row["ms_80"])
+    median, low, high = (f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in times)
     spread = f"{median} ({low} to {high})"
     print(f"| {row['kernel']} | {row['shape']} | {row['name']} | {spread} | "
           f"{100 * row['roofline']:.0f} % | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |", flush=True)
