@@ -29,7 +29,8 @@ def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> 
     """Median, 20th and 80th percentile in milliseconds over about `seconds` for each, and peak MB above the start's.
 
     The runs take turns, so that a change of the machine's load meets all of them alike. On a GPU a buffer larger than
-    its L2 is written before each run, so that inputs come from memory.
+    its L2 is written before each run, so that inputs come from memory, and the device is kept busy for a millisecond,
+    so that launches are queued meanwhile and the time is the device's, as in a training step.
     """
     memory = {name: (run(), _peak(run, device))[1] for name, run in runs.items()}
     times, end = {name: [] for name in runs}, time.perf_counter() + seconds * len(runs)
@@ -40,6 +41,7 @@ def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> 
         for name, run in runs.items():
             if device.type == "cuda":
                 flush.zero_()
+                torch.cuda._sleep(2**21)  # cycles
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 run()
