@@ -380,7 +380,8 @@ def demo(folder: Path, max_steps: int) -> None:
     seconds = {}
     start = time.monotonic()
     print("A synthetic cohort: 16 slides to distil on, labelled patches of 16 other patients to judge by, 4 centres.")
-    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=32, unit="patient", desc="drawing") as bar:
+    bar = tqdm(total=32, unit="patient", desc="drawing", disable=None)    # none in a log
+    with ProcessPoolExecutor(os.cpu_count()) as pool, bar:
         write_cohort(data, pool, bar)
         write_benchmark(data, pool, bar)
     write_teacher(weights)
