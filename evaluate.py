@@ -1696,12 +1696,17 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps([r for r in read_metrics(args.results) if r["benchmark"] in {b.name for b in done}]))
         else:
             print(summarize(args) + f"\n\ntables, pictures and how to read them: {args.results / 'report.md'}")
+    return finish(failures, lost)
+
+
+def finish(failures: list[str], lost: dict[str, int]) -> int:
+    """Say what is missing, of each benchmark how many images; the exit status."""
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     for name, missing in lost.items():
         print(f"{name}: {missing} images could not be read and were left out, which the exit status tells too",
               file=sys.stderr)
-    return 1 if failures or lost else 0
+    return int(bool(failures or lost))
 
 
 def main(argv: list[str] | None = None) -> int:

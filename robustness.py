@@ -40,6 +40,7 @@ from evaluate import (
     check_names,
     display,
     files_below,
+    finish,
     load_folder,
     markdown,
     read_image,
@@ -451,7 +452,7 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
             draw_gallery(out / f"gallery-{safe(n)}.png", n, benchmark, samples[0], rows)
         print(f"pictures: {out}/index.png, map.png, gallery-*.png")
     print(f"table: {args.results / 'table3.md'}")
-    return finish(failures, lost)
+    return finish(failures, {benchmark.name: int(lost.sum())} if lost.any() else {})
 
 
 def gather(parts: dict, args: argparse.Namespace, weights: dict, options: dict) -> tuple[dict, dict, list[str]] | None:
@@ -477,15 +478,6 @@ def gather(parts: dict, args: argparse.Namespace, weights: dict, options: dict) 
         import torch.distributed as dist
         dist.destroy_process_group()
     return (x, cards, failures) if rank == 0 else None
-
-
-def finish(failures: list[str], lost: np.ndarray) -> int:
-    """Say what is missing; the exit status."""
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if lost.any():
-        print(f"{lost.sum()} patches could not be read and were left out", file=sys.stderr)
-    return int(bool(failures) or lost.any())
 
 
 def intervals(base: dict, counts: dict[str, list[np.ndarray]], groups: list[np.ndarray]) -> list[dict]:
@@ -771,7 +763,7 @@ def perturb(args: argparse.Namespace, weights: dict, options: dict) -> int:
             draw_shift(out / f"{kind}.png", kind, strengths, patches.images[int(fine.argmax())], still | found, list(x))
     evaluate.write_text(out / "shifts.md", "\n".join(text) + "\n")
     print(aligned(text[2:]) + f"\ntable: {out}/shifts.md" + ("" if args.no_pictures else f"   curves: {out}/*.png"))
-    return finish(failures, ~fine)
+    return finish(failures, {} if fine.all() else {patches.name: int((~fine).sum())})
 
 
 def draw_shift(path: Path, kind: str, strengths: list[float], image: np.ndarray, found: dict, names: list[str]) -> None:

@@ -34,7 +34,7 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     scatter = _scatter_op if torch.compiler.is_compiling() else _scatter  # the operator's first call imports Dynamo
     product = scatter(x.detach())
     if not torch.compiler.is_compiling() and not product.diagonal().isfinite().all():
-        _check_finite([x], "x")
+        _check_finite(x=[x])
     return (product / (x.shape[0] - 1)).to(_wide(x))
 
 
@@ -79,12 +79,10 @@ def cka(
             unique.append(x)
     run = _hsic_op if torch.compiler.is_compiling() else _hsic  # the operator's first call imports Dynamo: seconds
     if kernel == "rbf" and not torch.compiler.is_compiling():  # the median cannot be counted among NaN
-        _check_finite(xs, "xs")
-        _check_finite(ys, "ys")
+        _check_finite(xs=xs, ys=ys)
     hsic = run([x.detach() for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
     if not torch.compiler.is_compiling() and not hsic.isfinite().all():  # any NaN or infinity reaches the result
-        _check_finite(xs, "xs")
-        _check_finite(ys, "ys")
+        _check_finite(xs=xs, ys=ys)
     cross, own_x, own_y = hsic.split([len(xs) * len(ys), len(xs), len(ys)], dim=1)
     unbiased, biased = cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
     return {"unbiased": unbiased, "biased": biased, "both": (unbiased, biased)}[estimator]
@@ -106,10 +104,11 @@ def _check_features(features, name):
             raise ValueError(f"{name}[{i}]: on {x.device}, but {name}[0] is on {features[0].device}")
 
 
-def _check_finite(features, name):
-    for i, x in enumerate(features):
-        if not x.isfinite().all():
-            raise ValueError(f"{name}[{i}]: contains NaN or infinity")
+def _check_finite(**features):
+    for name, several in features.items():
+        for i, x in enumerate(several):
+            if not x.isfinite().all():
+                raise ValueError(f"{name}[{i}]: contains NaN or infinity")
 
 
 # --- plain PyTorch: the reference, and what runs on a CPU -----------------------------------------------------------

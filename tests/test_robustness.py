@@ -518,6 +518,9 @@ def test_unreadable_patch_is_left_out_and_told(folder, fake, capsys):
                           "--per-class", 0, "--no-pictures")
     assert status == 1 and "table3.md" in out
     assert "| centre-0 | 11 of 12" in (folder.parent / "r" / "table3.md").read_text()
+    status, out, err = call(capsys, "--models", "tissue", "--benchmark", folder, "--results", folder.parent / "r",
+                            "--perturb", "brightness", "--no-pictures")
+    assert status == 1 and "shifts.md" in out and f"{folder.name}: 1 images could not be read" in err
 
 
 def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, capsys):
