@@ -1306,7 +1306,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         check(args)
-        return profile(args) if args.profile else train(args)
+        status = profile(args) if args.profile else train(args)
+        models.leave_distributed()  # not after an error: it would wait for what other ranks will never send
+        return status
     except UserError as error:
         return _fail(str(error))
     except OSError as error:

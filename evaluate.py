@@ -1629,7 +1629,7 @@ def check_names(models: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures. Returns the exit status."""
-    from models import model_options, parse_weights, setup_distributed
+    from models import leave_distributed, model_options, parse_weights, setup_distributed
     if args.k < 1 or args.k > 64 or args.folds < 2 or args.seeds < 1 or args.pca_dims < 1:
         raise UserError("--k 1 to 64, --folds at least 2, --seeds and --pca-dims at least 1")
     if args.all and int(os.environ.get("RANK", 0)) == 0:
@@ -1646,7 +1646,7 @@ def run(args: argparse.Namespace) -> int:
     check_names(args.models)
     weights = parse_weights(args.weights, args.models)
     options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})
-    rank, world, args.device_used = setup_distributed(args.device)
+    rank, _, args.device_used = setup_distributed(args.device)
     failures: list[str] = []
     args.found, args.cards = load_benchmarks(args, failures), {}
     arrays: dict[str, list[str]] = {b.name: [] for b in args.found}
@@ -1666,10 +1666,8 @@ def run(args: argparse.Namespace) -> int:
                 if name not in args.cards:
                     break   # the model itself cannot be loaded
     _load.cache_clear()
-    if world > 1:   # the other ranks only share the images
-        import torch.distributed as dist
-        dist.destroy_process_group()
-    if rank != 0:
+    leave_distributed()
+    if rank != 0:   # the other ranks only share the images
         return 0
     args.models = [n for n in args.models if n in args.cards]
     record(args.results, [{"model": display(n), "benchmark": "", "protocol": "model", "metric": "parameters",

@@ -593,6 +593,12 @@ def setup_distributed(device: str | torch.device = "auto") -> tuple[int, int, to
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def leave_distributed() -> None:
+    """Leave the job, if in one: gloo's threads still hold tensors, and an exit they outlive now and then aborts."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> None:
     """Write `model` (a Model or its timm network) as a folder that timm and `load_model` read.
 

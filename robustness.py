@@ -460,8 +460,8 @@ def gather(parts: dict, args: argparse.Namespace, weights: dict, options: dict) 
 
     Under torchrun all ranks share the images, then one goes on alone: None on the others.
     """
-    from models import setup_distributed
-    rank, world, _ = setup_distributed(args.device)
+    from models import leave_distributed, setup_distributed
+    rank, _, _ = setup_distributed(args.device)
     check_names(args.models)
     x, cards, failures = {}, {}, []
     for name in args.models:
@@ -474,9 +474,7 @@ def gather(parts: dict, args: argparse.Namespace, weights: dict, options: dict) 
             failures.append(str(error))
     if not x:
         raise UserError("; ".join(failures))
-    if world > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
+    leave_distributed()
     return (x, cards, failures) if rank == 0 else None
 
 

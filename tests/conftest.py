@@ -1,9 +1,12 @@
 """What all tests share: the repository root, real inputs where present, and ways to run a script as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 # Tests run several at a time; one thread each keeps them from treading on one another.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -30,3 +33,23 @@ def torchrun(processes: int, script: str, *args, timeout: float = 300, env: dict
                *map(str, options), str(ROOT / script), *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout,
                           capture_output=True, text=True)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """This process as torchrun would start it for a job of one. A script must have left the job when it returns:
+    gloo's threads outlive it otherwise, and an exit in six or so aborts with 'terminate called'."""
+    import torch
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    joined = []
+    join = torch.distributed.init_process_group
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: (joined.append(1), join(*args)))
+    yield
+    left = not torch.distributed.is_initialized()
+    if not left:
+        torch.distributed.destroy_process_group()
+    assert joined and left

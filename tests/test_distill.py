@@ -433,6 +433,10 @@ def three_ranks(data, tmp_path_factory):
     return runs / "r"
 
 
+def test_a_rank_leaves_the_job_when_it_is_done(data, tmp_path, one_rank):
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 2)) == 0
+
+
 def test_three_ranks_equal_three_accumulated_batches(data, three_ranks, tmp_path):
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 3)) == 0
     one, two = losses(tmp_path / "r"), losses(three_ranks)

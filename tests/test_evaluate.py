@@ -141,6 +141,10 @@ def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
     assert np.allclose(one["a"], both, atol=1e-4 * np.abs(one["a"]).max())
 
 
+def test_a_rank_leaves_the_job_when_it_is_done(folder, one_rank):
+    assert go(folder, "--no-pictures") == 0
+
+
 def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
     (folder / "07.png").write_bytes(b"not an image")
     (folder / "08.png").unlink()

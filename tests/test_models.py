@@ -687,6 +687,7 @@ def main(out, slow):
     got = models.extract_features(model, Source(slow), batch_size=2, cache=out + "/cache", errors=errors)
     assert errors == [(4, "lost")]
     np.save(f"{{out}}/{{rank}}-of-{{world}}.npy", got)
+    models.leave_distributed()
 if __name__ == "__main__":
     main(sys.argv[1], float(sys.argv[2]))
 """

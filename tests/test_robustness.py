@@ -579,3 +579,8 @@ def test_under_torchrun_the_numbers_are_the_same(folder, capsys):
                    for r in evaluate.read_metrics(results)} for results in (alone, two))
     assert one.keys() == other.keys() and len(one) > 100
     assert [one[key] for key in one] == pytest.approx([other[key] for key in one], rel=1e-3, nan_ok=True)
+
+
+def test_a_rank_leaves_the_job_when_it_is_done(folder, capsys, one_rank):
+    assert call(capsys, "--models", "timm:test_resnet", *MODELS[3:], "--benchmark", folder, "--no-pictures",
+                "--per-class", 18, "--results", folder.parent / "one")[0] == 0
