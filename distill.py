@@ -300,12 +300,18 @@ LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")
 
 
 def rows(model: models.Model, images: torch.Tensor, tokens: str) -> torch.Tensor:
-    """float (B, 3, S, S) in [0, 1] -> the rows compared: (B, dim), or with tokens="all" (B * (1 + patches), C)."""
+    """float (B, 3, S, S) in [0, 1] -> the rows compared: (B, dim), or with tokens="all" (B * (1 + patches), C).
+
+    Of all tokens the first is the network's own pooling (the class token, where that is its embedding), so that models
+    without a class token have one too; registers have no counterpart.
+    """
     x = model.normalize(images)
     if tokens == "cls":
         return model(x)
     out = model.tokens(x)
-    return torch.cat([out[:, :1], out[:, model.num_prefix_tokens:]], 1).flatten(0, 1)  # registers have no counterpart
+    with model._autocast(x):
+        pooled = model.net.forward_head(out, pre_logits=True)
+    return torch.cat([pooled[:, None], out[:, model.num_prefix_tokens:]], 1).flatten(0, 1)
 
 
 class Distiller(nn.Module):
@@ -1250,7 +1256,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--reduction", choices=("batch", "row"), default="batch",
                        help="one log over the batch, or one per sample and their mean")
     group.add_argument("--tokens", choices=("cls", "all"), default="cls",
-                       help="compare embeddings, or the class and all patch tokens (ViTs with equal patch size)")
+                       help="compare embeddings, or those and all patch tokens (ViTs with equal patch size)")
     group.add_argument("--sync", action="store_true", help="statistics and sum of the loss over all ranks, and "
                        "on GPUs the statistics of batch norm inside the student")
     group = parser.add_argument_group("when to stop")

@@ -211,6 +211,16 @@ def index_of(data: Path) -> tile.PatchIndex:
     return tile.PatchIndex(data / "tiles" / "tiny")
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3"])  # class token; register and mean; and pooling
+def test_all_tokens_are_the_embedding_and_the_patches(name):
+    model, x = models.load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
+    found, tokens = distill.rows(model, x, "all").unflatten(0, (2, -1)), model.tokens(model.normalize(x))
+    assert torch.equal(found[:, 0], model(model.normalize(x)))
+    assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens:]) and found.shape[1] == 101
+    found.sum().backward()  # several ranks wait for the gradient of every parameter
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(data):
     index = index_of(data)
     held = distill.hold_out(index, 0.05, 0)
