@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -509,13 +510,17 @@ def _resize_input(net: nn.Module, args: dict, name: str, size: int) -> None:
     """Change the side of the input from the published one, where the network allows it."""
     published = net.pretrained_cfg["input_size"][-1]
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-    if patch and size % patch[0]:
-        below = size // patch[0] * patch[0]
-        raise UserError(f"--input-size {size}: {name} takes multiples of its patch size {patch[0]}, such as "
-                        f"{below or patch[0]} or {below + patch[0]}")
+    patch = patch[0] if isinstance(patch, tuple) else patch
+    if patch and size % patch:
+        below = size // patch * patch
+        raise UserError(f"--input-size {size}: {name} takes multiples of its patch size {patch}, such as "
+                        f"{below or patch} or {below + patch}")
     if hasattr(net, "set_input_size"):
         net.set_input_size(img_size=size)
         args["img_size"] = size
+        windows = [m.window_size for m in net.modules() if isinstance(getattr(m, "window_size", None), tuple)]
+        if windows and "window_size" in inspect.signature(type(net)).parameters:  # Swin's grow with the image
+            args["window_size"] = windows[0][0]
     elif net.pretrained_cfg.get("fixed_input_size"):
         raise UserError(f"--input-size {size}: {name} takes {published} only")
     net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, size, size)}

@@ -540,6 +540,7 @@ def test_another_input_size(tiny):
         load_model(tiny, "random", input_size=230)
     with pytest.raises(UserError, match="224 only"):
         load_model("timm:mixer_s32_224", "random", input_size=112)
+    assert load_model("timm:efficientvit_m0", "random", input_size=256).input_size == 256  # its patch size is no pair
     small = load_model("timm:resnet10t", "random", input_size=112)
     assert small.preprocess(batch(*images(1))).shape == (1, 3, 112, 112) and small.embedding == "pool"
 
@@ -548,7 +549,7 @@ def test_another_input_size(tiny):
 
 
 @pytest.mark.parametrize("name, size", [("tiny", None), ("tiny", 112), ("timm:resnet10t", 112),
-                                        ("timm:test_vit", None)])
+                                        ("timm:test_vit", None), ("timm:swin_tiny_patch4_window7_224", 128)])
 def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
     import timm
     model = load_model(name, "random", input_size=size).train()
