@@ -258,15 +258,15 @@ class Heldout:
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
         chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
-        patches, margin, problem = [], (index.patch_size - crop) // 2, "there are no more"
+        patches, margin = [], (index.patch_size - crop) // 2
+        problem = "their patients have no more; raise --hold-out, or take --hold-out 0"
         for i in chosen:
             try:
                 patches.append(index.read(i)[margin:margin + crop, margin:margin + crop])
             except PatchError as error:
-                problem = str(error)
+                problem = f"{error}; if the slides have moved, say where they are by --slides"
         if len(patches) < 4:
-            raise UserError(f"--eval-patches {count}: only {len(patches)} held-out patches can be read ({problem}); "
-                            "if the slides have moved, say where they are by --slides")
+            raise UserError(f"--eval-patches {count}: only {len(patches)} held-out patches can be read: {problem}")
         self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         self.batch, self.name = batch, "held-out CKA" if held.any() else "CKA on training slides"
         self.teacher = self.features(teacher)
@@ -1289,7 +1289,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for a number that cannot be."""
-    for name, low in (("max_steps", 1), ("batch_size", 2), ("accumulate", 1), ("crop", 1), ("keep", 1),
+    for name, low in (("max_steps", 1), ("batch_size", 2), ("accumulate", 1), ("crop", BLUR_SIZE // 2 + 1), ("keep", 1),
                       ("eval_patches", 4), ("stop_window", 1), ("profile_steps", 1), ("seed", 0)):
         if getattr(args, name) < low:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""

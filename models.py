@@ -512,9 +512,9 @@ def _resize_input(net: nn.Module, args: dict, name: str, size: int) -> None:
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     patch = patch[0] if isinstance(patch, tuple) else patch
     if patch and size % patch:
-        below = size // patch * patch
+        below = max(1, size // patch) * patch
         raise UserError(f"--input-size {size}: {name} takes multiples of its patch size {patch}, such as "
-                        f"{below or patch} or {below + patch}")
+                        f"{below} or {below + patch}")
     if hasattr(net, "set_input_size"):
         net.set_input_size(img_size=size)
         args["img_size"] = size
@@ -572,6 +572,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):  # ROCm is cuda too
+            raise RuntimeError
     except RuntimeError:
         raise UserError(f"--device {device}: expected cpu, cuda, cuda:N or auto") from None
     if device.type == "cuda":
@@ -985,6 +987,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `python models.py`; returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
+        for flag, value in (("--input-size", args.input_size), ("--batch-size", args.batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{flag} {value}: expected at least 1")
         if args.speed is not None:
             show_speed(args.speed + args.names or list(REGISTRY), args)
         elif args.check:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -495,6 +496,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         (("--batch-size", 1), ("--batch-size 1", "batch norm")),
         (("--batch-size", 300), ("300 patches", "lower")),
         (("--crop", 80), ("--crop 80", "64 px")),
+        (("--crop", 4), ("--crop 4", "at least 5")),  # the blur reaches that far
         (("--cancer", "absent"), ("absent", "tile.py")),
         (("--precision", "fp16"), ("--precision fp16", "bf16")),
         (("--weights", "timm:test_vit=/nowhere/x.safetensors"), ("/nowhere/x.safetensors",)),
@@ -554,6 +556,12 @@ def test_a_constant_student_is_named(data, tmp_path, capsys):
         "same features",
         capsys=capsys,
     )
+
+
+def test_held_out_patients_with_too_few_patches_say_what_to_do():
+    index = SimpleNamespace(counts=[2, 1, 9], patch_size=64, read=lambda i: np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(tile.UserError, match=r"only 3 held-out patches.*--hold-out 0"):
+        distill.Heldout(index, np.array([True, True, False]), 16, 48, 0, None, 8)
 
 
 def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(data, tmp_path, capsys, monkeypatch):

@@ -342,6 +342,13 @@ def test_folders_that_are_no_student(tmp_path, tiny):
             load_model(str(tmp_path))
 
 
+def test_numbers_that_cannot_be_are_named(capsys):
+    for flag in ("--input-size", "--batch-size"):
+        for value in ("0", "-16"):
+            assert models.main(["--speed", "timm:test_vit", flag, value]) == 1
+            assert capsys.readouterr().err == f"error: {flag} {value}: expected at least 1\n"
+
+
 def test_parse_weights(tmp_path):
     names = ["h-optimus-0", "timm:resnet10t", str(tmp_path)]
     assert parse_weights(None, names) == dict.fromkeys(names)
@@ -733,8 +740,9 @@ def test_half_precision_keeps_norms_and_stays_close(name, dtype, tolerance, tiny
 
 
 def test_devices():
-    with pytest.raises(UserError, match="expected cpu, cuda"):
-        models.pick_device("gpu")
+    for name in ("gpu", "mps", "meta"):
+        with pytest.raises(UserError, match=f"{name}: expected cpu, cuda"):
+            models.pick_device(name)
     if not torch.cuda.is_available():
         assert models.setup_distributed("auto") == (0, 1, torch.device("cpu"))
         with pytest.raises(UserError, match="use --device cpu"):
