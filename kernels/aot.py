@@ -55,6 +55,13 @@ def configurations(target: str):
             yield ("fused_backward", f"{name}, {f'{rows} rows' if rows < 64 else '64 rows or more'}",
                    logsum_triton.fused_backward_kernel,
                    {**logsum_triton.fused_backward_config(rows, operand), "OPERAND": kind_of}, types, cores)
+        types = types | {x: f"*{name}" for x in ("out", "grad_y")}
+        config = {**logsum_triton.tiled_backward_config(operand), "OPERAND": kind_of}
+        for mode, label in ((0, "both"), (2, "affine, by row")):
+            yield ("gradient", f"{name}, {label}", logsum_triton.gradient_kernel, {
+                **config, "ALPHA": 4.0, "NORMALIZE": mode, "WEIGHTED": mode == 2, **({} if mode == 2 else plain)},
+                types, cores)
+        yield "weight", name, logsum_triton.weight_kernel, config, types, cores
     tile = {"ROWS": logsum_triton.TILE_ROWS, "COLUMNS": logsum_triton.TILE_COLUMNS, "num_warps": 4}
     types = {"teacher": "*bf16", "out": "*bf16", "alpha": "fp32", "eps": "fp32", "norm_eps": "fp32"}
     yield "finish", "", logsum_triton.finish_kernel, {"BLOCK": 1024, "num_warps": 4}, types, False
@@ -63,7 +70,6 @@ def configurations(target: str):
     for mode, label in ((0, "both"), (2, "affine, by row")):
         flags = {**tile, "ALPHA": 4.0, "NORMALIZE": mode, "WEIGHTED": mode == 2, **({} if mode == 2 else plain)}
         yield "loss", label, logsum_triton.loss_kernel, flags, types, False
-        yield "gradient", label, logsum_triton.gradient_kernel, flags, types, False
     types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
     for store, precision in ((False, "tf32"), (True, "tf32"), (True, cka_triton.scatter_precision(hip))):
         for aligned in (True, False):

@@ -1,9 +1,10 @@
 """Triton kernels of the projector + Log-Sum loss; imported on first use on a GPU. The mathematics is in logsum.py.
 
 Few rows (`fused_*`): one program owns some columns of the projection and all rows, so that batch statistics are sums in
-registers. Many rows (`tiled_*`): matrix products by the vendor's library into one slab of columns that stays in L2, and
-small kernels over tiles of it. Every kernel writes each element of its outputs; sums over programs go through a buffer
-and are added in a fixed order; no atomics.
+registers. Many rows (`tiled_*`): forward, the vendor's matrix product into one slab of columns that stays in L2, and
+small kernels over tiles of it; backward, rows are projected again, in chunks, by the kernel that makes a gradient of
+the projection, so that it is never stored. Every kernel writes each element of its outputs; sums over programs go
+through a buffer and are added in a fixed order; no atomics.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ _NORMALIZE = {"both": BOTH, "student": STUDENT, "student-affine": AFFINE, "none"
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TILE_ROWS, TILE_COLUMNS = 64, 64
 SLAB_BYTES = 16 * 2**20  # of fp32 projection held at a time: well inside the L2 of the devices meant
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 11 * 128  # of the gradient at the projection: with 1,536 columns one tile for each processor of an H100
 
 
 @triton.jit
@@ -45,6 +46,21 @@ def _standardise(x, real, rows, norm_eps):
 
 
 @triton.jit
+def _product_tile(a, b, real_m, real_n, count, stride_am, stride_ak, stride_bk, stride_bn,
+                  OPERAND: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """Product of the tiles that begin at a and b, over `count` common places; fp32 accumulators."""
+    m, n, k = tl.arange(0, real_m.shape[0]), tl.arange(0, real_n.shape[0]), tl.arange(0, STEP)
+    total = tl.zeros((real_m.shape[0], real_n.shape[0]), tl.float32)
+    for start in range(0, count, STEP):
+        left = tl.load(a + tl.cast(start, tl.int64) * stride_ak + m[:, None] * stride_am + k[None, :] * stride_ak,
+                       mask=real_m[:, None] & (k[None, :] < count - start), other=0.0)
+        right = tl.load(b + tl.cast(start, tl.int64) * stride_bk + k[:, None] * stride_bk + n[None, :] * stride_bn,
+                        mask=(k[:, None] < count - start) & real_n[None, :], other=0.0)
+        total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def fused_forward_kernel(
     student, weight, teacher, scale, shift, partial, grad_y, columns,
     rows, inner, features, stride_sb, stride_sk, stride_wk, stride_wn, stride_tb, stride_tn, norm_eps,
@@ -53,19 +69,13 @@ def fused_forward_kernel(
 ):  # fmt: skip
     """All rows of COLUMNS columns: product, batch norm, loss partial and the unscaled gradient at the projection."""
     r = tl.arange(0, ROWS)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(0) * COLUMNS
+    c = first + tl.arange(0, COLUMNS)
     inside = c < features
     real = (r[:, None] < rows) & inside[None, :]
     r64, c64 = r.to(tl.int64), c.to(tl.int64)
-    y = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, inner, INNER):
-        k = start + tl.arange(0, INNER)
-        k64 = k.to(tl.int64)
-        a = tl.load(student + r64[:, None] * stride_sb + k64[None, :] * stride_sk,
-                    mask=(r[:, None] < rows) & (k[None, :] < inner), other=0.0)
-        b = tl.load(weight + k64[:, None] * stride_wk + c64[None, :] * stride_wn,
-                    mask=(k[:, None] < inner) & inside[None, :], other=0.0)
-        y = tl.dot(a.to(OPERAND), b.to(OPERAND), y, input_precision="ieee")
+    y = _product_tile(student, weight + first.to(tl.int64) * stride_wn, r < rows, inside, inner, stride_sb, stride_sk,
+                      stride_wk, stride_wn, OPERAND, INNER)
     t = tl.load(teacher + r64[:, None] * stride_tb + c64[None, :] * stride_tn, mask=real, other=0.0).to(tl.float32)
     rstd = tl.full((COLUMNS,), 1.0, tl.float32)
     if NORMALIZE != 3:
@@ -186,12 +196,11 @@ def merge_kernel(partial, columns, rows, width, stride_c, norm_eps, ROWS: tl.con
 
 
 @triton.jit
-def _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_yb, stride_tb, stride_tn, stride_c,
+def _difference(x, teacher, columns, scale, shift, r, c, rows, width, stride_tb, stride_tn, stride_c,
                 NORMALIZE: tl.constexpr):  # fmt: skip
-    """One tile -> (standardised projection, its difference to the teacher's, 0 outside)."""
+    """One tile of the projection -> (the same standardised, its difference to the teacher's), 0 outside."""
     inside = c < width
     real = (r[:, None] < rows) & inside[None, :]
-    x = tl.load(y + r.to(tl.int64)[:, None] * stride_yb + c[None, :], mask=real, other=0.0)
     t = tl.load(teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
                 mask=real, other=0.0).to(tl.float32)
     if NORMALIZE != 3:
@@ -218,8 +227,9 @@ def loss_kernel(
     """One tile's sum of |d|^alpha, its row sums, and column sums of the gradient and of gradient times projection."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_yb, stride_tb, stride_tn, stride_c,
-                       NORMALIZE)
+    y = tl.load(y + r.to(tl.int64)[:, None] * stride_yb + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < width),
+                other=0.0)
+    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_tb, stride_tn, stride_c, NORMALIZE)
     value, g = _power(d, ALPHA)
     if WEIGHTED:
         g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
@@ -231,29 +241,63 @@ def loss_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    y, teacher, columns, scale, shift, weights, grad, factor, out, rows, width, count,
-    stride_yb, stride_tb, stride_tn, stride_c,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _store_gradient(
+    y, teacher, columns, scale, shift, weights, grad, factor, out, r, c, rows, features, count, stride_tb, stride_tn,
+    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient at the projection, times grad * factor, in the type of `out`."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = c < width
-    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_yb, stride_tb, stride_tn, stride_c,
+    """From a tile of the projection to the gradient there, times grad * factor, in the type of `out`."""
+    inside = c < features
+    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, features, stride_tb, stride_tn, features,
                        NORMALIZE)
     _, g = _power(d, ALPHA)
     if WEIGHTED:
         g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
     if NORMALIZE != 3:
-        rstd = tl.load(columns + stride_c + c, mask=inside, other=0.0)
+        rstd = tl.load(columns + features + c, mask=inside, other=0.0)
         if NORMALIZE == 2:
             rstd *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        mean_g = tl.load(columns + 4 * stride_c + c, mask=inside, other=0.0) / count
-        mean_gx = tl.load(columns + 5 * stride_c + c, mask=inside, other=0.0) / count
+        mean_g = tl.load(columns + 4 * features + c, mask=inside, other=0.0) / count
+        mean_gx = tl.load(columns + 5 * features + c, mask=inside, other=0.0) / count
         g = (g - mean_g[None, :] - x * mean_gx[None, :]) * rstd[None, :]
     g *= tl.load(grad).to(tl.float32) * tl.load(factor)
-    tl.store(out + r.to(tl.int64)[:, None] * width + c[None, :], g, mask=(r[:, None] < rows) & inside[None, :])
+    tl.store(out + r.to(tl.int64)[:, None] * features + c[None, :], g, mask=(r[:, None] < rows) & inside[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    student, weight, teacher, columns, scale, shift, weights, grad, factor, out, rows, inner, features, count,
+    stride_sb, stride_sk, stride_wk, stride_wn, stride_tb, stride_tn,
+    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient at the projection, which is computed again; its halves in turn, to save registers."""
+    blocks = tl.cdiv(features, COLUMNS)
+    row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
+    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS // 2)
+    y = _product_tile(student + row.to(tl.int64) * stride_sb, weight + column.to(tl.int64) * stride_wn, r < rows,
+                      column + tl.arange(0, COLUMNS) < features, inner, stride_sb, stride_sk, stride_wk, stride_wn,
+                      OPERAND, INNER)
+    left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    _store_gradient(left, teacher, columns, scale, shift, weights, grad, factor, out, r, c, rows, features, count,
+                    stride_tb, stride_tn, ALPHA, NORMALIZE, WEIGHTED)
+    _store_gradient(right, teacher, columns, scale, shift, weights, grad, factor, out, r, c + COLUMNS // 2, rows,
+                    features, count, stride_tb, stride_tn, ALPHA, NORMALIZE, WEIGHTED)
+
+
+@triton.jit
+def weight_kernel(
+    student, grad_y, d_weight, rows, inner, features, stride_sb, stride_sk,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of student^T grad_y to d_weight."""
+    blocks = tl.cdiv(features, COLUMNS)
+    row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
+    k, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    product = _product_tile(student + row.to(tl.int64) * stride_sk, grad_y + column, k < inner, c < features, rows,
+                            stride_sk, stride_sb, features, 1, OPERAND, INNER)
+    out = d_weight + k.to(tl.int64)[:, None] * features + c[None, :]
+    real = (k[:, None] < inner) & (c[None, :] < features)
+    tl.store(out, tl.load(out, mask=real, other=0.0) + product, mask=real)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -375,24 +419,33 @@ def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, redu
     return loss, factor, empty(0, features), columns if need_grad else empty(0, features), weights
 
 
+def tiled_backward_config(operand: torch.dtype) -> dict:
+    if operand == torch.float32:
+        return {"ROWS": 64, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 3}
+    return {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+
+
 def tiled_backward(grad, factor, columns, weights, student, weight, teacher, scale, shift, alpha, normalize, operand,
                    need_student, need_weight):
     rows, features = teacher.shape
-    mode, b = _NORMALIZE[normalize], weight.to(operand)
+    inner, mode, b, config = student.shape[1], _NORMALIZE[normalize], weight.to(operand), tiled_backward_config(operand)
+    tiles = lambda n: triton.cdiv(n, config["ROWS"]) * triton.cdiv(features, config["COLUMNS"])  # noqa: E731
     d_student = student.new_empty(student.shape if need_student else 0)
     total = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
+    grad_y = torch.empty((min(rows, CHUNK_ROWS), features), dtype=operand, device=student.device)
     with _on(student), torch.autocast(student.device.type, enabled=False):
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
-            a, t = student[part].to(operand), teacher[part]
-            y = _product(a, b)
-            g = torch.empty(y.shape, dtype=operand, device=y.device)
-            gradient_kernel[(triton.cdiv(len(y), TILE_ROWS), triton.cdiv(features, TILE_COLUMNS))](
-                y, t, columns, scale, shift, _slice(weights, part.start, part.stop), grad, factor, g, len(y), features,
-                rows, y.stride(0), *t.stride(), features, ALPHA=alpha, NORMALIZE=mode, WEIGHTED=len(weights) > 0,
-                ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4)
-            if need_student:
-                d_student[part] = torch.mm(g, b.T)
+            a, t, g = student[part].to(operand), teacher[part], grad_y[:part.stop - start]
+            gradient_kernel[(tiles(len(g)),)](
+                a, b, t, columns, scale, shift, _slice(weights, part.start, part.stop), grad, factor, g, len(g), inner,
+                features, rows, *a.stride(), *b.stride(), *t.stride(), ALPHA=alpha, NORMALIZE=mode,
+                WEIGHTED=len(weights) > 0, OPERAND=_TYPES[operand], **config)
             if need_weight:
-                total += _product(a.T, g)
+                weight_kernel[(tiles(inner),)](a, g, total, len(g), inner, features, *a.stride(),
+                                               OPERAND=_TYPES[operand], **config)
+            if need_student and student.dtype == operand:
+                torch.mm(g, b.T, out=d_student[part])
+            elif need_student:
+                d_student[part] = torch.mm(g, b.T)
     return d_student, total.to(weight.dtype)

@@ -16,8 +16,8 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("kernels", [
-    ("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss", "gradient"), ("gram",), ("screen",),
-    ("rescan", "redo")], ids=lambda names: names[0])
+    ("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss"), ("gradient", "weight"),
+    ("gram",), ("screen",), ("rescan", "redo")], ids=lambda names: names[0])
 def test_compiles_within_the_device(target, kernels):
     made = 0
     for kernel, label, function, parameters, types, cores in aot.configurations(target):
@@ -33,7 +33,7 @@ def test_compiles_within_the_device(target, kernels):
     assert made >= len(kernels)
 
 
-@pytest.mark.parametrize("wanted", ["CKA", "k <= 24, D > 64"])
+@pytest.mark.parametrize("wanted", ["CKA", "k <= 24, D > 64", "bf16, both"])
 def test_operands_are_loaded_16_bytes_at_a_time(wanted):
     for _, label, function, parameters, types, _ in aot.configurations("sm_90"):
         if label == wanted:
