@@ -902,14 +902,13 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
 
 def finish(args, run: Run, teacher, student, index, done: int, ended: str, best: dict, config: dict, cka: str) -> None:
     """Export the student and say where it is."""
-    from safetensors import SafetensorError
     try:
         models.save_student(student, run.folder / "student", metadata={
             "teacher": args.teacher, "student": args.student, "cancer": args.cancer, "run": run.folder.name,
             "steps": done, "patients": list(index.patients), "loss": args.loss, "cka_before": best["before"],
             "cka_after": best["last"]})
         run.write_config({**config, "finished": {"step": done, "because": ended or "--max-steps", "best": best}})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{run.folder / 'student'}: not written ({error}); make room and run the same command again, "
                         "which exports from the checkpoint") from None
     print(f"{ended or 'done'}: {cka} to the teacher {best['before']:.4f} before and {best['last']:.4f} after "

@@ -623,7 +623,7 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
     state = {k: v.float() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     with atomic(folder / "model.safetensors") as path:
         state = {k: v.cpu().contiguous() for k, v in state.items()}
-        safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+        path.write_bytes(safetensors.torch.save(state, {"format": "pt"}))  # save_file makes files only the owner reads
     with atomic(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=2))
 

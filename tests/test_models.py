@@ -566,7 +566,9 @@ def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
     metadata = {"teacher": "h-optimus-0", "cancer": "brca", "run": "first", "patients": ["TCGA-AA-0001"], "steps": 7}
     folder = tmp_path / "runs" / "first" / "student"
     save_student(model, folder, metadata=metadata)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    config, file = sorted(folder.iterdir())
+    assert (config.name, file.name) == ("config.json", "model.safetensors")
+    assert config.stat().st_mode == file.stat().st_mode  # others may load it too
     student = load_model(str(folder))
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = student.preprocess(batch(*images(3)))
