@@ -474,7 +474,7 @@ def _ordered_mean(_, bucket):
 # ---- the run folder: log, checkpoints, pictures -----------------------------------------------------------------
 
 # Arguments that may differ when a run goes on; every other one would change what is computed, and is refused.
-FREE = {"data", "slides", "runs", "weights", "device", "precision", "compile", "workers", "max_unreadable",
+FREE = {"data", "slides", "runs", "name", "weights", "device", "precision", "compile", "workers", "max_unreadable",
         "eval_every", "checkpoint_steps", "checkpoint_minutes", "keep", "profile", "plain", "profile_steps"}
 
 
@@ -1318,6 +1318,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error}; what was saved before is whole: mend it and run the same command again")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        return _fail(f"{reason}: lower --batch-size, and raise --accumulate for as many patches a step")
     except RuntimeError as error:
         if not torch.distributed.is_initialized() or "onnection" not in str(error):
             raise

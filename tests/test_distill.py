@@ -523,6 +523,10 @@ def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
     (tmp_path / "r" / "student" / "model.safetensors").unlink()  # lost: exported again from the checkpoint
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 3)) == 0
     assert (tmp_path / "r" / "student" / "model.safetensors").exists() and len(losses(tmp_path / "r")) == 3
+    (tmp_path / "r").rename(tmp_path / "s")  # a run may get another name
+    (tmp_path / "s" / "student" / "model.safetensors").unlink()
+    assert distill.main(command(data, tmp_path, "s", "--max-steps", 3)) == 0
+    (tmp_path / "s").rename(tmp_path / "r")
     with open(tmp_path / "r" / ".lock", "w") as file:
         import fcntl
 
@@ -556,6 +560,14 @@ def test_a_constant_student_is_named(data, tmp_path, capsys):
         "same features",
         capsys=capsys,
     )
+
+
+def test_too_little_memory_says_what_to_lower(data, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(distill.Step, "__call__", full)
+    fails(command(data, tmp_path, "r"), "CUDA out of memory: lower --batch-size", "--accumulate", capsys=capsys)
 
 
 def test_held_out_patients_with_too_few_patches_say_what_to_do():
