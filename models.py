@@ -800,11 +800,11 @@ def _batch_size(model: Model) -> int:
 
 
 def _load_rows(folder: Path, stamp: str) -> dict[int, tuple[np.ndarray, list[str]]]:
-    """Finished rows from an earlier call, by item; those of other weights or data are passed over."""
+    """Finished rows from an earlier call, by item; other weights' or data's and damaged ones are passed over."""
     import safetensors
     rows = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        with safetensors.safe_open(path, "numpy") as file:
+        with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, "numpy") as file:
             about = file.metadata()
             if about and about.get("stamp") == stamp:
                 problems = dict(json.loads(about["problems"]))

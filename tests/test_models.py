@@ -668,6 +668,11 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
     again = Source([None] * 8)  # nothing is read a second time
     np.testing.assert_array_equal(extract_features(vit, again, cache=tmp_path, key="data 1", progress="none"), got)
     assert not again.read
+    files = sorted(tmp_path.iterdir())  # one a row
+    files[0].write_bytes(files[0].read_bytes()[:40])
+    damaged = Source(arrays)
+    extract_features(vit, damaged, cache=tmp_path, key="data 1", progress="none")
+    assert len(damaged.read) == 1
     other = Source(arrays)
     extract_features(vit, other, cache=tmp_path, key="data 2", progress="none")
     assert len(other.read) == 8
