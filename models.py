@@ -418,7 +418,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("teacher", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         inside = f" of {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else ""
         raise UserError(f"{path}: expected a state dict (names and tensors), found {type(state).__name__}{inside}")
     return state
@@ -463,13 +464,22 @@ def hub_file(name: str) -> Path:
         raise absent
 
 
-def verify_cached(path: Path) -> None:
-    """Raise UserError unless a file in the hub's cache has the SHA-256 that it is named by (large files are)."""
-    blob = path.resolve()
-    if len(blob.name) == 64:
+def verify(path: Path) -> None:
+    """Raise UserError if checksums say that a file is damaged.
+
+    Large files in the hub's cache are named by their SHA-256; PyTorch's own files have CRCs, which it does not compare.
+    """
+    blob, wrong = path.resolve(), ""
+    if blob.parent.name == "blobs" and len(blob.name) == 64:
         with blob.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-                raise UserError(f"{blob}: damaged, its SHA-256 is not that of its name; delete it and fetch it again")
+                wrong = "its SHA-256 is not that of its name"
+    elif zipfile.is_zipfile(blob):
+        with zipfile.ZipFile(blob) as archive:
+            if part := archive.testzip():
+                wrong = f"checksum of {part} differs"
+    if wrong:
+        raise UserError(f"{blob}: damaged, {wrong}; delete it and fetch it again")
 
 
 @contextlib.contextmanager
@@ -956,7 +966,8 @@ def check(name: str | None, path: str | None, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if path is None and name.lower() in REGISTRY:
         path = str(hub_file(name.lower()))
-        verify_cached(Path(path))
+    if path not in (None, "random"):
+        verify(weight_file(path))
     model = load_model(name, path, input_size=args.input_size, **model_options(args))
     flat = [k for k, p in model.net.named_parameters() if not torch.isfinite(p).all()]
     if flat:

@@ -272,6 +272,8 @@ def damage(kind, folder, state):
             torch.save(torch.nn.Linear(2, 2), file)
         elif kind == "no tensors":
             torch.save({"epoch": 3}, file)
+        elif kind == "no names":
+            torch.save(dict(enumerate(state.values())), file)
         elif kind == "empty":
             file.write_bytes(b"")
     return file
@@ -282,6 +284,7 @@ def damage(kind, folder, state):
     ("html", "no safetensors file"), ("empty folder", "no weights in this folder"),
     ("renamed", "tensors missing .*not expected"), ("one tensor less", r"1 tensors missing \(blocks.1.mlp.fc1.bias\)"),
     ("cut bin", "cut short"), ("hostile", "refused"), ("hostile old pickle", "refused"), ("whole network", "refused"),
+    ("no names", "names and tensors.* found dict of 0, 1, 2"),
     ("no tensors", "expected a state dict .* found dict of epoch"), ("empty", "cut short|refused")])
 def test_damaged_weights_give_one_clear_message_and_run_nothing(kind, says, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
@@ -292,6 +295,17 @@ def test_damaged_weights_give_one_clear_message_and_run_nothing(kind, says, tiny
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     assert "weights_only" not in str(error.value), "no advice to load it all the same"
     assert not (tmp_path / "exploded").exists()
+
+
+def test_check_finds_a_changed_byte_that_pytorch_does_not(tmp_path, capsys):
+    file = tmp_path / "w.bin"
+    torch.save(load_model("timm:test_vit", "random").net.state_dict(), file)
+    assert models.main(["timm:test_vit", "--check", str(file)]) == 0
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert models.main(["timm:test_vit", "--check", str(file)]) == 1
+    assert "damaged, checksum of" in capsys.readouterr().err
 
 
 def test_weights_of_every_kind_give_the_same_model(tiny, tmp_path):
