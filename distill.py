@@ -491,8 +491,11 @@ class Run:
         self.lock = open(folder / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, however the process ends
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder}: another process trains this run; wait for it or give another --name") from None
+        except OSError as error:
+            print(f"note: {folder}: this file system has no locks ({error}), so see to it yourself that no other "
+                  "process trains this run", file=sys.stderr, flush=True)
         for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink()
 
@@ -550,7 +553,10 @@ class Run:
                         os.replace(newer, older)
                     elif newer.exists():  # the newest keeps its own name until it is replaced, so there always is one
                         older.unlink(missing_ok=True)
-                        os.link(newer, older)
+                        try:
+                            os.link(newer, older)
+                        except OSError:  # some network file systems have no links; for a moment only the older is there
+                            os.replace(newer, older)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             return str(error).splitlines()[0]
         return None

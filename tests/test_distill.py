@@ -614,6 +614,18 @@ def test_a_full_disk_loses_nothing(data, tmp_path):
     assert distill.main(arguments) == 0 and (tmp_path / "r" / "student" / "model.safetensors").exists()
 
 
+def test_file_systems_without_locks_and_links_will_do(data, tmp_path, monkeypatch, capsys):
+    def absent(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", absent)
+    monkeypatch.setattr(os, "link", absent)
+    assert distill.main(command(data, tmp_path, "r", "--checkpoint-steps", 4)) == 0
+    assert "has no locks" in capsys.readouterr().err
+    files = [tmp_path / "r" / name for name in ("checkpoint.pt", "checkpoint.1.pt")]
+    assert [torch.load(file, weights_only=True)["step"] for file in files] == [12, 8]
+
+
 def test_the_stop_rule_ends_a_run(data, tmp_path, capsys):
     arguments = command(
         data,
