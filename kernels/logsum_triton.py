@@ -421,7 +421,7 @@ def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, redu
 
 def tiled_backward_config(operand: torch.dtype) -> dict:
     if operand == torch.float32:
-        return {"ROWS": 64, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 3}
+        return {"ROWS": 128, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 3}
     return {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
 
 
