@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tile import Help, UserError, atomic, disk_full, locked, share
+from tile import Help, UserError, atomic, disk_full, locked, patient_of, share, slide_name
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -1021,9 +1021,11 @@ def evaluate(benchmark: Benchmark, x: dict[str, np.ndarray], args: argparse.Name
             marked += [display(name)] if args.leaks == "mark" else []
             keep &= ~rows if args.leaks == "exclude" else True
             patients = len({g for g, hit in zip(benchmark.groups, rows, strict=True) if hit})
-            notes.append(f"{display(name)} was distilled on {patients} of its patients ({rows.sum()} images): "
+            notes.append(f"{display(name)} was distilled on {patients} of its patients ({rows.sum()} images, first "
+                         f"{benchmark.ids[rows.argmax()]} of {benchmark.groups[rows.argmax()]}): "
                          + ("left out for all models" if args.leaks == "exclude" else "its numbers are marked ⚠"))
-        elif args.cards[name]["metadata"].get("teacher") and not args.cards[name]["metadata"].get("patients"):
+        elif args.cards[name]["metadata"].get("teacher") and not (args.cards[name]["metadata"].get("patients")
+                                                                  or args.cards[name]["metadata"].get("slides")):
             notes.append(f"the cohort of {display(name)} is not recorded: shared patients cannot be found")
     if not keep.any():
         raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)}); --leaks mark keeps the patients "
@@ -1109,12 +1111,23 @@ def recall(guess: np.ndarray, labels: np.ndarray) -> float:
 
 
 def leaked(benchmark: Benchmark, about: dict) -> np.ndarray:
-    """Rows (N,) whose patient was in the cohort that a student was distilled on; none for other models."""
-    known = {str(p).upper() for p in about["metadata"].get("patients") or ()}
-    barcode = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
-    names = ({group, *barcode.findall(group), *barcode.findall(name)} for group, name in
-             ((g.upper(), i.upper()) for g, i in zip(benchmark.groups, benchmark.ids, strict=True)))
-    return np.array([bool(some & known) for some in names], bool)
+    """Rows (N,) of patients or slides that were in the cohort a student was distilled on; none for other models.
+
+    Compared are the group, its patient by tile.py's rule, and the names along the image's path. Of those only what has
+    a letter and a digit: 12.png or tumour/a.png says nothing of a patient 12 or of a slide tumour.
+    """
+    cohort = (name for field in ("patients", "slides") for name in about["metadata"].get(field) or ())
+    known = {str(name).upper() for name in cohort} - {""}
+    starts, telling = {name[0] for name in known}, re.compile(r"(?=.*[A-Z]).*\d")
+
+    @functools.cache   # folders and groups come again and again
+    def seen(name: str, of_image: bool) -> bool:
+        if name[:1].upper() not in starts and "TCGA" not in name.upper():   # spares 300,000 names the slow way
+            return False
+        hits = {part.upper() for part in (name, slide_name(name), patient_of(name))} & known
+        return any(telling.match(hit) for hit in hits) if of_image else bool(hits)
+    return np.array([seen(group, False) or any(seen(part, True) for part in name.split("/"))
+                     for group, name in zip(benchmark.groups, benchmark.ids, strict=True)], bool)
 
 
 def save_predictions(path: Path, key: str, p: dict) -> None:
@@ -1552,7 +1565,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--paper-splits", action="store_true",
                      help="also split without regard to patients, to compare with published numbers")
     how.add_argument("--leaks", choices=["exclude", "mark"], default="exclude",
-                     help="images of patients that a student was distilled on: leave out for all models, or only mark")
+                     help="images of patients or slides that a student was distilled on: leave out for all models, or "
+                     "only mark")
     return parser
 
 
@@ -1673,7 +1687,7 @@ def run(args: argparse.Namespace) -> int:
     record(args.results, [{"model": display(n), "benchmark": "", "protocol": "model", "metric": "parameters",
                            "value": c["parameters"], "ms_per_image": c["ms_per_image"], "device": str(args.device_used),
                            "weights": c["weights"],
-                           "metadata": {k: v for k, v in c["metadata"].items() if k != "patients"}}
+                           "metadata": {k: v for k, v in c["metadata"].items() if k not in ("patients", "slides")}}
                           for n, c in args.cards.items()], same=("model", "protocol"))
     done = []
     for benchmark in args.found:

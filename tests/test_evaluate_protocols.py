@@ -225,6 +225,26 @@ def test_leaked_patients_are_found_by_group_and_by_barcode():
     assert not evaluate.leaked(b, {"metadata": {}}).any()
 
 
+@pytest.mark.parametrize(("image", "group", "found"), [
+    ("a.png", "case_001", True),                   # the group is a slide
+    ("a.png", "Case_001.svs", True),
+    ("a.png", "P07_left", True),                   # of a patient
+    ("tiles/CASE_001.png", "x", True),             # so is the image, or its folder
+    ("case_001/12.png", "x", True),
+    ("p07_x12_y40.png", "x", True),
+    ("a.png", "7", True),                          # a group is a patient, whatever its name
+    ("7.png", "x", False),                         # a number of an image is not
+    ("7_1.png", "x", False),
+    ("tumour/tumour.png", "x", False),
+    ("a.png", "case_002", False),
+    ("", "", False)])
+def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group, found):
+    b = evaluate.Benchmark("b", "patch", [], [image], np.zeros(1, int), ["a"], [group])
+    about = {"metadata": {"patients": ["P07", "7", ""], "slides": ["case_001", "P08_right", "7", "tumour", ""]}}
+    assert evaluate.leaked(b, about).tolist() == [found]
+    assert not evaluate.leaked(b, {"metadata": {"patients": [""]}}).any()
+
+
 def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
     row = {"model": "a", "benchmark": "b", "protocol": "knn", "metric": "accuracy", "fold": 0, "value": 1.0}
     evaluate.record(tmp_path, [row, row | {"fold": 1}, row | {"protocol": "cka", "other": "t"}])
