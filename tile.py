@@ -80,10 +80,12 @@ def slide_name(path: str | os.PathLike) -> str:
 
 
 def patient_of(name: str) -> str:
-    """Patient of a slide or image: the first 12 characters of a TCGA barcode, else the stem up to its first "_"."""
+    """Patient of a slide or image by its name: the first 12 characters of a TCGA barcode; else the stem up to and with
+    the first of its parts between "_" that holds a digit ("P1_a" -> "P1", "case_001_HE" -> "case_001"); else the stem.
+    """
     stem = slide_name(name)
     barcode = re.search(r"\bTCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem.replace("_", " "), flags=re.IGNORECASE)
-    return barcode[0].upper() if barcode else stem.split("_", 1)[0] or stem
+    return barcode[0].upper() if barcode else re.match(r"\D*\d[^_]*|.*", stem, flags=re.DOTALL)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1006,7 +1008,7 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
     start, name, path = time.perf_counter(), source.name, source.path
     for leftover in folder.glob(f"*/.{glob.escape(name)}*.tmp*"):   # of a run that was killed; the lock is ours
         leftover.unlink(missing_ok=True)
-    row = {"slide": name, "patient": patient_of(name), "patches": 0, "path": os.path.abspath(path),
+    row = {"slide": name, "patient": source.patient, "patches": 0, "path": os.path.abspath(path),
            "settings": source.settings(args), "patch_size": args.patch_size, "target_mpp": args.mpp}
     try:
         mask = find_mask(args.masks, name) if args.masks else None
@@ -1129,7 +1131,8 @@ class PatchIndex:
                             f"run tile.py on all of them with one setting")
         (self.patch_size, self.mpp), = kinds
         self.slides = [row["slide"] for row in rows]
-        self.patients = sorted({row["patient"] for row in rows})
+        self.patient = [row["patient"] for row in rows]     # of each slide
+        self.patients = sorted(set(self.patient))
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
@@ -1263,11 +1266,16 @@ class Source:
     id: str = ""            # of the GDC, empty for a slide of the user's
     size: int = 0           # bytes
     md5: str = ""
+    stated: str = ""        # its patient, where the manifest says
+
+    @property
+    def patient(self) -> str:
+        return self.stated or patient_of(self.name)
 
     @property
     def patients(self) -> set[str]:
-        """Whose it is, by its name, or by the file's where another has the same: held out if either is."""
-        return {patient_of(self.name), patient_of(self.path)}
+        """Whose it is, as stated, else by its name, or by the file's where another has the same: held out if any is."""
+        return {self.stated} if self.stated else {patient_of(self.name), patient_of(self.path)}
 
     def settings(self, args: argparse.Namespace) -> str:
         """Changes when the slide's patches would: another row in slides.csv with it is out of date."""
@@ -1313,7 +1321,7 @@ def name_slides(paths: list[Path]) -> dict[str, Path]:
 
 
 def read_manifest(path: Path) -> list[dict]:
-    """Rows of a GDC manifest (id, filename, md5, size) or of a CSV with slide[,mpp]; keys as there, in lower case."""
+    """Rows of a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient]; keys in lower case."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -1327,11 +1335,14 @@ def read_manifest(path: Path) -> list[dict]:
         try:
             row["mpp"] = positive(row["mpp"]) if row.get("mpp") else None
             row["size"] = int(row.get("size") or 0)
+            row["patient"] = row.get("patient") or ""
+            if row["patient"].upper().startswith("TCGA-"):      # a sample's barcode: benchmarks name patients
+                row["patient"] = patient_of(row["patient"])
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"--manifest {path}: {error} in the row of {row['filename']}") from error
     if not any(row["filename"] for row in rows):
         raise UserError(f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
-                        f"with the columns slide,mpp")
+                        f"with the columns slide[,mpp][,patient]")
     return [row for row in rows if row["filename"]]
 
 
@@ -1377,7 +1388,7 @@ def local_sources(args: argparse.Namespace, folder: Path) -> list[Source]:
                             f"{', '.join(sorted(found))}; name one of them, or its path")
         name, = found
         sources[name] = Source(name, named[name], row["mpp"], row.get("id", ""), row["size"] or size_of(named[name]),
-                               row.get("md5", ""))
+                               row.get("md5", ""), row["patient"])
     if not sources:
         raise UserError(f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
                         f"{missing[0]}; name their folder with --slides, or fetch them with --download")
@@ -1395,7 +1406,7 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
     """
     held, reasons = set(), {}
     if args.exclude:
-        held = read_patients(args.exclude)
+        held = read_patients(args.exclude, sources)
         if not any(held & source.patients for source in sources):
             print(f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort", flush=True)
     wanted = []
@@ -1421,8 +1432,11 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
     return sorted(chosen, key=lambda source: source.name), reasons
 
 
-def read_patients(path: Path) -> set[str]:
-    """Patients named in a file: one slide or patient a line, or a table with a column slide, patient or the like."""
+def read_patients(path: Path, sources: list[Source]) -> set[str]:
+    """Patients named in a file: one slide or patient a line, or a table with a column slide, patient or the like.
+
+    What names one of `sources` whose patient was stated, or this patient, stands for the patient stated.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1431,10 +1445,15 @@ def read_patients(path: Path) -> set[str]:
     known = ("slide", "slide_id", "patient", "patient_id", "case", "case_id", "group", "filename", "image", "barcode")
     columns = [number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known]
     cells = [row[column] for row in table[bool(columns):] for column in columns or [0] if column < len(row)]
-    return {patient_of(cell) for cell in cells if cell}
+    stated: dict[str, set[str]] = {}
+    for source in sources:
+        for key in {source.stated, source.name, slide_name(source.path)} if source.stated else ():
+            stated.setdefault(key, set()).add(source.stated)
+    return set().union(*(stated.get(cell) or stated.get(slide_name(cell)) or {patient_of(cell)}
+                         for cell in cells if cell))
 
 
-def ask_gdc(args: argparse.Namespace, names: list[str] | None) -> list[Source]:
+def ask_gdc(args: argparse.Namespace, names: list[str]) -> list[Source]:
     """Slides of a TCGA project as the GDC lists them (only those named, if given), to become <id>/<file name>."""
     code = args.cancer.lower().removeprefix("tcga-")
     clauses = {"cases.project.project_id": [f"TCGA-{code.upper()}"], "data_type": ["Slide Image"],
@@ -1597,7 +1616,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--slides", type=Path, metavar="DIR", help="slides, flat or in folders (default: "
                        "DATA/slides/NAME)")
     group.add_argument("--manifest", type=Path, metavar="FILE", help="take only the slides named here: a GDC manifest, "
-                       "or a CSV with slide[,mpp]")
+                       "or a CSV with slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its "
+                       "TCGA barcode, else by all up to and with the first of its parts between _ that holds a digit "
+                       "(P1 of P1_a, case_001 of case_001_HE)")
     group.add_argument("--strategy", choices=("diagnostic", "tissue", "both"), help="of TCGA: paraffin sections (DX), "
                        "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
                        "for slides at hand)")
@@ -1686,8 +1707,11 @@ def run(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = args.data / "tiles" / args.cancer
     if args.download:
-        names = [Path(row["filename"]).name for row in read_manifest(args.manifest)] if args.manifest else None
-        sources = ask_gdc(args, names)
+        listed = {Path(row["filename"]).name: row for row in read_manifest(args.manifest)} if args.manifest else {}
+        sources = ask_gdc(args, list(listed))
+        for source in sources:
+            if row := listed.get(source.path.name):
+                source.mpp, source.stated = row["mpp"], row["patient"]
         if not sources:
             raise UserError(f"{args.gdc_url}: it has no such slides (see --cancer, --strategy, --manifest)")
         if args.slides.is_dir():    # slides that are there already, wherever a client put them
@@ -1696,6 +1720,7 @@ def run(args: argparse.Namespace) -> int:
                 source.path = there.get(source.path.name, source.path)
     else:
         sources = local_sources(args, args.slides)
+    patients = {source.name: source.patient for source in sources}
     sources, left_out = select(sources, args)
     known = read_rows(folder)
     todo = [source for source in sources if not is_done(source, known.get(source.name), folder, args)]
@@ -1703,7 +1728,7 @@ def run(args: argparse.Namespace) -> int:
         print("nothing downloaded")
         return 1
     if rank == 0:
-        write_selection(folder, sources, left_out, known, args)
+        write_selection(folder, sources, left_out, known, patients, args)
     print(f"{len(sources) - len(todo)} slides are finished, {len(todo)} to do -> {folder}", flush=True)
     mine, others = todo[rank::world], [source for number, source in enumerate(todo) if number % world != rank]
     busy = work_through(mine + others, folder, args, wait=False)
@@ -1749,22 +1774,28 @@ def confirm_plan(todo: list[Source], args: argparse.Namespace) -> bool:
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str], known: dict, args) -> None:
-    """manifest.txt, the slides used, as the GDC's client reads it; and rows for slides that are no longer wanted."""
+def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str], known: dict, patients: dict,
+                    args: argparse.Namespace) -> None:
+    """manifest.txt, the slides used, as the GDC's client reads it; rows of slides that are no longer wanted, and of
+    finished ones whose patient is another now."""
     with atomic(folder / "manifest.txt") as temporary:
         lines = ["id\tfilename\tmd5\tsize\tstate"]
         lines += ["\t".join((s.id or s.name, s.path.name, s.md5, str(s.size), "released" if s.id else "local"))
                   for s in sources]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
-    held = read_patients(args.exclude) if args.exclude else set()
     names = {os.path.abspath(source.path): source.name for source in sources}
-    gone = {name: f"held out: {args.exclude} (--exclude)" for name, row in known.items()
-            if held & {patient_of(name), patient_of(row["path"])}}
+    others = [Source(name, Path(row["path"]), stated=row["patient"]) for name, row in known.items()
+              if name not in patients]
+    held = read_patients(args.exclude, others) if args.exclude else set()
+    gone = {source.name: f"held out: {args.exclude} (--exclude)" for source in others
+            if held & {source.patient, patient_of(source.name), patient_of(source.path)}}
     gone |= {name: f"is {names[row['path']]} now, since others have its name" for name, row in known.items()
              if names.get(row["path"], name) != name}
-    rows = []
+    rows = [row | {"patient": patients[name]} for name, row in known.items()
+            if row["patient"] != patients.get(name, row["patient"])]
     for name, reason in (gone | left_out).items():
-        row = known.get(name) or {"slide": name, "patient": patient_of(name)}
+        row = known.get(name, {"slide": name})
+        row |= {"patient": patients.get(name, row.get("patient"))}
         if row.get("reason") != reason and (name in known or not args.download):
             rows.append(row | {"status": "skipped", "reason": reason, "patches": 0, "settings": ""})
     if rows:
@@ -1790,7 +1821,7 @@ def do_slide(source: Source, folder: Path, args: argparse.Namespace, wait: bool,
             if source.id and args.download and not source.path.is_file():
                 download(source, args, report)
         except UserError as error:
-            row = {"slide": source.name, "status": "failed", "reason": str(error), "patient": patient_of(source.name),
+            row = {"slide": source.name, "status": "failed", "reason": str(error), "patient": source.patient,
                    "patches": 0, "path": os.path.abspath(source.path)}
         else:
             row = tile_one(source, folder, args)
@@ -1860,7 +1891,7 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
                     reason = "its reader ended the process " + (
                         f"({signal.Signals(-process.exitcode).name}): damaged, or too little memory"
                         if process.exitcode < 0 else "by an error of this program, printed above")
-                    row = {"slide": source.name, "status": "failed", "patient": patient_of(source.name), "patches": 0,
+                    row = {"slide": source.name, "status": "failed", "patient": source.patient, "patches": 0,
                            "path": os.path.abspath(source.path), "settings": source.settings(args),
                            "reason": reason}
                     write_rows(folder, [row])
@@ -1931,8 +1962,11 @@ def summarize(sources: list[Source], folder: Path, news: bool) -> int:
     for row in [row for row in rows if row["status"] == "failed"][:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
     warned = sum(bool(row["warnings"]) for row in rows)
-    print(f"{count['done']} slides done{f' ({warned} with warnings)' if warned else ''}, {count['skipped']} skipped, "
-          f"{count['failed']} failed; {sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv")
+    patients = len({row["patient"] for row in rows if row["status"] == "done"})
+    whose = f" of {patients} patients" if patients < count["done"] else ""      # shows who was taken for one
+    print(f"{count['done']} slides{whose} done{f' ({warned} with warnings)' if warned else ''}, "
+          f"{count['skipped']} skipped, {count['failed']} failed; "
+          f"{sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv")
     return 1 if count["failed"] else 0
 
 

@@ -734,6 +734,8 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
 @pytest.mark.parametrize(("name", "patient"), [
     ("TCGA-A8-A06N-01Z-00-DX1.62649098-BD0B.svs", "TCGA-A8-A06N"), ("tcga-a8-a06n-01", "TCGA-A8-A06N"),
     ("arden-01_1.svs", "arden-01"), ("slide.ome.tif", "slide"), ("x/y/patient3_slide2_b.ndpi", "patient3"),
+    ("P1_a.svs", "P1"), ("case_001.svs", "case_001"), ("case_001_HE.svs", "case_001"), ("BRACS_264.svs", "BRACS_264"),
+    ("patient_004_node_1.tif", "patient_004"), ("HE_left.svs", "HE_left"), ("_7_b.svs", "_7"),
     ("_odd.svs", "_odd"), ("TCGA-A8.svs", "TCGA-A8"), ("d290-uuid_TCGA-A8-A06N-01Z-00-DX1.62", "TCGA-A8-A06N")])
 def test_patient_of(name, patient):
     assert tile.patient_of(name) == patient

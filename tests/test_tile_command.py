@@ -296,6 +296,32 @@ def test_patients_held_out_later_leave_the_index(tmp_path, sound):
     assert len(tile.PatchIndex(tmp_path / "tiles" / "mine").slides) == 3, "wanted again"
 
 
+def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
+    put(tmp_path, sound, "case_a.svs", "case_b.svs", "P1_a.svs", "P2_a.svs", "z_1.svs")
+    folder, listed = tmp_path / "tiles" / "mine", tmp_path / "list.csv"
+    done = run(tmp_path)
+    assert done.stdout.splitlines()[-1].startswith("5 slides done,")
+    listed.write_text("slide,patient\ncase_a.svs,Ann_1_x\ncase_b.svs,Ann_1_x\nP1_a,Bea\nP2_a,\nz_1,TCGA-A8-A06N-01Z\n")
+    done = run(tmp_path, "--manifest", listed)
+    assert "5 slides are finished, 0 to do" in done.stdout, "another patient is no other tiling"
+    assert done.stdout.splitlines()[-1].startswith("5 slides of 4 patients done,")
+    index = tile.PatchIndex(folder)
+    assert dict(zip(index.slides, index.patient, strict=True)) == {
+        "case_a": "Ann_1_x", "case_b": "Ann_1_x", "P1_a": "Bea", "P2_a": "P2", "z_1": "TCGA-A8-A06N"}
+    assert index.patients == ["Ann_1_x", "Bea", "P2", "TCGA-A8-A06N"]
+    held = tmp_path / "held.txt"
+    for text, left in (("Ann_1_x", ["P1_a", "P2_a", "z_1"]), ("case_a.svs", ["P1_a", "P2_a", "z_1"]),
+                       ("P1", ["P1_a", "P2_a", "case_a", "case_b", "z_1"]), ("P1_a\nP2_b", ["case_a", "case_b", "z_1"]),
+                       ("TCGA-A8-A06N-01Z-00-DX1", ["P1_a", "P2_a", "case_a", "case_b"])):
+        held.write_text(f"{text}\n")
+        assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
+        assert tile.PatchIndex(folder).slides == left, text
+    listed.write_text("slide\nP2_a\n")
+    held.write_text("Ann_1_x\n")
+    assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
+    assert "case_a" not in tile.PatchIndex(folder).slides, "held out by what slides.csv holds of an earlier run"
+
+
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +619,9 @@ def test_manifest_is_matched_by_name_and_slides_at_hand_are_used(tmp_path, gdc, 
     flat.write_bytes(sound)
     assert download(tmp_path, gdc, "--yes", "--manifest", str(tmp_path / "manifest.txt")) == 0
     assert [key for key, *_ in Gdc.log] == ["uuid-1"] and len(rows(tmp_path, "ucs")) == 2
+    (tmp_path / "own.csv").write_text(f"slide,patient\n{Gdc.slides['uuid-1'][0]},Ann\n")
+    assert download(tmp_path, gdc, "--yes", "--manifest", str(tmp_path / "own.csv")) == 0
+    assert [row["patient"] for row in rows(tmp_path, "ucs").values()].count("Ann") == 1
 
 
 def test_only_tcga_projects_are_downloaded(tmp_path, gdc, capsys):
