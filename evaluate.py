@@ -532,11 +532,18 @@ PUBLISHED = {
 }
 
 
+def tiger_source(folder: Path | str) -> str:
+    """The command that fetches TIGER, on which robustness.py measures Table 3, into a folder."""
+    return f"aws s3 cp --no-sign-request --recursive s3://tiger-training/wsirois {folder}/wsirois"
+
+
 def list_benchmarks(data: Path) -> str:
     """What `--list` prints: every published benchmark, whether it is at hand, and where to get it."""
     rows = [("name", "level", "classes", "published count", "at hand", "licence", "where from")]
-    rows += [(n, p.level, str(p.classes), p.count, "found" if at_hand(data, n) else "missing", p.licence, p.source)
-             for n, p in PUBLISHED.items()]
+    here = lambda name: "found" if at_hand(data, name) else "missing"  # noqa: E731
+    rows += [(n, p.level, str(p.classes), p.count, here(n), p.licence, p.source) for n, p in PUBLISHED.items()]
+    rows += [("tiger", "patch", "5", "195 slides (paper: 21 centres)", here("tiger"), "CC BY-NC 4.0, TCGA terms",
+              f"for robustness.py only (Table 3): {tiger_source(data / 'benchmarks' / 'tiger')}")]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     return f"{table}\n\nUnpack each below {data}/benchmarks/NAME as it comes; your own folder: --benchmark DIR"

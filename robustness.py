@@ -49,6 +49,7 @@ from evaluate import (
     recall,
     safe,
     save_figure,
+    tiger_source,
     whole,
 )
 from tile import Help, PatchIndex, UserError, share
@@ -105,8 +106,7 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
              place[:2] in (("tissue-bcss", "images"), ("tissue-cells", "images"))}
     if not found:
         raise UserError(f"{folder}: holds neither labels.csv, PathoROB's metadata nor TIGER's roi-level-annotations "
-                        "(tissue-bcss or tissue-cells); get TIGER by aws s3 cp --no-sign-request --recursive "
-                        "s3://tiger-training/wsirois DIR/wsirois")
+                        f"(tissue-bcss or tissue-cells); get TIGER by {tiger_source(folder)}")
     for (kind, *_), path in sorted(found.items()):
         name = re.fullmatch(r"(.+)_\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", path.stem)
         if not name:
@@ -182,7 +182,7 @@ def load(folder: Path, size: int, min_fraction: float, bare: bool = False) -> tu
         return benchmark, [row.get("slide") or row["group"] for row in read_table(folder / "labels.csv", ("image",))]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --benchmark takes one with labels.csv (image,label,group,center), "
-                        "TIGER's wsirois or PathoROB's metadata")
+                        f"PathoROB's metadata, or TIGER: {tiger_source(folder)}")
     for table in sorted(folder.glob("*.csv")):
         with open(table, encoding="utf-8-sig", errors="replace") as file:
             if set(PATHOROB) <= {name.strip() for name in file.readline().split(",")}:

@@ -311,6 +311,11 @@ def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
     assert set(evaluate.PUBLISHED) <= set(lines)
     assert " found " in lines["idc"] and " missing " in lines["bracs"] and "CC BY 4.0" in lines["breakhis"]
     assert "zenodo" in lines["tils"] and "slide" in lines["chimera"]
+    for text in (" patch ", " 5 ", " missing ", "CC BY-NC 4.0", "robustness.py only", "s3://tiger-training/wsirois",
+                 f"{tmp_path}/benchmarks/tiger/wsirois"):
+        assert text in lines["tiger"]
+    (tmp_path / "benchmarks" / "tiger" / "wsirois").mkdir(parents=True)
+    assert " found " in next(line for line in evaluate.list_benchmarks(tmp_path).splitlines() if "tiger" in line)
 
 
 def test_slides_and_regions_are_the_mean_of_their_patches(tmp_path):

@@ -547,6 +547,7 @@ def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, c
     ("image,label,group\nplain-0-0.png,a,p\n", (), "no column center"),
     ("image,label,group,center\nplain-0-0.png,a,p,c\nplain-0-1.png,b,p,c\n", (), "2 classes and 1 centres"),
     (None, ("--per-class", 1, "--benchmark", "/nowhere"), "/nowhere: no such folder"),
+    (None, ("--benchmark", "/nowhere"), "s3://tiger-training/wsirois /nowhere/wsirois"),
     (None, ("--per-class", 1), "fewer than two classes, two centres or 4 patches"),
     ("image,label,group,center\nplain-0-0.png,a,patient-0,c\nplain-0-1.png,b,patient-0,d\n",
      ("--models", "run", "--exclude-seen"), "--exclude-seen leaves nothing"),
