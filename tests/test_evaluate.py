@@ -79,6 +79,7 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     assert len(rows(folder, model="try", protocol="knn", metric="accuracy")) == 10
     assert len(rows(folder, model="try", protocol="probe", metric="auc")) == 2
     assert {r["other"] for r in rows(folder, model="try", protocol="paired")} == {ONE, TWO}
+    assert len({r["ms_per_image"] for r in rows(folder, protocol="model") if r["model"] != ONE}) == 1
     twin = rows(folder, model="try", other=TWO, protocol="cka", metric="unbiased")
     assert twin[0]["value"] == pytest.approx(1, abs=1e-4)   # the "student" is the baseline under another name
     verdicts = {r["metric"]: evaluate.verdict(r) for r in rows(folder, model="try", other=TWO, protocol="paired")}
@@ -90,6 +91,18 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
     assert len(json.loads(capsys.readouterr().out)) > 50
+
+
+def test_one_network_has_one_speed(folder, monkeypatch):
+    """A student before and after distillation is the same network; timed twice, the machine's noise parts them."""
+    student, results, clock = folder.parent / "student", folder.parent / "results", iter(range(1, 99))
+    models.save_student(models.load_model(TWO, "random"), student, metadata={})
+    monkeypatch.setattr(evaluate, "milliseconds", lambda model: next(clock))
+    speed = lambda name, **options: evaluate.card(str(name), results, **options)["ms_per_image"]  # noqa: E731
+    assert speed(TWO, weights="random") == speed(student) == 1
+    assert speed(student, input_size=64) == speed(TWO, weights="random", input_size=64) == 2
+    assert speed(student, dtype=torch.bfloat16) == 3
+    assert speed(ONE, weights="random") == 4
 
 
 def test_leaked_patients_can_be_kept_and_are_then_marked(folder):
