@@ -598,6 +598,8 @@ def data_stamp(benchmark: Benchmark) -> str:
 @functools.lru_cache(maxsize=1)   # models come one after another: never two in memory
 def _load(name: str, weights: str | None, options: tuple):
     from models import load_model
+    if Path(name).name == "student" and not Path(name).exists():
+        raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     return load_model(name, weights, **dict(options))
 
 
@@ -1556,7 +1558,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--baseline", metavar="NAME", help="student before distillation; with --all: hibou-l if at hand")
     what.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", choices=list(PUBLISHED),
                       help=f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}")
-    what.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=Path,
+    what.add_argument("--benchmark", nargs="+", default=[], metavar="DIR", type=directory,
                       help="your own: folders with images and a labels.csv (image,label,group[,center])")
     what.add_argument("--all", action="store_true", help="every benchmark whose data, and without --models every model "
                       "whose weights are at hand; says what is missing and where it is")
@@ -1567,12 +1569,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_running_arguments(where, parser.add_argument_group("running")).add_argument(
         "--json", action="store_true", help="print the metrics as JSON instead of the summary")
     how = parser.add_argument_group("protocols")
-    how.add_argument("--k", type=int, default=15, help="neighbours that vote, 1 to 64")
-    how.add_argument("--pca-dims", type=int, default=50, help="principal axes before kNN")
+    how.add_argument("--k", type=functools.partial(whole, most=64), default=15, help="neighbours that vote, 1 to 64")
+    how.add_argument("--pca-dims", type=whole, default=50, help="principal axes before kNN")
     how.add_argument("--pca", choices=["fold", "all"], default="fold",
                      help="fit the axes on the training folds, or on everything (leaks; perhaps the paper's way)")
-    how.add_argument("--folds", type=int, default=10, help="folds of kNN; fewer where there are fewer groups")
-    how.add_argument("--seeds", type=int, default=5, help="6:2:2 splits of the linear probe")
+    how.add_argument("--folds", type=functools.partial(whole, least=2), default=10,
+                     help="folds of kNN; fewer where there are fewer groups")
+    how.add_argument("--seeds", type=whole, default=5, help="6:2:2 splits of the linear probe")
     how.add_argument("--paper-splits", action="store_true",
                      help="also split without regard to patients, to compare with published numbers")
     how.add_argument("--leaks", choices=["exclude", "mark"], default="exclude",
@@ -1594,11 +1597,19 @@ def add_running_arguments(where, run):
     return run
 
 
-def whole(text: str, least: int = 1) -> int:
-    """A whole number of a flag, not below `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}")
+def whole(text: str, least: int = 1, most: float = np.inf) -> int:
+    """A whole number of a flag, from `least` to `most`."""
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}"
+                                         + (f" to {most}" if most < np.inf else ""))
     return int(text)
+
+
+def directory(text: str) -> Path:
+    """A folder of a flag; whether it is there is for its reader to tell."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; give its folder, {Path(text).parent}")
+    return Path(text)
 
 
 def models_at_hand(args: argparse.Namespace) -> list[str]:
@@ -1618,12 +1629,10 @@ def models_at_hand(args: argparse.Namespace) -> list[str]:
 
 def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Benchmark]:
     """The benchmarks asked for; one that cannot be read is told, put into `failures` and passed over."""
-    names, found = list(dict.fromkeys(args.benchmarks)), []
-    if args.all:
-        names += [n for n in PUBLISHED if n not in names and at_hand(args.data, n)]
+    found = []
     jobs = [("", functools.partial(load_folder, folder), "") for folder in args.benchmark]
     jobs += [(n, functools.partial(PUBLISHED[n].load, args.data / "benchmarks" / n, args.results / "index"),
-              PUBLISHED[n].count) for n in names]
+              PUBLISHED[n].count) for n in args.benchmarks]
     for name, load, published in jobs:
         try:
             loaded = load()
@@ -1636,8 +1645,6 @@ def load_benchmarks(args: argparse.Namespace, failures: list[str]) -> list[Bench
             for b in loaded:
                 b.notes.insert(0, f"{total:,} found, published {published}")
         found += loaded
-    if not found and not failures:
-        raise UserError("--benchmark DIR, --benchmarks NAME or --all: nothing to evaluate on; see --list")
     twice = [b.name for b in found if [o.name for o in found].count(b.name) > 1]
     if twice:
         raise UserError(f"--benchmark: two are called {twice[0]}; rename one of the folders")
@@ -1655,10 +1662,10 @@ def check_names(models: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures. Returns the exit status."""
     from models import leave_distributed, model_options, parse_weights, setup_distributed
-    if args.k < 1 or args.k > 64 or args.folds < 2 or args.seeds < 1 or args.pca_dims < 1:
-        raise UserError("--k 1 to 64, --folds at least 2, --seeds and --pca-dims at least 1")
+    here = [n for n in PUBLISHED if at_hand(args.data, n)] if args.all else []
+    args.benchmarks = list(dict.fromkeys([*args.benchmarks, *here]))
     if args.all and int(os.environ.get("RANK", 0)) == 0:
-        for name in [n for n in PUBLISHED if n not in args.benchmarks and not at_hand(args.data, n)]:
+        for name in [n for n in PUBLISHED if n not in args.benchmarks]:
             print(f"benchmark {name} is not in {args.data}/benchmarks/{name}; from {PUBLISHED[name].source}",
                   file=sys.stderr)
     if args.all and not args.models:
@@ -1666,8 +1673,16 @@ def run(args: argparse.Namespace) -> int:
         args.teacher = args.teacher or ("h-optimus-0" if "h-optimus-0" in args.models else None)
         args.baseline = args.baseline or ("hibou-l" if "hibou-l" in args.models else None)
     args.models = list(dict.fromkeys([*args.models, *(n for n in (args.teacher, args.baseline) if n)]))
+    lacks = []
     if not args.models:
-        raise UserError("--models: name at least one, for instance h-optimus-0 or runs/NAME/student")
+        lacks.append("no model: name one by --models, for instance h-optimus-0 (fetched from the hub, or --weights "
+                     "h-optimus-0=FILE) or runs/NAME/student (made by distill.py)")
+    if not args.benchmark and not args.benchmarks:
+        lacks.append("no benchmark: " + (f"none is below {args.data / 'benchmarks'}, and --list says where to get one; "
+                                         "your own goes by --benchmark DIR" if args.all else
+                                         "give --benchmark DIR, --benchmarks NAME (--list shows them) or --all"))
+    if lacks:
+        raise UserError("; ".join(lacks))
     check_names(args.models)
     weights = parse_weights(args.weights, args.models)
     options = model_options(args) | ({"input_size": args.input_size} if args.input_size else {})

@@ -38,6 +38,7 @@ from evaluate import (
     ImageFiles,
     Source,
     check_names,
+    directory,
     display,
     files_below,
     finish,
@@ -803,8 +804,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "timm:NAME, folders such as runs/NAME/student; all at hand if not given")
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    where.add_argument("--benchmark", type=Path, metavar="DIR", help="folder with labels.csv (image,label,group,center "
-                       "and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; DATA/benchmarks/tiger")
+    where.add_argument("--benchmark", type=directory, metavar="DIR", help="folder with labels.csv (image,label,group,"
+                       "center and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; "
+                       "DATA/benchmarks/tiger")
     where.add_argument("--data", type=Path, default=Path("data"), help="its benchmarks/ and tiles/ are looked in")
     draw = parser.add_argument_group("sampling")
     draw.add_argument("--per-class", type=partial(whole, least=0), default=40, metavar="N",
@@ -842,6 +844,8 @@ def main(argv: list[str] | None = None) -> int:
         low, high = SHIFTS[args.perturb[0]][2]
         if min(args.strengths) < low or max(args.strengths) > high:
             parser.error(f"--strengths of {args.perturb[0]} lie between {low} and {high}")
+    if args.cancer and not args.perturb:
+        parser.error("--cancer goes with --perturb: without it, centres and classes are needed (--benchmark DIR)")
     if args.min_fraction == 0:
         parser.error("--min-fraction 0: a patch is of the class that covers this share of it, so it is above 0")
 

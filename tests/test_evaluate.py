@@ -365,6 +365,34 @@ def test_command_line(tmp_path):
     assert run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--folds", "1"), "--folds: 1: expected a whole number from 2"),
+    (("--k", "100"), "--k: 100: expected a whole number from 1 to 64"),
+    (("--benchmark", "mine/labels.csv"), "--benchmark: mine/labels.csv is a file; give its folder, mine")])
+def test_a_wrong_flag_is_named_with_what_is_allowed(folder, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--models", ONE, *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "models_at_hand", lambda args: [])
+    where = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
+    assert evaluate.main(["--all", *where]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no model" in error and "--weights" in error and "no benchmark" in error and "--list" in error
+    assert "or --all" not in error
+    assert evaluate.main(where) == 1
+    assert "--models" in (error := capsys.readouterr().err) and "or --all" in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_student_that_is_not_there_is_made_by_distill(folder, capsys):
+    assert go(folder, names=("runs/x/student",)) == 1
+    assert "error: runs/x/student: no such folder; distill.py makes it" in capsys.readouterr().err
+
+
 def test_paper_numbers_stand_beside_ours_only_where_names_match():
     g2l = {"mine": {"teacher": "h-optimus-0", "student": "hibou-l"}}
     assert evaluate.paper_value("knn", "mine", "idc", g2l) == " (paper 0.923)"

@@ -561,9 +561,10 @@ def test_user_errors(folder, fake, capsys, labels, flags, message):
     assert status == 1 and err.splitlines()[-1].startswith("error: ") and message in err
 
 
-@pytest.mark.parametrize("flags", [("--strengths", "1"), ("--perturb", "stain", "blur", "--strengths", "1"),
-                                   ("--samples", "0"), ("--min-fraction", "0"), ("--max-unreadable", "-1"),
-                                   ("--workers", "x"), ("--perturb", "fog"), ("--perturb", "jpeg", "--strengths", "0")])
+@pytest.mark.parametrize("flags", [("--strengths", "1"), ("--cancer", "brca"), ("--benchmark", __file__),
+                                   ("--perturb", "stain", "blur", "--strengths", "1"), ("--samples", "0"),
+                                   ("--min-fraction", "0"), ("--max-unreadable", "-1"), ("--workers", "x"),
+                                   ("--perturb", "fog"), ("--perturb", "jpeg", "--strengths", "0")])
 def test_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         rb.main(list(flags))
