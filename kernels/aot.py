@@ -78,7 +78,7 @@ def configurations(target: str):
                 **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision,
                 "ALIGNED": aligned}, types, True)
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
-    types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8"}
+    types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8", "units": "*fp64"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
         for width in (16, 32, 64, 1536):
             yield ("screen", f"{label}, D {'> 64' if width > 64 else f'<= {width}'}", knn_triton.screen_kernel,

@@ -13,6 +13,8 @@ the row sums of a centred linear Gram are 0, so those without the diagonal are -
 cheaper: D x D products of the features, or N x N Grams in row blocks, which every pair of layers then shares.
 """
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -55,12 +57,15 @@ def cka(
                (Kornblith et al. 2019); its Gram matrices are computed in blocks and never kept.
 
     No gradient. NaN where a feature set is constant or, for the unbiased estimator, its own HSIC is not positive.
+    Inside torch.compile nobody looks for NaN and infinity, nor for numbers whose fourth power is none in fp32.
     """
     if estimator not in ("unbiased", "biased", "both"):
         raise ValueError(f"estimator: expected unbiased, biased or both, got {estimator!r}")
     if kernel not in ("linear", "rbf"):
         raise ValueError(f"kernel: expected linear or rbf, got {kernel!r}")
-    if not bandwidth > 0:
+    if not isinstance(bandwidth, numbers.Real):
+        raise TypeError(f"bandwidth: expected a number, got {type(bandwidth).__name__}")
+    if not 0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth: expected a positive number, got {bandwidth}")
     _check_features(xs, "xs")
     _check_features(ys, "ys")
@@ -80,17 +85,23 @@ def cka(
     run = _hsic_op if torch.compiler.is_compiling() else _hsic  # the operator's first call imports Dynamo: seconds
     if kernel == "rbf" and not torch.compiler.is_compiling():  # the median cannot be counted among NaN
         _check_finite(xs=xs, ys=ys)
-    hsic = run([x.detach() for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
-    if not torch.compiler.is_compiling() and not hsic.isfinite().all():  # any NaN or infinity reaches the result
-        _check_finite(xs=xs, ys=ys)
+    unique = [x.detach() for x in unique]
+    hsic = run(unique, places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
+    if not torch.compiler.is_compiling():
+        own = hsic[1, len(xs) * len(ys):]
+        if not ((own > 1e-20) & (own < 1e30)).all():  # NaN, a constant set, or numbers whose squares left fp32's range
+            _check_finite(xs=xs, ys=ys)
+            hsic = run([_scaled(x) for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
     cross, own_x, own_y = hsic.split([len(xs) * len(ys), len(xs), len(ys)], dim=1)
     unbiased, biased = cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
     return {"unbiased": unbiased, "biased": biased, "both": (unbiased, biased)}[estimator]
 
 
 def _check_features(features, name):
-    if isinstance(features, torch.Tensor) or not isinstance(features, Sequence) or len(features) == 0:
-        raise TypeError(f"{name}: expected a non-empty list of (N, D) tensors, got {type(features).__name__}")
+    if isinstance(features, torch.Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"{name}: expected a list of (N, D) tensors, got {type(features).__name__}")
+    if len(features) == 0:
+        raise ValueError(f"{name}: expected at least one (N, D) tensor, got an empty list")
     for i, x in enumerate(features):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}[{i}]: expected a tensor, got {type(x).__name__}")
@@ -125,6 +136,14 @@ def _mean(x):
 
 def _centred(x, mean, wide):
     return x if mean is None else x.to(wide) - mean.to(wide)
+
+
+def _scaled(x):
+    """x divided by its largest absolute value; CKA stays the same."""
+    x = x.to(_wide(x))
+    low, high = x.aminmax()
+    largest = torch.maximum(-low, high)
+    return x / torch.where(largest > 0, largest, 1)
 
 
 def _own_product(x):
@@ -248,7 +267,7 @@ def _rbf(features, pairs, bandwidth):
     """
     n, wide = features[0].shape[0], _wide(*features)
     step = max(1, BLOCK_BYTES // (16 * n * len(features)))
-    xs = [_centred(x, _mean(x), wide) for x in features]
+    xs = [_scaled(_centred(x, _mean(x), wide)) for x in features]
     norms = [x.square().sum(1) for x in xs]
     sigmas = [_median(x, norm, step).to(wide) * bandwidth**2 for x, norm in zip(xs, norms, strict=True)]
     offset = float(torch.tensor(-0.5 / bandwidth**2, dtype=torch.float64).exp())

@@ -10,6 +10,8 @@ Every path screens with a matrix product in low precision and proves its result:
    is searched again without a screen.
 """
 
+import numbers
+
 import torch
 
 from kernels.dispatch import use_triton
@@ -35,11 +37,13 @@ def knn(
     k             1 to 64; D up to 2,560.
 
     Returns indices (Q, k) int64, or (distances, indices) with return_distance, as scikit-learn does. Where fewer than k
-    neighbours are admissible the rest are -1 at distance infinity.
+    neighbours are admissible the rest are -1 at distance infinity. Inside torch.compile nobody looks for
+    NaN and infinity.
     """
     _check(base, k, query, groups, query_groups, metric)
     run = _search_op if torch.compiler.is_compiling() else _search  # the operator's first call imports Dynamo: seconds
-    distance, index, _ = run(base.detach(), k, None if query is None else query.detach(), groups, query_groups, metric)
+    query = None if query is None else query.detach()
+    distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
     return (distance, index) if return_distance else index
 
 
@@ -62,7 +66,7 @@ def _check(base, k, query, groups, query_groups, metric):
             raise ValueError(f"{name}: {found}, but base is {expected}")
         if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
             raise ValueError(f"{name}: contains NaN or infinity")
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
         raise TypeError(f"k: expected an integer, got {type(k).__name__}")
     if not 1 <= k <= 64:
         raise ValueError(f"k: expected 1 to 64, got {k}")
@@ -90,6 +94,7 @@ PANEL = 2048  # columns of scores at a time: with QUERIES rows their minima are 
 QUERIES = 192
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
+TINY = 2.0**-120  # more than a sum of 2,560 products loses to underflow; rows are scaled to values below 1
 CACHED = 2**17  # fp64 values of the rescan at a time
 SET = 8  # rows per set of the screen
 
@@ -101,25 +106,38 @@ def _rounded(x, unit):
 
 
 def _operands(base, query, metric, unit):
-    """Centred (or normalised) fp32 rows and the two halves of the lower bound: |q - b|^2 >= bias_q + bias_b - 2 q.b.
+    """Rows for the screen, and the halves of its lower bound: units * |q - b|^2 >= bias_q + bias_b - 2 q.b.
 
+    The rows are fp32, scaled so that their squares are fp32 numbers, too, and centred (or, for cosine, of length 1).
     `unit` is the rounding unit of the product's operands. For any order of summation in fp32 the computed |q - b|^2 is
     off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more
-    roundings and the operands' own; taking 2 gamma off each half makes it a bound.
+    roundings and the operands' own; taking 2 gamma off each half makes it a bound, and TINY covers what is lost
+    below fp32's range.
     """
     gamma = (base.shape[1] + 16) * FP32 + 2.02 * unit
     if metric == "cosine":
-        b = _rounded(torch.nn.functional.normalize(base.double()), unit)
-        q = b if query is None else _rounded(torch.nn.functional.normalize(query.double()), unit)
+        b = _rounded(_directions(base), unit)
+        q = b if query is None else _rounded(_directions(query), unit)
         half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half)
+        return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half), b.new_ones((), dtype=torch.float64)
     wide = torch.promote_types(base.dtype, torch.float32)
-    mean = base.mean(0, dtype=wide)
-    b = _rounded(base.to(wide) - mean, unit)
-    q = b if query is None else _rounded(query.to(wide) - mean, unit)
-    bias_b = b.double().square().sum(1) * (1 - 2 * gamma)
-    bias_q = bias_b if query is None else q.double().square().sum(1) * (1 - 2 * gamma)
-    return q, b, bias_q.float(), bias_b.float()
+    largest = torch.stack([side for x in (base, base if query is None else query) for side in x.aminmax()]).abs().amax()
+    # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have a square.
+    scale = torch.ldexp(torch.ones_like(largest, dtype=wide), -largest.to(wide).frexp()[1].clamp(-126, 126))
+    scaled = base.to(wide) * scale
+    mean = scaled.mean(0)
+    b = _rounded(scaled.sub_(mean), unit)
+    q = b if query is None else _rounded((query.to(wide) * scale).sub_(mean), unit)
+    bias_b = b.double().square().sum(1) * (1 - 2 * gamma) - TINY
+    bias_q = bias_b if query is None else q.double().square().sum(1) * (1 - 2 * gamma) - TINY
+    return q, b, bias_q.float(), bias_b.float(), scale.double().square()
+
+
+def _directions(x):
+    """Rows of length 1 in fp64; a row of zeros stays one."""
+    x = x.double()
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.masked_fill(length == 0, 1)
 
 
 def _exact(base, query, rows, candidates, metric):
@@ -167,7 +185,7 @@ def _reference(base, k, query, groups, query_groups, metric):
     redone = torch.zeros(queries.shape[0], dtype=torch.bool, device=base.device)
     if n == 0 or queries.shape[0] == 0:
         return distances.to(wide), indices, redone
-    q, b, bias_q, bias_b = _operands(base, query, metric, FP32)
+    q, b, bias_q, bias_b, units = _operands(base, query, metric, FP32)
     # Column j of a panel of width w is a member of set j % (w / SET): vector minima find each set's least.
     panels = -(-n // PANEL)
     panel = -(-n // (panels * SET)) * SET
@@ -212,11 +230,11 @@ def _reference(base, k, query, groups, query_groups, metric):
         exact = _exact(base, queries, rows, candidates, metric).masked_fill_(bound.isinf(), float("inf"))
         nearest, index = _ordered(exact, candidates, found)
         distances[rows, :found], indices[rows, :found] = nearest, index.masked_fill(nearest.isinf(), -1)
-        redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1]) | dropped.isinf())
+        redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1] * units) | dropped.isinf())
     table[:n, -1] = bias_b
     again = redone.nonzero().squeeze(1)
     for rows in again.split(max(1, 2**22 // n)) if len(again) else ():
-        limit = distances[rows, found - 1].to(torch.float64)
+        limit = distances[rows, found - 1] * units
         nearest, index = _redo(base, queries, rows, found, limit, alone, groups, labels, metric,
                                lambda part: bias_q[part, None] + probe[part] @ table[:n].T)
         distances[rows, :found], indices[rows, :found] = nearest, index

@@ -130,7 +130,7 @@ def _emit(distance, index, q, distances, indices, k, COSINE: tl.constexpr):
 
 @triton.jit
 def rescan_kernel(
-    query, base, order, bias, query_groups, groups, sets, dropped, distances, indices, redo, rows, width, k,
+    query, base, order, bias, units, query_groups, groups, sets, dropped, distances, indices, redo, rows, width, k,
     MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def rescan_kernel(
     distance = _distances(query, base, q, index, real, width, COSINE, KEEP * SET, WIDTH)
     last = _emit(distance, index, q, distances, indices, k, COSINE)
     least = tl.load(dropped + q)
-    proved = (last < (least + tl.load(bias + q)).to(tl.float64)) | (least == float("inf"))
+    proved = (last * tl.load(units) < (least + tl.load(bias + q)).to(tl.float64)) | (least == float("inf"))
     tl.store(redo + q, (proved == 0).to(tl.int8))
 
 
@@ -251,7 +251,7 @@ def search(base, k, query, groups, query_groups, metric):
         groups = query_groups = sorted_groups = sorted_query_groups = spans = None
     base = base.contiguous()
     query = base if alone else query.contiguous()
-    q, b, bias_q, bias_b = _operands(base, None if alone else query, metric, TF32)
+    q, b, bias_q, bias_b, units = _operands(base, None if alone else query, metric, TF32)
     config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
     splits = max(rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles))
@@ -271,8 +271,8 @@ def search(base, k, query, groups, query_groups, metric):
         back = torch.empty_like(order_q)
         back[order_q] = torch.arange(count, device=device)
         sets, dropped = sets.flatten(1).gather(1, place)[back], dropped[back]
-        rescan_kernel[(count,)](query, base, order, bias_q, query_groups, groups, sets, dropped, distances, indices,
-                                redo, rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
+        rescan_kernel[(count,)](query, base, order, bias_q, units, query_groups, groups, sets, dropped, distances,
+                                indices, redo, rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
         redo_kernel[(count,)](query, base, query_groups, groups, distances, indices, redo, rows, width, k, MASK=mask,
                               COSINE=cosine, **redo_config(k))
     return distances, indices, redo.bool()

@@ -279,6 +279,11 @@ def _gradients(ctx, backward, grad):
 _forward_op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _backward_op, grad), setup_context=_save)
 
 
+def _refuse_graph():
+    if torch.is_grad_enabled():
+        raise RuntimeError("log_sum_loss has no second derivative: call backward or grad without create_graph=True")
+
+
 class _Eager(torch.autograd.Function):
     """The same without the dispatcher, for eager code: an operator's first call imports Dynamo, which takes seconds."""
 
@@ -293,6 +298,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
+        _refuse_graph()
         return _gradients(ctx, _backward, grad)
 
 
@@ -343,6 +349,7 @@ class _Synchronised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_graph()
         factor, g, d_shift, d_scale, student, weight, scale, shift = ctx.saved_tensors
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)

@@ -219,6 +219,13 @@ def test_loss_over_a_process_group_equals_one_process(tmp_path):
 # --- cka and covariance -----------------------------------------------------------------------------------------------
 
 
+def test_loss_refuses_a_second_derivative():
+    student, weight = torch.randn(8, 4, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    loss = log_sum_loss(student, weight, torch.randn(8, 6))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
 def gram(x, kernel, bandwidth):
     x = x.double().numpy()
     x = x - x.mean(0)  # changes no estimate, but the formulas below lose digits to large means
@@ -315,7 +322,7 @@ def test_covariance_equals_numpy(n, width, monkeypatch):
 
 @pytest.mark.parametrize(("error", "name", "arguments", "options"), [
     (TypeError, "xs", (X, [X]), {}),
-    (TypeError, "ys", ([X], []), {}),
+    (ValueError, "ys", ([X], []), {}),
     (TypeError, r"xs\[1\]", ([X, X.long()], [X]), {}),
     (TypeError, r"ys\[0\]", ([X], [3]), {}),
     (ValueError, r"xs\[0\]", ([X[0]], [X]), {}),
@@ -326,7 +333,8 @@ def test_covariance_equals_numpy(n, width, monkeypatch):
     (ValueError, "xs", ([X[:3]], [X[:3]]), {}),
     (ValueError, "estimator", ([X], [X]), {"estimator": "minibatch"}),
     (ValueError, "kernel", ([X], [X]), {"kernel": "cosine"}),
-    (ValueError, "bandwidth", ([X], [X]), {"bandwidth": 0}),
+    (ValueError, "bandwidth", ([X], [X]), {"bandwidth": 0}), (TypeError, "bandwidth", ([X], [X]), {"bandwidth": "a"}),
+
 ])
 def test_cka_names_the_bad_argument(error, name, arguments, options):
     with pytest.raises(error, match=f"^{name}:"):
@@ -393,6 +401,35 @@ def test_knn_far_from_the_origin_and_in_every_type():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = base.to(dtype)
         assert torch.equal(knn(x, 10), brute(x, 10)[1])
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_cka_does_not_depend_on_the_size_of_the_numbers(kernel):
+    x, y = torch.randn(100, 8), torch.randn(100, 30)
+    y[:, :8] += x
+    expected = cka([x], [y], estimator="both", kernel=kernel)
+    for size in (1e-30, 1e-15, 1e-12, 1e9, 1e30):
+        for got, wanted in zip(cka([x * size, x], [y], estimator="both", kernel=kernel), expected, strict=True):
+            torch.testing.assert_close(got, wanted.expand(2, 1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_knn_at_every_magnitude(metric, dtype):
+    base, query = torch.randn(300, 10, dtype=dtype), torch.randn(20, 10, dtype=dtype)
+    for size in (1e-37, 1e-23, 1e-13, 1e19, 1e37):
+        for q in (None, query * size):
+            distance, index = knn(base * size, 4, q, metric=metric, return_distance=True)
+            expected, expected_index = brute(base * size, 4, q, metric=metric)
+            assert torch.equal(index, expected_index)
+            assert (distance - expected).abs().max() <= 1e-6 * expected.max()
+    for size in (1e-30, 1e-14, 1e25):  # a few rows of another magnitude; among them ties up to rounding
+        mixed = torch.cat((query * size, base))
+        distance, index = knn(mixed, 4, metric=metric, return_distance=True)
+        expected, expected_index = brute(mixed, 4, metric=metric)
+        assert metric == "euclidean" or torch.equal(index, expected_index)
+        assert (index >= 0).all()
+        torch.testing.assert_close(distance.double(), expected, atol=1e-6 if metric == "cosine" else 0, rtol=1e-6)
 
 
 def test_knn_proves_or_redoes_every_row():

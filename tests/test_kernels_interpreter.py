@@ -156,6 +156,18 @@ def test_knn(metric, labels, n, width, k, queries):
 
 
 @interpreted
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_knn_at_every_magnitude(metric):
+    from kernels import knn_triton
+
+    base = torch.randn(70, 5)
+    for x in (base * 1e-30, base * 1e30, torch.cat((base[:9] * 1e20, base))):
+        ours, plain = knn_triton.search(x, 3, None, None, None, metric), knn._reference(x, 3, None, None, None, metric)
+        assert torch.equal(ours[1], plain[1])
+        torch.testing.assert_close(ours[0], plain[0], atol=1e-6 if metric == "cosine" else 0, rtol=1e-6)
+
+
+@interpreted
 def test_knn_redoes_rows_that_the_screen_cannot_prove():
     from kernels import knn_triton
 
