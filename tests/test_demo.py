@@ -143,6 +143,26 @@ def index_coords(folder) -> np.ndarray:
         return file["coords"][:]
 
 
+def test_commands_run_where_the_user_is(tmp_path, monkeypatch, capfd):
+    """A relative --folder means the caller's for the cohort and for the commands on it alike."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "slides" / "a").mkdir(parents=True)
+    with pytest.raises(tile.UserError, match=r"tile\.py ended with status 1"):
+        demo.run("tile.py", "--cancer", "a", "--data", "mine")
+    out, err = capfd.readouterr()
+    assert f"$ python {ROOT / 'tile.py'} --cancer a" in out, "as it can be typed here"
+    assert "mine/slides/a: no slides in it" in err
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null", "file"])
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    done = run("demo.py", "--folder", tmp_path / folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("demo.py: error: ") and folder in last and "--folder" in last
+
+
 def test_an_interrupted_benchmark_is_drawn_again(tmp_path):
     folder = tmp_path / "benchmarks" / "demo"
     (folder / "images").mkdir(parents=True)
