@@ -949,9 +949,12 @@ def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_
     if tiling:
         zoom = picture.width / slide.width
         draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
-        for x, y in (tiling.coords * zoom).tolist():
-            draw.rectangle((x, y, x + side, y + side),
-                           outline=(0, 40, 200, 150 if side > 12 else 80 if side > 6 else 45))
+        # Tinted, and apart from its neighbours: else these would draw the edges of a cell that was dropped.
+        fill, edge = ((0, 40, 200, 22), (0, 40, 200, 150)) if side > 12 else ((0, 40, 200, 64), None)
+        gap = 2 if side > 24 else side > 4
+        corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
+        for left, top, right, bottom in corners.round().astype(int).tolist():
+            draw.rectangle((left, top, max(left, right - 1 - gap), max(top, bottom - 1 - gap)), fill=fill, outline=edge)
         for polygon in outlines(tiling.mask):
             for ring in polygon:
                 draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)
@@ -1333,7 +1336,7 @@ def read_manifest(path: Path) -> list[dict]:
         columns = ("filename", "slide", "slide_id", "wsi", "path")
         row["filename"] = next((row[column] for column in columns if row.get(column)), "")
         try:
-            row["mpp"] = positive(row["mpp"]) if row.get("mpp") else None
+            row["mpp"] = pixel_size(row["mpp"]) if row.get("mpp") else None
             row["size"] = int(row.get("size") or 0)
             row["patient"] = row.get("patient") or ""
             if row["patient"].upper().startswith("TCGA-"):      # a sample's barcode: benchmarks name patients
@@ -1582,11 +1585,15 @@ def download(source: Source, args: argparse.Namespace, report) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
+def positive(text: str, what: str = "a number above 0") -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: expected {what}")
+
+
+def pixel_size(text: str) -> float:
+    return positive(text, "micrometres per pixel, such as 0.5 (20x)")
 
 
 def share(text: str) -> float:
@@ -1627,13 +1634,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-slides", type=int, default=1000, metavar="N", help="a random sample of so many; 0: all")
     group.add_argument("--seed", type=int, default=0, help="of that sample")
     group = parser.add_argument_group("magnification")
-    group.add_argument("--mpp", type=positive, default=0.25, metavar="UM", help="µm per pixel wanted; slides within "
+    group.add_argument("--mpp", type=pixel_size, default=0.25, metavar="UM", help="µm per pixel wanted; slides within "
                        "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)")
     group.add_argument("--patch-size", type=int, default=256, metavar="PX", help="side of a patch")
     group.add_argument("--overlap", type=int, default=0, metavar="PX", help="of neighbouring patches")
     group.add_argument("--resample", action="store_true", help="rescale slides of another magnification instead of "
                        "skipping them (a coarser slide gains no detail by it)")
-    group.add_argument("--assume-mpp", type=positive, metavar="UM", help="µm per pixel of slides that do not say "
+    group.add_argument("--assume-mpp", type=pixel_size, metavar="UM", help="µm per pixel of slides that do not say "
                        "(default: skip them)")
     group = parser.add_argument_group("tissue and quality (of a patch)")
     group.add_argument("--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue")
@@ -1678,6 +1685,8 @@ def check(args: argparse.Namespace) -> None:
     if args.masks and not args.masks.is_dir():
         raise UserError(f"--masks {args.masks}: no such folder")
     args.slides = args.slides or args.data / "slides" / args.cancer
+    if args.slides.is_file():
+        raise UserError(f"--slides {args.slides}: is a file; give its folder (--manifest picks slides of it)")
     args.strategy = args.strategy or ("diagnostic" if args.download else "both")
     args.gdc_url = args.gdc_url.rstrip("/")
 

@@ -560,6 +560,25 @@ def test_pictures(cohort):
     assert sheet.width > 1000 and 3 * 128 < sheet.height < 600
 
 
+@pytest.mark.parametrize("side", [256, 20, 6, 3])
+def test_a_dropped_patch_inside_tissue_is_bare(tmp_path, side):
+    """With 6 px a patch, as on a slide of 68,000 px, too."""
+    with tile.Slide(write_slide(tmp_path / "a.svs", section(1280, 1280))) as slide:
+        tiling = tile.tile_slide(slide, min_tissue=0)
+        tiling.mask[:] = False      # no outline
+        tiling.coords = tiling.coords[(tiling.coords != (512, 512)).any(axis=1)]
+        tile.write_thumbnail(tmp_path / "a.png", slide, tiling, 5 * side)
+        bare = slide.thumbnail(5 * side).astype(int)
+    tint = np.abs(np.asarray(Image.open(tmp_path / "a.png")) - bare).sum(axis=2)
+
+    def cell(column, row):
+        return tint[row * side:(row + 1) * side, column * side:(column + 1) * side]
+
+    assert not cell(2, 2).any(), "neighbours do not draw its edges"
+    for column, row in ((1, 2), (3, 2), (2, 1), (2, 3)):
+        assert (cell(column, row) > 15).mean() > 0.5
+
+
 # The index -----------------------------------------------------------------------------------------------------------
 
 

@@ -148,12 +148,19 @@ def test_other_settings_are_done_again(tmp_path, sound):
     (["--slides", "/nowhere"], "no such folder"), (["--patch-size", "4"], "--patch-size"),
     (["--overlap", "256"], "--overlap"), (["--discard-slides"], "--download"), (["--exclude", "/nowhere"], "--exclude"),
     (["--manifest", "/nowhere"], "--manifest"), (["--masks", "/nowhere"], "--masks"),
-    (["--cancer", "../x"], "--cancer")])
+    (["--cancer", "../x"], "--cancer"), (["--slides", str(ROOT / "tile.py")], "is a file; give its folder")])
 def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, text):
     put(tmp_path, sound, "a.svs")
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), *args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and text in error
+
+
+@pytest.mark.parametrize("flag", ["--mpp", "--assume-mpp"])
+def test_a_magnification_where_a_pixel_size_belongs(capsys, flag):
+    with pytest.raises(SystemExit):
+        tile.main(["--cancer", "mine", flag, "20x"])
+    assert f"{flag}: 20x: expected micrometres per pixel, such as 0.5 (20x)" in capsys.readouterr().err
 
 
 def test_masks_and_mpp_of_the_user(tmp_path, sound):
@@ -185,7 +192,7 @@ def test_impossible_mpp_in_a_table(tmp_path, sound, capsys, mpp):
     args = ["--cancer", "mine", "--data", str(tmp_path), "--manifest", str(tmp_path / "list.csv")]
     assert tile.main(args) == 1
     error = capsys.readouterr().err
-    assert "list.csv" in error and mpp in error and "a.svs" in error
+    assert "list.csv" in error and f"{mpp}: expected micrometres" in error and "a.svs" in error
 
 
 def test_slides_of_one_name_in_a_table(tmp_path, sound):
