@@ -407,9 +407,11 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
         raise UserError(f"{benchmark.name}: all patches are of slide {slide_names[0]}, whose own are no neighbours; "
                         "add slides (column slide, or group, of labels.csv), or --include-same-slide")
     k_max = min(max(KS), min(map(len, samples)) - 1)
+    kin = "of the same group" if slide_names == benchmark.groups and (folder / "labels.csv").is_file() else \
+        "on the same slide"
     settings = "; ".join([
-        f"{args.per_class} patches of each class{' and centre' * args.per_center}" if args.per_class else "all patches",
-        f"neighbours on the same slide {'included' if near is None else 'excluded'}",
+        f"at most {args.per_class} patches of each class{' and centre' * args.per_center}" if args.per_class else
+        "all patches", f"neighbours {kin} {'included' if near is None else 'excluded'}",
         f"features {'as they are' if args.raw else 'L2-normalised'}",
         *["patients of the students left out"] * args.exclude_seen])
     base = {"benchmark": benchmark.name, "protocol": "robustness", "settings": settings,
@@ -440,18 +442,24 @@ def study(args: argparse.Namespace, weights: dict, options: dict) -> int:
                              "paper": "G2L" if pair == ("h-optimus-0", "hibou-l") else n if n in PAPER else None})
     evaluate.record(args.results, found, same=("model", "benchmark", "protocol", "settings", "metric", "seed", "other",
                                                "k", "class", "center"))
-    evaluate.write_text(args.results / "table3.md", table3(args.results))
     lines = section([row for row in read_metrics(args.results) if base.items() <= row.items()])
     print(aligned(lines[:lines.index("### By class")]))
     out = args.results / "robustness" / safe(benchmark.name)
     if not args.no_pictures:
         draw_index(out / "index.png", benchmark.name, counts)
-        some = np.sort(np.random.default_rng(0).permutation(np.unique(np.concatenate(samples)))[:800])
-        draw_map(out / "map.png", benchmark, x, some, args.map)
+        drawn = np.unique(np.concatenate(samples))
+        some = np.sort(np.random.default_rng(0).permutation(drawn)[:800])
+        title = (f"{benchmark.name}: {f'{len(some)} of ' if len(some) < len(drawn) else ''}the {len(drawn)} patches "
+                 f"drawn in {len(samples)} sample{'s' * (len(samples) > 1)}")
+        draw_map(out / "map.png", title, benchmark, x, some, args.map)
         for n in x:
             rows = neighbors(x[n][samples[0]], 5, None if near is None else near[samples[0]], not args.raw)[1]
             draw_gallery(out / f"gallery-{safe(n)}.png", n, benchmark, samples[0], rows)
         print(f"pictures: {out}/index.png, map.png, gallery-*.png")
+    files = [] if args.no_pictures else ["index.png", "map.png", *(f"gallery-{safe(n)}.png" for n in x)]
+    evaluate.record(args.results, [base | {"model": "data", "metric": "pictures", "value": len(files), "files": files}],
+                    same=("benchmark", "protocol", "metric"))   # each run draws over the last one's
+    evaluate.write_text(args.results / "table3.md", table3(args.results))
     print(f"table: {args.results / 'table3.md'}")
     return finish(failures, {benchmark.name: int(lost.sum())} if lost.any() else {})
 
@@ -497,7 +505,8 @@ def intervals(base: dict, counts: dict[str, list[np.ndarray]], groups: list[np.n
 
 
 def table3(results: Path) -> str:
-    """table3.md from metrics.jsonl alone: a section per benchmark and way of sampling, then the paper's numbers."""
+    """table3.md from metrics.jsonl alone: a section per benchmark and way of sampling; with TIGER the paper's numbers,
+    which say nothing of other patches."""
     rows = [row for row in read_metrics(results) if row["protocol"] == "robustness"]
     text = ["# Table 3: robustness index", "",
             "Neighbours of the same class / neighbours of the same centre, summed over all patches. **1 is no "
@@ -505,6 +514,8 @@ def table3(results: Path) -> str:
             "ends as k grows. Above chance the tissue weighs more than the centre, below it the centre.", ""]
     for key in dict.fromkeys((row["benchmark"], row["settings"]) for row in rows):
         text += section([row for row in rows if (row["benchmark"], row["settings"]) == key])
+    if not any(row["benchmark"] == "tiger" for row in rows):
+        return "\n".join(text)
     paper = [[name, *(f"{value:.4f}" for value in values)] for name, values in PAPER.items()]
     return "\n".join([*text, "## The paper's Table 3", "", "TIGER, 40 patches of each class, 21 centres. No chance "
                       "level is given with it; with balanced centres it would be about 4.6. Taken from a public digest "
@@ -536,7 +547,11 @@ def section(rows: list[dict]) -> list[str]:
 
     seen = {n: row for n, row in models.items() if row["value"]}
     body = zip(models, *map(column, ks), strict=True)
-    text = [f"## {benchmark}", "", f"{settings[0].upper()}{settings[1:]}. "
+    cells = {(row["class"], row["center"]): row for row in pick(metric="cell")}
+    classes, centers = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    counts = {c: sum(row["value"] for key, row in cells.items() if key[0] == c) for c in classes}
+    text = [f"## {benchmark}", "", f"{settings[0].upper()}{settings[1:]}. {sum(counts.values())} drawn: "
+            + ", ".join(f"{c} {n}" for c, n in counts.items()) + ". "
             + (f"Mean ± standard deviation of {samples} seeded samples." if samples > 1 else "One sample."), "",
             markdown(["model", *(f"k = {k}" for k in ks)], [[n + " †" * (n in seen), *cells] for n, *cells in body]
                      + [["*chance*", *(show(average("chance", "index", k)) for k in ks)]])]
@@ -568,9 +583,10 @@ def section(rows: list[dict]) -> list[str]:
         index = lambda n, kind, f=field: show(average(n, f"index_by_{f}", middle, **{f: kind}))  # noqa: E731
         text += [f"### By {title}", "", f"Index of the patches of each {title}, k = {middle}.", "", markdown(
             [title, *models, "chance"], [[kind, *(index(n, kind) for n in [*models, "chance"])] for kind in kinds])]
-    cells = {(row["class"], row["center"]): row for row in pick(metric="cell")}
-    classes, centers = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     shown = {key: f"{c['value']} of {c['available']}" if c["available"] else "–" for key, c in cells.items()}
+    pictures = [f"![{file.removesuffix('.png')} of {benchmark}](robustness/{safe(benchmark)}/{file})\n"
+                for row in pick(metric="pictures") for file in row["files"]]
+    text += ["### Pictures", "", *pictures] if pictures else []
     return [*text, "### Patches", "", "Drawn, in the first sample, of those there are; "
             f"{list(shown.values()).count('–')} of {len(cells)} cells are empty (–).", "",
             markdown(["centre", *classes], [[z, *(shown[c, z] for c in classes)] for z in centers])]
@@ -621,7 +637,8 @@ def draw_index(path: Path, title: str, counts: dict[str, list[np.ndarray]]) -> N
     save_figure(figure, path)
 
 
-def draw_map(path: Path, benchmark: Benchmark, x: dict[str, np.ndarray], rows: np.ndarray, method: str) -> None:
+def draw_map(path: Path, title: str, benchmark: Benchmark, x: dict[str, np.ndarray], rows: np.ndarray,
+             method: str) -> None:
     """Each model's embedding of `rows` in two dimensions, coloured by class on the left, by centre on the right."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -641,8 +658,7 @@ def draw_map(path: Path, benchmark: Benchmark, x: dict[str, np.ndarray], rows: n
             ax.spines[:].set_color("#bbbbbb")
             if ax in axes[0]:
                 ax.legend(fontsize=7, markerscale=2, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{benchmark.name}: {len(rows)} patches, {'t-SNE' if method == 'tsne' else 'first two PCA axes'}",
-                    fontsize=10)
+    figure.suptitle(f"{title}, {'t-SNE' if method == 'tsne' else 'first two PCA axes'}", fontsize=10)
     save_figure(figure, path)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -438,15 +439,19 @@ def test_command_from_images_to_table_and_pictures(folder, capsys):
     status, out, _ = call(capsys, *arguments)
     assert status == 0 and "index / chance" in out and "table3.md" in out
     text = (results / "table3.md").read_text()
-    assert "*chance*" in text and "6 of 12" in text and "## The paper's Table 3" in text and "2.0316" in text
+    assert "*chance*" in text and "6 of 12" in text and "paper" not in text   # whose numbers are TIGER's
+    assert "neighbours of the same group excluded" in text and "same slide" not in text   # no column slide
+    assert "54 drawn: dots 18, plain 18, stripes 18" in text
     for name in ("index.png", "map.png", "gallery-timm_test_resnet.png", "gallery-timm_test_vit.png"):
+        assert f"](robustness/mine/{name})" in text
         with Image.open(results / "robustness" / "mine" / name) as image:
             assert min(image.size) > 200
     rows = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     assert {(r["k"], r["seed"]) for r in rows if r["metric"] == "index"} == {(k, s) for k in rb.KS for s in range(5)}
     features = next(results.rglob("mine.safetensors")).stat().st_mtime_ns
     status, _, err = call(capsys, *arguments, "--no-pictures")   # features and numbers stay
-    assert status == 0 and (results / "table3.md").read_text() == text and "108 images" not in err
+    assert status == 0 and "108 images" not in err
+    assert (results / "table3.md").read_text() == re.sub(r"### Pictures\n\n(!\[.*\n\n)+", "", text)
     assert next(results.rglob("mine.safetensors")).stat().st_mtime_ns == features
 
 
@@ -492,7 +497,39 @@ def test_reading_is_honest(folder, fake, capsys):
     call(capsys, "--models", "tissue", *arguments[4:], "--per-class", 18, "--seed", 7)   # others: drawn differently
     assert "place" not in (results / "table3.md").read_text().split("left out")[0]
     status, out, _ = call(capsys, *arguments, "--per-class", 0)
-    assert status == 0 and "One sample." in out and "All patches" in out
+    assert status == 0 and "One sample." in out and "All patches" in out and "](robustness" not in text
+    status, out, _ = call(capsys, *arguments, "--per-class", 40)   # there are 36
+    assert status == 0
+    assert "At most 40 patches of each class" in out and "108 drawn: dots 36, plain 36, stripes 36" in out
+
+
+def test_pictures_are_linked_from_the_run_that_drew_them_only(folder, fake, capsys):
+    for more, expected in (((), [True]), (("--raw",), [False, True]), (("--no-pictures",), [False, False])):
+        assert call(capsys, "--models", "tissue", "--benchmark", folder, "--results", folder.parent / "r",
+                    "--per-class", 18, *more)[0] == 0
+        sections = (folder.parent / "r" / "table3.md").read_text().split("## mine")[1:]
+        assert ["](robustness/mine/map.png)" in section for section in sections] == expected
+
+
+def test_the_map_says_what_its_patches_are(folder, fake, monkeypatch, capsys):
+    titles = []
+    monkeypatch.setattr(rb, "draw_map", lambda path, title, *_: titles.append(title))
+    for name in ("draw_index", "draw_gallery"):
+        monkeypatch.setattr(rb, name, lambda *_: None)
+    for count in (6, 0):
+        call(capsys, "--models", "tissue", "--benchmark", folder, "--results", folder.parent / "r", "--per-class",
+             count)
+    assert re.fullmatch(r"mine: the \d\d patches drawn in 5 samples", titles[0])
+    assert titles[1] == "mine: the 108 patches drawn in 1 sample"
+
+
+def test_the_slide_is_excluded_where_it_is_known(folder, fake, capsys):
+    table = (folder / "labels.csv").read_text().splitlines()
+    (folder / "labels.csv").write_text("\n".join([table[0] + ",slide", *(f"{row},s{i % 50}" for i, row in
+                                                                        enumerate(table[1:]))]))
+    out = call(capsys, "--models", "tissue", "--benchmark", folder, "--results", folder.parent / "r",
+               "--no-pictures")[1]
+    assert "neighbours on the same slide excluded" in out and "same group" not in out
 
 
 def test_paper_stands_beside_tiger(tiger, fake, monkeypatch, capsys):
@@ -506,7 +543,9 @@ def test_paper_stands_beside_tiger(tiger, fake, monkeypatch, capsys):
     status, out, err = call(capsys, "--models", "run", "place", "--benchmark", tiger, "--results", results,
                             "--patch-size", 64, "--per-class", 2, "--no-pictures")
     assert status == 0, err
-    assert "(paper 1.09)" in out and "cells are empty" in (results / "table3.md").read_text()
+    text = (results / "table3.md").read_text()
+    assert "(paper 1.09)" in out and "cells are empty" in text
+    assert "## The paper's Table 3" in text and "2.0316" in text and "same slide excluded" in text
     assert max(sizes) < len(rb.load(tiger, 64, 0.75)[0])
 
 
