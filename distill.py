@@ -245,7 +245,7 @@ def hold_out(index, fraction: float, seed: int) -> np.ndarray:
     if fraction > 0 and len(patients) >= 4:
         order = np.random.default_rng([seed, 0x4E1D]).permutation(len(patients))
         held = {patients[i] for i in order[:max(1 + (len(patients) >= 8), round(fraction * len(patients)))]}
-    return np.array([tile.patient_of(name) in held for name in index.slides], bool)
+    return np.array([patient in held for patient in index.patient], bool)
 
 
 class Heldout:
@@ -504,6 +504,10 @@ class Run:
         if self.board:
             self.board.close()
         if self.main:
+            if [path.name for path in self.folder.glob("*")] == [".lock"]:  # refused before there was anything to keep
+                (self.folder / ".lock").unlink()
+                with contextlib.suppress(OSError):  # another process begins the run just now
+                    self.folder.rmdir()
             self.lock.close()
 
     def config(self) -> dict:
@@ -616,12 +620,13 @@ class Run:
 
     def draw_sheet(self, images: torch.Tensor, crops: torch.Tensor, columns: int = 8) -> None:
         """augmented.png: patches as read, and below each what both models see of it."""
-        from PIL import Image
+        from PIL import Image, ImageDraw
         count = min(len(images), 3 * columns)
-        columns, gap, side = min(columns, count), 4, images.shape[-1]
-        sheet = Image.new("RGB", (columns * (side + gap), -(-count // columns) * 2 * (side + gap)), "white")
+        columns, gap, side, head = min(columns, count), 4, images.shape[-1], 16
+        sheet = Image.new("RGB", (columns * (side + gap), head + -(-count // columns) * 2 * (side + gap)), "white")
+        ImageDraw.Draw(sheet).text((2, 2), "patches as read; below each, what both models see of it", fill="black")
         for i in range(count):
-            x, y = i % columns * (side + gap), i // columns * 2 * (side + gap)
+            x, y = i % columns * (side + gap), head + i // columns * 2 * (side + gap)
             for image, offset in ((images[i], 0), ((crops[i] * 255).round().byte(), side + gap)):
                 sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + offset))
         with atomic(self.folder / "augmented.png") as path:
@@ -735,8 +740,9 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         raise UserError(f"{args.data}/tiles/{args.cancer}: a step takes {wanted} patches (--batch-size x --accumulate "
                         f"x ranks) and there are {available} to train on; tile more slides or lower one of them")
     if index.patch_size < args.crop:
-        raise UserError(f"--crop {args.crop}: larger than the patches, which are {index.patch_size} px")
-    cohort = json.dumps([list(index.slides), counts.tolist(), index.patch_size])
+        raise UserError(f"--crop {args.crop}: larger than the patches, which are {index.patch_size} px; take --crop "
+                        f"{index.patch_size} or less, or tile with a larger --patch-size")
+    cohort = json.dumps([list(index.slides), list(index.patient), counts.tolist(), index.patch_size])
     say(f"{args.cancer}: {int(counts.sum()):,} patches of {index.patch_size} px from {len(index.slides)} slides of "
         f"{len(index.patients)} patients; " + (f"{int(held.sum())} slides held out to measure CKA" if held.any() else
         "none held out (--hold-out 0, or fewer than 4 patients), so CKA is measured on slides that are trained on"))
@@ -911,8 +917,8 @@ def finish(args, run: Run, teacher, student, index, done: int, ended: str, best:
     try:
         models.save_student(student, run.folder / "student", metadata={
             "teacher": args.teacher, "student": args.student, "cancer": args.cancer, "run": run.folder.name,
-            "steps": done, "patients": list(index.patients), "loss": args.loss, "cka_before": best["before"],
-            "cka_after": best["last"]})
+            "steps": done, "patients": list(index.patients), "slides": list(index.slides), "loss": args.loss,
+            "cka_before": best["before"], "cka_after": best["last"]})
         run.write_config({**config, "finished": {"step": done, "because": ended or "--max-steps", "best": best}})
     except OSError as error:
         raise UserError(f"{run.folder / 'student'}: not written ({error}); make room and run the same command again, "
@@ -946,7 +952,8 @@ class Progress:
             return
         self.shown = now
         left = int((self.steps - step) / pace) if pace else 0
-        line = (f"step {step}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {self.rate:,.0f} img/s  "
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.1f}"
+        line = (f"step {step}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {rate} img/s  "
                 f"MFU {self.mfu:.0%}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
@@ -1228,7 +1235,7 @@ def profile(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=tile.Help)
     group = parser.add_argument_group("what")
     group.add_argument("--cancer", default="brca", help="cohort: the name given to tile.py")
     group.add_argument("--data", default="data", help="folder that tile.py filled")

@@ -700,6 +700,7 @@ def features(name: str, benchmark: Benchmark, results: Path, *, weights: str | N
         with atomic(path) as temporary:
             save_file({"features": array, "labels": benchmark.labels, "names": np.frombuffer(names.encode(), np.uint8)},
                       temporary)
+            temporary.chmod(0o644)  # save_file makes files that only their owner reads
         shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
     return array
 
