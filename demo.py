@@ -340,8 +340,6 @@ def screen(folder: Path, seconds: dict[str, float]) -> str:
 
     names = {"teacher": TEACHER, "student before": STUDENT, "student after": "distilled"}
     size = {row["model"]: row for row in rows if row["protocol"] == "model"}
-    network = min(size[name]["ms_per_image"] for name in (STUDENT, "distilled"))  # the same one, timed twice
-    milliseconds = {TEACHER: size[TEACHER]["ms_per_image"], STUDENT: network, "distilled": network}
     patients = next(row["groups"] for row in rows if row["protocol"] == "data")
     images = next(row["value"] for row in rows if row["protocol"] == "data")
     lines = ["", "=" * 100,
@@ -351,7 +349,7 @@ def screen(folder: Path, seconds: dict[str, float]) -> str:
              f"{'':16}{'':>12}{'':>10}   {'Table 1':<16}{'Table 2':<16}{'Table 2':<16}"]
     for label, name in names.items():
         near = values(model=TEACHER, other=name, protocol="cka", metric="unbiased")
-        lines.append(f"{label:16}{size[name]['value'] / 1e6:>10.2f} M{1000 / milliseconds[name]:>10.0f}   "
+        lines.append(f"{label:16}{size[name]['value'] / 1e6:>10.2f} M{1000 / size[name]['ms_per_image']:>10.0f}   "
                      f"{cell(near) if name != TEACHER else '1':<16}"
                      f"{cell(values(model=name, protocol='knn', metric='accuracy')):<16}"
                      f"{cell(values(model=name, protocol='probe', metric='auc')):<16}")

@@ -1335,6 +1335,9 @@ def main(argv: list[str] | None = None) -> int:
         reason = str(error).split(". ")[0]
         return _fail(f"{reason}: lower --batch-size, and raise --accumulate for as many patches a step")
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            return _fail("a loading process was killed, by the system if memory was short: lower --workers, and run "
+                         "the same command again to go on from the last checkpoint")
         if not torch.distributed.is_initialized() or "onnection" not in str(error):
             raise
         return _fail("another rank ended, so this one does too; its message says why")

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import html
@@ -847,7 +848,15 @@ def locked(path: Path, wait: bool = True):
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            _no_locks(path.parent, str(error))
         yield True
+
+
+@functools.cache
+def _no_locks(folder: Path, why: str) -> None:
+    print(f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes tile "
+          "this cohort", file=sys.stderr, flush=True)
 
 
 def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict) -> None:

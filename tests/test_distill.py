@@ -392,6 +392,15 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path
     same(unbroken, tmp_path / "r")
 
 
+def test_a_loading_process_that_is_killed_ends_the_run_with_a_word_on_memory(data, tmp_path):
+    process = start(command(data, tmp_path, "r", "--max-steps", 4000, "--workers", 1))
+    wait_for_step(process, tmp_path / "r", 3)
+    worker, = (pid for pid in descendants(process.pid) if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 1 and "lower --workers" in output and "Traceback" not in output, output
+
+
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-minutes", 0, pair=CNN)
     process = start(arguments)

@@ -1,6 +1,7 @@
 """tile.py: reading pixel for pixel what OpenSlide gives, tissue and quality, magnification, files, the patch index."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -779,3 +780,14 @@ def test_import_is_light():
     code = ("import sys, tile; print([m for m in ('torch', 'timm', 'sklearn', 'scipy', 'matplotlib', 'pandas', 'h5py', "
             "'tifffile', 'openslide', 'urllib.request') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tile.fcntl, "flock", flock)
+    for _ in range(2):
+        with tile.locked(tmp_path / "lock", wait=False) as free:
+            assert free
+    assert capsys.readouterr().err.count("has no locks") == 1
