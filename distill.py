@@ -309,7 +309,7 @@ def rows(model: models.Model, images: torch.Tensor, tokens: str) -> torch.Tensor
     if tokens == "cls":
         return model(x)
     out = model.tokens(x)
-    with model._autocast(x):
+    with model.autocast(x):
         pooled = model.net.forward_head(out, pre_logits=True)
     return torch.cat([pooled[:, None], out[:, model.num_prefix_tokens:]], 1).flatten(0, 1)
 

@@ -153,18 +153,18 @@ class Model(nn.Module):
         """Normalised (B, 3, S, S) -> all tokens (B, T, C) after the final norm, prefix tokens first. ViTs only."""
         if not self.is_vit:
             raise ValueError(f"{self.name} is no vision transformer: it has no tokens, only the embedding of forward()")
-        with self._autocast(x):
+        with self.autocast(x):
             return self.net.forward_features(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, S, S) -> embedding (B, dim)."""
         if self.embedding != "cls+mean":
-            with self._autocast(x):
+            with self.autocast(x):
                 return self.net(x)
         tokens = Model.tokens(self, x)
         return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens:].mean(1)], dim=-1)
 
-    def _autocast(self, x: torch.Tensor):
+    def autocast(self, x: torch.Tensor):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()  # an autocast of the caller's stays in force
         return torch.autocast(x.device.type, self.dtype)
