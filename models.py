@@ -1009,6 +1009,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.names:
             for name in args.names:
                 check(name, parse_weights(args.weights, args.names)[name], args)
+        elif args.weights:
+            raise UserError(f"--weights {' '.join(args.weights)}: of which model? python models.py NAME --weights ...")
         else:
             print(table() + "\n" + NOTES)
         return 0
