@@ -173,8 +173,8 @@ class _Tiles:
         usable = (page.is_tiled and page.dtype == np.uint8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
                   and int(page.compression) in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB)
                   and int(page.photometric) in (2, 6))
-        if not usable or len(page.dataoffsets) != -(-page.imagewidth // page.tilewidth) * -(
-                -page.imagelength // page.tilelength):
+        tiles = -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength) if usable else 0
+        if not usable or not len(page.dataoffsets) == len(page.databytecounts) == tiles:
             return None
         return cls(page)
 
@@ -478,33 +478,42 @@ class Slide:
         out[top - y:bottom - y, left - x:right - x] = part
         return out
 
-    def area(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int, draft: bool = False) -> np.ndarray:
+    def area(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int, draft: bool = False,
+             below: float = math.inf) -> np.ndarray:
         """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges, from the level nearest above.
 
         Resampled where need be (antialiased; `draft`: by the mean of pixels). PatchError when a part is unreadable;
-        with `draft` it is left white and noted in `damaged`. Memory is bounded: a large source is read in pieces.
+        with `draft` it is taken from a finer level (a downsample `below` that one's), else left white and noted in
+        `damaged`. Memory is bounded: a large source is read in pieces.
         """
         scale = min(w / out_w, h / out_h)
-        level = max((v for v in (self.drafts if draft else self.levels) if v.downsample <= scale * 1.01),
+        level = max((v for v in (self.drafts if draft else self.levels)
+                     if v.downsample <= scale * 1.01 and v.downsample < below),
                     key=lambda v: (v.downsample, -v.shrink), default=self.levels[0])
         d = level.downsample
         if w * h / d**2 > 8e6 and max(out_w, out_h) > 64:   # halve the longer side
             parts = [(0, out_h // 2), (out_h // 2, out_h)] if out_h >= out_w else [(0, out_w // 2), (out_w // 2, out_w)]
+            how = draft, below
             if out_h >= out_w:
-                return np.concatenate([self.area(x, y + a * h / out_h, w, (b - a) * h / out_h, out_w, b - a, draft)
+                return np.concatenate([self.area(x, y + a * h / out_h, w, (b - a) * h / out_h, out_w, b - a, *how)
                                        for a, b in parts])
-            return np.concatenate([self.area(x + a * w / out_w, y, (b - a) * w / out_w, h, b - a, out_h, draft)
+            return np.concatenate([self.area(x + a * w / out_w, y, (b - a) * w / out_w, h, b - a, out_h, *how)
                                    for a, b in parts], axis=1)
         left, top = x / d, y / d
-        if (w / d, h / d) == (out_w, out_h) and left == int(left) and top == int(top):
-            return self._region(level, int(left), int(top), out_w, out_h, not draft)
-        margin = 0 if draft else 2 * math.ceil(max(1, scale / d))
+        exact = (w / d, h / d) == (out_w, out_h) and left == int(left) and top == int(top)
+        margin = 0 if draft or exact else 2 * math.ceil(max(1, scale / d))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(left + w / d) + margin, math.ceil(top + h / d) + margin
-        source = Image.fromarray(self._region(level, x0, y0, x1 - x0, y1 - y0, not draft))
+        noted = len(self.damaged)
+        source = self._region(level, x0, y0, x1 - x0, y1 - y0, not draft)
+        if len(self.damaged) > noted and d > level.shrink:  # of the levels that hold it, this is not the finest
+            del self.damaged[noted:]
+            return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
+        if exact:
+            return source
         box = (left - x0, top - y0, left - x0 + w / d, top - y0 + h / d)
         filter = Image.Resampling.BOX if draft else Image.Resampling.BICUBIC
-        return np.asarray(source.resize((out_w, out_h), filter, box))
+        return np.asarray(Image.fromarray(source).resize((out_w, out_h), filter, box))
 
     def read(self, x: int, y: int, size: int, out: int) -> np.ndarray:
         """(out, out, 3) uint8 of the square of `size` level-0 pixels at (x, y), white beyond the edges.

@@ -195,6 +195,24 @@ def test_openslide_recovers_after_a_damaged_region(tmp_path):
         assert slide.damaged and (image[600:700, 600:700] == 255).all() and image[1250, 750].min() < 240
 
 
+@pytest.mark.parametrize("options", [{}, {"codec": "j2k"}, {"compression": "deflate"}])
+def test_damage_in_a_coarse_level_loses_no_patch(tmp_path, options):
+    path = tmp_path / "slide.svs"
+    if "compression" in options:
+        with tifffile.TiffWriter(path) as file:
+            for shrink in (1, 8):
+                file.write(stained(2048, 2048)[::shrink, ::shrink], tile=(256, 256), photometric="rgb", metadata=None,
+                           subfiletype=int(shrink > 1), **options)
+    else:
+        write_slide(path, stained(2048, 2048), levels=(8,), **options)
+    page, data = tifffile.TiffFile(path).pages[1], bytearray(path.read_bytes())
+    data[page.dataoffsets[0]:page.dataoffsets[0] + 400] = bytes(400)
+    path.write_bytes(data)
+    with tile.Slide(path, mpp=0.25) as slide:
+        assert len(tile.tile_slide(slide).coords) == 64
+        assert not slide.damaged and not (slide.thumbnail(256) == 255).all(axis=2).any()
+
+
 def test_resampled_reading_matches_level_0_to_the_far_corner(tmp_path):
     """Levels of 1301 x 1103 px have sizes cut to whole pixels; taken as ratios they would shift by up to a pixel."""
     image = section(1301, 1103)
@@ -244,6 +262,9 @@ def test_a_page_with_too_few_tiles_is_left_to_openslide(plain):
     page = tifffile.TiffFile(plain).pages[0]
     assert tile._Tiles.of(page)
     page.dataoffsets = page.dataoffsets[:-1]
+    assert tile._Tiles.of(page) is None
+    page = tifffile.TiffFile(plain).pages[0]
+    page.databytecounts += (1 << 20,)
     assert tile._Tiles.of(page) is None
 
 
