@@ -298,7 +298,7 @@ class Slide:
                 self._slide.set_cache(openslide.OpenSlideCache(self._recent.limit))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             what = str(error)
-            if "nsupported" in what:
+            if "nsupported or missing" in what:
                 what = "not a slide format that OpenSlide knows"
                 with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(self.path) as picture:
                     if 322 not in getattr(picture, "tag_v2", ()):    # a tiled TIFF may be a slide cut short
@@ -742,6 +742,8 @@ def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_ti
     if (inside.max(axis=2) < 40).mean() > 0.5 and (inside.min(axis=2) > 150).mean() < 0.02:
         raise SkippedSlide("mostly black: fluorescence or an empty scan, not bright-field")
     tissue_mask, pen_mask, fold_mask = find_tissue(image, smallest=(size0 / scale) ** 2 / 4)
+    if max_pen == 1:    # a stain of the colour of ink
+        tissue_mask |= pen_mask
     if mask:
         tissue_mask = read_mask(mask, shape, scale)
     step = max(1, round(size0 * (patch_size - overlap) / patch_size))
@@ -752,7 +754,8 @@ def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_ti
     keep = tissue >= max(min_tissue, 1e-6) if min_tissue > 0 else tissue >= 0
     coords, x, y = coords[keep], x[keep], y[keep]
     if not len(coords):
-        raise SkippedSlide("no tissue found" if not tissue_mask.any() else
+        ink = ", but much that has the colour of ink (--max-pen 1 takes it)" * bool(pen_mask.mean() > 0.02)
+        raise SkippedSlide(f"no tissue found{ink}" if not tissue_mask.any() else
                            f"no patch has {min_tissue:.0%} of tissue (--min-tissue)")
     measures = {"tissue": tissue[keep], "pen": mean_in_squares(pen_mask, x, y, size0 / scale),
                 "fold": mean_in_squares(fold_mask, x, y, size0 / scale),

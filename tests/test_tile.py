@@ -305,6 +305,12 @@ def test_pictures_that_are_no_slides_are_called_so(tmp_path, write, reason):
         tile.Slide(tmp_path / "a.svs")
 
 
+def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", section(600, 600), tile=(256, 256), photometric="rgb", compression="webp")
+    with pytest.raises(tile.UserError, match="Unsupported TIFF compression"):
+        tile.Slide(tmp_path / "a.tif")
+
+
 # Magnification -------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +474,16 @@ def test_blurred_and_inked_patches_are_dropped_by_their_flags(tmp_path):
     assert kept.summary["blur"] == pytest.approx(0.5, abs=0.1)
     assert kept.summary["pen"] == pytest.approx(0.27, abs=0.04)
     assert "for blur" in kept.warnings[0]
+
+
+def test_brown_stain_is_tissue_when_ink_is_allowed(tmp_path):
+    image = np.full((1024, 1024, 3), BACKGROUND, np.uint8)
+    image[256:768, 256:768] = (stained(512, 512) * [0.6, 0.5, 0.25]).astype(np.uint8)
+    with tile.Slide(write_slide(tmp_path / "a.svs", image)) as slide:
+        with pytest.raises(tile.SkippedSlide, match=r"no tissue found.*--max-pen 1"):
+            tile.tile_slide(slide)
+        assert tile.tile_slide(slide, max_pen=1, max_blur=6).coords.tolist() == [
+            [256, 256], [512, 256], [256, 512], [512, 512]]
 
 
 def test_min_tissue_and_overlap(plain):
