@@ -1465,7 +1465,13 @@ def read_patients(path: Path, sources: list[Source]) -> set[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--exclude {path}: cannot be read ({error})") from error
-    table = [[cell.strip().strip('"') for cell in re.split(r"[,;\t]", line)] for line in lines if line.strip()]
+    whole = {text for source in sources for text in (source.name, source.stated, source.path.name)}
+
+    def cut(line):      # at commas outside quotes, unless all of it is a name
+        parts = [line] if line in whole else re.split(r'[,;\t](?=(?:[^"]*"[^"]*")*[^"]*$)', line)
+        return [re.sub('^"(.*)"$', r"\1", part.strip()).replace('""', '"') for part in parts]
+
+    table = [cut(line.strip(" ")) for line in lines if line.strip()]
     known = ("slide", "slide_id", "patient", "patient_id", "case", "case_id", "group", "filename", "image", "barcode")
     columns = [number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known]
     cells = [row[column] for row in table[bool(columns):] for column in columns or [0] if column < len(row)]

@@ -275,6 +275,13 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
     double = [tile.Source(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
     (tmp_path / "d.txt").write_text("# held out\r\nsame.svs\r\n", encoding="utf-8-sig")
     assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], "named as the file is"
+    named = [tile.Source('a, "b" 1', Path("x")), tile.Source("c", Path("y"), stated="Doe, J."), sources[0]]
+    for text in ('slide,label\n"a, ""b"" 1",x\n', 'a, "b" 1\n'):
+        (tmp_path / "e.txt").write_text(text)
+        assert choose(named, exclude=tmp_path / "e.txt")[0] == [sources[0], named[1]], "a comma in a name"
+    for text in ('patient;label\n"Doe, J.";x\n', "Doe, J.\n"):
+        (tmp_path / "f.txt").write_text(text)
+        assert choose(named, exclude=tmp_path / "f.txt")[0] == [sources[0], named[0]]
     (tmp_path / "c.txt").write_text("somebody\n")
     choose(sources, exclude=tmp_path / "c.txt")
     assert "none of its 1 patients is in this cohort" in capsys.readouterr().out
