@@ -1306,6 +1306,9 @@ class Source:
         values = [getattr(args, key) for key in LIMITS] + [args.assume_mpp, self.mpp]
         if args.masks:
             values += [str(args.masks)]
+            with contextlib.suppress(SkippedSlide):     # it has none
+                mask = find_mask(args.masks, self.name).stat()
+                values += [mask.st_size, mask.st_mtime_ns]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8] + (
             f"-q{args.jpeg_quality}" if args.save_patches else "")
 

@@ -183,6 +183,10 @@ def test_masks_and_mpp_of_the_user(tmp_path, sound):
     for name in "ac":
         with h5py.File(tmp_path / "tiles" / "mine" / "patches" / f"{name}_patches.h5") as file:
             assert file["coords"][:].tolist() == [[256, 256], [512, 256]]
+    mask[32:48, 16:48] = 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    done = run(tmp_path, "--masks", tmp_path / "masks", "--manifest", tmp_path / "list.csv")
+    assert "a: done, 4 patches" in done.stdout and "c: done" not in done.stdout, "a mask that was drawn anew"
 
 
 @pytest.mark.parametrize("mpp", ["nan", "-0.25", "0", "inf", "fast"])
