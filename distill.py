@@ -1320,15 +1320,24 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--plain: only together with --profile")
 
 
+KILLED = ("a loading process was killed, by the system if memory was short: lower --workers, and run the same command "
+          "again to go on from the last checkpoint")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        check(args)
-        status = profile(args) if args.profile else train(args)
+        try:
+            check(args)
+            status = profile(args) if args.profile else train(args)
+        finally:
+            _end_workers()  # before anything is said: the death of one is a signal that raises, wherever one is
         models.leave_distributed()  # not after an error: it would wait for what other ranks will never send
         return status
     except UserError as error:
         return _fail(str(error))
+    except (ConnectionError, EOFError):  # of the pipes to loading processes
+        return _fail(KILLED)
     except OSError as error:
         return _fail(f"{error}; what was saved before is whole: mend it and run the same command again")
     except torch.OutOfMemoryError as error:
@@ -1336,13 +1345,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{reason}: lower --batch-size, and raise --accumulate for as many patches a step")
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            return _fail("a loading process was killed, by the system if memory was short: lower --workers, and run "
-                         "the same command again to go on from the last checkpoint")
+            _end_workers()
+            return _fail(KILLED)
         if not torch.distributed.is_initialized() or "onnection" not in str(error):
             raise
         return _fail("another rank ended, so this one does too; its message says why")
-    finally:
-        _end_workers()
 
 
 def _fail(message: str) -> int:
