@@ -486,16 +486,9 @@ class Run:
         self.checkpoints = [folder / ("checkpoint.pt" if i == 0 else f"checkpoint.{i}.pt") for i in range(keep)]
         if not main:
             return
-        import fcntl
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, however the process ends
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process trains this run; wait for it or give another --name") from None
-        except OSError as error:
-            print(f"note: {folder}: this file system has no locks ({error}), so see to it yourself that no other "
-                  "process trains this run", file=sys.stderr, flush=True)
+        self.lock = contextlib.ExitStack()
+        if not self.lock.enter_context(tile.locked(folder / ".lock", wait=False)):
+            raise UserError(f"{folder}: another process trains this run; wait for it or give another --name")
         for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink()
 

@@ -598,8 +598,6 @@ def data_stamp(benchmark: Benchmark) -> str:
 @functools.lru_cache(maxsize=1)   # models come one after another: never two in memory
 def _load(name: str, weights: str | None, options: tuple):
     from models import load_model
-    if Path(name).name == "student" and not Path(name).exists():
-        raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     return load_model(name, weights, **dict(options))
 
 

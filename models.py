@@ -238,6 +238,8 @@ def load_model(name: str, weights: str | None = None, *, device="cpu", dtype: to
         architecture, args, cfg, embedding, metadata = read_config(folder)
         folder = folder.resolve()
         name = str(metadata.get("run") or (folder.parent if folder.name == "student" else folder).name)
+    elif Path(name).name == "student":
+        raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     else:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.5)
         raise UserError(f"{name}: no such model or folder{f'; did you mean {close[0]}?' if close else '.'} "

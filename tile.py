@@ -867,8 +867,8 @@ def locked(path: Path, wait: bool = True):
 
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    print(f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes tile "
-          "this cohort", file=sys.stderr, flush=True)
+    print(f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
+          "work there at once", file=sys.stderr, flush=True)
 
 
 def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict) -> None:

@@ -121,7 +121,8 @@ def _operands(base, query, metric, unit):
         half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
         return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half), b.new_ones((), dtype=torch.float64)
     wide = torch.promote_types(base.dtype, torch.float32)
-    largest = torch.stack([side for x in (base, base if query is None else query) for side in x.aminmax()]).abs().amax()
+    both = (base,) if query is None else (base, query)
+    largest = torch.stack([side for x in both for side in x.aminmax()]).abs().amax()
     # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have a square.
     scale = torch.ldexp(torch.ones_like(largest, dtype=wide), -largest.to(wide).frexp()[1].clamp(-126, 126))
     scaled = base.to(wide) * scale
