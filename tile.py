@@ -40,9 +40,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm", ".czi")
-PLAIN = (".png", ".jpg", ".jpeg", ".bmp")   # images without pyramid: opened by Slide, not looked for in slide folders
-MASK_PX = 8                                 # side of a patch in pixels of the tissue mask
+SUFFIXES = (
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".svslide",
+    ".bif",
+    ".vms",
+    ".vmu",
+    ".dcm",
+    ".czi",
+)
+PLAIN = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+)  # images without pyramid: opened by Slide, not looked for in slide folders
+MASK_PX = 8  # side of a patch in pixels of the tissue mask
 
 
 class UserError(Exception):
@@ -75,8 +93,12 @@ def atomic(path: str | os.PathLike):
 
 def slide_name(path: str | os.PathLike) -> str:
     """File name without the suffixes of slides, images and our own outputs: "a.b.ome.tif" -> "a.b"."""
-    suffix = r"(\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|svslide|bif|vms|vmu|dcm|czi|png|jpe?g|bmp|h5|tar)$"
-    name = os.fsencode(Path(path).name).decode("utf-8", "replace")     # not every file system speaks UTF-8
+    suffix = (
+        r"(\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|svslide|bif|vms|vmu|dcm|czi|png|jpe?g|bmp|h5|tar)$"
+    )
+    name = os.fsencode(Path(path).name).decode(
+        "utf-8", "replace"
+    )  # not every file system speaks UTF-8
     return re.sub(suffix, "", name, flags=re.IGNORECASE)
 
 
@@ -85,7 +107,9 @@ def patient_of(name: str) -> str:
     the first of its parts between "_" that holds a digit ("P1_a" -> "P1", "case_001_HE" -> "case_001"); else the stem.
     """
     stem = slide_name(name)
-    barcode = re.search(r"\bTCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem.replace("_", " "), flags=re.IGNORECASE)
+    barcode = re.search(
+        r"\bTCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem.replace("_", " "), flags=re.IGNORECASE
+    )
     return barcode[0].upper() if barcode else re.match(r"\D*\d[^_]*|.*", stem, flags=re.DOTALL)[0]
 
 
@@ -111,8 +135,10 @@ class Codec:
         """A JPEG tile as a JPEG file that any program opens; the compressed pixels are the tile's own."""
         if not self.prefix:
             return data
-        jfif = 2 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 0  # would overrule the colours
-        return self.prefix + data[2 + jfif:]
+        jfif = (
+            2 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 0
+        )  # would overrule the colours
+        return self.prefix + data[2 + jfif :]
 
     def decode(self, data: bytes, shrink: int = 1) -> np.ndarray:
         """(height, width, 3) uint8, optionally at 1/2, 1/4, ... (see _Tiles.shrinks); white for no data.
@@ -120,7 +146,7 @@ class Codec:
         PatchError where the decoder complains at all.
         """
         height, width = self.height // shrink, self.width // shrink
-        if not data:    # the scanner left it out
+        if not data:  # the scanner left it out
             return np.full((height, width, 3), 255, np.uint8)
         try:
             if self.compression == self.JPEG:
@@ -128,9 +154,16 @@ class Codec:
 
                 if data[:2] != b"\xff\xd8":
                     raise PatchError("no JPEG where one should be")
-                image = simplejpeg.decode_jpeg(self.standalone(data), min_height=height, min_width=width,
-                                               min_factor=shrink, fastdct=False, fastupsample=False, strict=True)
-            elif shrink > 1:    # imagecodecs has no such choice
+                image = simplejpeg.decode_jpeg(
+                    self.standalone(data),
+                    min_height=height,
+                    min_width=width,
+                    min_factor=shrink,
+                    fastdct=False,
+                    fastupsample=False,
+                    strict=True,
+                )
+            elif shrink > 1:  # imagecodecs has no such choice
                 picture = Image.open(io.BytesIO(data))
                 picture.reduce = shrink.bit_length() - 1
                 image = np.asarray(picture)
@@ -138,7 +171,7 @@ class Codec:
                 import imagecodecs
 
                 image = imagecodecs.jpeg2k_decode(data)
-        except (RuntimeError, ValueError, OSError) as error:     # the libraries' own errors
+        except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
             raise PatchError(str(error)) from error
         if image.shape != (height, width, 3):
             raise PatchError(f"compressed tile holds {image.shape}, expected {(height, width, 3)}")
@@ -151,7 +184,9 @@ def _ycbcr_to_rgb(image: np.ndarray) -> np.ndarray:
     cb -= 128
     cr -= 128
     shifts = 91881 * cr, -22554 * cb - 46802 * cr, 116130 * cb
-    return np.stack([np.clip(y + (shift + 32768 >> 16), 0, 255).astype(np.uint8) for shift in shifts], axis=2)
+    return np.stack(
+        [np.clip(y + (shift + 32768 >> 16), 0, 255).astype(np.uint8) for shift in shifts], axis=2
+    )
 
 
 class _Tiles:
@@ -160,20 +195,33 @@ class _Tiles:
     def __init__(self, page):
         rgb = int(page.photometric) == 2
         tables = (page.jpegtables or b"")[2:-2]
-        prefix = Codec.ADOBE + (b"\x00" if rgb else b"\x01") + tables if int(page.compression) == Codec.JPEG else b""
+        prefix = (
+            Codec.ADOBE + (b"\x00" if rgb else b"\x01") + tables
+            if int(page.compression) == Codec.JPEG
+            else b""
+        )
         self.codec = Codec(int(page.compression), prefix, page.tilewidth, page.tilelength)
         self.columns = -(-page.imagewidth // page.tilewidth)
         self.offsets = np.array(page.dataoffsets, np.int64)
         self.counts = np.array(page.databytecounts, np.int64)
-        self.complete = bool(self.counts.all())     # scanners leave out empty tiles
+        self.complete = bool(self.counts.all())  # scanners leave out empty tiles
 
     @classmethod
     def of(cls, page) -> _Tiles | None:
         """Tiles of a page of 8-bit RGB in JPEG or JPEG 2000 tiles, None for every other."""
-        usable = (page.is_tiled and page.dtype == np.uint8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
-                  and int(page.compression) in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB)
-                  and int(page.photometric) in (2, 6))
-        tiles = -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength) if usable else 0
+        usable = (
+            page.is_tiled
+            and page.dtype == np.uint8
+            and page.samplesperpixel == 3
+            and int(page.planarconfig) == 1
+            and int(page.compression) in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB)
+            and int(page.photometric) in (2, 6)
+        )
+        tiles = (
+            -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength)
+            if usable
+            else 0
+        )
         if not usable or not len(page.dataoffsets) == len(page.databytecounts) == tiles:
             return None
         return cls(page)
@@ -183,9 +231,13 @@ class _Tiles:
         halvings = 3
         if self.codec.compression != Codec.JPEG:
             data = self.compressed(file, int(self.counts.argmax()))
-            style = data.find(b"\xff\x52")     # marker COD
+            style = data.find(b"\xff\x52")  # marker COD
             halvings = min(data[style + 9], 5) if 0 <= style < len(data) - 9 else 0
-        return [2**n for n in range(1, halvings + 1) if self.codec.width % 2**n == self.codec.height % 2**n == 0]
+        return [
+            2**n
+            for n in range(1, halvings + 1)
+            if self.codec.width % 2**n == self.codec.height % 2**n == 0
+        ]
 
     def compressed(self, file: int, index: int) -> bytes:
         """The bytes of tile `index`, none where the scanner left it out."""
@@ -217,8 +269,9 @@ def assemble(tile, tw: int, th: int, x: int, y: int, w: int, h: int) -> np.ndarr
         top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
         for column in range(x // tw, (x + w - 1) // tw + 1):
             left, right = max(x, column * tw), min(x + w, (column + 1) * tw)
-            out[top - y:bottom - y, left - x:right - x] = tile(row, column)[
-                top - row * th:bottom - row * th, left - column * tw:right - column * tw]
+            out[top - y : bottom - y, left - x : right - x] = tile(row, column)[
+                top - row * th : bottom - row * th, left - column * tw : right - column * tw
+            ]
     return out
 
 
@@ -262,16 +315,24 @@ class Slide:
         try:
             self.vendor = self._slide.properties.get("openslide.vendor", "image")
             self.width, self.height = self._slide.dimensions
-            self.levels = [_Level(*size, self._downsample(*size), number)
-                           for number, size in enumerate(self._slide.level_dimensions)]
-            self.drafts = list(self.levels)     # what is good enough to look for tissue
+            self.levels = [
+                _Level(*size, self._downsample(*size), number)
+                for number, size in enumerate(self._slide.level_dimensions)
+            ]
+            self.drafts = list(self.levels)  # what is good enough to look for tissue
             description = self._open_tiles()
-            self.mpp, self.mpp_source = (float(mpp), "given") if mpp else self._find_mpp(description)
+            self.mpp, self.mpp_source = (
+                (float(mpp), "given") if mpp else self._find_mpp(description)
+            )
             power = self._slide.properties.get("openslide.objective-power", "")
         except openslide.OpenSlideError as error:
             self.close()
-            raise UserError(f"{self.path}: opens but cannot be read ({error}); it is probably damaged") from error
-        self.objective = float(power) if re.fullmatch(r"\d+(\.\d+)?", power) and float(power) > 0 else None
+            raise UserError(
+                f"{self.path}: opens but cannot be read ({error}); it is probably damaged"
+            ) from error
+        self.objective = (
+            float(power) if re.fullmatch(r"\d+(\.\d+)?", power) and float(power) > 0 else None
+        )
 
     def _complain_early(self) -> None:
         """What OpenSlide would call "unsupported or missing", in words that help."""
@@ -282,9 +343,13 @@ class Slide:
         if not head:
             raise UserError(f"{self.path}: empty file; copy or download it again")
         if head.startswith(b"version https://git-lfs"):
-            raise UserError(f"{self.path}: Git LFS pointer, not the slide itself; run `git lfs pull`")
+            raise UserError(
+                f"{self.path}: Git LFS pointer, not the slide itself; run `git lfs pull`"
+            )
         if self.path.suffix.lower() == ".mrxs" and not self.path.with_suffix("").is_dir():
-            raise UserError(f"{self.path}: the MIRAX data folder {self.path.stem}/ is missing beside it")
+            raise UserError(
+                f"{self.path}: the MIRAX data folder {self.path.stem}/ is missing beside it"
+            )
 
     def _reopen(self) -> None:
         """Open by OpenSlide; again after a failed read, since it then answers every call with that error."""
@@ -300,11 +365,20 @@ class Slide:
             what = str(error)
             if "nsupported or missing" in what:
                 what = "not a slide format that OpenSlide knows"
-                with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(self.path) as picture:
-                    if 322 not in getattr(picture, "tag_v2", ()):    # a tiled TIFF may be a slide cut short
-                        raise UserError(f"{self.path}: a {picture.format} picture, no slide with tiles; make it one by "
-                                        f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg") from error
-            raise UserError(f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide") from error
+                with (
+                    contextlib.suppress(OSError, Image.DecompressionBombError),
+                    Image.open(self.path) as picture,
+                ):
+                    if 322 not in getattr(
+                        picture, "tag_v2", ()
+                    ):  # a tiled TIFF may be a slide cut short
+                        raise UserError(
+                            f"{self.path}: a {picture.format} picture, no slide with tiles; make it one by "
+                            f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+                        ) from error
+            raise UserError(
+                f"{self.path}: cannot be opened ({what}); cut short, damaged or no slide"
+            ) from error
 
     def _downsample(self, width: int, height: int) -> float:
         """Downsample of a level, whole where the level's size is that of a whole one with the last pixels cut off.
@@ -313,8 +387,10 @@ class Slide:
         """
         ratio = (self.width / width + self.height / height) / 2
         whole = round(ratio)
-        exact = all(small in (large // whole, -(-large // whole))
-                    for small, large in ((width, self.width), (height, self.height)))
+        exact = all(
+            small in (large // whole, -(-large // whole))
+            for small, large in ((width, self.width), (height, self.height))
+        )
         return float(whole) if exact else ratio
 
     def _open_tiles(self) -> str:
@@ -328,18 +404,26 @@ class Slide:
 
         try:
             with tifffile.TiffFile(self.path) as tiff:
-                pages = {(p.imagewidth, p.imagelength): p for p in reversed(tiff.pages) if p.is_tiled}
+                pages = {
+                    (p.imagewidth, p.imagelength): p for p in reversed(tiff.pages) if p.is_tiled
+                }
                 for level in self.levels:
                     page = pages.get((level.width, level.height))
                     level.tiles = page and _Tiles.of(page)
                 description = tiff.pages.first.description
-                for page in tiff.pages.first.pages or ():   # OME-TIFF keeps its pyramid where OpenSlide does not look
-                    level = _Level(page.imagewidth, page.imagelength, self._downsample(page.imagewidth,
-                                                                                       page.imagelength), -1)
+                for page in (
+                    tiff.pages.first.pages or ()
+                ):  # OME-TIFF keeps its pyramid where OpenSlide does not look
+                    level = _Level(
+                        page.imagewidth,
+                        page.imagelength,
+                        self._downsample(page.imagewidth, page.imagelength),
+                        -1,
+                    )
                     level.tiles = _Tiles.of(page)
                     self.levels += [level] if level.tiles and level.tiles.complete else []
         except (tifffile.TiffFileError, OSError, ValueError, IndexError, TypeError, struct.error):
-            for level in self.levels:   # what tifffile cannot parse, OpenSlide may still read
+            for level in self.levels:  # what tifffile cannot parse, OpenSlide may still read
                 level.tiles = None
             return ""
         self.file = os.open(self.path, os.O_RDONLY)
@@ -347,15 +431,28 @@ class Slide:
             self.levels = [level for level in self.levels if level.number >= 0]
             for level in self.levels:
                 level.tiles = None
-        for level in self.levels[1:]:   # below a tile left out of level 0 the file holds junk; OpenSlide draws it anew
+        for level in self.levels[
+            1:
+        ]:  # below a tile left out of level 0 the file holds junk; OpenSlide draws it anew
             if level.tiles and not (level.tiles.complete and self.levels[0].tiles.complete):
                 level.tiles = None
         sparse = self.levels[0].tiles and (self.levels[0].tiles.counts == 0).mean() > 0.1
-        self.drafts = [level for level in self.levels if level.tiles or not sparse]     # else it would draw all of them
+        self.drafts = [
+            level for level in self.levels if level.tiles or not sparse
+        ]  # else it would draw all of them
         for level in [level for level in self.levels if level.tiles]:
             with contextlib.suppress(PatchError):
-                self.drafts += [_Level(-(-level.width // s), -(-level.height // s), level.downsample * s, level.number,
-                                       level.tiles, s) for s in level.tiles.shrinks(self.file)]
+                self.drafts += [
+                    _Level(
+                        -(-level.width // s),
+                        -(-level.height // s),
+                        level.downsample * s,
+                        level.number,
+                        level.tiles,
+                        s,
+                    )
+                    for s in level.tiles.shrinks(self.file)
+                ]
         return description
 
     def _equals_openslide(self) -> bool:
@@ -363,11 +460,15 @@ class Slide:
         if not level.tiles:
             return False
         tw, th = level.tiles.codec.width, level.tiles.codec.height
-        for index in np.argsort(-level.tiles.counts, kind="stable")[:3].tolist():     # three, in case one is damaged
+        for index in np.argsort(-level.tiles.counts, kind="stable")[
+            :3
+        ].tolist():  # three, in case one is damaged
             x, y = index % level.tiles.columns * tw, index // level.tiles.columns * th
             part = x, y, min(tw, self.width - x), min(th, self.height - y)
             try:
-                return np.array_equal(self._from_tiles(level, *part, True), self._from_openslide(level, *part, True))
+                return np.array_equal(
+                    self._from_tiles(level, *part, True), self._from_openslide(level, *part, True)
+                )
             except PatchError:
                 continue
         return False
@@ -383,19 +484,28 @@ class Slide:
                 return math.nan
 
         x, y = (number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy")
-        candidates = [(math.sqrt(x * y) if x > 0 and y > 0 else x,
-                       tag if self.vendor == "generic-tiff" else "openslide.mpp-x"),
-                      (number(properties.get("aperio.MPP", "")), "aperio.MPP")]
+        candidates = [
+            (
+                math.sqrt(x * y) if x > 0 and y > 0 else x,
+                tag if self.vendor == "generic-tiff" else "openslide.mpp-x",
+            ),
+            (number(properties.get("aperio.MPP", "")), "aperio.MPP"),
+        ]
         ome = re.search(r'PhysicalSizeX="([\d.eE+-]+)"', description)
         unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', description)
         factor = {"nm": 1e-3, "um": 1, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(
-            re.sub("[\u00b5\u03bc]", "u", html.unescape(unit[1])) if unit else "um", math.nan)
+            re.sub("[\u00b5\u03bc]", "u", html.unescape(unit[1])) if unit else "um", math.nan
+        )
         candidates.insert(0, (number(ome[1]) * factor if ome else math.nan, "OME PhysicalSizeX"))
-        per_unit = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
+        per_unit = {"centimeter": 1e4, "inch": 25400.0}.get(
+            properties.get("tiff.ResolutionUnit", "").lower(), math.nan
+        )
         resolution = number(properties.get("tiff.XResolution", ""))
         candidates.append((per_unit / resolution if resolution > 0 else math.nan, tag))
         for value, source in candidates:
-            if 0.02 <= value <= (10 if source == tag else 100):     # tags often hold 72 dots per inch: 352.8 µm
+            if (
+                0.02 <= value <= (10 if source == tag else 100)
+            ):  # tags often hold 72 dots per inch: 352.8 µm
                 return round(value, 5), source
             if not math.isnan(value):
                 refused = f"{source}: {value:.4g} µm/px is implausible and refused"
@@ -416,10 +526,14 @@ class Slide:
     def _tile(self, level: _Level, index: int) -> np.ndarray:
         """Decoded tile from the cache or the file."""
         tiles = level.tiles
-        return self._recent.get((id(level), index),
-                                lambda: tiles.codec.decode(tiles.compressed(self.file, index), level.shrink))
+        return self._recent.get(
+            (id(level), index),
+            lambda: tiles.codec.decode(tiles.compressed(self.file, index), level.shrink),
+        )
 
-    def _from_tiles(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _from_tiles(
+        self, level: _Level, x: int, y: int, w: int, h: int, strict: bool
+    ) -> np.ndarray:
         tw, th = level.tiles.codec.width // level.shrink, level.tiles.codec.height // level.shrink
 
         def tile(row, column):
@@ -434,14 +548,22 @@ class Slide:
         return assemble(tile, tw, th, x, y, w, h)
 
     def _note_damage(self, level: _Level, x: int, y: int, error: Exception) -> None:
-        self.damaged.append(f"x={round(x * level.downsample)}, y={round(y * level.downsample)}: {error}")
+        self.damaged.append(
+            f"x={round(x * level.downsample)}, y={round(y * level.downsample)}: {error}"
+        )
 
-    def _from_openslide(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _from_openslide(
+        self, level: _Level, x: int, y: int, w: int, h: int, strict: bool
+    ) -> np.ndarray:
         import openslide
 
         factor = self._slide.level_downsamples[level.number]
         try:
-            region = np.asarray(self._slide.read_region((round(x * factor), round(y * factor)), level.number, (w, h)))
+            region = np.asarray(
+                self._slide.read_region(
+                    (round(x * factor), round(y * factor)), level.number, (w, h)
+                )
+            )
         except (openslide.OpenSlideError, OSError) as error:
             self._slide.close()
             self._reopen()
@@ -450,17 +572,29 @@ class Slide:
             if w * h <= 256 * 256 or len(self.damaged) > 50:
                 self._note_damage(level, x, y, error)
                 return np.full((h, w, 3), 255, np.uint8)
-            halves = ((x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)) if w >= h else (
-                (x, y, w, h // 2), (x, y + h // 2, w, h - h // 2))
-            return np.concatenate([self._from_openslide(level, *half, False) for half in halves], axis=int(w >= h))
+            halves = (
+                ((x, y, w // 2, h), (x + w // 2, y, w - w // 2, h))
+                if w >= h
+                else ((x, y, w, h // 2), (x, y + h // 2, w, h - h // 2))
+            )
+            return np.concatenate(
+                [self._from_openslide(level, *half, False) for half in halves], axis=int(w >= h)
+            )
         rgb, alpha = region[..., :3], region[..., 3:]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgb)
-        return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(np.uint8)    # transparent parts: white
+        return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(
+            np.uint8
+        )  # transparent parts: white
 
     def _region(self, level: _Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level.width), min(y + h, level.height)
+        left, top, right, bottom = (
+            max(x, 0),
+            max(y, 0),
+            min(x + w, level.width),
+            min(y + h, level.height),
+        )
         if left >= right or top >= bottom:
             return np.full((h, w, 3), 255, np.uint8)
         part = None
@@ -470,16 +604,25 @@ class Slide:
             except PatchError:
                 if level.number < 0:
                     raise
-        if part is None:    # also what our decoder refuses: OpenSlide decides what is damaged
+        if part is None:  # also what our decoder refuses: OpenSlide decides what is damaged
             part = self._from_openslide(level, left, top, right - left, bottom - top, strict)
         if part.shape[:2] == (h, w):
             return part
         out = np.full((h, w, 3), 255, np.uint8)
-        out[top - y:bottom - y, left - x:right - x] = part
+        out[top - y : bottom - y, left - x : right - x] = part
         return out
 
-    def area(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int, draft: bool = False,
-             below: float = math.inf) -> np.ndarray:
+    def area(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        out_w: int,
+        out_h: int,
+        draft: bool = False,
+        below: float = math.inf,
+    ) -> np.ndarray:
         """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges, from the level nearest above.
 
         Resampled where need be (antialiased; `draft`: by the mean of pixels). PatchError when a part is unreadable;
@@ -487,18 +630,37 @@ class Slide:
         `damaged`. Memory is bounded: a large source is read in pieces.
         """
         scale = min(w / out_w, h / out_h)
-        level = max((v for v in (self.drafts if draft else self.levels)
-                     if v.downsample <= scale * 1.01 and v.downsample < below),
-                    key=lambda v: (v.downsample, -v.shrink), default=self.levels[0])
+        level = max(
+            (
+                v
+                for v in (self.drafts if draft else self.levels)
+                if v.downsample <= scale * 1.01 and v.downsample < below
+            ),
+            key=lambda v: (v.downsample, -v.shrink),
+            default=self.levels[0],
+        )
         d = level.downsample
-        if w * h / d**2 > 8e6 and max(out_w, out_h) > 64:   # halve the longer side
-            parts = [(0, out_h // 2), (out_h // 2, out_h)] if out_h >= out_w else [(0, out_w // 2), (out_w // 2, out_w)]
+        if w * h / d**2 > 8e6 and max(out_w, out_h) > 64:  # halve the longer side
+            parts = (
+                [(0, out_h // 2), (out_h // 2, out_h)]
+                if out_h >= out_w
+                else [(0, out_w // 2), (out_w // 2, out_w)]
+            )
             how = draft, below
             if out_h >= out_w:
-                return np.concatenate([self.area(x, y + a * h / out_h, w, (b - a) * h / out_h, out_w, b - a, *how)
-                                       for a, b in parts])
-            return np.concatenate([self.area(x + a * w / out_w, y, (b - a) * w / out_w, h, b - a, out_h, *how)
-                                   for a, b in parts], axis=1)
+                return np.concatenate(
+                    [
+                        self.area(x, y + a * h / out_h, w, (b - a) * h / out_h, out_w, b - a, *how)
+                        for a, b in parts
+                    ]
+                )
+            return np.concatenate(
+                [
+                    self.area(x + a * w / out_w, y, (b - a) * w / out_w, h, b - a, out_h, *how)
+                    for a, b in parts
+                ],
+                axis=1,
+            )
         left, top = x / d, y / d
         exact = (w / d, h / d) == (out_w, out_h) and left == int(left) and top == int(top)
         margin = 0 if draft or exact else 2 * math.ceil(max(1, scale / d))
@@ -506,7 +668,9 @@ class Slide:
         x1, y1 = math.ceil(left + w / d) + margin, math.ceil(top + h / d) + margin
         noted = len(self.damaged)
         source = self._region(level, x0, y0, x1 - x0, y1 - y0, not draft)
-        if len(self.damaged) > noted and d > level.shrink:  # of the levels that hold it, this is not the finest
+        if (
+            len(self.damaged) > noted and d > level.shrink
+        ):  # of the levels that hold it, this is not the finest
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
         if exact:
@@ -523,13 +687,22 @@ class Slide:
         try:
             return self.area(x, y, size, size, out, out)
         except PatchError as error:
-            raise PatchError(f"{self.name}: patch at x={x}, y={y} cannot be read: {error}") from error
+            raise PatchError(
+                f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
+            ) from error
 
     def thumbnail(self, max_side: int) -> np.ndarray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
         scale = max(1, max(self.width, self.height) / max_side)
-        return self.area(0, 0, self.width, self.height, max(1, round(self.width / scale)),
-                         max(1, round(self.height / scale)), draft=True)
+        return self.area(
+            0,
+            0,
+            self.width,
+            self.height,
+            max(1, round(self.width / scale)),
+            max(1, round(self.height / scale)),
+            draft=True,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,15 +714,17 @@ class Slide:
 class Tiling:
     """What tile_slide found. Arrays have one entry per patch kept; a pixel of `mask` has `scale` level-0 pixels."""
 
-    coords: np.ndarray                  # (N, 2) int64, level-0 x, y of the top-left corner
-    size0: int                          # side of a patch in level-0 pixels
-    patch_size: int                     # side of a patch in output pixels
-    mpp: float                          # µm per output pixel
-    measures: dict[str, np.ndarray]     # (N,) float32 each: share of tissue, of pen, of folds; blur in patch pixels
-    mask: np.ndarray                    # (h, w) bool, tissue
-    image: np.ndarray                   # (h, w, 3) uint8
+    coords: np.ndarray  # (N, 2) int64, level-0 x, y of the top-left corner
+    size0: int  # side of a patch in level-0 pixels
+    patch_size: int  # side of a patch in output pixels
+    mpp: float  # µm per output pixel
+    measures: dict[
+        str, np.ndarray
+    ]  # (N,) float32 each: share of tissue, of pen, of folds; blur in patch pixels
+    mask: np.ndarray  # (h, w) bool, tissue
+    image: np.ndarray  # (h, w, 3) uint8
     scale: float
-    summary: dict                       # fractions for slides.csv
+    summary: dict  # fractions for slides.csv
     warnings: list[str]
 
 
@@ -560,13 +735,17 @@ def choose_size(slide: Slide, mpp: float, patch_size: int, resample: bool) -> tu
     """
     if slide.mpp is None:
         why = slide.mpp_source or "no µm per pixel in the file"
-        raise SkippedSlide(f"{why}; state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest")
+        raise SkippedSlide(
+            f"{why}; state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest"
+        )
     if 0.8 * mpp - 1e-9 <= slide.mpp <= 1.2 * mpp + 1e-9:
         return patch_size, slide.mpp
     if not resample:
         kind = "coarser" if slide.mpp > mpp else "finer"
-        raise SkippedSlide(f"{slide.mpp:.4g} µm/px is {kind} than {mpp:g} (± 20 %); --resample rescales it, "
-                           f"--mpp {slide.mpp:.2g} takes it as it is")
+        raise SkippedSlide(
+            f"{slide.mpp:.4g} µm/px is {kind} than {mpp:g} (± 20 %); --resample rescales it, "
+            f"--mpp {slide.mpp:.2g} takes it as it is"
+        )
     return max(1, round(patch_size * mpp / slide.mpp)), mpp
 
 
@@ -584,45 +763,67 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
     high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
     background = (low > 150) & (high - low < 24)
     white = np.float32([245, 245, 245])
-    if background.mean() > 0.01:    # a tinted lamp is no colour of the tissue; but do not correct pale tissue away
+    if (
+        background.mean() > 0.01
+    ):  # a tinted lamp is no colour of the tissue; but do not correct pale tissue away
         tint = np.median(image[background][::17], axis=0)
         white = np.clip(tint, tint.max() * 0.94, None).astype(np.float32)
     light = [np.minimum(np.arange(256, dtype=np.float32) / value, 1) for value in white]
     values = [table[plane] for table, plane in zip(light, planes, strict=True)]
     dense = [-np.log10(np.maximum(table, 1 / 255)) for table in light]
     red, green, blue = (table[plane] for table, plane in zip(dense, planes, strict=True))
-    void = high < 25                # black borders
-    chroma = np.maximum(np.maximum(*values[:2]), values[2]) - np.minimum(np.minimum(*values[:2]), values[2])
+    void = high < 25  # black borders
+    chroma = np.maximum(np.maximum(*values[:2]), values[2]) - np.minimum(
+        np.minimum(*values[:2]), values[2]
+    )
     smooth = ndimage.uniform_filter(chroma, 3)
 
     # In any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
-    pen = ((red > 1.15 * green + 0.08) | ((red > 0.88 * green) & (red > 0.7))       # blue, green, turquoise; dark blue
-           | (blue > 1.1 * green + 0.08)                                            # yellow, orange
-           | ((blue > 0.8 * green) & (red > 0.6 * green) & (green > 0.3))           # black, brown, green on tissue
-           | ((blue > 0.65 * green) & (red < 0.25 * green) & (green > 0.65)))       # red
+    pen = (
+        (red > 1.15 * green + 0.08)
+        | ((red > 0.88 * green) & (red > 0.7))  # blue, green, turquoise; dark blue
+        | (blue > 1.1 * green + 0.08)  # yellow, orange
+        | (
+            (blue > 0.8 * green) & (red > 0.6 * green) & (green > 0.3)
+        )  # black, brown, green on tissue
+        | ((blue > 0.65 * green) & (red < 0.25 * green) & (green > 0.65))
+    )  # red
     pen = _without_specks(_open(pen & ~void), 12)
-    if pen.any():                   # a stroke has weaker parts, and a pale rim
-        pen = ndimage.binary_propagation(pen, mask=pen | ((red > 0.93 * green) & (red > 0.3))
-                                         | ((blue > 0.6 * green) & (red < 0.3 * green) & (green > 0.4)))
+    if pen.any():  # a stroke has weaker parts, and a pale rim
+        pen = ndimage.binary_propagation(
+            pen,
+            mask=pen
+            | ((red > 0.93 * green) & (red > 0.3))
+            | ((blue > 0.6 * green) & (red < 0.3 * green) & (green > 0.4)),
+        )
         pen = _grow(pen, 3)
 
     least = np.clip(_otsu(smooth[~(void | pen)][::5]), 0.045, 0.09)
-    mask = (smooth > least) & (chroma > least / 2) & ~pen   # the latter keeps the smoothing from widening it
-    mask &= ~_grow(void, 2)         # coloured fringe of compressed black edges
+    mask = (
+        (smooth > least) & (chroma > least / 2) & ~pen
+    )  # the latter keeps the smoothing from widening it
+    mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = ~_grow(~_grow(mask, 1), 1)
     mask = ~_without_specks(~_without_specks(mask, smallest), smallest)
-    gap = _open(low == 255)         # stitching gaps and transparent parts are pure white
+    gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
     mask &= ~(void | pen | gap)
 
     # A fold is denser than the tissue around it in both stains alike; a crowd of nuclei is so in haematoxylin only.
-    part = mask[::2, ::2]           # half the pixels are plenty for this
+    part = mask[::2, ::2]  # half the pixels are plenty for this
     near = ndimage.uniform_filter(part.astype(np.float32), 33) + 1e-6
     red, green = red[::2, ::2], green[::2, ::2]
     red0, green0 = (ndimage.uniform_filter(channel * part, 33) / near for channel in (red, green))
     red, green = (ndimage.uniform_filter(channel, 3) for channel in (red, green))
-    fold = (part & (green > 1.6 * green0) & (red > 1.5 * red0) & (green > 0.3)
-            & (red * green0 < green * (red0 + 0.15 * green0)))
-    fold = _without_specks(fold, 6).repeat(2, 0).repeat(2, 1)[:mask.shape[0], :mask.shape[1]] & mask
+    fold = (
+        part
+        & (green > 1.6 * green0)
+        & (red > 1.5 * red0)
+        & (green > 0.3)
+        & (red * green0 < green * (red0 + 0.15 * green0))
+    )
+    fold = (
+        _without_specks(fold, 6).repeat(2, 0).repeat(2, 1)[: mask.shape[0], : mask.shape[1]] & mask
+    )
     return mask, pen, fold
 
 
@@ -637,7 +838,9 @@ def _grow(mask: np.ndarray, by: int) -> np.ndarray:
 
 def _open(mask: np.ndarray) -> np.ndarray:
     """The mask without what is narrower than 2 pixels."""
-    whole = np.pad(mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:], 1)     # squares of 2 x 2
+    whole = np.pad(
+        mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:], 1
+    )  # squares of 2 x 2
     return whole[:-1, :-1] | whole[1:, :-1] | whole[:-1, 1:] | whole[1:, 1:]
 
 
@@ -674,10 +877,16 @@ def mean_in_squares(values: np.ndarray, x: np.ndarray, y: np.ndarray, size: floa
         x, y = np.clip(x, 0, values.shape[1]), np.clip(y, 0, values.shape[0])
         i, j = y.astype(int), x.astype(int)
         v, u = y - i, x - j
-        return ((1 - v) * ((1 - u) * total[i, j] + u * total[i, j + 1])
-                + v * ((1 - u) * total[i + 1, j] + u * total[i + 1, j + 1]))
+        return (1 - v) * ((1 - u) * total[i, j] + u * total[i, j + 1]) + v * (
+            (1 - u) * total[i + 1, j] + u * total[i + 1, j + 1]
+        )
 
-    return (integral(x + size, y + size) - integral(x, y + size) - integral(x + size, y) + integral(x, y)) / size**2
+    return (
+        integral(x + size, y + size)
+        - integral(x, y + size)
+        - integral(x + size, y)
+        + integral(x, y)
+    ) / size**2
 
 
 def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) -> np.ndarray:
@@ -686,7 +895,7 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
     The ratio of the Laplacian's power between two neighbouring octaves hardly depends on what the tissue is: on H&E
     from 0.25 to 2 µm/px it was 0.4 and more when sharp, and as below after Gaussian blur of sigma 2, 3, 4 and 6.
     """
-    side = max(8, patch_size // 8 * 2)      # px of a patch when measured
+    side = max(8, patch_size // 8 * 2)  # px of a patch when measured
     factor = size0 / side
     blur = np.zeros(len(coords), np.float32)
     blocks = coords // (16 * size0)
@@ -696,9 +905,15 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
         places = np.round((coords[members] - origin) / factor).astype(int)
         w, h = (places.max(0) + side).tolist()
         green = slide.area(*origin.tolist(), w * factor, h * factor, w, h, draft=True)[..., 1]
-        fine = np.stack([green[y:y + side, x:x + side] for x, y in places.tolist()]).astype(np.float32)
-        coarse = (fine[:, ::2, ::2] + fine[:, 1::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, 1::2]) / 4
-        sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)   # 10: noise of compression, all that strong blur leaves
+        fine = np.stack([green[y : y + side, x : x + side] for x, y in places.tolist()]).astype(
+            np.float32
+        )
+        coarse = (
+            fine[:, ::2, ::2] + fine[:, 1::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, 1::2]
+        ) / 4
+        sharp = np.maximum(
+            _laplacian_power(fine, 2) - 10, 0
+        )  # 10: noise of compression, all that strong blur leaves
         ratio = sharp / np.maximum(_laplacian_power(coarse), 1)
         blur[members] = np.interp(ratio, (0.1, 0.16, 0.215, 0.35, 0.55), (6, 4, 3, 2, 0))
     return blur
@@ -707,15 +922,29 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
 def _laplacian_power(images: np.ndarray, step: int = 1) -> np.ndarray:
     """(n,) mean squared 4-neighbour Laplacian of (n, h, w) images, of every `step`-th row."""
     inner = 4 * images[:, 1:-1:step, 1:-1]
-    for part in (images[:, :-2:step, 1:-1], images[:, 2::step, 1:-1], images[:, 1:-1:step, :-2],
-                 images[:, 1:-1:step, 2:]):
+    for part in (
+        images[:, :-2:step, 1:-1],
+        images[:, 2::step, 1:-1],
+        images[:, 1:-1:step, :-2],
+        images[:, 1:-1:step, 2:],
+    ):
         inner -= part
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
 
 
-def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_tissue: float = 0.5,
-               resample: bool = False, overlap: int = 0, max_pen: float = 0.1, max_blur: float = 3.5,
-               max_fold: float = 1.0, mask: Path | None = None) -> Tiling:
+def tile_slide(
+    slide: Slide,
+    *,
+    mpp: float = 0.25,
+    patch_size: int = 256,
+    min_tissue: float = 0.5,
+    resample: bool = False,
+    overlap: int = 0,
+    max_pen: float = 0.1,
+    max_blur: float = 3.5,
+    max_fold: float = 1.0,
+    mask: Path | None = None,
+) -> Tiling:
     """Find the tissue of a slide and the grid of patches on it.
 
     `mpp` µm per pixel wanted, `patch_size` and `overlap` in output pixels; limits for a patch: share of tissue, pen and
@@ -725,61 +954,97 @@ def tile_slide(slide: Slide, *, mpp: float = 0.25, patch_size: int = 256, min_ti
     """
     size0, got = choose_size(slide, mpp, patch_size, resample)
     if slide.width < size0 or slide.height < size0:
-        raise SkippedSlide(f"smaller ({slide.width} x {slide.height} px) than one patch of {size0} px")
+        raise SkippedSlide(
+            f"smaller ({slide.width} x {slide.height} px) than one patch of {size0} px"
+        )
     tiles = slide.levels[0].tiles
     if tiles:
         beyond = int((tiles.offsets + tiles.counts > slide.path.stat().st_size).sum())
         if beyond:
-            raise UserError(f"{slide.path}: cut short: {beyond} of {len(tiles.counts)} tiles lie beyond the end of the "
-                            f"file; copy or download it again")
-    scale = max(min(size0 / MASK_PX, 10 / slide.mpp), math.sqrt(slide.width * slide.height / 8e6), 1)
+            raise UserError(
+                f"{slide.path}: cut short: {beyond} of {len(tiles.counts)} tiles lie beyond the end of the "
+                f"file; copy or download it again"
+            )
+    scale = max(
+        min(size0 / MASK_PX, 10 / slide.mpp), math.sqrt(slide.width * slide.height / 8e6), 1
+    )
     shape = math.ceil(slide.height / scale), math.ceil(slide.width / scale)
     image = slide.area(0, 0, shape[1] * scale, shape[0] * scale, shape[1], shape[0], draft=True)
-    inside = image[:int(slide.height / scale), :int(slide.width / scale)]
+    inside = image[: int(slide.height / scale), : int(slide.width / scale)]
     if inside.min() == 255:
         reason = f" ({slide.damaged[0]})" if slide.damaged else ""
-        raise UserError(f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}")
+        raise UserError(
+            f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}"
+        )
     if (inside.max(axis=2) < 40).mean() > 0.5 and (inside.min(axis=2) > 150).mean() < 0.02:
         raise SkippedSlide("mostly black: fluorescence or an empty scan, not bright-field")
     tissue_mask, pen_mask, fold_mask = find_tissue(image, smallest=(size0 / scale) ** 2 / 4)
-    if max_pen == 1:    # a stain of the colour of ink
+    if max_pen == 1:  # a stain of the colour of ink
         tissue_mask |= pen_mask
     if mask:
         tissue_mask = read_mask(mask, shape, scale)
     step = max(1, round(size0 * (patch_size - overlap) / patch_size))
-    x, y = np.meshgrid(np.arange(0, slide.width - size0 + 1, step), np.arange(0, slide.height - size0 + 1, step))
+    x, y = np.meshgrid(
+        np.arange(0, slide.width - size0 + 1, step), np.arange(0, slide.height - size0 + 1, step)
+    )
     coords = np.stack([x.ravel(), y.ravel()], 1).astype(np.int64)
     x, y = coords.T / scale
     tissue = mean_in_squares(tissue_mask, x, y, size0 / scale)
     keep = tissue >= max(min_tissue, 1e-6) if min_tissue > 0 else tissue >= 0
     coords, x, y = coords[keep], x[keep], y[keep]
     if not len(coords):
-        ink = ", but much that has the colour of ink (--max-pen 1 takes it)" * bool(pen_mask.mean() > 0.02)
-        raise SkippedSlide(f"no tissue found{ink}" if not tissue_mask.any() else
-                           f"no patch has {min_tissue:.0%} of tissue (--min-tissue)")
-    measures = {"tissue": tissue[keep], "pen": mean_in_squares(pen_mask, x, y, size0 / scale),
-                "fold": mean_in_squares(fold_mask, x, y, size0 / scale),
-                "blur": measure_blur(slide, coords, size0, patch_size)}
-    bad = {"pen": measures["pen"] > max_pen, "fold": measures["fold"] > max_fold, "blur": measures["blur"] > max_blur}
+        ink = ", but much that has the colour of ink (--max-pen 1 takes it)" * bool(
+            pen_mask.mean() > 0.02
+        )
+        raise SkippedSlide(
+            f"no tissue found{ink}"
+            if not tissue_mask.any()
+            else f"no patch has {min_tissue:.0%} of tissue (--min-tissue)"
+        )
+    measures = {
+        "tissue": tissue[keep],
+        "pen": mean_in_squares(pen_mask, x, y, size0 / scale),
+        "fold": mean_in_squares(fold_mask, x, y, size0 / scale),
+        "blur": measure_blur(slide, coords, size0, patch_size),
+    }
+    bad = {
+        "pen": measures["pen"] > max_pen,
+        "fold": measures["fold"] > max_fold,
+        "blur": measures["blur"] > max_blur,
+    }
     near = tissue_mask.sum() + (pen_mask & ~tissue_mask).sum()
-    summary = {"tissue": tissue_mask.mean(), "pen": pen_mask.sum() / max(near, 1),
-               "fold": measures["fold"].mean(), "blur": bad["blur"].mean()}
+    summary = {
+        "tissue": tissue_mask.mean(),
+        "pen": pen_mask.sum() / max(near, 1),
+        "fold": measures["fold"].mean(),
+        "blur": bad["blur"].mean(),
+    }
     warnings = []
     if slide.objective and abs(math.log2(slide.mpp * slide.objective / 10)) > 0.5:
-        warnings.append(f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px ({slide.mpp_source}), "
-                        f"which is used")
+        warnings.append(
+            f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px ({slide.mpp_source}), "
+            f"which is used"
+        )
     if slide.damaged:
-        warnings.append(f"{len(slide.damaged)} unreadable regions left out, first: {slide.damaged[0]}")
+        warnings.append(
+            f"{len(slide.damaged)} unreadable regions left out, first: {slide.damaged[0]}"
+        )
     keep = ~(bad["pen"] | bad["fold"] | bad["blur"])
     if not keep.any():
         worst = max(bad, key=lambda name: bad[name].mean())
-        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {bad[worst].mean():.0%} for {worst} "
-                           f"(--max-{worst})")
+        raise SkippedSlide(
+            f"all {len(keep)} tissue patches dropped, {bad[worst].mean():.0%} for {worst} "
+            f"(--max-{worst})"
+        )
     if keep.mean() < 0.5:
-        shares = ", ".join(f"{values.mean():.0%} for {name}" for name, values in bad.items() if values.any())
+        shares = ", ".join(
+            f"{values.mean():.0%} for {name}" for name, values in bad.items() if values.any()
+        )
         warnings.append(f"{1 - keep.mean():.0%} of the tissue patches dropped: {shares}")
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    return Tiling(coords[keep], size0, patch_size, got, measures, tissue_mask, image, scale, summary, warnings)
+    return Tiling(
+        coords[keep], size0, patch_size, got, measures, tissue_mask, image, scale, summary, warnings
+    )
 
 
 def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
@@ -789,7 +1054,9 @@ def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
     is not 0 where there is tissue.
     """
     if path.suffix.lower() not in (".geojson", ".json"):
-        with Image.open(path) as picture:   # labels as stored: neither a palette's colours nor transparency
+        with Image.open(
+            path
+        ) as picture:  # labels as stored: neither a palette's colours nor transparency
             plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
             values = np.atleast_3d(picture if plain else picture.convert("RGB")).any(axis=2)
         return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
@@ -805,8 +1072,11 @@ def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
         elif node["type"] in ("Polygon", "MultiPolygon"):
             polygons = [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
             for polygon in polygons:
-                for number, ring in enumerate(polygon):     # the outer ring, then holes
-                    draw.polygon([(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring], fill=int(number == 0))
+                for number, ring in enumerate(polygon):  # the outer ring, then holes
+                    draw.polygon(
+                        [(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring],
+                        fill=int(number == 0),
+                    )
 
     try:
         fill(json.loads(path.read_text(encoding="utf-8")))
@@ -820,15 +1090,40 @@ def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-COLUMNS = ("slide", "status", "reason", "patient", "patches", "width", "height", "mpp", "mpp_source", "objective",
-           "magnification", "size0", "patch_size", "target_mpp", "tissue", "pen", "blur", "fold", "unreadable",
-           "warnings", "seconds", "settings", "bytes", "path")
+COLUMNS = (
+    "slide",
+    "status",
+    "reason",
+    "patient",
+    "patches",
+    "width",
+    "height",
+    "mpp",
+    "mpp_source",
+    "objective",
+    "magnification",
+    "size0",
+    "patch_size",
+    "target_mpp",
+    "tissue",
+    "pen",
+    "blur",
+    "fold",
+    "unreadable",
+    "warnings",
+    "seconds",
+    "settings",
+    "bytes",
+    "path",
+)
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
     """The rows of slides.csv by slide name; empty when there is none yet."""
     try:
-        with open(folder / "slides.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(
+            folder / "slides.csv", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             return {row["slide"]: row for row in csv.DictReader(file)}
     except FileNotFoundError:
         return {}
@@ -837,11 +1132,15 @@ def read_rows(folder: Path) -> dict[str, dict]:
 def write_rows(folder: Path, rows: list[dict]) -> None:
     """Add rows to slides.csv or replace them, under a lock, so that processes do not lose each other's rows."""
     with locked(folder / ".locks" / "slides.csv"):
-        for leftover in folder.glob(".slides.*.tmp.csv"):   # of a process that was killed while it held the lock
+        for leftover in folder.glob(
+            ".slides.*.tmp.csv"
+        ):  # of a process that was killed while it held the lock
             leftover.unlink()
         merged = read_rows(folder) | {row["slide"]: row for row in rows}
-        with (atomic(folder / "slides.csv") as temporary,
-              open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file):
+        with (
+            atomic(folder / "slides.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(merged[name] for name in sorted(merged))
@@ -867,8 +1166,12 @@ def locked(path: Path, wait: bool = True):
 
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    print(f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
-          "work there at once", file=sys.stderr, flush=True)
+    print(
+        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
+        "work there at once",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict) -> None:
@@ -886,14 +1189,25 @@ def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source:
     level0 = target * tiling.size0 / tiling.patch_size
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
         coords = file.create_dataset("coords", data=tiling.coords)
-        coords.attrs.update({
-            "patch_size": tiling.patch_size, "downsample": [1.0, 1.0], "name": slide.name,
-            "level_dim": [slide.width, slide.height], "downsampled_level_dim": [slide.width, slide.height],
-            "save_path": str(path.parent), "savetodir": str(path.parent.parent), "overlap": overlap,
-            "patch_size_level0": tiling.size0, "level0_width": slide.width, "level0_height": slide.height,
-            "target_magnification": int(target) if target == int(target) else target,
-            "level0_magnification": int(level0) if level0 == int(level0) else level0,
-            "mpp": tiling.mpp, "level0_mpp": slide.mpp})
+        coords.attrs.update(
+            {
+                "patch_size": tiling.patch_size,
+                "downsample": [1.0, 1.0],
+                "name": slide.name,
+                "level_dim": [slide.width, slide.height],
+                "downsampled_level_dim": [slide.width, slide.height],
+                "save_path": str(path.parent),
+                "savetodir": str(path.parent.parent),
+                "overlap": overlap,
+                "patch_size_level0": tiling.size0,
+                "level0_width": slide.width,
+                "level0_height": slide.height,
+                "target_magnification": int(target) if target == int(target) else target,
+                "level0_magnification": int(level0) if level0 == int(level0) else level0,
+                "mpp": tiling.mpp,
+                "level0_mpp": slide.mpp,
+            }
+        )
         if native:
             coords.attrs["patch_level"] = 0
         for name, values in tiling.measures.items():
@@ -903,8 +1217,14 @@ def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source:
             for name in ("offset", "bytes"):
                 group.create_dataset(name, data=np.array(source[name], np.int64))
             group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
-            group.attrs.update({"columns": source["columns"], "width": codec.width, "height": codec.height,
-                                "compression": codec.compression})
+            group.attrs.update(
+                {
+                    "columns": source["columns"],
+                    "width": codec.width,
+                    "height": codec.height,
+                    "compression": codec.compression,
+                }
+            )
 
 
 def magnification(mpp: float) -> int:
@@ -917,7 +1237,12 @@ def tile_table(slide: Slide, tiling: Tiling) -> dict:
     tiles = slide.levels[0].tiles
     if not tiles or tiling.size0 != tiling.patch_size:
         return {}
-    return {"codec": tiles.codec, "columns": tiles.columns, "offset": tiles.offsets, "bytes": tiles.counts}
+    return {
+        "codec": tiles.codec,
+        "columns": tiles.columns,
+        "offset": tiles.offsets,
+        "bytes": tiles.counts,
+    }
 
 
 def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple[dict, list[str]]:
@@ -931,19 +1256,32 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple
     import simplejpeg
 
     key, tiles, size = slide.name.replace(".", "_"), slide.levels[0].tiles, tiling.patch_size
-    copy = tiles and tiles.codec.compression == Codec.JPEG and (
-        size == tiling.size0 == tiles.codec.width == tiles.codec.height)
+    copy = (
+        tiles
+        and tiles.codec.compression == Codec.JPEG
+        and (size == tiling.size0 == tiles.codec.width == tiles.codec.height)
+    )
     kept, offsets, sizes, errors = [], [], [], []
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
                 data = b""
-                index = y // size * tiles.columns + x // size if copy and x % size == y % size == 0 else -1
+                index = (
+                    y // size * tiles.columns + x // size
+                    if copy and x % size == y % size == 0
+                    else -1
+                )
                 if index >= 0 and tiles.counts[index]:
                     data = tiles.codec.standalone(tiles.compressed(slide.file, index))
-                if b"\xff\xd9" not in data[-16:]:     # nothing to copy, or cut short: the reader decides
-                    data = simplejpeg.encode_jpeg(slide.area(x, y, *(tiling.size0,) * 2, size, size),
-                                                  quality=quality, colorsubsampling="444", fastdct=False)
+                if (
+                    b"\xff\xd9" not in data[-16:]
+                ):  # nothing to copy, or cut short: the reader decides
+                    data = simplejpeg.encode_jpeg(
+                        slide.area(x, y, *(tiling.size0,) * 2, size, size),
+                        quality=quality,
+                        colorsubsampling="444",
+                        fastdct=False,
+                    )
             except PatchError as error:
                 errors.append(f"x={x}, y={y}: {error}")
                 continue
@@ -954,16 +1292,27 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple
             offsets.append(tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
             sizes.append(len(data))
         if not kept:
-            raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}")
+            raise UserError(
+                f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}"
+            )
     tiling.coords = tiling.coords[kept]
     tiling.measures = {name: values[kept] for name, values in tiling.measures.items()}
-    return {"codec": Codec(Codec.JPEG, b"", size, size), "columns": 0, "offset": offsets, "bytes": sizes}, errors
+    return {
+        "codec": Codec(Codec.JPEG, b"", size, size),
+        "columns": 0,
+        "offset": offsets,
+        "bytes": sizes,
+    }, errors
 
 
-def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600) -> None:
+def write_thumbnail(
+    path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600
+) -> None:
     """Thumbnail; of a slide that was tiled with the tissue's outline and the grid of the patches kept."""
-    if tiling and len(slide.levels) == 1 and slide.width * slide.height > 1e8:      # not to read all of it once more
-        image = tiling.image[:int(slide.height / tiling.scale), :int(slide.width / tiling.scale)]
+    if (
+        tiling and len(slide.levels) == 1 and slide.width * slide.height > 1e8
+    ):  # not to read all of it once more
+        image = tiling.image[: int(slide.height / tiling.scale), : int(slide.width / tiling.scale)]
     else:
         image = slide.thumbnail(max_side)
     picture = Image.fromarray(image)
@@ -971,14 +1320,24 @@ def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None, max_
         zoom = picture.width / slide.width
         draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
         # Tinted, and apart from its neighbours: else these would draw the edges of a cell that was dropped.
-        fill, edge = ((0, 40, 200, 22), (0, 40, 200, 150)) if side > 12 else ((0, 40, 200, 64), None)
+        fill, edge = (
+            ((0, 40, 200, 22), (0, 40, 200, 150)) if side > 12 else ((0, 40, 200, 64), None)
+        )
         gap = 2 if side > 24 else side > 4
         corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
         for left, top, right, bottom in corners.round().astype(int).tolist():
-            draw.rectangle((left, top, max(left, right - 1 - gap), max(top, bottom - 1 - gap)), fill=fill, outline=edge)
+            draw.rectangle(
+                (left, top, max(left, right - 1 - gap), max(top, bottom - 1 - gap)),
+                fill=fill,
+                outline=edge,
+            )
         for polygon in outlines(tiling.mask):
             for ring in polygon:
-                draw.line([tuple(p) for p in (ring * tiling.scale * zoom).tolist()], fill=(0, 140, 60, 255), width=2)
+                draw.line(
+                    [tuple(p) for p in (ring * tiling.scale * zoom).tolist()],
+                    fill=(0, 140, 60, 255),
+                    width=2,
+                )
     with atomic(path) as temporary:
         picture.save(temporary, quality=88)
 
@@ -989,18 +1348,34 @@ def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
 
     padded = np.pad(mask.astype(np.float32), 1)
     points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
-    return [[p[a:b] - 0.5 for a, b in itertools.pairwise(o)] for p, o in zip(points, offsets, strict=True)]
+    return [
+        [p[a:b] - 0.5 for a, b in itertools.pairwise(o)]
+        for p, o in zip(points, offsets, strict=True)
+    ]
 
 
 def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
     """The tissue's outline in level-0 pixels, one annotation per piece, as QuPath opens it by drag and drop."""
     edge = np.array([slide.width, slide.height])
-    features = [{"type": "Feature", "id": f"{slide.name}-{number}",
-                 "geometry": {"type": "Polygon", "coordinates": [
-                     np.clip(np.round(ring * tiling.scale), 0, edge).astype(int).tolist() for ring in polygon]},
-                 "properties": {"objectType": "annotation", "name": f"tissue {number}",
-                                "classification": {"name": "Tissue", "color": [0, 140, 60]}}}
-                for number, polygon in enumerate(outlines(tiling.mask), 1)]
+    features = [
+        {
+            "type": "Feature",
+            "id": f"{slide.name}-{number}",
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [
+                    np.clip(np.round(ring * tiling.scale), 0, edge).astype(int).tolist()
+                    for ring in polygon
+                ],
+            },
+            "properties": {
+                "objectType": "annotation",
+                "name": f"tissue {number}",
+                "classification": {"name": "Tissue", "color": [0, 140, 60]},
+            },
+        }
+        for number, polygon in enumerate(outlines(tiling.mask), 1)
+    ]
     with atomic(path) as temporary:
         temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
 
@@ -1017,9 +1392,14 @@ def write_contact_sheet(folder: Path, side: int = 128, rows: int = 12, columns: 
         draw.text((4, top), f"{index.slides[slide]}   {count:,} patches", fill="black")
         picks = np.random.default_rng(slide).permutation(count)[:columns].tolist()
         for column, pick in enumerate(sorted(picks)):
-            with contextlib.suppress(PatchError):   # an empty place shows it; the slide's row tells of it
+            with contextlib.suppress(
+                PatchError
+            ):  # an empty place shows it; the slide's row tells of it
                 patch = Image.fromarray(index.read(int(index.starts[slide]) + pick))
-                sheet.paste(patch.resize((side, side), Image.Resampling.LANCZOS), (column * (side + 4) + 4, top + 14))
+                sheet.paste(
+                    patch.resize((side, side), Image.Resampling.LANCZOS),
+                    (column * (side + 4) + 4, top + 14),
+                )
     with atomic(folder / "contact.jpg") as temporary:
         sheet.save(temporary, quality=90)
 
@@ -1030,10 +1410,19 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
     A full disk does raise: every further slide would meet it.
     """
     start, name, path = time.perf_counter(), source.name, source.path
-    for leftover in folder.glob(f"*/.{glob.escape(name)}*.tmp*"):   # of a run that was killed; the lock is ours
+    for leftover in folder.glob(
+        f"*/.{glob.escape(name)}*.tmp*"
+    ):  # of a run that was killed; the lock is ours
         leftover.unlink(missing_ok=True)
-    row = {"slide": name, "patient": source.patient, "patches": 0, "path": os.path.abspath(path),
-           "settings": source.settings(args), "patch_size": args.patch_size, "target_mpp": args.mpp}
+    row = {
+        "slide": name,
+        "patient": source.patient,
+        "patches": 0,
+        "path": os.path.abspath(path),
+        "settings": source.settings(args),
+        "patch_size": args.patch_size,
+        "target_mpp": args.mpp,
+    }
     try:
         mask = find_mask(args.masks, name) if args.masks else None
         row["bytes"] = size_of(path)
@@ -1041,25 +1430,39 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
             slide.name = name
             if slide.mpp is None and args.assume_mpp:
                 slide.mpp, slide.mpp_source = args.assume_mpp, "--assume-mpp"
-            row |= {"width": slide.width, "height": slide.height, "mpp": slide.mpp or "",
-                    "mpp_source": slide.mpp_source, "objective": slide.objective or "",
-                    "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else ""}
+            row |= {
+                "width": slide.width,
+                "height": slide.height,
+                "mpp": slide.mpp or "",
+                "mpp_source": slide.mpp_source,
+                "objective": slide.objective or "",
+                "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else "",
+            }
             try:
                 tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
             except SkippedSlide:
-                if len(slide.drafts) > 1:   # another would have to be read whole
+                if len(slide.drafts) > 1:  # another would have to be read whole
                     write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
                 raise
             place, errors = tile_table(slide, tiling), []
             if args.save_patches:
-                place, errors = write_shard(folder / "shards" / f"{name}.tar", slide, tiling, args.jpeg_quality)
+                place, errors = write_shard(
+                    folder / "shards" / f"{name}.tar", slide, tiling, args.jpeg_quality
+                )
             write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide, tiling)
             write_geojson(folder / "geojson" / f"{name}.geojson", slide, tiling)
-            write_coords(folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap, place)
+            write_coords(
+                folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap, place
+            )
         if errors:
             tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
-        row |= {"status": "done", "patches": len(tiling.coords), "size0": tiling.size0, "unreadable": len(errors),
-                "warnings": "; ".join(tiling.warnings)} | {k: f"{v:.4f}" for k, v in tiling.summary.items()}
+        row |= {
+            "status": "done",
+            "patches": len(tiling.coords),
+            "size0": tiling.size0,
+            "unreadable": len(errors),
+            "warnings": "; ".join(tiling.warnings),
+        } | {k: f"{v:.4f}" for k, v in tiling.summary.items()}
     except SkippedSlide as error:
         row |= {"status": "skipped", "reason": str(error)}
     except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
@@ -1070,13 +1473,24 @@ def tile_one(source: Source, folder: Path, args: argparse.Namespace) -> dict:
     return row
 
 
-LIMITS = ("mpp", "patch_size", "overlap", "resample", "min_tissue", "max_pen", "max_blur", "max_fold")
+LIMITS = (
+    "mpp",
+    "patch_size",
+    "overlap",
+    "resample",
+    "min_tissue",
+    "max_pen",
+    "max_blur",
+    "max_fold",
+)
 
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error means that nothing more can be written; HDF5 hides the number in its text."""
-    return isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                                           or re.search("No space left|File too large|quota", str(error)) is not None)
+    return isinstance(error, OSError) and (
+        error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        or re.search("No space left|File too large|quota", str(error)) is not None
+    )
 
 
 def find_mask(folder: Path, name: str) -> Path:
@@ -1096,12 +1510,12 @@ def find_mask(folder: Path, name: str) -> Path:
 class _Layout:
     """Where in a slide's h5 file its tables begin, so that rows are read without HDF5, a millisecond a file."""
 
-    version: tuple              # of the file: inode, size, time
+    version: tuple  # of the file: inode, size, time
     coords: int
-    offset: int = 0             # of compressed patches or tiles: where, and how many bytes each
+    offset: int = 0  # of compressed patches or tiles: where, and how many bytes each
     bytes: int = 0
     codec: Codec | None = None
-    columns: int = 0            # of tiles; 0: a shard, where each row is a patch
+    columns: int = 0  # of tiles; 0: a shard, where each row is a patch
 
 
 @dataclass
@@ -1119,7 +1533,9 @@ class _Handle:
 
     def decode(self, index: int) -> np.ndarray:
         """A patch of a shard or a tile of the slide."""
-        (offset,), (count,) = (self.numbers(table + 8 * index) for table in (self.layout.offset, self.layout.bytes))
+        (offset,), (count,) = (
+            self.numbers(table + 8 * index) for table in (self.layout.offset, self.layout.bytes)
+        )
         return self.layout.codec.decode(read_bytes(self.file, offset, count))
 
     def close(self) -> None:
@@ -1140,22 +1556,30 @@ class PatchIndex:
     threads.
     """
 
-    def __init__(self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256):
+    def __init__(
+        self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256
+    ):
         self.folder, self.handles = Path(folder), handles
         self._layouts: dict[int, _Layout] = {}
         every = read_rows(self.folder)
         if not every:
-            raise UserError(f"{self.folder}/slides.csv: not found or empty; run tile.py --cancer {self.folder.name}")
+            raise UserError(
+                f"{self.folder}/slides.csv: not found or empty; run tile.py --cancer {self.folder.name}"
+            )
         rows = [row for row in every.values() if row["status"] == "done" and int(row["patches"])]
         if not rows:
-            raise UserError(f"{self.folder}: no slide has patches; slides.csv there gives each slide's reason")
+            raise UserError(
+                f"{self.folder}: no slide has patches; slides.csv there gives each slide's reason"
+            )
         kinds = {(int(row["patch_size"]), float(row["target_mpp"])) for row in rows}
         if len(kinds) > 1:
-            raise UserError(f"{self.folder}: slides were tiled in different ways (patch size, µm/px): {sorted(kinds)}; "
-                            f"run tile.py on all of them with one setting")
-        (self.patch_size, self.mpp), = kinds
+            raise UserError(
+                f"{self.folder}: slides were tiled in different ways (patch size, µm/px): {sorted(kinds)}; "
+                f"run tile.py on all of them with one setting"
+            )
+        ((self.patch_size, self.mpp),) = kinds
         self.slides = [row["slide"] for row in rows]
-        self.patient = [row["patient"] for row in rows]     # of each slide
+        self.patient = [row["patient"] for row in rows]  # of each slide
         self.patients = sorted(set(self.patient))
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
@@ -1164,14 +1588,18 @@ class PatchIndex:
         for path in find_slides(Path(slides)) if slides else ():
             moved.setdefault(path.name, []).append(path)
 
-        def where(path):    # by its folder and name, or by its name where only one slide has it
+        def where(path):  # by its folder and name, or by its name where only one slide has it
             named = moved.get(path.name, [])
-            return next((other for other in named if other.parent.name == path.parent.name),
-                        named[0] if len(named) == 1 else path)
+            return next(
+                (other for other in named if other.parent.name == path.parent.name),
+                named[0] if len(named) == 1 else path,
+            )
 
-        self._rows = [(where(Path(row["path"])), int(row["size0"]), float(row["mpp"])) for row in rows]
+        self._rows = [
+            (where(Path(row["path"])), int(row["size0"]), float(row["mpp"])) for row in rows
+        ]
         self._open: OrderedDict[int, _Handle] = OrderedDict()
-        self._recent = Recent(32 << 20)     # neighbours share tiles
+        self._recent = Recent(32 << 20)  # neighbours share tiles
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -1207,22 +1635,35 @@ class PatchIndex:
         if number not in self._layouts or self._layouts[number].version != version:
             import h5py
 
-            with h5py.File(self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r") as file:
-                layout, count = _Layout(version, file["coords"].id.get_offset()), len(file["coords"])
+            with h5py.File(
+                self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r"
+            ) as file:
+                layout, count = (
+                    _Layout(version, file["coords"].id.get_offset()),
+                    len(file["coords"]),
+                )
                 if group := file.get("compressed"):
-                    layout.offset, layout.bytes = (group[name].id.get_offset() for name in ("offset", "bytes"))
+                    layout.offset, layout.bytes = (
+                        group[name].id.get_offset() for name in ("offset", "bytes")
+                    )
                     layout.columns = int(group.attrs["columns"])
-                    layout.codec = Codec(int(group.attrs["compression"]), group["prefix"][:].tobytes(),
-                                         int(group.attrs["width"]), int(group.attrs["height"]))
+                    layout.codec = Codec(
+                        int(group.attrs["compression"]),
+                        group["prefix"][:].tobytes(),
+                        int(group.attrs["width"]),
+                        int(group.attrs["height"]),
+                    )
             if count != self.counts[number]:
-                raise PatchError(f"its h5 file holds {count} patches, slides.csv says {self.counts[number]}; "
-                                 f"run tile.py again")
+                raise PatchError(
+                    f"its h5 file holds {count} patches, slides.csv says {self.counts[number]}; "
+                    f"run tile.py again"
+                )
             self._layouts[number] = layout
         return self._layouts[number]
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
-        if self._process != os.getpid():    # a child must not read through its parent's handles
+        if self._process != os.getpid():  # a child must not read through its parent's handles
             self._open, self._process = OrderedDict(), os.getpid()
         if number in self._open:
             self._open.move_to_end(number)
@@ -1236,7 +1677,9 @@ class PatchIndex:
         if handle.layout.codec:
             shard = self.folder / "shards" / f"{self.slides[number]}.tar"
             path = self._rows[number][0] if handle.layout.columns else shard
-            with contextlib.suppress(FileNotFoundError):    # a lost shard: the slide may still be there
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a lost shard: the slide may still be there
                 handle.file = os.open(path, os.O_RDONLY)
         self._open[number] = handle
         while len(self._open) > self.handles:
@@ -1255,11 +1698,21 @@ class PatchIndex:
             if handle.file >= 0 and not layout.columns:
                 return handle.decode(row)
             if handle.file >= 0:
-                with contextlib.suppress(PatchError):       # of a slide, OpenSlide decides what is damaged
+                with contextlib.suppress(
+                    PatchError
+                ):  # of a slide, OpenSlide decides what is damaged
                     return assemble(
-                        lambda row, column: self._recent.get((number, row, column),
-                                                             lambda: handle.decode(row * layout.columns + column)),
-                        layout.codec.width, layout.codec.height, x, y, size, size)
+                        lambda row, column: self._recent.get(
+                            (number, row, column),
+                            lambda: handle.decode(row * layout.columns + column),
+                        ),
+                        layout.codec.width,
+                        layout.codec.height,
+                        x,
+                        y,
+                        size,
+                        size,
+                    )
             if not handle.slide:
                 using = [other for other in self._open.values() if other.slide]
                 if len(using) >= 16:
@@ -1268,7 +1721,9 @@ class PatchIndex:
                 handle.slide = Slide(self._rows[number][0], self._rows[number][2], cache=4 << 20)
             return handle.slide.area(x, y, *(self._rows[number][1],) * 2, *(self.patch_size,) * 2)
         except (PatchError, UserError, OSError) as error:
-            raise PatchError(f"{self.slides[number]}: patch at {place} cannot be read: {error}") from error
+            raise PatchError(
+                f"{self.slides[number]}: patch at {place} cannot be read: {error}"
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1276,8 +1731,10 @@ class PatchIndex:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TCGA = ("acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso ov paad pcpg prad "
-        "read sarc skcm stad tgct thca thym ucec ucs uvm").split()
+TCGA = (
+    "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso ov paad pcpg prad "
+    "read sarc skcm stad tgct thca thym ucec ucs uvm"
+).split()
 
 
 @dataclass
@@ -1287,10 +1744,10 @@ class Source:
     name: str
     path: Path
     mpp: float | None = None
-    id: str = ""            # of the GDC, empty for a slide of the user's
-    size: int = 0           # bytes
+    id: str = ""  # of the GDC, empty for a slide of the user's
+    size: int = 0  # bytes
     md5: str = ""
-    stated: str = ""        # its patient, where the manifest says
+    stated: str = ""  # its patient, where the manifest says
 
     @property
     def patient(self) -> str:
@@ -1306,11 +1763,12 @@ class Source:
         values = [getattr(args, key) for key in LIMITS] + [args.assume_mpp, self.mpp]
         if args.masks:
             values += [str(args.masks)]
-            with contextlib.suppress(SkippedSlide):     # it has none
+            with contextlib.suppress(SkippedSlide):  # it has none
                 mask = find_mask(args.masks, self.name).stat()
                 values += [mask.st_size, mask.st_mtime_ns]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8] + (
-            f"-q{args.jpeg_quality}" if args.save_patches else "")
+            f"-q{args.jpeg_quality}" if args.save_patches else ""
+        )
 
 
 def find_slides(folder: Path) -> list[Path]:
@@ -1318,8 +1776,13 @@ def find_slides(folder: Path) -> list[Path]:
 
     Of the several files of one DICOM slide only the first is listed.
     """
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     found.sort(key=lambda path: (path.name, str(path)))
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
     if len({path.parent for path in dicom}) < len(dicom):
@@ -1327,7 +1790,10 @@ def find_slides(folder: Path) -> list[Path]:
 
         seen = set()
         for path in dicom:
-            with contextlib.suppress(openslide.OpenSlideError), openslide.OpenSlide(str(path)) as slide:
+            with (
+                contextlib.suppress(openslide.OpenSlideError),
+                openslide.OpenSlide(str(path)) as slide,
+            ):
                 key = path.parent, slide.properties.get("openslide.quickhash-1", path)
                 if key in seen:
                     found.remove(path)
@@ -1340,7 +1806,12 @@ def name_slides(paths: list[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     stems = [slide_name(path) for path in paths]
     for path, stem in zip(paths, stems, strict=True):
-        for name in (stem, f"{path.parent.name}_{stem}", path.name, str(path).strip("/").replace("/", "_")):
+        for name in (
+            stem,
+            f"{path.parent.name}_{stem}",
+            path.name,
+            str(path).strip("/").replace("/", "_"),
+        ):
             if (name != stem or stems.count(stem) == 1) and name not in names:
                 names[name] = path
                 break
@@ -1354,8 +1825,10 @@ def read_manifest(path: Path) -> list[dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--manifest {path}: cannot be read ({error})") from error
     lines = text.splitlines() or [""]
-    rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
-            for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")]
+    rows = [
+        {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+        for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")
+    ]
     for row in rows:
         columns = ("filename", "slide", "slide_id", "wsi", "path")
         row["filename"] = next((row[column] for column in columns if row.get(column)), "")
@@ -1363,13 +1836,19 @@ def read_manifest(path: Path) -> list[dict]:
             row["mpp"] = pixel_size(row["mpp"]) if row.get("mpp") else None
             row["size"] = int(row.get("size") or 0)
             row["patient"] = row.get("patient") or ""
-            if row["patient"].upper().startswith("TCGA-"):      # a sample's barcode: benchmarks name patients
+            if (
+                row["patient"].upper().startswith("TCGA-")
+            ):  # a sample's barcode: benchmarks name patients
                 row["patient"] = patient_of(row["patient"])
         except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UserError(f"--manifest {path}: {error} in the row of {row['filename']}") from error
+            raise UserError(
+                f"--manifest {path}: {error} in the row of {row['filename']}"
+            ) from error
     if not any(row["filename"] for row in rows):
-        raise UserError(f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
-                        f"with the columns slide[,mpp][,patient]")
+        raise UserError(
+            f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
+            f"with the columns slide[,mpp][,patient]"
+        )
     return [row for row in rows if row["filename"]]
 
 
@@ -1387,12 +1866,14 @@ def local_sources(args: argparse.Namespace, folder: Path) -> list[Source]:
     if not args.manifest:
         if not folder.is_dir():
             hint = "; --download fetches them from the GDC" if args.cancer.lower() in TCGA else ""
-            raise UserError(f"{folder}: no such folder; put slides there or name their folder with --slides{hint}")
+            raise UserError(
+                f"{folder}: no such folder; put slides there or name their folder with --slides{hint}"
+            )
         if not paths:
             raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})")
         return [Source(name, path, size=size_of(path)) for name, path in name_slides(paths).items()]
     rows, there = read_manifest(args.manifest), {os.path.abspath(path): path for path in paths}
-    for row in rows:    # a path, as it stands or below one of these folders
+    for row in rows:  # a path, as it stands or below one of these folders
         for place in (Path(), args.manifest.parent, folder, folder / row.get("id", "")):
             if (place / row["filename"]).is_file():
                 row["path"] = os.path.abspath(place / row["filename"])
@@ -1406,22 +1887,40 @@ def local_sources(args: argparse.Namespace, folder: Path) -> list[Source]:
     sources, missing = {}, []
     for row in rows:
         given = Path(row["filename"]).name
-        found = {names[row["path"]]} if row.get("path") in names else known.get(given) or known.get(slide_name(given))
+        found = (
+            {names[row["path"]]}
+            if row.get("path") in names
+            else known.get(given) or known.get(slide_name(given))
+        )
         if not found:
             missing.append(row["filename"])
             continue
         if len(found) > 1:
-            raise UserError(f"--manifest {args.manifest}: {row['filename']}: {len(found)} slides are called so: "
-                            f"{', '.join(sorted(found))}; name one of them, or its path")
-        name, = found
-        sources[name] = Source(name, named[name], row["mpp"], row.get("id", ""), row["size"] or size_of(named[name]),
-                               row.get("md5", ""), row["patient"])
+            raise UserError(
+                f"--manifest {args.manifest}: {row['filename']}: {len(found)} slides are called so: "
+                f"{', '.join(sorted(found))}; name one of them, or its path"
+            )
+        (name,) = found
+        sources[name] = Source(
+            name,
+            named[name],
+            row["mpp"],
+            row.get("id", ""),
+            row["size"] or size_of(named[name]),
+            row.get("md5", ""),
+            row["patient"],
+        )
     if not sources:
-        raise UserError(f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
-                        f"{missing[0]}; name their folder with --slides, or fetch them with --download")
+        raise UserError(
+            f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
+            f"{missing[0]}; name their folder with --slides, or fetch them with --download"
+        )
     if missing:
-        print(f"{len(missing)} slides of {args.manifest} are not in {folder} (first: {missing[0]}); "
-              f"--download fetches them", flush=True)
+        print(
+            f"{len(missing)} slides of {args.manifest} are not in {folder} (first: {missing[0]}); "
+            f"--download fetches them",
+            flush=True,
+        )
     return list(sources.values())
 
 
@@ -1435,7 +1934,10 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
     if args.exclude:
         held = read_patients(args.exclude, sources)
         if not any(held & source.patients for source in sources):
-            print(f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort", flush=True)
+            print(
+                f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort",
+                flush=True,
+            )
     wanted = []
     for source in sources:
         section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", source.name)
@@ -1449,11 +1951,17 @@ def select(sources: list[Source], args: argparse.Namespace) -> tuple[list[Source
             wanted.append((kind != "diagnostic", order, source))
     wanted.sort(key=lambda item: item[:2])
     limit = args.max_slides or len(wanted)
-    reasons |= {source.name: f"not in the sample of {limit} (--max-slides, --seed)" for *_, source in wanted[limit:]}
+    reasons |= {
+        source.name: f"not in the sample of {limit} (--max-slides, --seed)"
+        for *_, source in wanted[limit:]
+    }
     chosen = [source for *_, source in wanted[:limit]]
     held_out = sum(reason.startswith("held") for reason in reasons.values())
-    print(f"{len(sources)} slides, {held_out} held out, {len(chosen)} taken"
-          + (f" (fewer than --max-slides {limit})" if len(chosen) < limit else ""), flush=True)
+    print(
+        f"{len(sources)} slides, {held_out} held out, {len(chosen)} taken"
+        + (f" (fewer than --max-slides {limit})" if len(chosen) < limit else ""),
+        flush=True,
+    )
     if not chosen:
         raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
     return sorted(chosen, key=lambda source: source.name), reasons
@@ -1470,36 +1978,75 @@ def read_patients(path: Path, sources: list[Source]) -> set[str]:
         raise UserError(f"--exclude {path}: cannot be read ({error})") from error
     whole = {text for source in sources for text in (source.name, source.stated, source.path.name)}
 
-    def cut(line):      # at commas outside quotes, unless all of it is a name
+    def cut(line):  # at commas outside quotes, unless all of it is a name
         parts = [line] if line in whole else re.split(r'[,;\t](?=(?:[^"]*"[^"]*")*[^"]*$)', line)
         return [re.sub('^"(.*)"$', r"\1", part.strip()).replace('""', '"') for part in parts]
 
     table = [cut(line.strip(" ")) for line in lines if line.strip()]
-    known = ("slide", "slide_id", "patient", "patient_id", "case", "case_id", "group", "filename", "image", "barcode")
-    columns = [number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known]
-    cells = [row[column] for row in table[bool(columns):] for column in columns or [0] if column < len(row)]
+    known = (
+        "slide",
+        "slide_id",
+        "patient",
+        "patient_id",
+        "case",
+        "case_id",
+        "group",
+        "filename",
+        "image",
+        "barcode",
+    )
+    columns = [
+        number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known
+    ]
+    cells = [
+        row[column]
+        for row in table[bool(columns) :]
+        for column in columns or [0]
+        if column < len(row)
+    ]
     stated: dict[str, set[str]] = {}
     for source in sources:
         for key in {source.stated, source.name, slide_name(source.path)} if source.stated else ():
             stated.setdefault(key, set()).add(source.stated)
-    return set().union(*(stated.get(cell) or stated.get(slide_name(cell)) or {patient_of(cell)}
-                         for cell in cells if cell))
+    return set().union(
+        *(
+            stated.get(cell) or stated.get(slide_name(cell)) or {patient_of(cell)}
+            for cell in cells
+            if cell
+        )
+    )
 
 
 def ask_gdc(args: argparse.Namespace, names: list[str]) -> list[Source]:
     """Slides of a TCGA project as the GDC lists them (only those named, if given), to become <id>/<file name>."""
     code = args.cancer.lower().removeprefix("tcga-")
-    clauses = {"cases.project.project_id": [f"TCGA-{code.upper()}"], "data_type": ["Slide Image"],
-               "data_format": ["SVS"], "access": ["open"]}
+    clauses = {
+        "cases.project.project_id": [f"TCGA-{code.upper()}"],
+        "data_type": ["Slide Image"],
+        "data_format": ["SVS"],
+        "access": ["open"],
+    }
     if names:
         clauses = {"file_name": names}
     elif code not in TCGA:
-        raise UserError(f"--cancer {args.cancer}: --download knows the TCGA projects {', '.join(TCGA)}")
+        raise UserError(
+            f"--cancer {args.cancer}: --download knows the TCGA projects {', '.join(TCGA)}"
+        )
     if args.strategy != "both" and not names:
         clauses["experimental_strategy"] = [f"{args.strategy.capitalize()} Slide"]
-    query = {"filters": {"op": "and", "content": [{"op": "in", "content": {"field": field, "value": values}}
-                                                  for field, values in clauses.items()]},
-             "fields": "file_id,file_name,file_size,md5sum", "format": "JSON", "size": 2000, "from": 0}
+    query = {
+        "filters": {
+            "op": "and",
+            "content": [
+                {"op": "in", "content": {"field": field, "value": values}}
+                for field, values in clauses.items()
+            ],
+        },
+        "fields": "file_id,file_name,file_size,md5sum",
+        "format": "JSON",
+        "size": 2000,
+        "from": 0,
+    }
     hits = []
     while True:
         try:
@@ -1509,25 +2056,37 @@ def ask_gdc(args: argparse.Namespace, names: list[str]) -> list[Source]:
             hits += data["hits"]
             total = int(data["pagination"]["total"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.gdc_url}: unexpected answer ({error!r}); is it a GDC server?") from error
+            raise UserError(
+                f"{args.gdc_url}: unexpected answer ({error!r}); is it a GDC server?"
+            ) from error
         if len(hits) >= total or not data["hits"]:
             break
         query["from"] = len(hits)
     sources = []
     for hit in hits:
-        name, key, size, md5 = (str(hit.get(field)) for field in ("file_name", "file_id", "file_size", "md5sum"))
+        name, key, size, md5 = (
+            str(hit.get(field)) for field in ("file_name", "file_id", "file_size", "md5sum")
+        )
         # Names come from the network: they may choose a file in our folder, never another path.
-        if not re.fullmatch(r"[A-Za-z0-9][\w.() +-]{0,200}", name) or not name.lower().endswith(SUFFIXES) \
-                or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key) \
-                or not re.fullmatch(r"[1-9]\d{0,14}", size) or not re.fullmatch(r"[0-9a-f]{32}", md5):
-            print(f"note: the server names a slide {name!r} with id {key!r}, {size} bytes, md5 {md5!r}: refused",
-                  flush=True)
+        if (
+            not re.fullmatch(r"[A-Za-z0-9][\w.() +-]{0,200}", name)
+            or not name.lower().endswith(SUFFIXES)
+            or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key)
+            or not re.fullmatch(r"[1-9]\d{0,14}", size)
+            or not re.fullmatch(r"[0-9a-f]{32}", md5)
+        ):
+            print(
+                f"note: the server names a slide {name!r} with id {key!r}, {size} bytes, md5 {md5!r}: refused",
+                flush=True,
+            )
             continue
-        sources.append(Source(slide_name(name), args.slides / key / name, None, key, int(size), md5))
+        sources.append(
+            Source(slide_name(name), args.slides / key / name, None, key, int(size), md5)
+        )
     return sources
 
 
-RETRY_SECONDS = 1.0     # first pause before another try; doubles each time
+RETRY_SECONDS = 1.0  # first pause before another try; doubles each time
 
 
 def pause(attempt: int, least: float = 0) -> None:
@@ -1551,7 +2110,10 @@ def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
             answer = urllib.request.urlopen(request, timeout=60)
             return io.BytesIO(answer.read()) if data else answer
         except urllib.error.HTTPError as error:
-            reason, wait = f"the server answers {error.code} {error.reason}", error.headers.get("Retry-After", "")
+            reason, wait = (
+                f"the server answers {error.code} {error.reason}",
+                error.headers.get("Retry-After", ""),
+            )
             if error.code < 500 and error.code != 429:
                 break
         except (OSError, http.client.HTTPException) as error:
@@ -1583,7 +2145,9 @@ def download(source: Source, args: argparse.Namespace, report) -> None:
             headers = {"Range": f"bytes={have}-"} if have else {}
             try:
                 with ask(url, headers) as answer:
-                    goes_on = have and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                    goes_on = have and answer.headers.get("Content-Range", "").startswith(
+                        f"bytes {have}-"
+                    )
                     with open(partial, "ab" if answer.status == 206 and goes_on else "wb") as file:
                         while file.tell() <= source.size and (chunk := answer.read(1 << 20)):
                             file.write(chunk)
@@ -1595,19 +2159,26 @@ def download(source: Source, args: argparse.Namespace, report) -> None:
             except UserError as error:
                 if not have or " 416 " not in str(error):
                     raise
-                partial.unlink()    # what is there cannot be gone on with: from the beginning
+                partial.unlink()  # what is there cannot be gone on with: from the beginning
         now = partial.stat().st_size if partial.exists() else 0
         if now >= source.size:
             with open(partial, "rb") as file:
-                if now == source.size and hashlib.file_digest(file, "md5").hexdigest() == source.md5:
+                if (
+                    now == source.size
+                    and hashlib.file_digest(file, "md5").hexdigest() == source.md5
+                ):
                     downloaded_mark(source.path).touch()
                     os.replace(partial, source.path)
                     return
             reason = f"size ({now} of {source.size} bytes) or md5 is not what the server states"
             partial.unlink()
-        failures = 0 if have < now < source.size else failures + 1      # progress does not count as failure
+        failures = (
+            0 if have < now < source.size else failures + 1
+        )  # progress does not count as failure
         pause(failures)
-    raise UserError(f"{url}: not fetched after {failures} tries: {reason}; the same command goes on from here later")
+    raise UserError(
+        f"{url}: not fetched after {failures} tries: {reason}; the same command goes on from here later"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1643,59 +2214,151 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tile.py", description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
+        prog="tile.py",
+        description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
         "Run the same command again at any time: it does only what is missing.",
-        formatter_class=Help)
+        formatter_class=Help,
+    )
     group = parser.add_argument_group("cohort")
-    group.add_argument("--cancer", required=True, metavar="NAME", help="a TCGA project (brca, prad, ...) or any name; "
-                       "output goes to DATA/tiles/NAME")
-    group.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds slides/ and tiles/")
-    group.add_argument("--slides", type=Path, metavar="DIR", help="slides, flat or in folders (default: "
-                       "DATA/slides/NAME)")
-    group.add_argument("--manifest", type=Path, metavar="FILE", help="take only the slides named here: a GDC manifest, "
-                       "or a CSV with slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its "
-                       "TCGA barcode, else by all up to and with the first of its parts between _ that holds a digit "
-                       "(P1 of P1_a, case_001 of case_001_HE)")
-    group.add_argument("--strategy", choices=("diagnostic", "tissue", "both"), help="of TCGA: paraffin sections (DX), "
-                       "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
-                       "for slides at hand)")
-    group.add_argument("--exclude", type=Path, metavar="FILE", help="hold out the patients named here (slides or "
-                       "patients, one a line or a CSV), such as those of a benchmark")
-    group.add_argument("--max-slides", type=int, default=1000, metavar="N", help="a random sample of so many; 0: all")
+    group.add_argument(
+        "--cancer",
+        required=True,
+        metavar="NAME",
+        help="a TCGA project (brca, prad, ...) or any name; output goes to DATA/tiles/NAME",
+    )
+    group.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="holds slides/ and tiles/"
+    )
+    group.add_argument(
+        "--slides",
+        type=Path,
+        metavar="DIR",
+        help="slides, flat or in folders (default: DATA/slides/NAME)",
+    )
+    group.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="take only the slides named here: a GDC manifest, "
+        "or a CSV with slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its "
+        "TCGA barcode, else by all up to and with the first of its parts between _ that holds a digit "
+        "(P1 of P1_a, case_001 of case_001_HE)",
+    )
+    group.add_argument(
+        "--strategy",
+        choices=("diagnostic", "tissue", "both"),
+        help="of TCGA: paraffin sections (DX), "
+        "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
+        "for slides at hand)",
+    )
+    group.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="hold out the patients named here (slides or "
+        "patients, one a line or a CSV), such as those of a benchmark",
+    )
+    group.add_argument(
+        "--max-slides",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="a random sample of so many; 0: all",
+    )
     group.add_argument("--seed", type=int, default=0, help="of that sample")
     group = parser.add_argument_group("magnification")
-    group.add_argument("--mpp", type=pixel_size, default=0.25, metavar="UM", help="µm per pixel wanted; slides within "
-                       "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)")
+    group.add_argument(
+        "--mpp",
+        type=pixel_size,
+        default=0.25,
+        metavar="UM",
+        help="µm per pixel wanted; slides within "
+        "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)",
+    )
     group.add_argument("--patch-size", type=int, default=256, metavar="PX", help="side of a patch")
-    group.add_argument("--overlap", type=int, default=0, metavar="PX", help="of neighbouring patches")
-    group.add_argument("--resample", action="store_true", help="rescale slides of another magnification instead of "
-                       "skipping them (a coarser slide gains no detail by it)")
-    group.add_argument("--assume-mpp", type=pixel_size, metavar="UM", help="µm per pixel of slides that do not say "
-                       "(default: skip them)")
+    group.add_argument(
+        "--overlap", type=int, default=0, metavar="PX", help="of neighbouring patches"
+    )
+    group.add_argument(
+        "--resample",
+        action="store_true",
+        help="rescale slides of another magnification instead of "
+        "skipping them (a coarser slide gains no detail by it)",
+    )
+    group.add_argument(
+        "--assume-mpp",
+        type=pixel_size,
+        metavar="UM",
+        help="µm per pixel of slides that do not say (default: skip them)",
+    )
     group = parser.add_argument_group("tissue and quality (of a patch)")
-    group.add_argument("--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue")
-    group.add_argument("--max-pen", type=share, default=0.1, metavar="SHARE", help="most share of ink; 1 for stains "
-                       "other than H&E, whose colours look like ink")
-    group.add_argument("--max-blur", type=positive, default=3.5, metavar="PX", help="most blur, as the sigma of a "
-                       "Gaussian in patch pixels (measured up to 6); 6 keeps all")
-    group.add_argument("--max-fold", type=share, default=1.0, metavar="SHARE", help="most share of folded tissue")
-    group.add_argument("--masks", type=Path, metavar="DIR", help="your own tissue: <slide>.geojson (QuPath) or an "
-                       "image of the whole slide, not 0 in tissue")
+    group.add_argument(
+        "--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue"
+    )
+    group.add_argument(
+        "--max-pen",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="most share of ink; 1 for stains other than H&E, whose colours look like ink",
+    )
+    group.add_argument(
+        "--max-blur",
+        type=positive,
+        default=3.5,
+        metavar="PX",
+        help="most blur, as the sigma of a "
+        "Gaussian in patch pixels (measured up to 6); 6 keeps all",
+    )
+    group.add_argument(
+        "--max-fold", type=share, default=1.0, metavar="SHARE", help="most share of folded tissue"
+    )
+    group.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="your own tissue: <slide>.geojson (QuPath) or an "
+        "image of the whole slide, not 0 in tissue",
+    )
     group = parser.add_argument_group("patches on disk")
-    group.add_argument("--save-patches", action="store_true", help="write the patches as JPEG to DATA/tiles/NAME/"
-                       "shards too (WebDataset tars; about 10 to 40 kB a patch of 256 px)")
-    group.add_argument("--jpeg-quality", type=int, default=90, choices=range(1, 101), metavar="Q", help="of patches "
-                       "that have to be encoded anew")
+    group.add_argument(
+        "--save-patches",
+        action="store_true",
+        help="write the patches as JPEG to DATA/tiles/NAME/"
+        "shards too (WebDataset tars; about 10 to 40 kB a patch of 256 px)",
+    )
+    group.add_argument(
+        "--jpeg-quality",
+        type=int,
+        default=90,
+        choices=range(1, 101),
+        metavar="Q",
+        help="of patches that have to be encoded anew",
+    )
     group = parser.add_argument_group("download from the GDC")
-    group.add_argument("--download", action="store_true", help="fetch the slides of a TCGA project, as many at once "
-                       "as there are --workers")
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the slides of a TCGA project, as many at once as there are --workers",
+    )
     group.add_argument("--yes", action="store_true", help="do not ask before downloading")
-    group.add_argument("--discard-slides", action="store_true", help="delete each slide that was downloaded here when "
-                       "its patches are saved or it is skipped (with --download and --save-patches)")
-    group.add_argument("--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server")
+    group.add_argument(
+        "--discard-slides",
+        action="store_true",
+        help="delete each slide that was downloaded here when "
+        "its patches are saved or it is skipped (with --download and --save-patches)",
+    )
+    group.add_argument(
+        "--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server"
+    )
     group = parser.add_argument_group("work")
-    group.add_argument("--workers", type=int, metavar="N", help="processes, up to 1 GB each (default: one per CPU, "
-                       "at most 16); for several machines start this script by torchrun on a shared disk")
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes, up to 1 GB each (default: one per CPU, "
+        "at most 16); for several machines start this script by torchrun on a shared disk",
+    )
     return parser
 
 
@@ -1706,23 +2369,32 @@ def check(args: argparse.Namespace) -> None:
     if not 16 <= args.patch_size <= 4096:
         raise UserError(f"--patch-size {args.patch_size}: expected 16 to 4096 px")
     if not 0 <= args.overlap < args.patch_size:
-        raise UserError(f"--overlap {args.overlap}: expected 0 to less than --patch-size {args.patch_size}")
+        raise UserError(
+            f"--overlap {args.overlap}: expected 0 to less than --patch-size {args.patch_size}"
+        )
     if args.max_slides < 0 or (args.workers is not None and args.workers < 1):
         raise UserError("--max-slides: expected 0 or more; --workers: expected 1 or more")
     if args.discard_slides and not (args.download and args.save_patches):
-        raise UserError("--discard-slides: only with --download (your own slides are never deleted) and --save-patches "
-                        "(or nothing would be left)")
+        raise UserError(
+            "--discard-slides: only with --download (your own slides are never deleted) and --save-patches "
+            "(or nothing would be left)"
+        )
     if args.masks and not args.masks.is_dir():
         raise UserError(f"--masks {args.masks}: no such folder")
     args.slides = args.slides or args.data / "slides" / args.cancer
     if args.slides.is_file():
-        raise UserError(f"--slides {args.slides}: is a file; give its folder (--manifest picks slides of it)")
+        raise UserError(
+            f"--slides {args.slides}: is a file; give its folder (--manifest picks slides of it)"
+        )
     args.strategy = args.strategy or ("diagnostic" if args.download else "both")
     args.gdc_url = args.gdc_url.rstrip("/")
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):     # file names need not be valid in the terminal's encoding
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # file names need not be valid in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
@@ -1735,7 +2407,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         mend = "free some space" if disk_full(error) else "mend that"
-        print(f"error: {error}: {mend} and run the same command again; it goes on where it was", file=sys.stderr)
+        print(
+            f"error: {error}: {mend} and run the same command again; it goes on where it was",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -1746,14 +2421,20 @@ def run(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = args.data / "tiles" / args.cancer
     if args.download:
-        listed = {Path(row["filename"]).name: row for row in read_manifest(args.manifest)} if args.manifest else {}
+        listed = (
+            {Path(row["filename"]).name: row for row in read_manifest(args.manifest)}
+            if args.manifest
+            else {}
+        )
         sources = ask_gdc(args, list(listed))
         for source in sources:
             if row := listed.get(source.path.name):
                 source.mpp, source.stated = row["mpp"], row["patient"]
         if not sources:
-            raise UserError(f"{args.gdc_url}: it has no such slides (see --cancer, --strategy, --manifest)")
-        if args.slides.is_dir():    # slides that are there already, wherever a client put them
+            raise UserError(
+                f"{args.gdc_url}: it has no such slides (see --cancer, --strategy, --manifest)"
+            )
+        if args.slides.is_dir():  # slides that are there already, wherever a client put them
             there = {path.name: path for path in find_slides(args.slides)}
             for source in sources:
                 source.path = there.get(source.path.name, source.path)
@@ -1762,18 +2443,29 @@ def run(args: argparse.Namespace) -> int:
     patients = {source.name: source.patient for source in sources}
     sources, left_out = select(sources, args)
     known = read_rows(folder)
-    todo = [source for source in sources if not is_done(source, known.get(source.name), folder, args)]
+    todo = [
+        source for source in sources if not is_done(source, known.get(source.name), folder, args)
+    ]
     if args.download and not confirm_plan(todo, args):
         print("nothing downloaded")
         return 1
     if rank == 0:
         write_selection(folder, sources, left_out, known, patients, args)
-    print(f"{len(sources) - len(todo)} slides are finished, {len(todo)} to do -> {folder}", flush=True)
-    mine, others = todo[rank::world], [source for number, source in enumerate(todo) if number % world != rank]
+    print(
+        f"{len(sources) - len(todo)} slides are finished, {len(todo)} to do -> {folder}", flush=True
+    )
+    mine, others = (
+        todo[rank::world],
+        [source for number, source in enumerate(todo) if number % world != rank],
+    )
     busy = work_through(mine + others, folder, args, wait=False)
     if rank:
-        return 0    # a rank that ends with an error would take the others down; rank 0 reports for all
-    work_through(busy, folder, args, wait=True)     # what other processes hold: wait for it, or do it if they died
+        return (
+            0  # a rank that ends with an error would take the others down; rank 0 reports for all
+        )
+    work_through(
+        busy, folder, args, wait=True
+    )  # what other processes hold: wait for it, or do it if they died
     return summarize(sources, folder, bool(todo))
 
 
@@ -1782,13 +2474,17 @@ def is_done(source: Source, row: dict | None, folder: Path, args: argparse.Names
     if not row or row["status"] == "failed":
         return False
     settings = source.settings(args)
-    if row["settings"] != settings and (args.save_patches or row["settings"].split("-")[0] != settings):
+    if row["settings"] != settings and (
+        args.save_patches or row["settings"].split("-")[0] != settings
+    ):
         return False
     if row["status"] == "skipped":
         return row["bytes"] == str(source.size)
-    return ((not source.size or row["bytes"] == str(source.size))
-            and (folder / "patches" / f"{source.name}_patches.h5").is_file()
-            and (not args.save_patches or (folder / "shards" / f"{source.name}.tar").is_file()))
+    return (
+        (not source.size or row["bytes"] == str(source.size))
+        and (folder / "patches" / f"{source.name}_patches.h5").is_file()
+        and (not args.save_patches or (folder / "shards" / f"{source.name}.tar").is_file())
+    )
 
 
 def confirm_plan(todo: list[Source], args: argparse.Namespace) -> bool:
@@ -1797,41 +2493,70 @@ def confirm_plan(todo: list[Source], args: argparse.Namespace) -> bool:
     if not missing:
         return True
     size = sum(source.size for source in missing)
-    held = sum(sorted((source.size for source in missing), reverse=True)[:worker_count(args)])
+    held = sum(sorted((source.size for source in missing), reverse=True)[: worker_count(args)])
     need = held if args.discard_slides else size
     args.slides.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.slides).free
-    print(f"to download: {len(missing)} slides, {size / 1e9:.2f} GB, to {args.slides} ({free / 1e9:.1f} GB free"
-          + (f"; at most {need / 1e9:.2f} GB are kept at a time)" if args.discard_slides else ")"), flush=True)
+    print(
+        f"to download: {len(missing)} slides, {size / 1e9:.2f} GB, to {args.slides} ({free / 1e9:.1f} GB free"
+        + (f"; at most {need / 1e9:.2f} GB are kept at a time)" if args.discard_slides else ")"),
+        flush=True,
+    )
     if need > free:
-        raise UserError(f"{args.slides}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
-                        f"--max-slides, another disk by --data, or --save-patches --discard-slides")
+        raise UserError(
+            f"{args.slides}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
+            f"--max-slides, another disk by --data, or --save-patches --discard-slides"
+        )
     if args.yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError("--download: add --yes to go on with this plan (there is no terminal to ask on)")
+        raise UserError(
+            "--download: add --yes to go on with this plan (there is no terminal to ask on)"
+        )
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def write_selection(folder: Path, sources: list[Source], left_out: dict[str, str], known: dict, patients: dict,
-                    args: argparse.Namespace) -> None:
+def write_selection(
+    folder: Path,
+    sources: list[Source],
+    left_out: dict[str, str],
+    known: dict,
+    patients: dict,
+    args: argparse.Namespace,
+) -> None:
     """manifest.txt, the slides used, as the GDC's client reads it; rows of slides that are no longer wanted, and of
     finished ones whose patient is another now."""
     with atomic(folder / "manifest.txt") as temporary:
         lines = ["id\tfilename\tmd5\tsize\tstate"]
-        lines += ["\t".join((s.id or s.name, s.path.name, s.md5, str(s.size), "released" if s.id else "local"))
-                  for s in sources]
+        lines += [
+            "\t".join(
+                (s.id or s.name, s.path.name, s.md5, str(s.size), "released" if s.id else "local")
+            )
+            for s in sources
+        ]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
     names = {os.path.abspath(source.path): source.name for source in sources}
-    others = [Source(name, Path(row["path"]), stated=row["patient"]) for name, row in known.items()
-              if name not in patients]
+    others = [
+        Source(name, Path(row["path"]), stated=row["patient"])
+        for name, row in known.items()
+        if name not in patients
+    ]
     held = read_patients(args.exclude, others) if args.exclude else set()
-    gone = {source.name: f"held out: {args.exclude} (--exclude)" for source in others
-            if held & {source.patient, patient_of(source.name), patient_of(source.path)}}
-    gone |= {name: f"is {names[row['path']]} now, since others have its name" for name, row in known.items()
-             if names.get(row["path"], name) != name}
-    rows = [row | {"patient": patients[name]} for name, row in known.items()
-            if row["patient"] != patients.get(name, row["patient"])]
+    gone = {
+        source.name: f"held out: {args.exclude} (--exclude)"
+        for source in others
+        if held & {source.patient, patient_of(source.name), patient_of(source.path)}
+    }
+    gone |= {
+        name: f"is {names[row['path']]} now, since others have its name"
+        for name, row in known.items()
+        if names.get(row["path"], name) != name
+    }
+    rows = [
+        row | {"patient": patients[name]}
+        for name, row in known.items()
+        if row["patient"] != patients.get(name, row["patient"])
+    ]
     for name, reason in (gone | left_out).items():
         row = known.get(name, {"slide": name})
         row |= {"patient": patients.get(name, row.get("patient"))}
@@ -1848,40 +2573,57 @@ def worker_count(args: argparse.Namespace) -> int:
     return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def do_slide(source: Source, folder: Path, args: argparse.Namespace, wait: bool, report) -> dict | None:
+def do_slide(
+    source: Source, folder: Path, args: argparse.Namespace, wait: bool, report
+) -> dict | None:
     """Fetch, tile and discard one slide under its lock; its row, or None when another process has it in hand."""
     with locked(folder / ".locks" / source.name, wait) as mine:
         if not mine:
             return None
         row = read_rows(folder).get(source.name)
-        if is_done(source, row, folder, args):      # by another process, since we looked
+        if is_done(source, row, folder, args):  # by another process, since we looked
             return row
         try:
             if source.id and args.download and not source.path.is_file():
                 download(source, args, report)
         except UserError as error:
-            row = {"slide": source.name, "status": "failed", "reason": str(error), "patient": source.patient,
-                   "patches": 0, "path": os.path.abspath(source.path)}
+            row = {
+                "slide": source.name,
+                "status": "failed",
+                "reason": str(error),
+                "patient": source.patient,
+                "patches": 0,
+                "path": os.path.abspath(source.path),
+            }
         else:
             row = tile_one(source, folder, args)
         write_rows(folder, [row])
-        if args.discard_slides and row["status"] != "failed" and downloaded_mark(source.path).exists():
+        if (
+            args.discard_slides
+            and row["status"] != "failed"
+            and downloaded_mark(source.path).exists()
+        ):
             source.path.unlink(missing_ok=True)
             downloaded_mark(source.path).unlink()
-            with contextlib.suppress(OSError):      # its folder, if it had one of its own
+            with contextlib.suppress(OSError):  # its folder, if it had one of its own
                 source.path.parent.rmdir()
         return row
 
 
 def worker(pipe, parents: list, folder: Path, args: argparse.Namespace, wait: bool) -> None:
     """One process: slides come in through the pipe, rows, downloaded bytes and fatal errors go out."""
-    for end in parents:     # inherited; were they open here, nobody would notice the parent's death
+    for end in parents:  # inherited; were they open here, nobody would notice the parent's death
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends us
-    with contextlib.suppress(EOFError, BrokenPipeError):    # the parent is gone: so are we, the slide in hand finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    with contextlib.suppress(
+        EOFError, BrokenPipeError
+    ):  # the parent is gone: so are we, the slide in hand finished
         while (source := pipe.recv()) is not None:
             try:
-                answer = "row", do_slide(source, folder, args, wait, lambda n: pipe.send(("bytes", n)))
+                answer = (
+                    "row",
+                    do_slide(source, folder, args, wait, lambda n: pipe.send(("bytes", n))),
+                )
             except OSError as error:
                 if isinstance(error, BrokenPipeError):
                     raise
@@ -1889,7 +2631,9 @@ def worker(pipe, parents: list, folder: Path, args: argparse.Namespace, wait: bo
             pipe.send(answer)
 
 
-def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, wait: bool) -> list[Source]:
+def work_through(
+    sources: list[Source], folder: Path, args: argparse.Namespace, wait: bool
+) -> list[Source]:
     """Do all slides in worker processes; returns those that other processes have in hand.
 
     A slide whose reader takes the process down (some damaged files do) is recorded as failed, and a new process goes
@@ -1897,12 +2641,14 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
     """
     queue, busy, fatal = list(reversed(sources)), [], None
     context = multiprocessing.get_context("fork")
-    running: dict = {}      # pipe -> (process, slide in hand)
+    running: dict = {}  # pipe -> (process, slide in hand)
     progress = Progress(len(sources))
 
     def start():
         pipe, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, [pipe, *running], folder, args, wait), daemon=True)
+        process = context.Process(
+            target=worker, args=(theirs, [pipe, *running], folder, args, wait), daemon=True
+        )
         process.start()
         theirs.close()
         running[pipe] = process, None
@@ -1929,10 +2675,18 @@ def work_through(sources: list[Source], folder: Path, args: argparse.Namespace, 
                     process.join()
                     reason = "its reader ended the process " + (
                         f"({signal.Signals(-process.exitcode).name}): damaged, or too little memory"
-                        if process.exitcode < 0 else "by an error of this program, printed above")
-                    row = {"slide": source.name, "status": "failed", "patient": source.patient, "patches": 0,
-                           "path": os.path.abspath(source.path), "settings": source.settings(args),
-                           "reason": reason}
+                        if process.exitcode < 0
+                        else "by an error of this program, printed above"
+                    )
+                    row = {
+                        "slide": source.name,
+                        "status": "failed",
+                        "patient": source.patient,
+                        "patches": 0,
+                        "path": os.path.abspath(source.path),
+                        "settings": source.settings(args),
+                        "reason": reason,
+                    }
                     write_rows(folder, [row])
                     progress.slide(row)
                     del running[pipe]
@@ -1973,13 +2727,19 @@ class Progress:
     def slide(self, row: dict) -> None:
         self.done, self.said = self.done + 1, time.time()
         what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
-        text = f"{row['slide']}: {row['status']}, {what}" + (f" ({row['warnings']})" if row.get("warnings") else "")
+        text = f"{row['slide']}: {row['status']}, {what}" + (
+            f" ({row['warnings']})" if row.get("warnings") else ""
+        )
         if self.bar is not None:
             self.bar.update()
             self.bar.write(text)
         else:
             left = (self.said - self.start) / self.done * (self.total - self.done) / 60
-            print(f"[{self.done}/{self.total}] {text}" + (f"; {left:.0f} min left" if left > 2 else ""), flush=True)
+            print(
+                f"[{self.done}/{self.total}] {text}"
+                + (f"; {left:.0f} min left" if left > 2 else ""),
+                flush=True,
+            )
 
     def fetched(self, n: int) -> None:
         self.bytes += n
@@ -1995,17 +2755,24 @@ def summarize(sources: list[Source], folder: Path, news: bool) -> int:
     """The contact sheet, the slides that failed, and the last line; the exit status."""
     rows = read_rows(folder)
     rows = [rows[source.name] for source in sources]
-    count = {status: sum(row["status"] == status for row in rows) for status in ("done", "skipped", "failed")}
+    count = {
+        status: sum(row["status"] == status for row in rows)
+        for status in ("done", "skipped", "failed")
+    }
     if count["done"] and (news or not (folder / "contact.jpg").is_file()):
         write_contact_sheet(folder)
     for row in [row for row in rows if row["status"] == "failed"][:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
     warned = sum(bool(row["warnings"]) for row in rows)
     patients = len({row["patient"] for row in rows if row["status"] == "done"})
-    whose = f" of {patients} patients" if patients < count["done"] else ""      # shows who was taken for one
-    print(f"{count['done']} slides{whose} done{f' ({warned} with warnings)' if warned else ''}, "
-          f"{count['skipped']} skipped, {count['failed']} failed; "
-          f"{sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv")
+    whose = (
+        f" of {patients} patients" if patients < count["done"] else ""
+    )  # shows who was taken for one
+    print(
+        f"{count['done']} slides{whose} done{f' ({warned} with warnings)' if warned else ''}, "
+        f"{count['skipped']} skipped, {count['failed']} failed; "
+        f"{sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv"
+    )
     return 1 if count["failed"] else 0
 
 

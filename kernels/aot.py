@@ -40,27 +40,69 @@ def configurations(target: str):
     hip = TARGETS[target][0] == "hip"
     kind = "hip" if hip else "hopper" if target == "sm_90" else "cuda"
     plain = {"scale": None, "shift": None}
-    for operand, name, kind_of in ((torch.bfloat16, "bf16", tl.bfloat16), (torch.float32, "fp32", tl.float32)):
+    for operand, name, kind_of in (
+        (torch.bfloat16, "bf16", tl.bfloat16),
+        (torch.float32, "fp32", tl.float32),
+    ):
         types = {x: f"*{name}" for x in ("student", "weight", "teacher", "d_student", "d_weight")}
         types["norm_eps"] = "fp32"
         cores = operand != torch.float32
         for rows in (16, 32, 64, 128, 256):
-            yield ("fused_forward", f"{name}, {rows} rows", logsum_triton.fused_forward_kernel, {
-                **logsum_triton.fused_forward_config(rows, operand), **plain, "ALPHA": 4.0, "NORMALIZE": 0,
-                "NEED_GRAD": True, "OPERAND": kind_of}, types, cores)
-        yield ("fused_forward", f"{name}, 32 rows, affine, alpha 2.5", logsum_triton.fused_forward_kernel, {
-            **logsum_triton.fused_forward_config(32, operand), "ALPHA": 2.5, "NORMALIZE": 2, "NEED_GRAD": True,
-            "OPERAND": kind_of}, types, cores)
+            yield (
+                "fused_forward",
+                f"{name}, {rows} rows",
+                logsum_triton.fused_forward_kernel,
+                {
+                    **logsum_triton.fused_forward_config(rows, operand),
+                    **plain,
+                    "ALPHA": 4.0,
+                    "NORMALIZE": 0,
+                    "NEED_GRAD": True,
+                    "OPERAND": kind_of,
+                },
+                types,
+                cores,
+            )
+        yield (
+            "fused_forward",
+            f"{name}, 32 rows, affine, alpha 2.5",
+            logsum_triton.fused_forward_kernel,
+            {
+                **logsum_triton.fused_forward_config(32, operand),
+                "ALPHA": 2.5,
+                "NORMALIZE": 2,
+                "NEED_GRAD": True,
+                "OPERAND": kind_of,
+            },
+            types,
+            cores,
+        )
         for rows in (16, 32, 64):
-            yield ("fused_backward", f"{name}, {f'{rows} rows' if rows < 64 else '64 rows or more'}",
-                   logsum_triton.fused_backward_kernel,
-                   {**logsum_triton.fused_backward_config(rows, operand), "OPERAND": kind_of}, types, cores)
+            yield (
+                "fused_backward",
+                f"{name}, {f'{rows} rows' if rows < 64 else '64 rows or more'}",
+                logsum_triton.fused_backward_kernel,
+                {**logsum_triton.fused_backward_config(rows, operand), "OPERAND": kind_of},
+                types,
+                cores,
+            )
         types = types | {x: f"*{name}" for x in ("out", "grad_y")}
         config = {**logsum_triton.tiled_backward_config(operand), "OPERAND": kind_of}
         for mode, label in ((0, "both"), (2, "affine, by row")):
-            yield ("gradient", f"{name}, {label}", logsum_triton.gradient_kernel, {
-                **config, "ALPHA": 4.0, "NORMALIZE": mode, "WEIGHTED": mode == 2, **({} if mode == 2 else plain)},
-                types, cores)
+            yield (
+                "gradient",
+                f"{name}, {label}",
+                logsum_triton.gradient_kernel,
+                {
+                    **config,
+                    "ALPHA": 4.0,
+                    "NORMALIZE": mode,
+                    "WEIGHTED": mode == 2,
+                    **({} if mode == 2 else plain),
+                },
+                types,
+                cores,
+            )
         yield "weight", name, logsum_triton.weight_kernel, config, types, cores
     tile = {"ROWS": logsum_triton.TILE_ROWS, "COLUMNS": logsum_triton.TILE_COLUMNS, "num_warps": 4}
     types = {"teacher": "*bf16", "out": "*bf16", "alpha": "fp32", "eps": "fp32", "norm_eps": "fp32"}
@@ -68,27 +110,65 @@ def configurations(target: str):
     yield "moments", "", logsum_triton.moments_kernel, tile, types, False
     yield "merge", "", logsum_triton.merge_kernel, {**tile, "num_warps": 2}, types, False
     for mode, label in ((0, "both"), (2, "affine, by row")):
-        flags = {**tile, "ALPHA": 4.0, "NORMALIZE": mode, "WEIGHTED": mode == 2, **({} if mode == 2 else plain)}
+        flags = {
+            **tile,
+            "ALPHA": 4.0,
+            "NORMALIZE": mode,
+            "WEIGHTED": mode == 2,
+            **({} if mode == 2 else plain),
+        }
         yield "loss", label, logsum_triton.loss_kernel, flags, types, False
     types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
-    for store, precision in ((False, "tf32"), (True, "tf32"), (True, cka_triton.scatter_precision(hip))):
+    for store, precision in (
+        (False, "tf32"),
+        (True, "tf32"),
+        (True, cka_triton.scatter_precision(hip)),
+    ):
         for aligned in (True, False):
             label = "covariance" if precision != "tf32" else "CKA, many rows" if store else "CKA"
-            yield ("gram", label + ("" if aligned else ", odd widths"), cka_triton.gram_kernel, {
-                **cka_triton.config(precision, hip), "TYPE": tl.float32, "STORE": store, "PRECISION": precision,
-                "ALIGNED": aligned}, types, True)
+            yield (
+                "gram",
+                label + ("" if aligned else ", odd widths"),
+                cka_triton.gram_kernel,
+                {
+                    **cka_triton.config(precision, hip),
+                    "TYPE": tl.float32,
+                    "STORE": store,
+                    "PRECISION": precision,
+                    "ALIGNED": aligned,
+                },
+                types,
+                True,
+            )
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
     types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8", "units": "*fp64"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
         for width in (16, 32, 64, 1536):
-            yield ("screen", f"{label}, D {'> 64' if width > 64 else f'<= {width}'}", knn_triton.screen_kernel,
-                   {**knn_triton.screen_config(k, width, kind), "MASK": knn_triton.GROUPS}, types, True)
-    rows = {"ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"], "MASK": knn_triton.GROUPS, "COSINE": True}
+            yield (
+                "screen",
+                f"{label}, D {'> 64' if width > 64 else f'<= {width}'}",
+                knn_triton.screen_kernel,
+                {**knn_triton.screen_config(k, width, kind), "MASK": knn_triton.GROUPS},
+                types,
+                True,
+            )
+    rows = {
+        "ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"],
+        "MASK": knn_triton.GROUPS,
+        "COSINE": True,
+    }
     for k in (8, 24, 56, 64):
         rescan = {**rows, **knn_triton.rescan_config(k)}
         yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, rescan, types, False
     for k in (16, 32, 64):
-        yield "redo", f"k <= {k}", knn_triton.redo_kernel, {**rows, **knn_triton.redo_config(k)}, types, False
+        yield (
+            "redo",
+            f"k <= {k}",
+            knn_triton.redo_kernel,
+            {**rows, **knn_triton.redo_config(k)},
+            types,
+            False,
+        )
 
 
 def compiled(target: str, function, parameters: dict, types: dict) -> dict:
@@ -98,7 +178,11 @@ def compiled(target: str, function, parameters: dict, types: dict) -> dict:
     from triton.compiler import ASTSource
 
     backend, architecture, lanes, _ = TARGETS[target]
-    options = {name: value for name, value in parameters.items() if name.startswith("num_") or name == "maxnreg"}
+    options = {
+        name: value
+        for name, value in parameters.items()
+        if name.startswith("num_") or name == "maxnreg"
+    }
     constants = {name: value for name, value in parameters.items() if name not in options}
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
@@ -107,15 +191,27 @@ def compiled(target: str, function, parameters: dict, types: dict) -> dict:
         elif name in types:
             signature[name] = types[name]
         else:
-            whole = re.match(r"rows|inner|features|width|count|stride|chunk|queries|k$|weight_programs", name)
+            whole = re.match(
+                r"rows|inner|features|width|count|stride|chunk|queries|k$|weight_programs", name
+            )
             signature[name] = "*fp32" if not whole else "i32"
         if name.startswith("stride") and name[-1] in "kn" and name != "stride_wk":
-            signature[name], constants = "constexpr", constants | {name: 1}  # contiguous, as the launcher will see it
-        elif signature[name].startswith("*") or name.startswith("stride") or name in ("inner", "features"):
+            signature[name], constants = (
+                "constexpr",
+                constants | {name: 1},
+            )  # contiguous, as the launcher will see it
+        elif (
+            signature[name].startswith("*")
+            or name.startswith("stride")
+            or name in ("inner", "features")
+        ):
             attributes[(place,)] = [["tt.divisibility", 16]]
     named = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    kernel = triton.compile(ASTSource(function, signature, named, attributes),
-                            target=GPUTarget(backend, architecture, lanes), options=options)
+    kernel = triton.compile(
+        ASTSource(function, signature, named, attributes),
+        target=GPUTarget(backend, architecture, lanes),
+        options=options,
+    )
     result = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     if backend == "cuda":
         return result | {"code": kernel.asm["ptx"]} | _cubin_usage(kernel.asm["cubin"])
@@ -133,7 +229,9 @@ def _cubin_usage(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output.stdout))
     return {"registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
@@ -142,24 +240,37 @@ def table() -> str:
     """Markdown: a row for each configuration, a column for each target."""
     import triton
 
-    lines = [f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
-             "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / registers of "
-             "a thread / spills; `tc` where the products are tensor-core instructions.", "",
-             f"| kernel | configuration | {' | '.join(TARGETS)} |", f"|---|---|{'---|' * len(TARGETS)}"]
+    lines = [
+        f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
+        "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / registers of "
+        "a thread / spills; `tc` where the products are tensor-core instructions.",
+        "",
+        f"| kernel | configuration | {' | '.join(TARGETS)} |",
+        f"|---|---|{'---|' * len(TARGETS)}",
+    ]
     for rows in zip(*(configurations(target) for target in TARGETS), strict=True):
         cells = []
         for target, (_, _, function, parameters, types, _) in zip(TARGETS, rows, strict=True):
             made = compiled(target, function, parameters, types)
-            cells.append(f"{made['shared'] / 1024:.0f} / {made['registers']} / {made['spills']}"
-                         f"{' tc' if TENSOR_CORES.search(made['code']) else ''}")
+            cells.append(
+                f"{made['shared'] / 1024:.0f} / {made['registers']} / {made['spills']}"
+                f"{' tc' if TENSOR_CORES.search(made['code']) else ''}"
+            )
         lines.append(f"| {rows[0][0]} | {rows[0][1]} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file whose marked part the table replaces")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.aot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="Markdown file whose marked part the table replaces",
+    )
     args = parser.parse_args()
     text = table()
     if args.write is None:

@@ -42,7 +42,10 @@ def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> 
             if device.type == "cuda":
                 flush.zero_()
                 torch.cuda._sleep(2**21)  # cycles
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start, stop = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
                 start.record()
                 run()
                 stop.record()
@@ -56,7 +59,13 @@ def measure(runs: dict[str, Callable], device: torch.device, seconds: float) -> 
     result = {}
     for name in runs:
         low, median, high = np.percentile(times[name], [20, 50, 80])
-        result[name] = {"ms": median, "ms_20": low, "ms_80": high, "runs": rounds, "peak_mb": memory[name]}
+        result[name] = {
+            "ms": median,
+            "ms_20": low,
+            "ms_80": high,
+            "runs": rounds,
+            "peak_mb": memory[name],
+        }
     return result
 
 
@@ -107,16 +116,39 @@ def ceilings(device: torch.device) -> dict:
     return rates
 
 
-def compare(kernel: str, shape: str, runs: dict, check: Callable, limit: float, flops: float, moved: float, rate: str,
-            rates: dict, device: torch.device, seconds: float) -> list[dict]:
+def compare(
+    kernel: str,
+    shape: str,
+    runs: dict,
+    check: Callable,
+    limit: float,
+    flops: float,
+    moved: float,
+    rate: str,
+    rates: dict,
+    device: torch.device,
+    seconds: float,
+) -> list[dict]:
     """Time `runs` (name -> function, ours first); `check` gives the error of a result, which may be at most `limit`."""
     floor = max(flops / rates[rate] / 1e9, moved / rates["copy"] / 1e6)  # ms
     errors = {name: float(check(run())) for name, run in runs.items()}
-    rows = [{"kernel": kernel, "shape": shape, "name": name, "error": errors[name], "right": errors[name] <= limit,
-             **times, "roofline": floor / times["ms"]} for name, times in measure(runs, device, seconds).items()]
+    rows = [
+        {
+            "kernel": kernel,
+            "shape": shape,
+            "name": name,
+            "error": errors[name],
+            "right": errors[name] <= limit,
+            **times,
+            "roofline": floor / times["ms"],
+        }
+        for name, times in measure(runs, device, seconds).items()
+    ]
     for row in rows:
         ours = rows[0]
-        row["speedup_of_ours"] = row["ms"] / ours["ms"] if ours["right"] and row is not ours else None
+        row["speedup_of_ours"] = (
+            row["ms"] / ours["ms"] if ours["right"] and row is not ours else None
+        )
         show(row)
     return rows
 
@@ -127,8 +159,11 @@ def show(row: dict) -> None:
     times = (row["ms"], row["ms_20"], row["ms_80"])
     median, low, high = (f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in times)
     spread = f"{median} ({low} to {high})"
-    print(f"| {row['kernel']} | {row['shape']} | {row['name']} | {spread} | "
-          f"{100 * row['roofline']:.0f} % | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |", flush=True)
+    print(
+        f"| {row['kernel']} | {row['shape']} | {row['name']} | {spread} | "
+        f"{100 * row['roofline']:.0f} % | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |",
+        flush=True,
+    )
 
 
 # --- the three kernels ------------------------------------------------------------------------------------------------
@@ -143,15 +178,22 @@ def eager_loss(student, weight, teacher):
 def bench_logsum(device, rates, quick, seconds):
     gpu = device.type == "cuda"
     rows = []
-    sizes = {(True, True): (32, 8192), (True, False): (32, 128, 512, 1024, 8192, 16448), (False, True): (32,),
-             (False, False): (32, 512)}
+    sizes = {
+        (True, True): (32, 8192),
+        (True, False): (32, 128, 512, 1024, 8192, 16448),
+        (False, True): (32,),
+        (False, False): (32, 512),
+    }
     for batch in sizes[gpu, quick]:
         torch.manual_seed(0)
         student = torch.randn(batch, 1024, device=device, requires_grad=True)
         weight = (torch.randn(1024, 1536, device=device) / 32).requires_grad_()
         residual = 0.1 * torch.randn(batch, 1536, device=device)
         with torch.no_grad():
-            teacher = torch.nn.functional.batch_norm(student @ weight, None, None, training=True) + residual
+            teacher = (
+                torch.nn.functional.batch_norm(student @ weight, None, None, training=True)
+                + residual
+            )
         operand = torch.bfloat16 if gpu else torch.float32
         exact = [x.detach().to(operand).double().requires_grad_() for x in (student, weight)]
         truth = torch.autograd.grad(eager_loss(*exact, teacher.double()), exact)
@@ -165,12 +207,26 @@ def bench_logsum(device, rates, quick, seconds):
             return max((a - b).norm() / b.norm() for a, b in zip(grads, truth, strict=True))
 
         compiled = torch.compile(eager_loss, dynamic=False)
-        runs = {"ours": lambda step=step: step(log_sum_loss), "eager": lambda step=step: step(eager_loss),
-                "torch.compile": lambda step=step, compiled=compiled: step(compiled)}
+        runs = {
+            "ours": lambda step=step: step(log_sum_loss),
+            "eager": lambda step=step: step(eager_loss),
+            "torch.compile": lambda step=step, compiled=compiled: step(compiled),
+        }
         product, width = 2 * batch * 1024 * 1536, 2 if gpu else 4
         moved = 2 * width * 1024 * 1536 + 4 * 1024 * 1536 + 2 * width * batch * (1024 + 1536)
-        rows += compare("logsum, forward + backward", f"{batch} x 1024 -> 1536", runs, error, 0.03 if gpu else 1e-4,
-                        3 * product, moved, "bf16" if gpu else "fp32", rates, device, seconds)
+        rows += compare(
+            "logsum, forward + backward",
+            f"{batch} x 1024 -> 1536",
+            runs,
+            error,
+            0.03 if gpu else 1e-4,
+            3 * product,
+            moved,
+            "bf16" if gpu else "fp32",
+            rates,
+            device,
+            seconds,
+        )
     return rows
 
 
@@ -200,29 +256,67 @@ def package_cka(xs, ys):
 def bench_cka(device, rates, quick, seconds):
     gpu, rows = device.type == "cuda", []
     fast = "tf32" if gpu else "fp32"
-    for n in ((4537,) if quick else (2000, 4537, 7909, 277524)) if gpu else ((2000,) if quick else (2000, 4537)):
+    for n in (
+        ((4537,) if quick else (2000, 4537, 7909, 277524))
+        if gpu
+        else ((2000,) if quick else (2000, 4537))
+    ):
         torch.manual_seed(0)
         common = torch.randn(n, 64, device=device)
-        x, y = (common @ torch.randn(64, d, device=device) / 8 + torch.randn(n, d, device=device) for d in (1536, 1024))
+        x, y = (
+            common @ torch.randn(64, d, device=device) / 8 + torch.randn(n, d, device=device)
+            for d in (1536, 1024)
+        )
         truth = formula_cka(x[:300000].double(), y.double())
-        runs = {"ours": lambda x=x, y=y: cka([x], [y], estimator="biased")[0, 0],
-                "eager": lambda x=x, y=y: formula_cka(x, y)}
+        runs = {
+            "ours": lambda x=x, y=y: cka([x], [y], estimator="biased")[0, 0],
+            "eager": lambda x=x, y=y: formula_cka(x, y),
+        }
         if not gpu:
             runs["numpy"] = lambda x=x, y=y: formula_cka(x.numpy(), y.numpy())
         flops = 2 * n * (1536 * 1024 + (1536**2 + 1024**2) / 2)
-        rows += compare("cka, one pair", f"{n} x 1536, 1024", runs, lambda value, truth=truth: abs(value - truth), 1e-4,
-                        flops, 4 * n * 2560, fast, rates, device, seconds)
+        rows += compare(
+            "cka, one pair",
+            f"{n} x 1536, 1024",
+            runs,
+            lambda value, truth=truth: abs(value - truth),
+            1e-4,
+            flops,
+            4 * n * 2560,
+            fast,
+            rates,
+            device,
+            seconds,
+        )
     n, layers, width = (4537, 20, 1024) if gpu and not quick else (600, 4, 384)
     torch.manual_seed(0)
     common = torch.randn(n, 64, device=device)
-    xs, ys = ([common @ torch.randn(64, width, device=device) / 8 + torch.randn(n, width, device=device)
-               for _ in range(layers)] for _ in range(2))
-    truth = package_cka([x.double() - x.double().mean(0) for x in xs], [y.double() - y.double().mean(0) for y in ys])
+    xs, ys = (
+        [
+            common @ torch.randn(64, width, device=device) / 8
+            + torch.randn(n, width, device=device)
+            for _ in range(layers)
+        ]
+        for _ in range(2)
+    )
+    truth = package_cka(
+        [x.double() - x.double().mean(0) for x in xs], [y.double() - y.double().mean(0) for y in ys]
+    )
     runs = {"ours": lambda: cka(xs, ys), "each pair anew": lambda: package_cka(xs, ys)}
     flops = 2 * n * n * (2 * layers * width / 2 + layers * layers)
-    return rows + compare("cka, all layers", f"{layers} x {layers} of {n} x {width}", runs,
-                          lambda value: (value.cpu() - truth).abs().max(), 1e-3, flops, 8 * layers * n * width, fast,
-                          rates, device, seconds)
+    return rows + compare(
+        "cka, all layers",
+        f"{layers} x {layers} of {n} x {width}",
+        runs,
+        lambda value: (value.cpu() - truth).abs().max(),
+        1e-3,
+        flops,
+        8 * layers * n * width,
+        fast,
+        rates,
+        device,
+        seconds,
+    )
 
 
 def torch_knn(base, k, groups):
@@ -252,12 +346,16 @@ def knn_rivals(base, k, groups):
         from sklearn.neighbors import NearestNeighbors
 
         rivals["scikit-learn brute, by fold"] = lambda: _by_fold(
-            points, labels, lambda x, q: NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x).kneighbors(q)[1])
+            points,
+            labels,
+            lambda x, q: NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x).kneighbors(q)[1],
+        )
     with contextlib.suppress(ImportError):  # optional rivals
         import faiss
 
         on_gpu = base.device.type == "cuda" and hasattr(faiss, "StandardGpuResources")
         if on_gpu or base.device.type == "cpu":
+
             def search(x, q):
                 index = faiss.IndexFlatL2(x.shape[1])
                 if on_gpu:
@@ -271,7 +369,10 @@ def knn_rivals(base, k, groups):
             from cuvs.neighbors import brute_force
 
             def one_fold(fold):
-                others, own = (groups != fold).nonzero().squeeze(1), (groups == fold).nonzero().squeeze(1)
+                others, own = (
+                    (groups != fold).nonzero().squeeze(1),
+                    (groups == fold).nonzero().squeeze(1),
+                )
                 _, found = brute_force.search(brute_force.build(base[others]), base[own], k)
                 return own, others[torch.as_tensor(found, device=base.device).long()]
 
@@ -294,28 +395,51 @@ def bench_plain_knn(base, k, rates, device, seconds):
     truth = knn(base.double(), k)
 
     def rival():
-        found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points).kneighbors(points)[1]
+        found = (
+            NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(points).kneighbors(points)[1]
+        )
         return torch.from_numpy(found[:, 1:])
 
     runs = {"ours": lambda: knn(base, k), "scikit-learn brute": rival}
-    return compare("knn", f"{n} x {base.shape[1]}, k = {k}", runs, lambda index: (index != truth).double().mean(), 0,
-                   2 * n * n * base.shape[1], 8 * n * base.shape[1], "fp32", rates, device, seconds)
+    return compare(
+        "knn",
+        f"{n} x {base.shape[1]}, k = {k}",
+        runs,
+        lambda index: (index != truth).double().mean(),
+        0,
+        2 * n * n * base.shape[1],
+        8 * n * base.shape[1],
+        "fp32",
+        rates,
+        device,
+        seconds,
+    )
 
 
 def bench_knn(device, rates, quick, seconds):
     gpu, rows, k = device.type == "cuda", [], 15
-    sizes = {(True, True): (77364,), (True, False): (5245, 77364, 277524), (False, True): (5245,),
-             (False, False): (20000,)}
+    sizes = {
+        (True, True): (77364,),
+        (True, False): (5245, 77364, 277524),
+        (False, True): (5245,),
+        (False, False): (20000,),
+    }
     for n, width in ((n, 50) for n in sizes[gpu, quick]):
         torch.manual_seed(0)
         base = torch.randn(n, width, device=device) * torch.linspace(3, 0.3, width, device=device)
         groups = torch.randint(10, (n,), device=device)
         sample = torch.arange(0, n, max(1, n // 300), device=device)
-        truth = knn(base.double(), k, base[sample].double(), groups=groups, query_groups=groups[sample]).cpu()
-        exact = torch.cdist(base[sample].double(), base.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        truth = knn(
+            base.double(), k, base[sample].double(), groups=groups, query_groups=groups[sample]
+        ).cpu()
+        exact = torch.cdist(
+            base[sample].double(), base.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         exact[groups[sample, None] == groups] = float("inf")
         if not torch.equal(exact.topk(k, dim=1, largest=False).indices.cpu(), truth):
-            raise RuntimeError("the fp64 reference search disagrees with all distances in fp64; nothing is timed")
+            raise RuntimeError(
+                "the fp64 reference search disagrees with all distances in fp64; nothing is timed"
+            )
 
         def missed(index, truth=truth, sample=sample):
             found = index.cpu()[sample.cpu()]
@@ -323,18 +447,39 @@ def bench_knn(device, rates, quick, seconds):
 
         if not gpu:
             rows += bench_plain_knn(base, k, rates, device, seconds)
-        runs = {"ours": lambda base=base, groups=groups: knn(base, k, groups=groups),
-                "torch mm + topk": lambda base=base, groups=groups: torch_knn(base, k, groups),
-                **knn_rivals(base, k, groups)}
-        rows += compare("knn, ten folds", f"{n} x {width}, k = {k}", runs, missed, 0, 2 * n * n * width * 0.9,
-                        8 * n * width, "tf32" if gpu else "fp32", rates, device, seconds)
+        runs = {
+            "ours": lambda base=base, groups=groups: knn(base, k, groups=groups),
+            "torch mm + topk": lambda base=base, groups=groups: torch_knn(base, k, groups),
+            **knn_rivals(base, k, groups),
+        }
+        rows += compare(
+            "knn, ten folds",
+            f"{n} x {width}, k = {k}",
+            runs,
+            missed,
+            0,
+            2 * n * n * width * 0.9,
+            8 * n * width,
+            "tf32" if gpu else "fp32",
+            rates,
+            device,
+            seconds,
+        )
     return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", nargs="?", choices=("logsum", "cka", "knn"), help="one kernel (default: all three)")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "kernel",
+        nargs="?",
+        choices=("logsum", "cka", "knn"),
+        help="one kernel (default: all three)",
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes; under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -346,15 +491,35 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"error: --device {args.device}; no GPU is visible to PyTorch; use --device cpu", file=sys.stderr)
+        print(
+            f"error: --device {args.device}; no GPU is visible to PyTorch; use --device cpu",
+            file=sys.stderr,
+        )
         return 1
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     rates = ceilings(device)
-    about = {"device": name, "date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__,
-             "python": platform.python_version(), "threads": torch.get_num_threads(), "ceilings": rates}
-    measured = ", ".join(f"{key} {value:.3g} {'GB/s' if key == 'copy' else 'TFLOP/s'}" for key, value in rates.items())
-    print(f"{name}, {about['threads']} threads, torch {torch.__version__}, {about['date']}; measured: {measured}\n")
-    print("| kernel | shape | what | ms, median (20 to 80 %) | roofline | peak MB | error | ours is faster by |")
+    about = {
+        "device": name,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "ceilings": rates,
+    }
+    measured = ", ".join(
+        f"{key} {value:.3g} {'GB/s' if key == 'copy' else 'TFLOP/s'}"
+        for key, value in rates.items()
+    )
+    print(
+        f"{name}, {about['threads']} threads, torch {torch.__version__}, {about['date']}; measured: {measured}\n"
+    )
+    print(
+        "| kernel | shape | what | ms, median (20 to 80 %) | roofline | peak MB | error | ours is faster by |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     benches = {"logsum": bench_logsum, "cka": bench_cka, "knn": bench_knn}
     rows = []

@@ -33,7 +33,9 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     _check_features([x], "x")
     if x.shape[0] < 2:
         raise ValueError("x: a covariance needs at least 2 rows")
-    scatter = _scatter_op if torch.compiler.is_compiling() else _scatter  # the operator's first call imports Dynamo
+    scatter = (
+        _scatter_op if torch.compiler.is_compiling() else _scatter
+    )  # the operator's first call imports Dynamo
     product = scatter(x.detach())
     if not torch.compiler.is_compiling() and not product.diagonal().isfinite().all():
         _check_finite(x=[x])
@@ -76,24 +78,41 @@ def cka(
         raise ValueError(f"ys: on {ys[0].device}, but xs is on {xs[0].device}")
     if n < 4:
         raise ValueError(f"xs: CKA needs at least 4 rows, got {n}")
-    unique, places = [], []  # a feature set named twice is worked on once; compared by `is`, which Dynamo traces
+    unique, places = (
+        [],
+        [],
+    )  # a feature set named twice is worked on once; compared by `is`, which Dynamo traces
     for x in (*xs, *ys):
         found = [i for i, other in enumerate(unique) if other is x]
         places.append(found[0] if found else len(unique))
         if not found:
             unique.append(x)
-    run = _hsic_op if torch.compiler.is_compiling() else _hsic  # the operator's first call imports Dynamo: seconds
-    if kernel == "rbf" and not torch.compiler.is_compiling():  # the median cannot be counted among NaN
+    run = (
+        _hsic_op if torch.compiler.is_compiling() else _hsic
+    )  # the operator's first call imports Dynamo: seconds
+    if (
+        kernel == "rbf" and not torch.compiler.is_compiling()
+    ):  # the median cannot be counted among NaN
         _check_finite(xs=xs, ys=ys)
     unique = [x.detach() for x in unique]
-    hsic = run(unique, places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
+    hsic = run(unique, places[: len(xs)], places[len(xs) :], kernel, float(bandwidth))
     if not torch.compiler.is_compiling():
-        own = hsic[1, len(xs) * len(ys):]
-        if not ((own > 1e-20) & (own < 1e30)).all():  # NaN, a constant set, or numbers whose squares left fp32's range
+        own = hsic[1, len(xs) * len(ys) :]
+        if not (
+            (own > 1e-20) & (own < 1e30)
+        ).all():  # NaN, a constant set, or numbers whose squares left fp32's range
             _check_finite(xs=xs, ys=ys)
-            hsic = run([_scaled(x) for x in unique], places[:len(xs)], places[len(xs):], kernel, float(bandwidth))
+            hsic = run(
+                [_scaled(x) for x in unique],
+                places[: len(xs)],
+                places[len(xs) :],
+                kernel,
+                float(bandwidth),
+            )
     cross, own_x, own_y = hsic.split([len(xs) * len(ys), len(xs), len(ys)], dim=1)
-    unbiased, biased = cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
+    unbiased, biased = (
+        cross.unflatten(1, (len(xs), len(ys))) / (own_x.unsqueeze(2) * own_y.unsqueeze(1)).sqrt()
+    )
     return {"unbiased": unbiased, "biased": biased, "both": (unbiased, biased)}[estimator]
 
 
@@ -110,9 +129,13 @@ def _check_features(features, name):
         if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"{name}[{i}]: expected shape (N, D), got {tuple(x.shape)}")
         if x.shape[0] != features[0].shape[0]:
-            raise ValueError(f"{name}[{i}]: {x.shape[0]} rows, but {name}[0] has {features[0].shape[0]}")
+            raise ValueError(
+                f"{name}[{i}]: {x.shape[0]} rows, but {name}[0] has {features[0].shape[0]}"
+            )
         if x.device != features[0].device:
-            raise ValueError(f"{name}[{i}]: on {x.device}, but {name}[0] is on {features[0].device}")
+            raise ValueError(
+                f"{name}[{i}]: on {x.device}, but {name}[0] is on {features[0].device}"
+            )
 
 
 def _check_finite(**features):
@@ -131,7 +154,10 @@ def _wide(*xs):
 
 def _mean(x):
     """Column means; short sums in fp32, their sum in fp64."""
-    return torch.stack([part.sum(0, dtype=_wide(x)) for part in x.split(1024)]).double().sum(0) / x.shape[0]
+    return (
+        torch.stack([part.sum(0, dtype=_wide(x)) for part in x.split(1024)]).double().sum(0)
+        / x.shape[0]
+    )
 
 
 def _centred(x, mean, wide):
@@ -181,7 +207,10 @@ def _row_norms(x, mean, wide):
 
 def _from_features(features, means, pairs, wide):
     """Squared Frobenius norm of x^T y for each pair (i, j) of feature sets."""
-    return {(i, j): _square_norms(_product(features[i], means[i], features[j], means[j], wide)).sum() for i, j in pairs}
+    return {
+        (i, j): _square_norms(_product(features[i], means[i], features[j], means[j], wide)).sum()
+        for i, j in pairs
+    }
 
 
 def _from_grams(features, means, pairs, wide):
@@ -201,7 +230,9 @@ def _linear(features, pairs):
     n, wide = features[0].shape[0], _wide(*features)
     means = [_mean(x) for x in features]
     triton = wide == torch.float32 and use_triton(features[0].device)
-    if n <= CHUNK_ROWS and not triton:  # centre once; many rows are centred a chunk at a time, where they are needed
+    if (
+        n <= CHUNK_ROWS and not triton
+    ):  # centre once; many rows are centred a chunk at a time, where they are needed
         features = [_centred(x, mean, wide) for x, mean in zip(features, means, strict=True)]
         means = [None] * len(features)
     widths = [x.shape[1] for x in features]
@@ -219,7 +250,12 @@ def _linear(features, pairs):
     hsic = {}
     for i, j in pairs:
         both = torch.dot(norms[i], norms[j])
-        trace = full[i, j] - both + norms[i].sum() * norms[j].sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * both
+        trace = (
+            full[i, j]
+            - both
+            + norms[i].sum() * norms[j].sum() / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * both
+        )
         hsic[i, j] = torch.stack((trace / (n * (n - 3)), full[i, j] / (n - 1) ** 2))
     return hsic
 
@@ -248,10 +284,17 @@ def _median(x, norms, step):
         counts = torch.zeros(2**16 + 1, dtype=torch.int64, device=x.device)
         for start in range(0, n, step):
             bits = _squared_distances(x, norms, start, step).float().view(torch.int32)
-            key = bits >> 16 if high is None else torch.where(bits >> 16 == high, bits & 0xFFFF, 2**16)
+            key = (
+                bits >> 16
+                if high is None
+                else torch.where(bits >> 16 == high, bits & 0xFFFF, 2**16)
+            )
             key = _off_diagonal(key, start, 2**16).flatten().long()
-            counts += torch.bincount(key, minlength=2**16 + 1) if x.device.type == "cpu" else counts.new_zeros(
-                2**16 + 1).scatter_add_(0, key, torch.ones_like(key))
+            counts += (
+                torch.bincount(key, minlength=2**16 + 1)
+                if x.device.type == "cpu"
+                else counts.new_zeros(2**16 + 1).scatter_add_(0, key, torch.ones_like(key))
+            )
         below = counts[:-1].cumsum(0)
         found = torch.searchsorted(below, rank, right=True)
         if high is None:
@@ -269,7 +312,9 @@ def _rbf(features, pairs, bandwidth):
     step = max(1, BLOCK_BYTES // (16 * n * len(features)))
     xs = [_scaled(_centred(x, _mean(x), wide)) for x in features]
     norms = [x.square().sum(1) for x in xs]
-    sigmas = [_median(x, norm, step).to(wide) * bandwidth**2 for x, norm in zip(xs, norms, strict=True)]
+    sigmas = [
+        _median(x, norm, step).to(wide) * bandwidth**2 for x, norm in zip(xs, norms, strict=True)
+    ]
     offset = float(torch.tensor(-0.5 / bandwidth**2, dtype=torch.float64).exp())
     total = torch.zeros(len(xs), len(xs), dtype=torch.float64, device=xs[0].device)
     sums = []
@@ -285,7 +330,9 @@ def _rbf(features, pairs, bandwidth):
     whole, cross = sums.sum(1), sums @ sums.T
     hsic = {}
     for i, j in pairs:
-        unbiased = total[i, j] + whole[i] * whole[j] / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross[i, j]
+        unbiased = (
+            total[i, j] + whole[i] * whole[j] / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross[i, j]
+        )
         # with the diagonal back in place
         rows = cross[i, j] + diagonal * (whole[i] + whole[j]) + n * diagonal**2
         ends = (whole[i] + n * diagonal) * (whole[j] + n * diagonal)
@@ -295,10 +342,16 @@ def _rbf(features, pairs, bandwidth):
 
 
 def _hsic(
-    features: Sequence[torch.Tensor], left: Sequence[int], right: Sequence[int], kernel: str, bandwidth: float
+    features: Sequence[torch.Tensor],
+    left: Sequence[int],
+    right: Sequence[int],
+    kernel: str,
+    bandwidth: float,
 ) -> torch.Tensor:
     """-> (unbiased, biased) x (every left with every right, every left with itself, every right with itself)."""
-    wanted = [(min(i, j), max(i, j)) for i in left for j in right] + [(i, i) for i in (*left, *right)]
+    wanted = [(min(i, j), max(i, j)) for i in left for j in right] + [
+        (i, i) for i in (*left, *right)
+    ]
     pairs = sorted(set(wanted))
     with torch.autocast(features[0].device.type, enabled=False):
         hsic = _linear(features, pairs) if kernel == "linear" else _rbf(features, pairs, bandwidth)

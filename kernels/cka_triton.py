@@ -21,7 +21,9 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def _operand(pointer, stride, means, row, rows, column, width, ROUND: tl.constexpr):
     """(rows, columns) of one feature set, centred, 0 outside, rounded to TF32 if asked."""
     real = (row[:, None] < rows) & (column[None, :] < width)
-    x = tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=real, other=0.0).to(tl.float32)
+    x = tl.load(
+        pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=real, other=0.0
+    ).to(tl.float32)
     x = tl.where(real, x - tl.load(means + column, mask=column < width, other=0.0)[None, :], 0.0)
     if ROUND:
         bits = x.to(tl.int32, bitcast=True) + 0x1000
@@ -84,7 +86,11 @@ def config(precision: str, hip: bool) -> dict:
 def _send(values, dtype, device):
     """A table on the device, without waiting for it."""
     table = torch.tensor(values, dtype=dtype)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return (
+        table.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else table.to(device)
+    )
 
 
 def _tables(features, means, pairs, size):
@@ -108,13 +114,19 @@ def _tables(features, means, pairs, size):
                     owner.append(number)
                     weight.append(2.0 if i == j and b > a else 1.0)
     tensor = lambda values: _send(values, torch.int64, device)  # noqa: E731
-    operands = (tensor([x.data_ptr() for x in features]), tensor([x.stride(0) for x in features]),
-                torch.cat(means).float(), tensor(tiles))
+    operands = (
+        tensor([x.data_ptr() for x in features]),
+        tensor([x.stride(0) for x in features]),
+        torch.cat(means).float(),
+        tensor(tiles),
+    )
     return features, operands, tensor(chosen), owner, weight
 
 
 def _aligned(features):
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in features)
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in features
+    )
 
 
 def _launch(features, operands, chosen, precision, store, splits):
@@ -124,20 +136,34 @@ def _launch(features, operands, chosen, precision, store, splits):
     out = torch.empty(shape, dtype=torch.float32, device=device)
     step = triton.cdiv(triton.cdiv(rows, splits), options["ROWS"]) * options["ROWS"]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        gram_kernel[(len(chosen), splits)](*operands, chosen, out, rows, step, TYPE=_TYPES[features[0].dtype],
-                                           STORE=store, PRECISION=precision, ALIGNED=_aligned(features), **options)
+        gram_kernel[(len(chosen), splits)](
+            *operands,
+            chosen,
+            out,
+            rows,
+            step,
+            TYPE=_TYPES[features[0].dtype],
+            STORE=store,
+            PRECISION=precision,
+            ALIGNED=_aligned(features),
+            **options,
+        )
     return out
 
 
 def square_norms(features, means, pairs):
     """Squared Frobenius norm of the centred product of each pair (i, j) of feature sets, as fp64 scalars."""
-    features, operands, chosen, owner, weight = _tables(features, means, pairs, config("tf32", False)["TILE"])
+    features, operands, chosen, owner, weight = _tables(
+        features, means, pairs, config("tf32", False)["TILE"]
+    )
     splits = triton.cdiv(features[0].shape[0], CHUNK_ROWS)
     if splits == 1:
         squares = _launch(features, operands, chosen, "tf32", False, 1).double()
     else:
-        parts = (_launch(features, operands, part, "tf32", True, splits).double().sum(1)
-                 for part in chosen.split(max(1, GROUP // splits)))
+        parts = (
+            _launch(features, operands, part, "tf32", True, splits).double().sum(1)
+            for part in chosen.split(max(1, GROUP // splits))
+        )
         squares = torch.cat([tiles.square().sum((1, 2)) for tiles in parts])
     squares *= _send(weight, torch.float64, squares.device)
     counts = [owner.count(number) for number in range(len(pairs))]

@@ -25,7 +25,11 @@ def use_triton(device: torch.device) -> bool:
     if choice == "auto":
         return device.type == "cuda" and _triton_installed()
     if not _triton_installed():
-        raise ValueError("G2L_KERNELS=triton, but triton is not installed; pip install triton, or use auto")
+        raise ValueError(
+            "G2L_KERNELS=triton, but triton is not installed; pip install triton, or use auto"
+        )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"G2L_KERNELS=triton, but the tensors are on {device}; move them to a GPU, or use auto")
+        raise ValueError(
+            f"G2L_KERNELS=triton, but the tensors are on {device}; move them to a GPU, or use auto"
+        )
     return True

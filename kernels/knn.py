@@ -41,7 +41,9 @@ def knn(
     NaN and infinity.
     """
     _check(base, k, query, groups, query_groups, metric)
-    run = _search_op if torch.compiler.is_compiling() else _search  # the operator's first call imports Dynamo: seconds
+    run = (
+        _search_op if torch.compiler.is_compiling() else _search
+    )  # the operator's first call imports Dynamo: seconds
     query = None if query is None else query.detach()
     distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
     return (distance, index) if return_distance else index
@@ -62,7 +64,10 @@ def _check(base, k, query, groups, query_groups, metric):
         if x.device != base.device:
             raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
         if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
-            found, expected = f"{x.dtype} with {x.shape[1]} columns", f"{base.dtype} with {base.shape[1]}"
+            found, expected = (
+                f"{x.dtype} with {x.shape[1]} columns",
+                f"{base.dtype} with {base.shape[1]}",
+            )
             raise ValueError(f"{name}: {found}, but base is {expected}")
         if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
             raise ValueError(f"{name}: contains NaN or infinity")
@@ -73,16 +78,26 @@ def _check(base, k, query, groups, query_groups, metric):
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"metric: expected euclidean or cosine, got {metric!r}")
     if query is not None and (groups is None) != (query_groups is None):
-        raise ValueError("query_groups: groups and query_groups are needed together when query is given")
+        raise ValueError(
+            "query_groups: groups and query_groups are needed together when query is given"
+        )
     if query is None and query_groups is not None:
-        raise ValueError("query_groups: given without query; groups already says the groups of base")
+        raise ValueError(
+            "query_groups: given without query; groups already says the groups of base"
+        )
     for name, labels, rows in (("groups", groups, base), ("query_groups", query_groups, query)):
         if labels is None:
             continue
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
+        if (
+            not isinstance(labels, torch.Tensor)
+            or labels.is_floating_point()
+            or labels.is_complex()
+        ):
             raise TypeError(f"{name}: expected an integer tensor")
         if labels.shape != rows.shape[:1]:
-            raise ValueError(f"{name}: expected shape ({rows.shape[0]},), got {tuple(labels.shape)}")
+            raise ValueError(
+                f"{name}: expected shape ({rows.shape[0]},), got {tuple(labels.shape)}"
+            )
         if labels.device != base.device:
             raise ValueError(f"{name}: on {labels.device}, but base is on {base.device}")
 
@@ -94,7 +109,9 @@ PANEL = 2048  # columns of scores at a time: with QUERIES rows their minima are 
 QUERIES = 192
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
-TINY = 2.0**-120  # more than a sum of 2,560 products loses to underflow; rows are scaled to values below 1
+TINY = (
+    2.0**-120
+)  # more than a sum of 2,560 products loses to underflow; rows are scaled to values below 1
 CACHED = 2**17  # fp64 values of the rescan at a time
 SET = 8  # rows per set of the screen
 
@@ -119,12 +136,20 @@ def _operands(base, query, metric, unit):
         b = _rounded(_directions(base), unit)
         q = b if query is None else _rounded(_directions(query), unit)
         half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        return q, b, q.new_full(q.shape[:1], half), b.new_full(b.shape[:1], half), b.new_ones((), dtype=torch.float64)
+        return (
+            q,
+            b,
+            q.new_full(q.shape[:1], half),
+            b.new_full(b.shape[:1], half),
+            b.new_ones((), dtype=torch.float64),
+        )
     wide = torch.promote_types(base.dtype, torch.float32)
     both = (base,) if query is None else (base, query)
     largest = torch.stack([side for x in both for side in x.aminmax()]).abs().amax()
     # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have a square.
-    scale = torch.ldexp(torch.ones_like(largest, dtype=wide), -largest.to(wide).frexp()[1].clamp(-126, 126))
+    scale = torch.ldexp(
+        torch.ones_like(largest, dtype=wide), -largest.to(wide).frexp()[1].clamp(-126, 126)
+    )
     scaled = base.to(wide) * scale
     mean = scaled.mean(0)
     b = _rounded(scaled.sub_(mean), unit)
@@ -170,8 +195,11 @@ def _blocks(queries, labels, height):
     if labels is None:
         return plain
     values, counts = labels.unique(return_counts=True)
-    grouped = [(rows, label) for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)
-               for rows in part.split(height)]
+    grouped = [
+        (rows, label)
+        for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)
+        for rows in part.split(height)
+    ]
     return grouped if len(grouped) <= 2 * len(plain) else plain
 
 
@@ -181,7 +209,9 @@ def _reference(base, k, query, groups, query_groups, metric):
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     queries = base if alone else query
     labels = groups if alone else query_groups
-    distances = torch.full((queries.shape[0], k), float("inf"), dtype=torch.float64, device=base.device)
+    distances = torch.full(
+        (queries.shape[0], k), float("inf"), dtype=torch.float64, device=base.device
+    )
     indices = torch.full((queries.shape[0], k), -1, dtype=torch.int64, device=base.device)
     redone = torch.zeros(queries.shape[0], dtype=torch.bool, device=base.device)
     if n == 0 or queries.shape[0] == 0:
@@ -216,10 +246,18 @@ def _reference(base, k, query, groups, query_groups, metric):
                 score[inside, rows[inside] - start] = float("inf")
             if labels is not None and label is None:
                 stop = min(start + panel, n)
-                score[:, : stop - start].masked_fill_(labels[rows, None] == groups[start:stop], float("inf"))
-            torch.amin(score.unflatten(1, (SET, sets)), 1, out=least[:count, start // SET : start // SET + sets])
+                score[:, : stop - start].masked_fill_(
+                    labels[rows, None] == groups[start:stop], float("inf")
+                )
+            torch.amin(
+                score.unflatten(1, (SET, sets)),
+                1,
+                out=least[:count, start // SET : start // SET + sets],
+            )
         bound, best = least[:count].topk(kept, dim=1, largest=False)
-        dropped = bound[:, -1].clone() if kept < padded // SET else bound.new_full((count,), float("inf"))
+        dropped = (
+            bound[:, -1].clone() if kept < padded // SET else bound.new_full((count,), float("inf"))
+        )
         first = best // sets * panel + best % sets
         candidates = (first.unsqueeze(2) + members).flatten(1)
         members_kept = min(k + SPARE, candidates.shape[1])
@@ -228,16 +266,31 @@ def _reference(base, k, query, groups, query_groups, metric):
             dropped = torch.minimum(dropped, bound[:, -1])
         candidates = candidates.gather(1, best)
         candidates = candidates.clamp(max=n - 1)
-        exact = _exact(base, queries, rows, candidates, metric).masked_fill_(bound.isinf(), float("inf"))
+        exact = _exact(base, queries, rows, candidates, metric).masked_fill_(
+            bound.isinf(), float("inf")
+        )
         nearest, index = _ordered(exact, candidates, found)
-        distances[rows, :found], indices[rows, :found] = nearest, index.masked_fill(nearest.isinf(), -1)
+        distances[rows, :found], indices[rows, :found] = (
+            nearest,
+            index.masked_fill(nearest.isinf(), -1),
+        )
         redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1] * units) | dropped.isinf())
     table[:n, -1] = bias_b
     again = redone.nonzero().squeeze(1)
     for rows in again.split(max(1, 2**22 // n)) if len(again) else ():
         limit = distances[rows, found - 1] * units
-        nearest, index = _redo(base, queries, rows, found, limit, alone, groups, labels, metric,
-                               lambda part: bias_q[part, None] + probe[part] @ table[:n].T)
+        nearest, index = _redo(
+            base,
+            queries,
+            rows,
+            found,
+            limit,
+            alone,
+            groups,
+            labels,
+            metric,
+            lambda part: bias_q[part, None] + probe[part] @ table[:n].T,
+        )
         distances[rows, :found], indices[rows, :found] = nearest, index
     if metric == "cosine":
         distances.div_(2).clamp_(min=0)
@@ -259,7 +312,9 @@ def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
     """Neighbours of `rows` among all of base whose lower bound does not exceed `limit`, a distance that k rows keep."""
     n = base.shape[0]
     every = torch.arange(n, device=base.device).expand(len(rows), n)
-    possible = _admissible(every, rows, alone, groups, labels, n) & (lower(rows) <= limit.unsqueeze(1))
+    possible = _admissible(every, rows, alone, groups, labels, n) & (
+        lower(rows) <= limit.unsqueeze(1)
+    )
     row, column = possible.nonzero(as_tuple=True)
     distance = _exact(base, queries, rows[row], column.unsqueeze(1), metric).squeeze(1)
     order = distance.argsort(stable=True)  # ties stay in the order of nonzero: by index
@@ -270,7 +325,10 @@ def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
     nearest = torch.full((len(rows), k), float("inf"), dtype=torch.float64, device=base.device)
     index = torch.full((len(rows), k), -1, dtype=torch.int64, device=base.device)
     first = place < k
-    nearest[row[first], place[first]], index[row[first], place[first]] = distance[first], column[first]
+    nearest[row[first], place[first]], index[row[first], place[first]] = (
+        distance[first],
+        column[first],
+    )
     return nearest, index
 
 
@@ -278,8 +336,12 @@ def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
 
 
 def _search(
-    base: torch.Tensor, k: int, query: torch.Tensor | None, groups: torch.Tensor | None,
-    query_groups: torch.Tensor | None, metric: str,
+    base: torch.Tensor,
+    k: int,
+    query: torch.Tensor | None,
+    groups: torch.Tensor | None,
+    query_groups: torch.Tensor | None,
+    metric: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
     with torch.autocast(base.device.type, enabled=False):
@@ -296,5 +358,11 @@ _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
 @_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
     rows = (base if query is None else query).shape[0]
-    distances = base.new_empty(rows, k, dtype=torch.float64 if base.dtype == torch.float64 else torch.float32)
-    return distances, distances.new_empty(rows, k, dtype=torch.int64), distances.new_empty(rows, dtype=torch.bool)
+    distances = base.new_empty(
+        rows, k, dtype=torch.float64 if base.dtype == torch.float64 else torch.float32
+    )
+    return (
+        distances,
+        distances.new_empty(rows, k, dtype=torch.int64),
+        distances.new_empty(rows, dtype=torch.bool),
+    )

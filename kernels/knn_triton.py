@@ -46,7 +46,10 @@ def screen_kernel(
         labels_q = tl.load(query_groups + tl.minimum(q, queries - 1))
         at = spans + tl.program_id(0)
         skip_from, skipped = tl.load(at), tl.load(at + tl.num_programs(0)) - tl.load(at)
-        near_from, near_to = tl.load(at + 2 * tl.num_programs(0)), tl.load(at + 3 * tl.num_programs(0))
+        near_from, near_to = (
+            tl.load(at + 2 * tl.num_programs(0)),
+            tl.load(at + 3 * tl.num_programs(0)),
+        )
     best = tl.full((QUERIES, KEEP), float("inf"), tl.float32)
     ids = tl.full((QUERIES, KEEP), -1, tl.int32)
     slots, lanes = tl.arange(0, KEEP), tl.arange(0, SETS)
@@ -61,14 +64,22 @@ def screen_kernel(
         if LOOPED:
             for first in range(0, stride, WIDTH):
                 e = first + d
-                x = tl.load(q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < stride), other=0.0)
-                y = tl.load(n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < stride), other=0.0)
+                x = tl.load(
+                    q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < stride), other=0.0
+                )
+                y = tl.load(
+                    n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < stride), other=0.0
+                )
                 score = tl.dot(x, y, score, input_precision="tf32")
         else:
-            y = tl.load(n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < stride), other=0.0)
+            y = tl.load(
+                n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < stride), other=0.0
+            )
             score = tl.dot(a, y, score, input_precision="tf32")
         if MASK == 1:
-            if (start < tl.program_id(0) * QUERIES + QUERIES) & (start + ROWS > tl.program_id(0) * QUERIES):
+            if (start < tl.program_id(0) * QUERIES + QUERIES) & (
+                start + ROWS > tl.program_id(0) * QUERIES
+            ):
                 score = tl.where(q[:, None] == n[None, :], float("inf"), score)
         if MASK == 2:
             if (start < near_to) & (start + ROWS > near_from):
@@ -91,16 +102,31 @@ def screen_kernel(
 
 
 @triton.jit
-def _distances(query, base, q, index, real, width, COSINE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+def _distances(
+    query,
+    base,
+    q,
+    index,
+    real,
+    width,
+    COSINE: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Squared distance (or twice the cosine distance) in fp64 of one query to base[index], infinity where not real."""
     total = tl.zeros((COUNT,), tl.float64)
     norm = tl.zeros((COUNT,), tl.float64)
     own = tl.zeros((1,), tl.float64)
     for first in range(0, width, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        a = tl.load(query + q.to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0).to(tl.float64)
-        b = tl.load(base + index.to(tl.int64)[:, None] * width + d[None, :],
-                    mask=real[:, None] & (d[None, :] < width), other=0.0).to(tl.float64)
+        a = tl.load(
+            query + q.to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0
+        ).to(tl.float64)
+        b = tl.load(
+            base + index.to(tl.int64)[:, None] * width + d[None, :],
+            mask=real[:, None] & (d[None, :] < width),
+            other=0.0,
+        ).to(tl.float64)
         if COSINE:
             total += tl.sum(a * b, 1)
             norm += tl.sum(b * b, 1)
@@ -149,7 +175,9 @@ def rescan_kernel(
     distance = _distances(query, base, q, index, real, width, COSINE, KEEP * SET, WIDTH)
     last = _emit(distance, index, q, distances, indices, k, COSINE)
     least = tl.load(dropped + q)
-    proved = (last * tl.load(units) < (least + tl.load(bias + q)).to(tl.float64)) | (least == float("inf"))
+    proved = (last * tl.load(units) < (least + tl.load(bias + q)).to(tl.float64)) | (
+        least == float("inf")
+    )
     tl.store(redo + q, (proved == 0).to(tl.int8))
 
 
@@ -174,9 +202,13 @@ def redo_kernel(
             distance = _distances(query, base, q, n, real, width, COSINE, ROWS, WIDTH)
             worst = tl.max(best)
             value = tl.min(distance)
-            while value < worst:  # rows come by index: a tie with the worst kept is not an improvement
+            while (
+                value < worst
+            ):  # rows come by index: a tie with the worst kept is not an improvement
                 chosen = tl.min(tl.where(distance == value, n, 2147483647))
-                place = tl.max(tl.where(best == worst, ids, -1))  # of equals the largest index leaves
+                place = tl.max(
+                    tl.where(best == worst, ids, -1)
+                )  # of equals the largest index leaves
                 hit = (best == worst) & (ids == place)
                 best = tl.where(hit, value, best)
                 ids = tl.where(hit, chosen, ids)
@@ -197,9 +229,16 @@ def screen_config(k: int, width: int, device: str) -> dict:
     lets two programs share a multiprocessor, so that one multiplies while the other waits for its loads.
     """
     keep, looped = min(64, max(16, triton.next_power_of_2(k + SPARE))), width > 64
-    config = {"KEEP": keep, "QUERIES": 64 if keep <= 32 else 16 if device == "hip" else 32, "ROWS": 64, "SET": 8,
-              "LOOPED": looped, "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
-              "num_warps": 8, "num_stages": 1 if keep == 64 else 2}
+    config = {
+        "KEEP": keep,
+        "QUERIES": 64 if keep <= 32 else 16 if device == "hip" else 32,
+        "ROWS": 64,
+        "SET": 8,
+        "LOOPED": looped,
+        "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
+        "num_warps": 8,
+        "num_stages": 1 if keep == 64 else 2,
+    }
     if device == "hopper" and keep <= 32 and not looped:
         config |= {"QUERIES": 128, "maxnreg": 128}
     return config
@@ -220,7 +259,10 @@ def _spans(query_groups, groups, queries, rows):
     least, most = query_groups[::queries], query_groups[queries - 1 :: queries]
     if len(most) < len(least):
         most = torch.cat((most, query_groups[-1:]))
-    near_from, near_to = torch.searchsorted(groups, least), torch.searchsorted(groups, most, right=True)
+    near_from, near_to = (
+        torch.searchsorted(groups, least),
+        torch.searchsorted(groups, most, right=True),
+    )
     skip_from, skip_to = (near_from + rows - 1) // rows, near_to // rows
     skip_to = torch.where(least == most, skip_to.maximum(skip_from), skip_from)
     return torch.stack((skip_from, skip_to, near_from, near_to)).int()
@@ -229,7 +271,11 @@ def _spans(query_groups, groups, queries, rows):
 def _kind(device):
     if torch.version.hip is not None:
         return "hip"
-    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+    return (
+        "hopper"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        else "cuda"
+    )
 
 
 def search(base, k, query, groups, query_groups, metric):
@@ -254,7 +300,9 @@ def search(base, k, query, groups, query_groups, metric):
     q, b, bias_q, bias_b, units = _operands(base, None if alone else query, metric, TF32)
     config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
-    splits = max(rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles))
+    splits = max(
+        rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles)
+    )
     if mask == GROUPS:
         spans = _spans(sorted_query_groups, sorted_groups, config["QUERIES"], tile)
     values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
@@ -262,17 +310,63 @@ def search(base, k, query, groups, query_groups, metric):
     cosine, width = metric == "cosine", base.shape[1]
     padding = (0, -width % 16)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        screen_kernel[(tiles, splits)](pad(q[order_q] * -2, padding), pad(b[order], padding), bias_b[order],
-                                       sorted_query_groups, sorted_groups, spans, values, sets, count, rows,
-                                       width + padding[1], MASK=mask, **config)
-        dropped = values.amax(2).amin(1)  # a program dropped no set whose bound is below its worst kept
+        screen_kernel[(tiles, splits)](
+            pad(q[order_q] * -2, padding),
+            pad(b[order], padding),
+            bias_b[order],
+            sorted_query_groups,
+            sorted_groups,
+            spans,
+            values,
+            sets,
+            count,
+            rows,
+            width + padding[1],
+            MASK=mask,
+            **config,
+        )
+        dropped = values.amax(2).amin(
+            1
+        )  # a program dropped no set whose bound is below its worst kept
         values, place = values.flatten(1).topk(rescan["KEEP"], dim=1, largest=False)
         dropped = torch.minimum(dropped, values.amax(1))
         back = torch.empty_like(order_q)
         back[order_q] = torch.arange(count, device=device)
         sets, dropped = sets.flatten(1).gather(1, place)[back], dropped[back]
-        rescan_kernel[(count,)](query, base, order, bias_q, units, query_groups, groups, sets, dropped, distances,
-                                indices, redo, rows, width, k, MASK=mask, COSINE=cosine, ROWS=tile, **rescan)
-        redo_kernel[(count,)](query, base, query_groups, groups, distances, indices, redo, rows, width, k, MASK=mask,
-                              COSINE=cosine, **redo_config(k))
+        rescan_kernel[(count,)](
+            query,
+            base,
+            order,
+            bias_q,
+            units,
+            query_groups,
+            groups,
+            sets,
+            dropped,
+            distances,
+            indices,
+            redo,
+            rows,
+            width,
+            k,
+            MASK=mask,
+            COSINE=cosine,
+            ROWS=tile,
+            **rescan,
+        )
+        redo_kernel[(count,)](
+            query,
+            base,
+            query_groups,
+            groups,
+            distances,
+            indices,
+            redo,
+            rows,
+            width,
+            k,
+            MASK=mask,
+            COSINE=cosine,
+            **redo_config(k),
+        )
     return distances, indices, redo.bool()

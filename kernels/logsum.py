@@ -59,7 +59,9 @@ def log_sum_loss(
     """
     _check(student, weight, teacher, alpha, normalize, reduction, eps, norm_eps, scale, shift)
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+        raise TypeError(
+            f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+        )
     operand = torch.promote_types(student.dtype, weight.dtype)
     if torch.is_autocast_enabled(student.device.type) and operand != torch.float64:
         operand = torch.get_autocast_dtype(student.device.type)
@@ -80,7 +82,13 @@ def _check(student, weight, teacher, alpha, normalize, reduction, eps, norm_eps,
     for name, value in (("scale", scale), ("shift", shift)):
         if (value is not None) != (normalize == "student-affine"):
             raise ValueError(f"{name}: needed with normalize='student-affine' and only there")
-    tensors = {"student": student, "weight": weight, "teacher": teacher, "scale": scale, "shift": shift}
+    tensors = {
+        "student": student,
+        "weight": weight,
+        "teacher": teacher,
+        "scale": scale,
+        "shift": shift,
+    }
     for name, tensor in tensors.items():
         if name in ("scale", "shift") and tensor is None:
             continue
@@ -95,16 +103,22 @@ def _check(student, weight, teacher, alpha, normalize, reduction, eps, norm_eps,
     if student.shape[0] == 0 or student.shape[1] == 0:
         raise ValueError(f"student: empty, shape {tuple(student.shape)}")
     if weight.shape[0] != student.shape[1] or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected shape ({student.shape[1]}, features), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected shape ({student.shape[1]}, features), got {tuple(weight.shape)}"
+        )
     if teacher.shape[0] != student.shape[0] or teacher.shape[1] != weight.shape[1]:
-        raise ValueError(f"teacher: expected {student.shape[0]} rows of {weight.shape[1]}, got {tuple(teacher.shape)}")
+        raise ValueError(
+            f"teacher: expected {student.shape[0]} rows of {weight.shape[1]}, got {tuple(teacher.shape)}"
+        )
     if normalize != "none" and student.shape[0] < 2:
         raise ValueError("student: batch norm needs at least 2 rows")
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None and value.shape[0] != weight.shape[1]:
             raise ValueError(f"{name}: expected {weight.shape[1]} values, got {value.shape[0]}")
     if teacher.requires_grad:
-        raise ValueError("teacher: requires grad, but no gradient flows to it; pass teacher.detach()")
+        raise ValueError(
+            "teacher: requires grad, but no gradient flows to it; pass teacher.detach()"
+        )
     for name, value, least in (("alpha", alpha, 1), ("eps", eps, 0), ("norm_eps", norm_eps, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -135,7 +149,20 @@ def _powers(d, alpha):
     return size.pow(alpha), size.pow(alpha - 1) * d.sign()
 
 
-def _reference(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
+def _reference(
+    student,
+    weight,
+    teacher,
+    scale,
+    shift,
+    alpha,
+    normalize,
+    reduction,
+    eps,
+    norm_eps,
+    operand,
+    need_grad,
+):
     """The forward operator in PyTorch: loss, factor, unscaled gradients of y (B, Dt) and of shift, scale (2, Dt)."""
     wide = _wide(operand)
     y = _project(student, weight, operand)
@@ -162,7 +189,8 @@ def _reference(student, weight, teacher, scale, shift, alpha, normalize, reducti
         return loss, factor, g, y.new_empty(0, y.shape[1])
     mask = [True, scale is not None, scale is not None]
     grad_y, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
-        g, y, affine[0], None, None, mean, rstd, True, norm_eps, mask)
+        g, y, affine[0], None, None, mean, rstd, True, norm_eps, mask
+    )
     sums = y.new_empty(0, y.shape[1]) if scale is None else torch.stack((d_shift, d_scale))
     return loss, factor, grad_y, sums
 
@@ -189,13 +217,24 @@ def _recomputes(student, reduction) -> bool:
 
 
 def _takes_triton(student, operand) -> bool:
-    return operand != torch.float64 and use_triton(student.device)  # Triton has no useful fp64 product
+    return operand != torch.float64 and use_triton(
+        student.device
+    )  # Triton has no useful fp64 product
 
 
 def _forward(
-    student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | None,
-    shift: torch.Tensor | None, alpha: float, normalize: str, reduction: str, eps: float, norm_eps: float,
-    operand: torch.dtype, need_grad: bool,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    alpha: float,
+    normalize: str,
+    reduction: str,
+    eps: float,
+    norm_eps: float,
+    operand: torch.dtype,
+    need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> loss, factor, grad_y (B, Dt), columns (0, 2 or 6, Dt), rows (B,); the last three empty where not needed."""
     options = (alpha, normalize, reduction, eps, norm_eps, operand, need_grad)
@@ -204,7 +243,11 @@ def _forward(
         return loss, factor, grad_y, columns, loss.new_empty(0)
     from kernels import logsum_triton
 
-    run = logsum_triton.tiled_forward if _recomputes(student, reduction) else logsum_triton.fused_forward
+    run = (
+        logsum_triton.tiled_forward
+        if _recomputes(student, reduction)
+        else logsum_triton.fused_forward
+    )
     return run(student, weight, teacher, scale, shift, *options)
 
 
@@ -212,42 +255,106 @@ _forward_op = torch.library.custom_op("g2l::log_sum_forward", _forward, mutates_
 
 
 @_forward_op.register_fake
-def _(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand, need_grad):
+def _(
+    student,
+    weight,
+    teacher,
+    scale,
+    shift,
+    alpha,
+    normalize,
+    reduction,
+    eps,
+    norm_eps,
+    operand,
+    need_grad,
+):
     rows, features = teacher.shape
     loss = student.new_empty((), dtype=_wide(operand))
     tiled = _takes_triton(student, operand) and _recomputes(student, reduction)
     grad_rows = rows if need_grad and not tiled else 0
     columns = (6 if tiled else 2 if scale is not None else 0) if need_grad else 0
     weights = rows if need_grad and tiled and reduction == "row" else 0
-    return (loss, torch.empty_like(loss), loss.new_empty(grad_rows, features), loss.new_empty(columns, features),
-            loss.new_empty(weights))
+    return (
+        loss,
+        torch.empty_like(loss),
+        loss.new_empty(grad_rows, features),
+        loss.new_empty(columns, features),
+        loss.new_empty(weights),
+    )
 
 
 def _backward(
-    grad: torch.Tensor, factor: torch.Tensor, grad_y: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor,
-    student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | None,
-    shift: torch.Tensor | None, alpha: float, normalize: str, operand: torch.dtype, need_student: bool,
+    grad: torch.Tensor,
+    factor: torch.Tensor,
+    grad_y: torch.Tensor,
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    alpha: float,
+    normalize: str,
+    operand: torch.dtype,
+    need_student: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> gradients of student and weight, each empty where not needed."""
     if not _takes_triton(student, operand):
-        return _reference_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight)
+        return _reference_backward(
+            grad, factor, grad_y, student, weight, operand, need_student, need_weight
+        )
     from kernels import logsum_triton
 
     if grad_y.shape[0]:
-        return logsum_triton.fused_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight)
-    return logsum_triton.tiled_backward(grad, factor, columns, rows, student, weight, teacher, scale, shift, alpha,
-                                        normalize, operand, need_student, need_weight)
+        return logsum_triton.fused_backward(
+            grad, factor, grad_y, student, weight, operand, need_student, need_weight
+        )
+    return logsum_triton.tiled_backward(
+        grad,
+        factor,
+        columns,
+        rows,
+        student,
+        weight,
+        teacher,
+        scale,
+        shift,
+        alpha,
+        normalize,
+        operand,
+        need_student,
+        need_weight,
+    )
 
 
 _backward_op = torch.library.custom_op("g2l::log_sum_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
-def _(grad, factor, grad_y, columns, rows, student, weight, teacher, scale, shift, alpha, normalize, operand,
-      need_student, need_weight):
-    return (student.new_empty(student.shape if need_student else (0,)),
-            weight.new_empty(weight.shape if need_weight else (0,)))
+def _(
+    grad,
+    factor,
+    grad_y,
+    columns,
+    rows,
+    student,
+    weight,
+    teacher,
+    scale,
+    shift,
+    alpha,
+    normalize,
+    operand,
+    need_student,
+    need_weight,
+):
+    return (
+        student.new_empty(student.shape if need_student else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -267,21 +374,45 @@ def _gradients(ctx, backward, grad):
     if not ctx.need_grad:
         raise RuntimeError("the forward pass was told that no gradient is needed")
     need_student, need_weight = ctx.needs_input_grad[:2]
-    d_student, d_weight = backward(grad, factor, grad_y, columns, rows, student, weight, teacher, scale, shift,
-                                   *ctx.options, need_student, need_weight)
+    d_student, d_weight = backward(
+        grad,
+        factor,
+        grad_y,
+        columns,
+        rows,
+        student,
+        weight,
+        teacher,
+        scale,
+        shift,
+        *ctx.options,
+        need_student,
+        need_weight,
+    )
     d_scale = d_shift = None
     if scale is not None:
         d_shift, d_scale = (columns[-2:] * (grad * factor)).to(scale.dtype)
         d_shift = d_shift.to(shift.dtype)
-    return (d_student if need_student else None, d_weight if need_weight else None, None, d_scale, d_shift, *none[5:])
+    return (
+        d_student if need_student else None,
+        d_weight if need_weight else None,
+        None,
+        d_scale,
+        d_shift,
+        *none[5:],
+    )
 
 
-_forward_op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _backward_op, grad), setup_context=_save)
+_forward_op.register_autograd(
+    lambda ctx, grad, *_: _gradients(ctx, _backward_op, grad), setup_context=_save
+)
 
 
 def _refuse_graph():
     if torch.is_grad_enabled():
-        raise RuntimeError("log_sum_loss has no second derivative: call backward or grad without create_graph=True")
+        raise RuntimeError(
+            "log_sum_loss has no second derivative: call backward or grad without create_graph=True"
+        )
 
 
 class _Eager(torch.autograd.Function):
@@ -339,7 +470,9 @@ class _Synchronised(torch.autograd.Function):
         shared = torch.cat((*local, value.reshape(1)))
         dist.all_reduce(shared, group=group)
         loss = (shared[-1] + eps).log() if reduction == "batch" else shared[-1] / count
-        factor = alpha / (shared[-1] + eps) if reduction == "batch" else torch.full_like(loss, alpha)
+        factor = (
+            alpha / (shared[-1] + eps) if reduction == "batch" else torch.full_like(loss, alpha)
+        )
         if normalize != "none":
             mean_g, mean_gx = (shared[:-1] / count).split(width)
             g = (g - mean_g - xhat * mean_gx) * (rstd if scale is None else rstd * wide_scale)
@@ -354,9 +487,16 @@ class _Synchronised(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         need_student, need_weight = ctx.needs_input_grad[:2]
-        d_student, d_weight = _reference_backward(grad, factor, g, student, weight, ctx.operand,
-                                                  need_student, need_weight)
+        d_student, d_weight = _reference_backward(
+            grad, factor, g, student, weight, ctx.operand, need_student, need_weight
+        )
         d_scale = (d_scale * grad * factor).to(scale.dtype) if scale is not None else None
         d_shift = (d_shift * grad * factor).to(shift.dtype) if shift is not None else None
-        return (d_student if need_student else None, d_weight if need_weight else None, None, d_scale, d_shift,
-                *(None,) * 7)
+        return (
+            d_student if need_student else None,
+            d_weight if need_weight else None,
+            None,
+            d_scale,
+            d_shift,
+            *(None,) * 7,
+        )

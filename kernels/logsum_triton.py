@@ -17,8 +17,12 @@ BOTH, STUDENT, AFFINE, NONE = 0, 1, 2, 3
 _NORMALIZE = {"both": BOTH, "student": STUDENT, "student-affine": AFFINE, "none": NONE}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TILE_ROWS, TILE_COLUMNS = 64, 64
-SLAB_BYTES = 16 * 2**20  # of fp32 projection held at a time: well inside the L2 of the devices meant
-CHUNK_ROWS = 11 * 128  # of the gradient at the projection: with 1,536 columns one tile for each processor of an H100
+SLAB_BYTES = (
+    16 * 2**20
+)  # of fp32 projection held at a time: well inside the L2 of the devices meant
+CHUNK_ROWS = (
+    11 * 128
+)  # of the gradient at the projection: with 1,536 columns one tile for each processor of an H100
 
 
 @triton.jit
@@ -52,10 +56,22 @@ def _product_tile(a, b, real_m, real_n, count, stride_am, stride_ak, stride_bk, 
     m, n, k = tl.arange(0, real_m.shape[0]), tl.arange(0, real_n.shape[0]), tl.arange(0, STEP)
     total = tl.zeros((real_m.shape[0], real_n.shape[0]), tl.float32)
     for start in range(0, count, STEP):
-        left = tl.load(a + tl.cast(start, tl.int64) * stride_ak + m[:, None] * stride_am + k[None, :] * stride_ak,
-                       mask=real_m[:, None] & (k[None, :] < count - start), other=0.0)
-        right = tl.load(b + tl.cast(start, tl.int64) * stride_bk + k[:, None] * stride_bk + n[None, :] * stride_bn,
-                        mask=(k[:, None] < count - start) & real_n[None, :], other=0.0)
+        left = tl.load(
+            a
+            + tl.cast(start, tl.int64) * stride_ak
+            + m[:, None] * stride_am
+            + k[None, :] * stride_ak,
+            mask=real_m[:, None] & (k[None, :] < count - start),
+            other=0.0,
+        )
+        right = tl.load(
+            b
+            + tl.cast(start, tl.int64) * stride_bk
+            + k[:, None] * stride_bk
+            + n[None, :] * stride_bn,
+            mask=(k[:, None] < count - start) & real_n[None, :],
+            other=0.0,
+        )
         total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision="ieee")
     return total
 
@@ -74,9 +90,22 @@ def fused_forward_kernel(
     inside = c < features
     real = (r[:, None] < rows) & inside[None, :]
     r64, c64 = r.to(tl.int64), c.to(tl.int64)
-    y = _product_tile(student, weight + first.to(tl.int64) * stride_wn, r < rows, inside, inner, stride_sb, stride_sk,
-                      stride_wk, stride_wn, OPERAND, INNER)
-    t = tl.load(teacher + r64[:, None] * stride_tb + c64[None, :] * stride_tn, mask=real, other=0.0).to(tl.float32)
+    y = _product_tile(
+        student,
+        weight + first.to(tl.int64) * stride_wn,
+        r < rows,
+        inside,
+        inner,
+        stride_sb,
+        stride_sk,
+        stride_wk,
+        stride_wn,
+        OPERAND,
+        INNER,
+    )
+    t = tl.load(
+        teacher + r64[:, None] * stride_tb + c64[None, :] * stride_tn, mask=real, other=0.0
+    ).to(tl.float32)
     rstd = tl.full((COLUMNS,), 1.0, tl.float32)
     if NORMALIZE != 3:
         y, rstd = _standardise(y, real, rows, norm_eps)
@@ -85,7 +114,11 @@ def fused_forward_kernel(
     d = y - t
     if NORMALIZE == 2:
         gain = tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        d = y * gain[None, :] + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :] - t
+        d = (
+            y * gain[None, :]
+            + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+            - t
+        )
     value, g = _power(tl.where(real, d, 0.0), ALPHA)
     tl.store(partial + tl.program_id(0), tl.sum(value))
     if NEED_GRAD:
@@ -127,13 +160,24 @@ def fused_backward_kernel(
         total = tl.zeros((INNER, COLUMNS), tl.float32)
         for start in range(0, rows, ROWS):
             r = start + tl.arange(0, ROWS)
-            a = tl.load(student + r.to(tl.int64)[None, :] * stride_sb + k.to(tl.int64)[:, None] * stride_sk,
-                        mask=(r[None, :] < rows) & (k[:, None] < inner), other=0.0)
-            g = tl.load(grad_y + r.to(tl.int64)[:, None] * features + c[None, :],
-                        mask=(r[:, None] < rows) & (c[None, :] < features), other=0.0)
-            total = tl.dot(a.to(OPERAND), (g * coefficient).to(OPERAND), total, input_precision="ieee")
-        tl.store(d_weight + k.to(tl.int64)[:, None] * features + c[None, :], total,
-                 mask=(k[:, None] < inner) & (c[None, :] < features))
+            a = tl.load(
+                student + r.to(tl.int64)[None, :] * stride_sb + k.to(tl.int64)[:, None] * stride_sk,
+                mask=(r[None, :] < rows) & (k[:, None] < inner),
+                other=0.0,
+            )
+            g = tl.load(
+                grad_y + r.to(tl.int64)[:, None] * features + c[None, :],
+                mask=(r[:, None] < rows) & (c[None, :] < features),
+                other=0.0,
+            )
+            total = tl.dot(
+                a.to(OPERAND), (g * coefficient).to(OPERAND), total, input_precision="ieee"
+            )
+        tl.store(
+            d_weight + k.to(tl.int64)[:, None] * features + c[None, :],
+            total,
+            mask=(k[:, None] < inner) & (c[None, :] < features),
+        )
     else:  # other names: Triton wants one shape for a name
         place = pid - weight_programs
         blocks = tl.cdiv(inner, COLUMNS)
@@ -142,18 +186,40 @@ def fused_backward_kernel(
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, features, INNER):
             f = first + tl.arange(0, INNER)
-            slope = tl.load(grad_y + row.to(tl.int64)[:, None] * features + f[None, :],
-                            mask=(row[:, None] < rows) & (f[None, :] < features), other=0.0)
-            b = tl.load(weight + out.to(tl.int64)[None, :] * stride_wk + f.to(tl.int64)[:, None] * stride_wn,
-                        mask=(out[None, :] < inner) & (f[:, None] < features), other=0.0)
-            product = tl.dot((slope * coefficient).to(OPERAND), b.to(OPERAND), product, input_precision="ieee")
-        tl.store(d_student + row.to(tl.int64)[:, None] * inner + out[None, :], product,
-                 mask=(row[:, None] < rows) & (out[None, :] < inner))
+            slope = tl.load(
+                grad_y + row.to(tl.int64)[:, None] * features + f[None, :],
+                mask=(row[:, None] < rows) & (f[None, :] < features),
+                other=0.0,
+            )
+            b = tl.load(
+                weight
+                + out.to(tl.int64)[None, :] * stride_wk
+                + f.to(tl.int64)[:, None] * stride_wn,
+                mask=(out[None, :] < inner) & (f[:, None] < features),
+                other=0.0,
+            )
+            product = tl.dot(
+                (slope * coefficient).to(OPERAND), b.to(OPERAND), product, input_precision="ieee"
+            )
+        tl.store(
+            d_student + row.to(tl.int64)[:, None] * inner + out[None, :],
+            product,
+            mask=(row[:, None] < rows) & (out[None, :] < inner),
+        )
 
 
 @triton.jit
 def moments_kernel(
-    y, teacher, partial, rows, width, stride_yb, stride_tb, stride_tn, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    y,
+    teacher,
+    partial,
+    rows,
+    width,
+    stride_yb,
+    stride_tb,
+    stride_tn,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each column of a tile of y and teacher -> partial (row tile, 4, width)."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -167,8 +233,11 @@ def moments_kernel(
     a = tl.where(real, a - mean[None, :], 0.0)
     tl.store(out, mean, mask=inside)
     tl.store(out + width, tl.sum(a * a, 0), mask=inside)
-    b = tl.load(teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
-                mask=real, other=0.0).to(tl.float32)
+    b = tl.load(
+        teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
+        mask=real,
+        other=0.0,
+    ).to(tl.float32)
     mean = tl.sum(b, 0) / count
     b = tl.where(real, b - mean[None, :], 0.0)
     tl.store(out + 2 * width, mean, mask=inside)
@@ -176,7 +245,9 @@ def moments_kernel(
 
 
 @triton.jit
-def merge_kernel(partial, columns, rows, width, stride_c, norm_eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def merge_kernel(
+    partial, columns, rows, width, stride_c, norm_eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Moments of the row tiles merged in order (Chan et al. 1979) -> columns: mean, rstd of y, then of teacher."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < width
@@ -188,11 +259,17 @@ def merge_kernel(partial, columns, rows, width, stride_c, norm_eps, ROWS: tl.con
             at = partial + (4 * tile + 2 * side) * width + c
             more = tl.minimum(rows - tile * ROWS, ROWS) * 1.0
             delta = tl.load(at, mask=inside, other=0.0) - mean
-            squares += tl.load(at + width, mask=inside, other=0.0) + delta * delta * (count * more / (count + more))
+            squares += tl.load(at + width, mask=inside, other=0.0) + delta * delta * (
+                count * more / (count + more)
+            )
             mean += delta * (more / (count + more))
             count += more
         tl.store(columns + 2 * side * stride_c + c, mean, mask=inside)
-        tl.store(columns + (2 * side + 1) * stride_c + c, 1.0 / tl.sqrt(squares / rows + norm_eps), mask=inside)
+        tl.store(
+            columns + (2 * side + 1) * stride_c + c,
+            1.0 / tl.sqrt(squares / rows + norm_eps),
+            mask=inside,
+        )
 
 
 @triton.jit
@@ -201,8 +278,11 @@ def _difference(x, teacher, columns, scale, shift, r, c, rows, width, stride_tb,
     """One tile of the projection -> (the same standardised, its difference to the teacher's), 0 outside."""
     inside = c < width
     real = (r[:, None] < rows) & inside[None, :]
-    t = tl.load(teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
-                mask=real, other=0.0).to(tl.float32)
+    t = tl.load(
+        teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
+        mask=real,
+        other=0.0,
+    ).to(tl.float32)
     if NORMALIZE != 3:
         mean = tl.load(columns + c, mask=inside, other=0.0)
         rstd = tl.load(columns + stride_c + c, mask=inside, other=0.0)
@@ -214,7 +294,11 @@ def _difference(x, teacher, columns, scale, shift, r, c, rows, width, stride_tb,
     d = x - t
     if NORMALIZE == 2:
         gain = tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        d = x * gain[None, :] + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :] - t
+        d = (
+            x * gain[None, :]
+            + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+            - t
+        )
     return tl.where(real, x, 0.0), tl.where(real, d, 0.0)
 
 
@@ -227,9 +311,26 @@ def loss_kernel(
     """One tile's sum of |d|^alpha, its row sums, and column sums of the gradient and of gradient times projection."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    y = tl.load(y + r.to(tl.int64)[:, None] * stride_yb + c[None, :], mask=(r[:, None] < rows) & (c[None, :] < width),
-                other=0.0)
-    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, width, stride_tb, stride_tn, stride_c, NORMALIZE)
+    y = tl.load(
+        y + r.to(tl.int64)[:, None] * stride_yb + c[None, :],
+        mask=(r[:, None] < rows) & (c[None, :] < width),
+        other=0.0,
+    )
+    x, d = _difference(
+        y,
+        teacher,
+        columns,
+        scale,
+        shift,
+        r,
+        c,
+        rows,
+        width,
+        stride_tb,
+        stride_tn,
+        stride_c,
+        NORMALIZE,
+    )
     value, g = _power(d, ALPHA)
     if WEIGHTED:
         g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
@@ -247,8 +348,21 @@ def _store_gradient(
 ):  # fmt: skip
     """From a tile of the projection to the gradient there, times grad * factor, in the type of `out`."""
     inside = c < features
-    x, d = _difference(y, teacher, columns, scale, shift, r, c, rows, features, stride_tb, stride_tn, features,
-                       NORMALIZE)
+    x, d = _difference(
+        y,
+        teacher,
+        columns,
+        scale,
+        shift,
+        r,
+        c,
+        rows,
+        features,
+        stride_tb,
+        stride_tn,
+        features,
+        NORMALIZE,
+    )
     _, g = _power(d, ALPHA)
     if WEIGHTED:
         g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
@@ -260,7 +374,11 @@ def _store_gradient(
         mean_gx = tl.load(columns + 5 * features + c, mask=inside, other=0.0) / count
         g = (g - mean_g[None, :] - x * mean_gx[None, :]) * rstd[None, :]
     g *= tl.load(grad).to(tl.float32) * tl.load(factor)
-    tl.store(out + r.to(tl.int64)[:, None] * features + c[None, :], g, mask=(r[:, None] < rows) & inside[None, :])
+    tl.store(
+        out + r.to(tl.int64)[:, None] * features + c[None, :],
+        g,
+        mask=(r[:, None] < rows) & inside[None, :],
+    )
 
 
 @triton.jit
@@ -274,14 +392,62 @@ def gradient_kernel(
     blocks = tl.cdiv(features, COLUMNS)
     row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
     r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS // 2)
-    y = _product_tile(student + row.to(tl.int64) * stride_sb, weight + column.to(tl.int64) * stride_wn, r < rows,
-                      column + tl.arange(0, COLUMNS) < features, inner, stride_sb, stride_sk, stride_wk, stride_wn,
-                      OPERAND, INNER)
+    y = _product_tile(
+        student + row.to(tl.int64) * stride_sb,
+        weight + column.to(tl.int64) * stride_wn,
+        r < rows,
+        column + tl.arange(0, COLUMNS) < features,
+        inner,
+        stride_sb,
+        stride_sk,
+        stride_wk,
+        stride_wn,
+        OPERAND,
+        INNER,
+    )
     left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-    _store_gradient(left, teacher, columns, scale, shift, weights, grad, factor, out, r, c, rows, features, count,
-                    stride_tb, stride_tn, ALPHA, NORMALIZE, WEIGHTED)
-    _store_gradient(right, teacher, columns, scale, shift, weights, grad, factor, out, r, c + COLUMNS // 2, rows,
-                    features, count, stride_tb, stride_tn, ALPHA, NORMALIZE, WEIGHTED)
+    _store_gradient(
+        left,
+        teacher,
+        columns,
+        scale,
+        shift,
+        weights,
+        grad,
+        factor,
+        out,
+        r,
+        c,
+        rows,
+        features,
+        count,
+        stride_tb,
+        stride_tn,
+        ALPHA,
+        NORMALIZE,
+        WEIGHTED,
+    )
+    _store_gradient(
+        right,
+        teacher,
+        columns,
+        scale,
+        shift,
+        weights,
+        grad,
+        factor,
+        out,
+        r,
+        c + COLUMNS // 2,
+        rows,
+        features,
+        count,
+        stride_tb,
+        stride_tn,
+        ALPHA,
+        NORMALIZE,
+        WEIGHTED,
+    )
 
 
 @triton.jit
@@ -293,8 +459,19 @@ def weight_kernel(
     blocks = tl.cdiv(features, COLUMNS)
     row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
     k, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    product = _product_tile(student + row.to(tl.int64) * stride_sk, grad_y + column, k < inner, c < features, rows,
-                            stride_sk, stride_sb, features, 1, OPERAND, INNER)
+    product = _product_tile(
+        student + row.to(tl.int64) * stride_sk,
+        grad_y + column,
+        k < inner,
+        c < features,
+        rows,
+        stride_sk,
+        stride_sb,
+        features,
+        1,
+        OPERAND,
+        INNER,
+    )
     out = d_weight + k.to(tl.int64)[:, None] * features + c[None, :]
     real = (k[:, None] < inner) & (c[None, :] < features)
     tl.store(out, tl.load(out, mask=real, other=0.0) + product, mask=real)
@@ -314,7 +491,13 @@ def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
     inner = 128 if padded <= 64 else 64 if padded == 128 else 32
     if operand == torch.float32:
         inner = max(16, inner // 2)
-    return {"ROWS": padded, "COLUMNS": 16, "INNER": inner, "num_warps": 4 if padded <= 128 else 8, "num_stages": 3}
+    return {
+        "ROWS": padded,
+        "COLUMNS": 16,
+        "INNER": inner,
+        "num_warps": 4 if padded <= 128 else 8,
+        "num_stages": 3,
+    }
 
 
 def fused_backward_config(rows: int, operand: torch.dtype) -> dict:
@@ -323,7 +506,9 @@ def fused_backward_config(rows: int, operand: torch.dtype) -> dict:
     return {"ROWS": padded, "INNER": 64, "COLUMNS": 32, "num_warps": warps, "num_stages": 2}
 
 
-def fused_forward(student, weight, teacher, scale, shift, alpha, normalize, _, eps, norm_eps, operand, need_grad):
+def fused_forward(
+    student, weight, teacher, scale, shift, alpha, normalize, _, eps, norm_eps, operand, need_grad
+):
     rows, features = teacher.shape
     config = fused_forward_config(rows, operand)
     programs = triton.cdiv(features, config["COLUMNS"])
@@ -333,9 +518,27 @@ def fused_forward(student, weight, teacher, scale, shift, alpha, normalize, _, e
     columns = empty(2 if need_grad and scale is not None else 0, features)
     with _on(student):
         fused_forward_kernel[(programs,)](
-            student, weight, teacher, scale, shift, partial, grad_y, columns, rows, student.shape[1], features,
-            *student.stride(), *weight.stride(), *teacher.stride(), norm_eps,
-            ALPHA=alpha, NORMALIZE=_NORMALIZE[normalize], NEED_GRAD=need_grad, OPERAND=_TYPES[operand], **config)
+            student,
+            weight,
+            teacher,
+            scale,
+            shift,
+            partial,
+            grad_y,
+            columns,
+            rows,
+            student.shape[1],
+            features,
+            *student.stride(),
+            *weight.stride(),
+            *teacher.stride(),
+            norm_eps,
+            ALPHA=alpha,
+            NORMALIZE=_NORMALIZE[normalize],
+            NEED_GRAD=need_grad,
+            OPERAND=_TYPES[operand],
+            **config,
+        )
         finish_kernel[(1,)](partial, loss, factor, programs, alpha, eps, BLOCK=1024, num_warps=4)
     return loss, factor, grad_y, columns, empty(0)
 
@@ -346,13 +549,31 @@ def fused_backward(grad, factor, grad_y, student, weight, operand, need_student,
     config = fused_backward_config(rows, operand)
     d_student = student.new_empty((rows, inner) if need_student else 0)
     d_weight = weight.new_empty((inner, features) if need_weight else 0)
-    weight_programs = need_weight * triton.cdiv(inner, config["INNER"]) * triton.cdiv(features, config["COLUMNS"])
-    student_programs = need_student * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["COLUMNS"])
+    weight_programs = (
+        need_weight * triton.cdiv(inner, config["INNER"]) * triton.cdiv(features, config["COLUMNS"])
+    )
+    student_programs = (
+        need_student * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["COLUMNS"])
+    )
     if weight_programs + student_programs:
         with _on(student):
             fused_backward_kernel[(weight_programs + student_programs,)](
-                grad, factor, grad_y, student, weight, d_student, d_weight, rows, inner, features, *student.stride(),
-                *weight.stride(), weight_programs, OPERAND=_TYPES[operand], **config)
+                grad,
+                factor,
+                grad_y,
+                student,
+                weight,
+                d_student,
+                d_weight,
+                rows,
+                inner,
+                features,
+                *student.stride(),
+                *weight.stride(),
+                weight_programs,
+                OPERAND=_TYPES[operand],
+                **config,
+            )
     return d_student, d_weight
 
 
@@ -374,8 +595,20 @@ def _slice(vector, start, stop):
     return None if vector is None else vector[start:stop]
 
 
-def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, reduction, eps, norm_eps, operand,
-                  need_grad):
+def tiled_forward(
+    student,
+    weight,
+    teacher,
+    scale,
+    shift,
+    alpha,
+    normalize,
+    reduction,
+    eps,
+    norm_eps,
+    operand,
+    need_grad,
+):
     rows, features = teacher.shape
     mode, a = _NORMALIZE[normalize], student.to(operand)
     empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=student.device)  # noqa: E731
@@ -391,13 +624,42 @@ def tiled_forward(student, weight, teacher, scale, shift, alpha, normalize, redu
         if first and mode != NONE:
             moments = empty(tiles, 4, width)
             moments_kernel[grid](y, t, moments, rows, width, y.stride(0), *t.stride(), **tile)
-            merge_kernel[(grid[1],)](moments, columns[:, start:], rows, width, features, norm_eps, ROWS=TILE_ROWS,
-                                     COLUMNS=TILE_COLUMNS, num_warps=2)
-        partial, partial_rows, partial_columns = empty(*grid), empty(grid[1], rows), empty(tiles, 2, width)
+            merge_kernel[(grid[1],)](
+                moments,
+                columns[:, start:],
+                rows,
+                width,
+                features,
+                norm_eps,
+                ROWS=TILE_ROWS,
+                COLUMNS=TILE_COLUMNS,
+                num_warps=2,
+            )
+        partial, partial_rows, partial_columns = (
+            empty(*grid),
+            empty(grid[1], rows),
+            empty(tiles, 2, width),
+        )
         loss_kernel[grid](
-            y, t, columns[:, start:], _slice(scale, start, stop), _slice(shift, start, stop), weights, partial,
-            partial_rows, partial_columns, rows, width, y.stride(0), *t.stride(), features,
-            ALPHA=alpha, NORMALIZE=mode, WEIGHTED=not first, **tile)
+            y,
+            t,
+            columns[:, start:],
+            _slice(scale, start, stop),
+            _slice(shift, start, stop),
+            weights,
+            partial,
+            partial_rows,
+            partial_columns,
+            rows,
+            width,
+            y.stride(0),
+            *t.stride(),
+            features,
+            ALPHA=alpha,
+            NORMALIZE=mode,
+            WEIGHTED=not first,
+            **tile,
+        )
         columns[4:, start:stop] = partial_columns.sum(0)
         return partial.sum(), partial_rows.sum(0)
 
@@ -425,25 +687,75 @@ def tiled_backward_config(operand: torch.dtype) -> dict:
     return {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
 
 
-def tiled_backward(grad, factor, columns, weights, student, weight, teacher, scale, shift, alpha, normalize, operand,
-                   need_student, need_weight):
+def tiled_backward(
+    grad,
+    factor,
+    columns,
+    weights,
+    student,
+    weight,
+    teacher,
+    scale,
+    shift,
+    alpha,
+    normalize,
+    operand,
+    need_student,
+    need_weight,
+):
     rows, features = teacher.shape
-    inner, mode, b, config = student.shape[1], _NORMALIZE[normalize], weight.to(operand), tiled_backward_config(operand)
+    inner, mode, b, config = (
+        student.shape[1],
+        _NORMALIZE[normalize],
+        weight.to(operand),
+        tiled_backward_config(operand),
+    )
     tiles = lambda n: triton.cdiv(n, config["ROWS"]) * triton.cdiv(features, config["COLUMNS"])  # noqa: E731
     d_student = student.new_empty(student.shape if need_student else 0)
-    total = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device)
+    total = torch.zeros(
+        weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device
+    )
     grad_y = torch.empty((min(rows, CHUNK_ROWS), features), dtype=operand, device=student.device)
     with _on(student), torch.autocast(student.device.type, enabled=False):
         for start in range(0, rows, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, rows))
-            a, t, g = student[part].to(operand), teacher[part], grad_y[:part.stop - start]
+            a, t, g = student[part].to(operand), teacher[part], grad_y[: part.stop - start]
             gradient_kernel[(tiles(len(g)),)](
-                a, b, t, columns, scale, shift, _slice(weights, part.start, part.stop), grad, factor, g, len(g), inner,
-                features, rows, *a.stride(), *b.stride(), *t.stride(), ALPHA=alpha, NORMALIZE=mode,
-                WEIGHTED=len(weights) > 0, OPERAND=_TYPES[operand], **config)
+                a,
+                b,
+                t,
+                columns,
+                scale,
+                shift,
+                _slice(weights, part.start, part.stop),
+                grad,
+                factor,
+                g,
+                len(g),
+                inner,
+                features,
+                rows,
+                *a.stride(),
+                *b.stride(),
+                *t.stride(),
+                ALPHA=alpha,
+                NORMALIZE=mode,
+                WEIGHTED=len(weights) > 0,
+                OPERAND=_TYPES[operand],
+                **config,
+            )
             if need_weight:
-                weight_kernel[(tiles(inner),)](a, g, total, len(g), inner, features, *a.stride(),
-                                               OPERAND=_TYPES[operand], **config)
+                weight_kernel[(tiles(inner),)](
+                    a,
+                    g,
+                    total,
+                    len(g),
+                    inner,
+                    features,
+                    *a.stride(),
+                    OPERAND=_TYPES[operand],
+                    **config,
+                )
             if need_student and student.dtype == operand:
                 torch.mm(g, b.T, out=d_student[part])
             elif need_student:

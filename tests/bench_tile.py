@@ -51,15 +51,19 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         seconds = time.process_time() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         kind = "raw tiles" if slide.levels[0].tiles else "OpenSlide"
-        print(f"\n{path.name}: {slide.width} x {slide.height}, {len(slide.levels)} levels, read by {kind}"
-              f"\n  open {opened * 1e3:.0f} ms; segmentation, grid and blur of {len(tiling.coords)} patches: "
-              f"{seconds:.2f} s CPU, {memory:.0f} MB")
+        print(
+            f"\n{path.name}: {slide.width} x {slide.height}, {len(slide.levels)} levels, read by {kind}"
+            f"\n  open {opened * 1e3:.0f} ms; segmentation, grid and blur of {len(tiling.coords)} patches: "
+            f"{seconds:.2f} s CPU, {memory:.0f} MB"
+        )
 
         size = tiling.size0
 
         def plain():
             reference = openslide.OpenSlide(str(path))
-            return lambda place: np.asarray(reference.read_region(place, 0, (size, size)).convert("RGB"))
+            return lambda place: np.asarray(
+                reference.read_region(place, 0, (size, size)).convert("RGB")
+            )
 
         def ours():
             opened = tile.Slide(path)
@@ -68,24 +72,45 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         scan = [tuple(place) for place in tiling.coords[:patches].tolist()]
         chosen = np.random.default_rng(0).permutation(len(tiling.coords))[:patches]
         scattered = [tuple(place) for place in tiling.coords[chosen].tolist()]
-        if not all(np.array_equal(plain()(place), slide.read(*place, size, size)) for place in scattered[:50]):
+        if not all(
+            np.array_equal(plain()(place), slide.read(*place, size, size))
+            for place in scattered[:50]
+        ):
             print("  patches differ from OpenSlide's (transparent pixels?): no rates")
             return
         for order, places in (("scan", scan), ("random", scattered)):
             slow, fast = rates(places, plain, ours)
-            print(f"  {order:6} order: OpenSlide {slow:6.0f} patches/s, Slide.read {fast:6.0f} ({fast / slow:.1f}x)")
+            print(
+                f"  {order:6} order: OpenSlide {slow:6.0f} patches/s, Slide.read {fast:6.0f} ({fast / slow:.1f}x)"
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         slides = Path(folder) / "slides"
         slides.mkdir()
         (slides / path.name).symlink_to(path.resolve())
-        command = [sys.executable, tile.__file__, "--cancer", "bench", "--slides", str(slides), "--data", folder,
-                   "--mpp", str(mpp), "--assume-mpp", str(mpp), "--workers", "1"]
+        command = [
+            sys.executable,
+            tile.__file__,
+            "--cancer",
+            "bench",
+            "--slides",
+            str(slides),
+            "--data",
+            folder,
+            "--mpp",
+            str(mpp),
+            "--assume-mpp",
+            str(mpp),
+            "--workers",
+            "1",
+        ]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(f"  whole command: {wall:.2f} s from start to exit, {after.ru_utime - before.ru_utime:.2f} s CPU, "
-              f"{after.ru_maxrss / 1024:.0f} MB")
+        print(
+            f"  whole command: {wall:.2f} s from start to exit, {after.ru_utime - before.ru_utime:.2f} s CPU, "
+            f"{after.ru_maxrss / 1024:.0f} MB"
+        )
 
         def opened():
             return tile.PatchIndex(Path(folder) / "tiles" / "bench").read
@@ -97,7 +122,9 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("slides", nargs="+", type=Path)
     parser.add_argument("--patches", type=int, default=400, help="how many to read for each rate")
     parser.add_argument("--mpp", type=float, help="µm per pixel of slides that do not say")

@@ -16,23 +16,54 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 _shared = ROOT.parent / "shared" / "data"
-SHARED = _shared if _shared.is_dir() else None  # real slides and tables; tests that need them skip without
+SHARED = (
+    _shared if _shared.is_dir() else None
+)  # real slides and tables; tests that need them skip without
 
 
-def run(script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+def run(
+    script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs
+) -> subprocess.CompletedProcess:
     """Run `python script args...` from the repository root and return the finished process, output captured as text."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout,
-                          capture_output=True, text=True, **kwargs)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
 
 
-def torchrun(processes: int, script: str, *args, timeout: float = 300, env: dict | None = None,
-             options: tuple = ()) -> subprocess.CompletedProcess:
+def torchrun(
+    processes: int,
+    script: str,
+    *args,
+    timeout: float = 300,
+    env: dict | None = None,
+    options: tuple = (),
+) -> subprocess.CompletedProcess:
     """Run a script under real torchrun on this machine (gloo on CPU); `options` go to torchrun itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               *map(str, options), str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout,
-                          capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *map(str, options),
+        str(ROOT / script),
+        *map(str, args),
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -40,14 +71,22 @@ def one_rank(monkeypatch):
     """This process as torchrun would start it for a job of one. A script must have left the job when it returns:
     gloo's threads outlive it otherwise, and an exit in six or so aborts with 'terminate called'."""
     import torch
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
         monkeypatch.setenv(name, value)
     joined = []
     join = torch.distributed.init_process_group
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: (joined.append(1), join(*args)))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args: (joined.append(1), join(*args))
+    )
     yield
     left = not torch.distributed.is_initialized()
     if not left:

@@ -25,12 +25,16 @@ def test_a_slide_is_pyramidal_says_its_mpp_and_shows_tissue_on_bright_ground(tmp
         path = demo.write_slide((tmp_path / f"{centre.name}.{suffix}", 5, centre, 768))
         with openslide.OpenSlide(str(path)) as slide:
             assert slide.level_count >= 2 and slide.dimensions == (768, 768)
-            assert float(slide.properties[openslide.PROPERTY_NAME_MPP_X]) == pytest.approx(centre.mpp, abs=1e-4)
+            assert float(slide.properties[openslide.PROPERTY_NAME_MPP_X]) == pytest.approx(
+                centre.mpp, abs=1e-4
+            )
             image = np.asarray(slide.read_region((0, 0), 0, (768, 768)).convert("RGB")).astype(int)
         corner, middle = image[:32, :32].mean((0, 1)), image[334:434, 334:434].mean((0, 1))
         assert np.abs(corner - centre.white).max() < 4  # colours survive the file format
         assert corner.mean() > 220 and middle.mean() < corner.mean() - 20
-        assert middle[1] < min(middle[0], middle[2])  # haematoxylin and eosin both take most of the green
+        assert middle[1] < min(
+            middle[0], middle[2]
+        )  # haematoxylin and eosin both take most of the green
 
 
 def test_centres_and_tissues_differ_and_patients_are_kept_apart():
@@ -39,12 +43,19 @@ def test_centres_and_tissues_differ_and_patients_are_kept_apart():
     for centre in demo.CENTRES:  # the same tissue of the same patient
         image, _ = demo.render(np.random.default_rng(0), np.zeros((256, 256), np.uint8), centre)
         looks.append([*image.mean((0, 1)), *image.std((0, 1)), *centre.white])
-    assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(looks) for b in looks[:i]) > 8  # grey levels
+    assert (
+        min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(looks) for b in looks[:i]) > 8
+    )  # grey levels
     textures = []
     for number in range(len(demo.CLASSES)):
-        image, _ = demo.render(np.random.default_rng(0), np.full((512, 512), number, np.uint8), demo.CENTRES[0])
+        image, _ = demo.render(
+            np.random.default_rng(0), np.full((512, 512), number, np.uint8), demo.CENTRES[0]
+        )
         textures.append([*image.mean((0, 1)), *image.std((0, 1))])
-    assert min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(textures) for b in textures[:i]) > 5
+    assert (
+        min(np.abs(np.subtract(a, b)).max() for i, a in enumerate(textures) for b in textures[:i])
+        > 5
+    )
     cohort, judged = ({patient for patient, _, _ in demo.patients(first, 4)} for first in (1, 51))
     assert len(cohort) == len(judged) == 16 and not cohort & judged
     assert len({seed for first in (1, 51) for _, seed, _ in demo.patients(first, 4)}) == 32
@@ -81,7 +92,7 @@ def test_the_whole_demo_by_its_command_line(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for script in ("tile.py", "distill.py", "evaluate.py", "robustness.py"):
         assert f"$ python {script} " in done.stdout
-    screen = done.stdout[done.stdout.index("G2L in small"):]
+    screen = done.stdout[done.stdout.index("G2L in small") :]
     for line in ("teacher ", "student before", "student after", "majority class", "chance"):
         assert line in screen
     for picture in re.findall(r"^  .{20}(\S+)$", screen, re.MULTILINE):
@@ -91,19 +102,29 @@ def test_the_whole_demo_by_its_command_line(tmp_path):
     with open(folder / "data" / "tiles" / "demo" / "slides.csv") as file:
         slides = list(csv.DictReader(file))
     assert len(slides) == 16 and {row["status"] for row in slides} == {"done"}
-    rows = [json.loads(line) for line in (folder / "results" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "results" / "metrics.jsonl").read_text().splitlines()
+    ]
 
     def mean(**keys):
-        return np.mean([row["value"] for row in rows if all(row.get(k) == v for k, v in keys.items())])
+        return np.mean(
+            [row["value"] for row in rows if all(row.get(k) == v for k, v in keys.items())]
+        )
 
-    before, after = (mean(model=demo.TEACHER, other=m, metric="unbiased") for m in (demo.STUDENT, "distilled"))
-    assert after > before + 0.05  # even thirty steps bring the student nearer to its teacher, on patients it never saw
+    before, after = (
+        mean(model=demo.TEACHER, other=m, metric="unbiased") for m in (demo.STUDENT, "distilled")
+    )
+    assert (
+        after > before + 0.05
+    )  # even thirty steps bring the student nearer to its teacher, on patients it never saw
     assert mean(model=demo.TEACHER, protocol="knn", metric="accuracy") > 0.8
     student = json.loads((folder / "runs" / "distilled" / "student" / "config.json").read_text())
     assert "arden-01" in json.dumps(student) and "arden-51" not in json.dumps(student)
 
     again = run("demo.py", "--folder", folder, "--max-steps", "80", timeout=300)
-    assert again.returncode == 0 and "step 1/80" not in again.stdout  # the second run does only what is missing
+    assert (
+        again.returncode == 0 and "step 1/80" not in again.stdout
+    )  # the second run does only what is missing
 
 
 @pytest.mark.skipif(SHARED is None, reason="the real slides are not at hand")
@@ -111,13 +132,25 @@ def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
     import timm
     import torch
 
-    tiled = run("tile.py", "--cancer", "cmu", "--slides", SHARED / "slides", "--mpp", "0.5",
-                "--data", tmp_path / "data")
+    tiled = run(
+        "tile.py",
+        "--cancer",
+        "cmu",
+        "--slides",
+        SHARED / "slides",
+        "--mpp",
+        "0.5",
+        "--data",
+        tmp_path / "data",
+    )
     assert tiled.returncode == 0, tiled.stderr
     folder = tmp_path / "data" / "tiles" / "cmu"
     with open(folder / "slides.csv") as file:
         slides = {row["slide"]: row for row in csv.DictReader(file)}
-    assert slides["CMU-1-Small-Region"]["status"] == "done" and int(slides["CMU-1-Small-Region"]["patches"]) > 20
+    assert (
+        slides["CMU-1-Small-Region"]["status"] == "done"
+        and int(slides["CMU-1-Small-Region"]["patches"]) > 20
+    )
     assert slides["TCGA-CR-7395-01A-01-TS1"]["status"] == "skipped"
     assert "mpp" in slides["TCGA-CR-7395-01A-01-TS1"]["reason"]
     assert (folder / "thumbnails" / "CMU-1-Small-Region.jpg").stat().st_size > 10_000
@@ -127,9 +160,31 @@ def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
         expected = np.asarray(slide.read_region((int(x), int(y)), 0, (256, 256)).convert("RGB"))
     assert np.array_equal(index.read(3), expected)
 
-    trained = run("distill.py", "--cancer", "cmu", "--data", tmp_path / "data", "--runs", tmp_path / "runs", "--name",
-                  "cmu", "--teacher", "timm:test_vit", "--student", "timm:test_resnet", "--weights", "random",
-                  "--crop", "160", "--batch-size", "8", "--max-steps", "4", "--eval-patches", "16")
+    trained = run(
+        "distill.py",
+        "--cancer",
+        "cmu",
+        "--data",
+        tmp_path / "data",
+        "--runs",
+        tmp_path / "runs",
+        "--name",
+        "cmu",
+        "--teacher",
+        "timm:test_vit",
+        "--student",
+        "timm:test_resnet",
+        "--weights",
+        "random",
+        "--crop",
+        "160",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "4",
+        "--eval-patches",
+        "16",
+    )
     assert trained.returncode == 0, trained.stderr
     student = timm.create_model(f"local-dir:{tmp_path}/runs/cmu/student", pretrained=True).eval()
     with torch.no_grad():
@@ -172,10 +227,14 @@ def test_an_interrupted_benchmark_is_drawn_again(tmp_path):
     class Pool(ThreadPoolExecutor):
         def map(self, function, jobs):
             calls.extend(jobs)
-            return iter([[{"image": "images/a.jpg", "label": "stroma", "group": "p", "center": "c"}]])
+            return iter(
+                [[{"image": "images/a.jpg", "label": "stroma", "group": "p", "center": "c"}]]
+            )
 
     with Pool(1) as pool:
         demo.write_benchmark(tmp_path, pool, Bar())
-        assert len(calls) == 16 and (folder / "labels.csv").read_text().startswith("image,label,group,center\n")
+        assert len(calls) == 16 and (folder / "labels.csv").read_text().startswith(
+            "image,label,group,center\n"
+        )
         demo.write_benchmark(tmp_path, pool, Bar())
     assert len(calls) == 16  # whole now: nothing is drawn

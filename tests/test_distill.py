@@ -22,8 +22,18 @@ import models
 import tile
 from tile import PatchError
 
-VIT = ["--teacher", "timm:test_vit4", "--student", "timm:test_vit"]  # 96 wide into 64 wide, no batch norm inside
-CNN = ["--teacher", "timm:test_vit4", "--student", "timm:test_resnet"]  # with batch norm, so with buffers
+VIT = [
+    "--teacher",
+    "timm:test_vit4",
+    "--student",
+    "timm:test_vit",
+]  # 96 wide into 64 wide, no batch norm inside
+CNN = [
+    "--teacher",
+    "timm:test_vit4",
+    "--student",
+    "timm:test_resnet",
+]  # with batch norm, so with buffers
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +56,20 @@ def data(tmp_path_factory):
             resolution=(20000, 20000),
             resolutionunit="CENTIMETER",
         )
-    assert tile.main(["--cancer", "tiny", "--data", str(folder), "--mpp", "0.5", "--patch-size", "64"]) == 0
+    assert (
+        tile.main(["--cancer", "tiny", "--data", str(folder), "--mpp", "0.5", "--patch-size", "64"])
+        == 0
+    )
     return folder
 
 
 @pytest.fixture(autouse=True)
 def signals():
     """Training installs handlers; give pytest its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -138,7 +154,10 @@ def test_schedules_reach_their_ends():
 def test_stop_rule_is_the_papers_sentence(kind):
     rng = np.random.default_rng(1)
     sequence = (
-        10 + np.exp(-np.arange(900) / 60) + rng.normal(0, 0.02, 900) + 0.002 * np.maximum(0, np.arange(900) - 500)
+        10
+        + np.exp(-np.arange(900) / 60)
+        + rng.normal(0, 0.02, 900)
+        + 0.002 * np.maximum(0, np.arange(900) - 500)
     )
     rule, fired = distill.StopRule(kind, window=100, patience=10, minimum=150), None
     for i, loss in enumerate(sequence.tolist()):
@@ -166,9 +185,15 @@ def test_weight_decay_spares_vectors_and_tokens():
     args = distill.build_parser().parse_args([])
     distiller = distill.Distiller(student, 64, 96, args)
     names = {id(p): n for n, p in distiller.named_parameters()}
-    decay, spared = ({names[id(p)] for p in group["params"]} for group in distill.param_groups(distiller, False))
+    decay, spared = (
+        {names[id(p)] for p in group["params"]} for group in distill.param_groups(distiller, False)
+    )
     assert decay | spared == set(names.values()) and not decay & spared
-    assert {"projector", "student.net.patch_embed.proj.weight", "student.net.blocks.0.attn.qkv.weight"} <= decay
+    assert {
+        "projector",
+        "student.net.patch_embed.proj.weight",
+        "student.net.blocks.0.attn.qkv.weight",
+    } <= decay
     assert {
         "student.net.cls_token",
         "student.net.pos_embed",
@@ -212,12 +237,17 @@ def index_of(data: Path) -> tile.PatchIndex:
     return tile.PatchIndex(data / "tiles" / "tiny")
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3"])  # class token; register and mean; and pooling
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit2", "test_vit3"]
+)  # class token; register and mean; and pooling
 def test_all_tokens_are_the_embedding_and_the_patches(name):
     model, x = models.load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
-    found, tokens = distill.rows(model, x, "all").unflatten(0, (2, -1)), model.tokens(model.normalize(x))
+    found, tokens = (
+        distill.rows(model, x, "all").unflatten(0, (2, -1)),
+        model.tokens(model.normalize(x)),
+    )
     assert torch.equal(found[:, 0], model(model.normalize(x)))
-    assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens:]) and found.shape[1] == 101
+    assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens :]) and found.shape[1] == 101
     found.sum().backward()  # several ranks wait for the gradient of every parameter
     assert all(p.grad is not None for p in model.parameters())
 
@@ -230,11 +260,17 @@ def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(d
     images, params, unreadable = whole[5]
     assert images.shape == (12, 3, 64, 64) and images.dtype == torch.uint8 and not unreadable
     for rank in range(3):  # three ranks of 4 share the batch of 12, in order
-        part = distill.Batches(index, held, seed=3, batch_size=4, crop=48, by="slide", rank=rank, world=3)[5]
+        part = distill.Batches(
+            index, held, seed=3, batch_size=4, crop=48, by="slide", rank=rank, world=3
+        )[5]
         assert torch.equal(part[0], images[4 * rank : 4 * rank + 4])
-        assert all(torch.equal(a, b[4 * rank : 4 * rank + 4]) for a, b in zip(part[1], params, strict=True))
+        assert all(
+            torch.equal(a, b[4 * rank : 4 * rank + 4]) for a, b in zip(part[1], params, strict=True)
+        )
     for workers in (1, 2):
-        loader = torch.utils.data.DataLoader(whole, batch_size=None, sampler=range(4, 8), num_workers=workers)
+        loader = torch.utils.data.DataLoader(
+            whole, batch_size=None, sampler=range(4, 8), num_workers=workers
+        )
         got = list(loader)
         assert torch.equal(got[1][0], images)
         assert all(torch.equal(a[0], whole[m][0]) for a, m in zip(got, range(4, 8), strict=True))
@@ -245,7 +281,10 @@ def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(d
 def whole_draw(batches: distill.Batches, n: int) -> int:
     """The patch that sample n ends up with."""
     taken = []
-    original, batches.index.read = batches.index.read, lambda i: taken.append(i) or np.zeros((64, 64, 3), np.uint8)
+    original, batches.index.read = (
+        batches.index.read,
+        lambda i: taken.append(i) or np.zeros((64, 64, 3), np.uint8),
+    )
     try:
         batches._read(n, [])
     finally:
@@ -266,7 +305,9 @@ def test_unreadable_patches_are_drawn_again_and_named(data):
     batches = distill.Batches(index, np.zeros(8, bool), seed=0, batch_size=30, crop=48, by="patch")
     images, _, unreadable = batches[0]
     assert 3 < len(unreadable) < 40 and "slide, patch" in unreadable[0]
-    assert images.flatten(1).float().std(1).min() > 0  # every place was filled by a patch that could be read
+    assert (
+        images.flatten(1).float().std(1).min() > 0
+    )  # every place was filled by a patch that could be read
     assert torch.equal(images, batches[0][0])
 
 
@@ -277,7 +318,9 @@ def test_unreadable_patches_are_drawn_again_and_named(data):
 def unbroken(data, tmp_path_factory):
     """A run of 60 steps in one go, its student with batch norm."""
     runs = tmp_path_factory.mktemp("unbroken")
-    assert distill.main(command(data, runs, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)) == 0
+    assert (
+        distill.main(command(data, runs, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)) == 0
+    )
     return runs / "r"
 
 
@@ -285,7 +328,14 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     import timm
     from PIL import Image
 
-    for name in ("config.json", "log.jsonl", "checkpoint.pt", "loss.png", "augmented.png", "student/model.safetensors"):
+    for name in (
+        "config.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "loss.png",
+        "augmented.png",
+        "student/model.safetensors",
+    ):
         assert (unbroken / name).stat().st_size > 0
     assert list(unbroken.glob("events.out.tfevents*")) and not list(unbroken.glob(".*.tmp*"))
     Image.open(unbroken / "augmented.png").load()
@@ -293,25 +343,41 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     assert config["arguments"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
     rows = log(unbroken)
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 61)) and [r["step"] for r in rows if "cka" in r] == [
+    assert [row["step"] for row in steps] == list(range(1, 61)) and [
+        r["step"] for r in rows if "cka" in r
+    ] == [
         0,
         30,
         60,
     ]
     assert steps[0]["loss"] == pytest.approx(math.log(12 * 8 * 96), abs=0.5)
-    assert np.mean([r["loss"] for r in steps[-10:]]) < np.mean([r["loss"] for r in steps[:10]])  # it learns
+    assert np.mean([r["loss"] for r in steps[-10:]]) < np.mean(
+        [r["loss"] for r in steps[:10]]
+    )  # it learns
     assert steps[0]["lr"] == pytest.approx(1e-3) and steps[-1]["lr"] == pytest.approx(1e-6)
-    assert steps[0]["weight_decay"] == pytest.approx(0.05) and steps[-1]["weight_decay"] == pytest.approx(0.5)
+    assert steps[0]["weight_decay"] == pytest.approx(0.05) and steps[-1][
+        "weight_decay"
+    ] == pytest.approx(0.5)
     ours = models.load_model(str(unbroken / "student"))
     assert ours.metadata["teacher"] == "timm:test_vit4" and ours.metadata["steps"] == 60
     assert ours.metadata["patients"] == [f"P{i}" for i in range(8)]
     assert ours.metadata["slides"] == [f"P{i}_a" for i in range(8)]
-    theirs = timm.create_model(f"local-dir:{unbroken / 'student'}", pretrained=True, num_classes=0).eval()
+    theirs = timm.create_model(
+        f"local-dir:{unbroken / 'student'}", pretrained=True, num_classes=0
+    ).eval()
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(ours(x), theirs(x))
     before = (unbroken / "checkpoint.pt").stat().st_mtime
-    assert distill.main(command(data, unbroken.parent, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)) == 0
-    assert "finished at step 60" in capsys.readouterr().out and (unbroken / "checkpoint.pt").stat().st_mtime == before
+    assert (
+        distill.main(
+            command(data, unbroken.parent, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)
+        )
+        == 0
+    )
+    assert (
+        "finished at step 60" in capsys.readouterr().out
+        and (unbroken / "checkpoint.pt").stat().st_mtime == before
+    )
 
 
 def descendants(pid: int) -> list[int]:
@@ -323,9 +389,13 @@ def descendants(pid: int) -> list[int]:
     return out
 
 
-def start(arguments: list[str], ranks: int = 1, options: tuple = (), env: dict | None = None) -> subprocess.Popen:
+def start(
+    arguments: list[str], ranks: int = 1, options: tuple = (), env: dict | None = None
+) -> subprocess.Popen:
     launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options] if ranks > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+        if ranks > 1
+        else []
     )
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments],
@@ -339,7 +409,9 @@ def start(arguments: list[str], ranks: int = 1, options: tuple = (), env: dict |
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while not ((folder / "log.jsonl").exists() and any(row[0] >= step for row in safe_losses(folder))):
+    while not (
+        (folder / "log.jsonl").exists() and any(row[0] >= step for row in safe_losses(folder))
+    ):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.003)
@@ -365,7 +437,18 @@ def kill(process: subprocess.Popen) -> None:
 
 def test_killed_at_a_random_moment_and_resumed_equals_unbroken(data, unbroken, tmp_path):
     arguments = command(
-        data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-steps", 4, "--workers", 1, pair=CNN
+        data,
+        tmp_path,
+        "r",
+        "--max-steps",
+        60,
+        "--eval-every",
+        30,
+        "--checkpoint-steps",
+        4,
+        "--workers",
+        1,
+        pair=CNN,
     )
     process = start(arguments)
     wait_for_step(process, tmp_path / "r", random.randint(5, 40))
@@ -379,15 +462,35 @@ def test_killed_at_a_random_moment_and_resumed_equals_unbroken(data, unbroken, t
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-minutes", 0,
-                        "--workers", 1, pair=CNN)
+    arguments = command(
+        data,
+        tmp_path,
+        "r",
+        "--max-steps",
+        60,
+        "--eval-every",
+        30,
+        "--checkpoint-minutes",
+        0,
+        "--workers",
+        1,
+        pair=CNN,
+    )
     process = start(arguments)
     wait_for_step(process, tmp_path / "r", 7)
     for pid in [process.pid, *descendants(process.pid)]:  # a terminal sends it to all of them
         os.kill(pid, signal.SIGINT)
     output = process.communicate(timeout=180)[0]
-    assert process.returncode == 130 and "stopped by SIGINT at step" in output and "Traceback" not in output, output
-    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == losses(tmp_path / "r")[-1][0] < 60
+    assert (
+        process.returncode == 130
+        and "stopped by SIGINT at step" in output
+        and "Traceback" not in output
+    ), output
+    assert (
+        torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
+        == losses(tmp_path / "r")[-1][0]
+        < 60
+    )
     assert distill.main(arguments) == 0
     same(unbroken, tmp_path / "r")
 
@@ -395,20 +498,41 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_word_on_memory(data, tmp_path):
     process = start(command(data, tmp_path, "r", "--max-steps", 4000, "--workers", 1))
     wait_for_step(process, tmp_path / "r", 3)
-    worker, = (pid for pid in descendants(process.pid) if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (worker,) = (
+        pid
+        for pid in descendants(process.pid)
+        if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
     os.kill(worker, signal.SIGKILL)
     output = process.communicate(timeout=180)[0]
-    assert process.returncode == 1 and "lower --workers" in output and "Traceback" not in output, output
+    assert process.returncode == 1 and "lower --workers" in output and "Traceback" not in output, (
+        output
+    )
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 60, "--eval-every", 30, "--checkpoint-minutes", 0, pair=CNN)
+    arguments = command(
+        data,
+        tmp_path,
+        "r",
+        "--max-steps",
+        60,
+        "--eval-every",
+        30,
+        "--checkpoint-minutes",
+        0,
+        pair=CNN,
+    )
     process = start(arguments)
     wait_for_step(process, tmp_path / "r", 7)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 143 and "stopped by SIGTERM at step" in output, output
-    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == losses(tmp_path / "r")[-1][0] < 60
+    assert (
+        torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
+        == losses(tmp_path / "r")[-1][0]
+        < 60
+    )
     damaged = tmp_path / "r" / "checkpoint.pt"
     shutil.copy(damaged, tmp_path / "r" / "checkpoint.1.pt")
     content = bytearray(damaged.read_bytes())
@@ -420,7 +544,9 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_pat
     same(unbroken, tmp_path / "r")
 
 
-def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(data, tmp_path, monkeypatch):
+def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
+    data, tmp_path, monkeypatch
+):
     folder = tmp_path / "student"
     models.save_student(models.load_model("timm:test_vit", "random"), folder, metadata={})
     config = json.loads((folder / "config.json").read_text())
@@ -462,7 +588,9 @@ def test_three_ranks_equal_three_accumulated_batches(data, three_ranks, tmp_path
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 3)) == 0
     one, two = losses(tmp_path / "r"), losses(three_ranks)
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)
-    np.testing.assert_allclose([row[1] for row in one[:12]], [row[1] for row in two[:12]], rtol=2e-3)
+    np.testing.assert_allclose(
+        [row[1] for row in one[:12]], [row[1] for row in two[:12]], rtol=2e-3
+    )
 
 
 def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_ranks, tmp_path):
@@ -471,9 +599,13 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_r
     assert distill.main(command(data, tmp_path, "one", "--batch-size", 16)) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)  # loss and gradient of the same weights
-    np.testing.assert_allclose(one, two, rtol=2e-2)  # then AdamW turns rounding of tiny gradients into steps
+    np.testing.assert_allclose(
+        one, two, rtol=2e-2
+    )  # then AdamW turns rounding of tiny gradients into steps
     np.testing.assert_allclose([row[1] for row in one], [row[1] for row in two], rtol=2e-3)
-    assert abs(two[0][1] - losses(three_ranks)[0][1]) > 0.1  # and it is not what local statistics give
+    assert (
+        abs(two[0][1] - losses(three_ranks)[0][1]) > 0.1
+    )  # and it is not what local statistics give
 
 
 def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_path):
@@ -483,18 +615,33 @@ def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_pa
     kill(process)
     assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
     result = torchrun(3, "distill.py", *arguments)
-    assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "going on from step" in result.stdout, (
+        result.stdout + result.stderr
+    )
     same(three_ranks, tmp_path / "r")
 
 
 def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
-    process = start(arguments, ranks=3, options=("--max-restarts=1",), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    process = start(
+        arguments,
+        ranks=3,
+        options=("--max-restarts=1",),
+        env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
     wait_for_step(process, tmp_path / "r", 5)
-    ranks = [pid for pid in descendants(process.pid) if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = [
+        pid
+        for pid in descendants(process.pid)
+        if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(random.choice(ranks[:3]), signal.SIGKILL)
     output = process.communicate(timeout=180)[0]
-    assert process.returncode == 0 and "going on from step" in output and "another rank ended" in output, output
+    assert (
+        process.returncode == 0
+        and "going on from step" in output
+        and "another rank ended" in output
+    ), output
     same(three_ranks, tmp_path / "r")
 
 
@@ -528,11 +675,20 @@ def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
         "--name",
         capsys=capsys,
     )
-    fails(command(data, tmp_path, "r", "--max-steps", 9, "--alpha", 2), "--max-steps", "--alpha", capsys=capsys)
+    fails(
+        command(data, tmp_path, "r", "--max-steps", 9, "--alpha", 2),
+        "--max-steps",
+        "--alpha",
+        capsys=capsys,
+    )
     assert (tmp_path / "r" / "config.json").read_bytes() == before
-    (tmp_path / "r" / "student" / "model.safetensors").unlink()  # lost: exported again from the checkpoint
+    (
+        tmp_path / "r" / "student" / "model.safetensors"
+    ).unlink()  # lost: exported again from the checkpoint
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 3)) == 0
-    assert (tmp_path / "r" / "student" / "model.safetensors").exists() and len(losses(tmp_path / "r")) == 3
+    assert (tmp_path / "r" / "student" / "model.safetensors").exists() and len(
+        losses(tmp_path / "r")
+    ) == 3
     (tmp_path / "r").rename(tmp_path / "s")  # a run may get another name
     (tmp_path / "s" / "student" / "model.safetensors").unlink()
     assert distill.main(command(data, tmp_path, "s", "--max-steps", 3)) == 0
@@ -545,14 +701,29 @@ def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_no_such_checkpoint(data, tmp_path, capsys):
-    fails(command(data, tmp_path, "r", "--lr", 1e30, "--checkpoint-steps", 1), "step", "--grad-clip", capsys=capsys)
+    fails(
+        command(data, tmp_path, "r", "--lr", 1e30, "--checkpoint-steps", 1),
+        "step",
+        "--grad-clip",
+        capsys=capsys,
+    )
     for path in (tmp_path / "r").glob("checkpoint*.pt"):
         state = torch.load(path, weights_only=True)["distiller"]
         assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("flag, value", [("--lr", "nan"), ("--lr", "-1"), ("--alpha", "0"), ("--workers", "-1"),
-                                         ("--weight-decay", "inf"), ("--hold-out", "0.9"), ("--max-steps", "0")])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--lr", "nan"),
+        ("--lr", "-1"),
+        ("--alpha", "0"),
+        ("--workers", "-1"),
+        ("--weight-decay", "inf"),
+        ("--hold-out", "0.9"),
+        ("--max-steps", "0"),
+    ],
+)
 def test_numbers_that_cannot_be_are_named(data, tmp_path, flag, value, capsys):
     fails(command(data, tmp_path, "r", flag, value), flag, "expected", capsys=capsys)
 
@@ -562,7 +733,10 @@ def test_a_constant_student_is_named(data, tmp_path, capsys):
 
     student = models.load_model("timm:test_vit", "random").net.state_dict()
     save_file(
-        {k: torch.zeros_like(v) if k == "patch_embed.proj.weight" else v for k, v in student.items()},
+        {
+            k: torch.zeros_like(v) if k == "patch_embed.proj.weight" else v
+            for k, v in student.items()
+        },
         tmp_path / "w.safetensors",
     )
     fails(
@@ -574,19 +748,30 @@ def test_a_constant_student_is_named(data, tmp_path, capsys):
 
 def test_too_little_memory_says_what_to_lower(data, tmp_path, capsys, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
+        )
 
     monkeypatch.setattr(distill.Step, "__call__", full)
-    fails(command(data, tmp_path, "r"), "CUDA out of memory: lower --batch-size", "--accumulate", capsys=capsys)
+    fails(
+        command(data, tmp_path, "r"),
+        "CUDA out of memory: lower --batch-size",
+        "--accumulate",
+        capsys=capsys,
+    )
 
 
 def test_held_out_patients_with_too_few_patches_say_what_to_do():
-    index = SimpleNamespace(counts=[2, 1, 9], patch_size=64, read=lambda i: np.zeros((64, 64, 3), np.uint8))
+    index = SimpleNamespace(
+        counts=[2, 1, 9], patch_size=64, read=lambda i: np.zeros((64, 64, 3), np.uint8)
+    )
     with pytest.raises(tile.UserError, match=r"only 3 held-out patches.*--hold-out 0"):
         distill.Heldout(index, np.array([True, True, False]), 16, 48, 0, None, 8)
 
 
-def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(data, tmp_path, capsys, monkeypatch):
+def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
+    data, tmp_path, capsys, monkeypatch
+):
     read = tile.PatchIndex.read
 
     def broken(share):
@@ -598,11 +783,20 @@ def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(data, tmp_path,
         return read_or_not
 
     monkeypatch.setattr(tile.PatchIndex, "read", broken(0.5))
-    fails(command(data, tmp_path, "many"), "could not be read", "unreadable.txt", "--max-unreadable", capsys=capsys)
+    fails(
+        command(data, tmp_path, "many"),
+        "could not be read",
+        "unreadable.txt",
+        "--max-unreadable",
+        capsys=capsys,
+    )
     monkeypatch.setattr(tile.PatchIndex, "read", broken(0.05))
     assert distill.main(command(data, tmp_path, "few")) == 1, "what failed shows in the exit status"
     named = (tmp_path / "few" / "unreadable.txt").read_text().splitlines()
-    assert f"{len(named)} patches could not be read" in capsys.readouterr().out and 0 < len(named) <= 10
+    assert (
+        f"{len(named)} patches could not be read" in capsys.readouterr().out
+        and 0 < len(named) <= 10
+    )
     assert (tmp_path / "few" / "student" / "model.safetensors").exists()
     assert distill.main(command(data, tmp_path, "few")) == 0, "nothing is left to do"
 
@@ -615,13 +809,23 @@ def test_a_full_disk_loses_nothing(data, tmp_path):
     )
     arguments = command(data, tmp_path, "r", "--checkpoint-steps", 4)
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert result.returncode == 1 and "checkpoint of step 4 not written" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 1 and "checkpoint of step 4 not written" in result.stdout, (
+        result.stdout + result.stderr
+    )
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
-    assert not list((tmp_path / "r").glob("checkpoint*")) and not list((tmp_path / "r").glob(".*.tmp*"))
+    assert not list((tmp_path / "r").glob("checkpoint*")) and not list(
+        (tmp_path / "r").glob(".*.tmp*")
+    )
     assert len(losses(tmp_path / "r")) == 12
-    assert distill.main(arguments) == 0 and (tmp_path / "r" / "student" / "model.safetensors").exists()
+    assert (
+        distill.main(arguments) == 0 and (tmp_path / "r" / "student" / "model.safetensors").exists()
+    )
 
 
 def test_file_systems_without_locks_and_links_will_do(data, tmp_path, monkeypatch, capsys):
@@ -658,7 +862,9 @@ def test_the_stop_rule_ends_a_run(data, tmp_path, capsys):
     )
     assert distill.main(arguments) == 0
     rows = losses(tmp_path / "r")
-    above = [i for i in range(5, len(rows)) if rows[i][1] > np.mean([r[1] for r in rows[i - 5 : i]])]
+    above = [
+        i for i in range(5, len(rows)) if rows[i][1] > np.mean([r[1] for r in rows[i - 5 : i]])
+    ]
     assert 8 <= len(rows) < 60 and len(above) >= 5
     assert f"stop rule (cumulative) at step {len(rows)}" in capsys.readouterr().out
     assert models.load_model(str(tmp_path / "r" / "student")).metadata["steps"] == len(rows)
@@ -678,7 +884,9 @@ def test_every_other_way_of_training_runs(data, tmp_path):
         values = losses(tmp_path / f"r{number}")
         assert len(values) == 4 and all(math.isfinite(v) for row in values for v in row)
     tokens = losses(tmp_path / "r0")[0][1]
-    assert tokens == pytest.approx(math.log(12 * 8 * (1 + 9) * 96), abs=1)  # one class and nine patch tokens an image
+    assert tokens == pytest.approx(
+        math.log(12 * 8 * (1 + 9) * 96), abs=1
+    )  # one class and nine patch tokens an image
 
 
 def test_profile_tells_where_the_time_goes(capsys):
@@ -717,4 +925,6 @@ def test_profile_tells_where_the_time_goes(capsys):
         "times as fast as the plain one",
     ):
         assert part in output
-    assert models.load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, "the plain way stays its own"
+    assert models.load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, (
+        "the plain way stays its own"
+    )

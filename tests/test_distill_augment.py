@@ -39,7 +39,9 @@ def test_each_operation_equals_torchvision(images, ours, theirs, values):
     for turn in range(6):  # each image with each value, and neighbours with other values
         turned = values[turn:] + values[:turn]
         got = ours(images.clone(), torch.tensor(turned))
-        want = torch.stack([theirs(image, value) for image, value in zip(images, turned, strict=True)])
+        want = torch.stack(
+            [theirs(image, value) for image, value in zip(images, turned, strict=True)]
+        )
         torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
 
 
@@ -53,20 +55,27 @@ def reference(image: torch.Tensor, params: distill.Params, i: int, crop: int) ->
         adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
         for number in params.order[i].tolist():
             image = adjust[number](image, float(params.factors[i, number]))
-    return TF.gaussian_blur(image, [9, 9], [float(params.sigma[i])] * 2) if params.blur[i] else image
+    return (
+        TF.gaussian_blur(image, [9, 9], [float(params.sigma[i])] * 2) if params.blur[i] else image
+    )
 
 
 def test_whole_augmentation_equals_torchvision_in_both_ways():
-    raw = torch.randint(0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    raw = torch.randint(
+        0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     params = distill.draw_params(5, 1000, 64, 40, 32)
     assert params.jitter.any() and params.blur.any() and (params.jitter & params.blur).any()
     want = torch.stack([reference(raw[i], params, i, 32) for i in range(64)])
     torch.testing.assert_close(distill.augment(raw, 32, params), want, atol=1e-5, rtol=0)
-    still = params._replace(jitter=torch.zeros(64, dtype=torch.bool), blur=torch.zeros(64, dtype=torch.bool))
+    still = params._replace(
+        jitter=torch.zeros(64, dtype=torch.bool), blur=torch.zeros(64, dtype=torch.bool)
+    )
     grouped = distill._together(distill.augment(raw, 32, still), params)  # what a GPU does
     torch.testing.assert_close(grouped, want, atol=1e-5, rtol=0)
     only = distill._together(
-        distill.augment(raw[:1], 32, distill.Params(*(p[:1] for p in still))), distill.Params(*(p[:1] for p in params))
+        distill.augment(raw[:1], 32, distill.Params(*(p[:1] for p in still))),
+        distill.Params(*(p[:1] for p in params)),
     )  # a group of one is everything
     torch.testing.assert_close(only, want[:1], atol=1e-5, rtol=0)
 
@@ -100,12 +109,18 @@ def test_distribution_is_the_papers():
         assert abs(flags.float().mean().item() - share) < 5 * np.sqrt(share * (1 - share) / n)
     for corner in (p.top, p.left):
         counts = np.bincount(corner.numpy(), minlength=33)
-        assert len(counts) == 33 and ((counts - n / 33) ** 2 / (n / 33)).sum() < 80  # chi-square, 32 degrees of freedom
+        assert (
+            len(counts) == 33 and ((counts - n / 33) ** 2 / (n / 33)).sum() < 80
+        )  # chi-square, 32 degrees of freedom
     ranges = [(0.85, 1.15), (0.85, 1.15), (0.9, 1.1), (-0.05, 0.05)]
     for values, (low, high) in zip([*p.factors.T, p.sigma], [*ranges, (0.1, 2.0)], strict=True):
         histogram = np.histogram(values.numpy(), 20, (low, high))[0]
         assert histogram.sum() == n and ((histogram - n / 20) ** 2 / (n / 20)).sum() < 60
     orders = np.unique(p.order.numpy(), axis=0, return_counts=True)
     assert len(orders[0]) == 24 and ((orders[1] - n / 24) ** 2 / (n / 24)).sum() < 65
-    columns = np.stack([p.top, p.left, p.hflip, p.vflip, p.jitter, *p.factors.T, p.blur, p.sigma]).astype(float)
-    assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03  # drawn independently of one another
+    columns = np.stack(
+        [p.top, p.left, p.hflip, p.vflip, p.jitter, *p.factors.T, p.blur, p.sigma]
+    ).astype(float)
+    assert (
+        np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03
+    )  # drawn independently of one another

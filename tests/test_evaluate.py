@@ -31,9 +31,13 @@ def folder(tmp_path):
     (tmp_path / "mine").mkdir()
     for i in range(36):
         c, patient = i % 3, i // 3
-        stripes = (np.arange(40) // (2 + 3 * c) % 2 * 90)[:, None, None] + np.array([90, 60 + 30 * c, 120])
+        stripes = (np.arange(40) // (2 + 3 * c) % 2 * 90)[:, None, None] + np.array(
+            [90, 60 + 30 * c, 120]
+        )
         image = np.broadcast_to(stripes, (40, 40, 3)) + rng.normal(0, 12, (40, 40, 3)) + 3 * patient
-        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(tmp_path / "mine" / f"{i:02d}.png")
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(
+            tmp_path / "mine" / f"{i:02d}.png"
+        )
         rows.append(f"{i:02d}.png,{'abc'[c]},p{patient},{'xy'[patient % 2]}")
     (tmp_path / "mine" / "labels.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "mine"
@@ -48,45 +52,116 @@ def weights(tmp_path_factory):
 
 
 def go(folder, *more, names=(ONE,), w="random"):
-    args = ["--models", *names, "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST]
+    args = [
+        "--models",
+        *names,
+        "--benchmark",
+        str(folder),
+        "--results",
+        str(folder.parent / "results"),
+        *FAST,
+    ]
     return evaluate.main([*args, "--weights", *[f"{n}={w}" for n in names], *map(str, more)])
 
 
 def rows(folder, **want):
-    return [r for r in evaluate.read_metrics(folder.parent / "results") if all(r.get(k) == v for k, v in want.items())]
+    return [
+        r
+        for r in evaluate.read_metrics(folder.parent / "results")
+        if all(r.get(k) == v for k, v in want.items())
+    ]
 
 
-def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(folder, capsys, monkeypatch):
+def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
+    folder, capsys, monkeypatch
+):
     student = folder.parent / "runs" / "try" / "student"
-    models.save_student(models.load_model(TWO, "random"), student, metadata={
-        "teacher": ONE, "student": TWO, "cancer": "x", "run": "try", "patients": ["p3", "q9"]})
-    args = ["--models", ONE, TWO, str(student), "--weights", f"{ONE}=random", f"{TWO}=random", "--teacher", ONE,
-            "--baseline", TWO, "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST]
+    models.save_student(
+        models.load_model(TWO, "random"),
+        student,
+        metadata={
+            "teacher": ONE,
+            "student": TWO,
+            "cancer": "x",
+            "run": "try",
+            "patients": ["p3", "q9"],
+        },
+    )
+    args = [
+        "--models",
+        ONE,
+        TWO,
+        str(student),
+        "--weights",
+        f"{ONE}=random",
+        f"{TWO}=random",
+        "--teacher",
+        ONE,
+        "--baseline",
+        TWO,
+        "--benchmark",
+        str(folder),
+        "--results",
+        str(folder.parent / "results"),
+        *FAST,
+    ]
     assert evaluate.main([*args, "--paper-splits"]) == 0
     out, results = capsys.readouterr().out, folder.parent / "results"
-    for text in ("33 images, 3 classes, 11 groups", "CKA to teacher", "majority class", "against",
-                 "try was distilled on 1"):
+    for text in (
+        "33 images, 3 classes, 11 groups",
+        "CKA to teacher",
+        "majority class",
+        "against",
+        "try was distilled on 1",
+    ):
         assert text in out
-    for name in ("table1.md", "table2.md", "figure1.png", "report.md", "pictures/confusion-mine.png",
-                 "pictures/cka-mine.png", "pictures/gallery-mine-try.png", "pictures/gallery-mine-timm_resnet10t.png"):
+    for name in (
+        "table1.md",
+        "table2.md",
+        "figure1.png",
+        "report.md",
+        "pictures/confusion-mine.png",
+        "pictures/cka-mine.png",
+        "pictures/gallery-mine-try.png",
+        "pictures/gallery-mine-timm_resnet10t.png",
+    ):
         assert (results / name).stat().st_size > 300, name
     report = (results / "report.md").read_text()
-    for text in ("Table 1: CKA to timm:resnet10t", "Paired differences", "ungrouped", "distilled from timm:resnet10t",
-                 "left out for all models", "before distillation"):
+    for text in (
+        "Table 1: CKA to timm:resnet10t",
+        "Paired differences",
+        "ungrouped",
+        "distilled from timm:resnet10t",
+        "left out for all models",
+        "before distillation",
+    ):
         assert text in report
     for link in [part.split(")")[0] for part in report.split("](")[1:]]:
         assert (results / link).is_file(), link
     assert len(rows(folder, model="try", protocol="knn", metric="accuracy")) == 10
     assert len(rows(folder, model="try", protocol="probe", metric="auc")) == 2
     assert {r["other"] for r in rows(folder, model="try", protocol="paired")} == {ONE, TWO}
-    assert len({r["ms_per_image"] for r in rows(folder, protocol="model") if r["model"] != ONE}) == 1
+    assert (
+        len({r["ms_per_image"] for r in rows(folder, protocol="model") if r["model"] != ONE}) == 1
+    )
     twin = rows(folder, model="try", other=TWO, protocol="cka", metric="unbiased")
-    assert twin[0]["value"] == pytest.approx(1, abs=1e-4)   # the "student" is the baseline under another name
-    verdicts = {r["metric"]: evaluate.verdict(r) for r in rows(folder, model="try", other=TWO, protocol="paired")}
-    assert verdicts == {"cka": "within noise", "knn": "within noise", "probe": "too few groups to tell"}
+    assert twin[0]["value"] == pytest.approx(
+        1, abs=1e-4
+    )  # the "student" is the baseline under another name
+    verdicts = {
+        r["metric"]: evaluate.verdict(r)
+        for r in rows(folder, model="try", other=TWO, protocol="paired")
+    }
+    assert verdicts == {
+        "cka": "within noise",
+        "knn": "within noise",
+        "probe": "too few groups to tell",
+    }
 
     before = {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()}
-    monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        models, "load_model", lambda *a, **k: pytest.fail("a model was loaded again")
+    )
     evaluate._load.cache_clear()
     assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
@@ -95,7 +170,11 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
 
 def test_one_network_has_one_speed(folder, monkeypatch):
     """A student before and after distillation is the same network; timed twice, the machine's noise parts them."""
-    student, results, clock = folder.parent / "student", folder.parent / "results", iter(range(1, 99))
+    student, results, clock = (
+        folder.parent / "student",
+        folder.parent / "results",
+        iter(range(1, 99)),
+    )
     models.save_student(models.load_model(TWO, "random"), student, metadata={})
     monkeypatch.setattr(evaluate, "milliseconds", lambda model: next(clock))
     speed = lambda name, **options: evaluate.card(str(name), results, **options)["ms_per_image"]  # noqa: E731
@@ -107,17 +186,35 @@ def test_one_network_has_one_speed(folder, monkeypatch):
 
 def test_leaked_patients_can_be_kept_and_are_then_marked(folder):
     student = folder.parent / "runs" / "try" / "student"
-    models.save_student(models.load_model(ONE, "random"), student, metadata={
-        "teacher": "h-optimus-0", "student": "hibou-l", "run": "try", "patients": [f"p{i}" for i in range(12)]})
-    args = ["--models", str(student), "--benchmark", str(folder), "--results", str(folder.parent / "results"), *FAST,
-            "--no-pictures"]
-    assert evaluate.main(args) == 1   # every patient was seen: nothing is left
+    models.save_student(
+        models.load_model(ONE, "random"),
+        student,
+        metadata={
+            "teacher": "h-optimus-0",
+            "student": "hibou-l",
+            "run": "try",
+            "patients": [f"p{i}" for i in range(12)],
+        },
+    )
+    args = [
+        "--models",
+        str(student),
+        "--benchmark",
+        str(folder),
+        "--results",
+        str(folder.parent / "results"),
+        *FAST,
+        "--no-pictures",
+    ]
+    assert evaluate.main(args) == 1  # every patient was seen: nothing is left
     assert evaluate.main([*args, "--leaks", "mark"]) == 0
     assert "⚠" in (folder.parent / "results" / "table2.md").read_text()
     assert rows(folder, protocol="data")[0]["value"] == 36
 
 
-def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_features(folder, weights, capsys):
+def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_features(
+    folder, weights, capsys
+):
     quick = ("--no-pictures",)
     assert go(folder, *quick, w=weights) == 0
     path = folder.parent / "results" / "features" / "timm_resnet10t" / "mine.safetensors"
@@ -126,15 +223,23 @@ def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_featur
     (folder / "labels.csv").write_text(table.replace("00.png,a,", "00.png,b,"))
     accuracy = [r["value"] for r in rows(folder, metric="accuracy")]
     assert go(folder, *quick, w=weights) == 0
-    assert path.stat().st_mtime_ns == made and [r["value"] for r in rows(folder, metric="accuracy")] != accuracy
+    assert (
+        path.stat().st_mtime_ns == made
+        and [r["value"] for r in rows(folder, metric="accuracy")] != accuracy
+    )
     Image.new("RGB", (40, 40), "green").save(folder / "05.png")
     assert go(folder, *quick, w=weights) == 0
     second = load_file(path)["features"]
     assert not np.allclose(first[5], second[5])
     assert np.allclose(np.delete(first, 5, 0), np.delete(second, 5, 0), atol=1e-4)
     changed = weights.with_name("changed.safetensors")
-    torch_safetensors.save_file({k: v * 1.1 if v.is_floating_point() else v
-                                 for k, v in torch_safetensors.load_file(weights).items()}, changed)
+    torch_safetensors.save_file(
+        {
+            k: v * 1.1 if v.is_floating_point() else v
+            for k, v in torch_safetensors.load_file(weights).items()
+        },
+        changed,
+    )
     assert go(folder, *quick, w=changed) == 0
     assert not np.allclose(load_file(path)["features"], second, atol=1e-3)
     assert not list(path.parent.glob("*.part"))
@@ -142,15 +247,40 @@ def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_featur
 
 def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
     b = evaluate.load_folder(folder)
-    one = {w: evaluate.features(ONE, b, folder.parent / w, weights=str(weights), input_size=32, device="cpu",
-                                dtype=torch.float32, batch_size=n, workers=k)
-           for w, n, k in [("a", 36, 0), ("b", 5, 2)]}
+    one = {
+        w: evaluate.features(
+            ONE,
+            b,
+            folder.parent / w,
+            weights=str(weights),
+            input_size=32,
+            device="cpu",
+            dtype=torch.float32,
+            batch_size=n,
+            workers=k,
+        )
+        for w, n, k in [("a", 36, 0), ("b", 5, 2)]
+    }
     assert np.allclose(one["a"], one["b"], atol=1e-4 * np.abs(one["a"]).max())
-    done = torchrun(2, "evaluate.py", "--models", ONE, "--weights", weights, "--benchmark", folder, "--results",
-                    folder.parent / "c", "--no-pictures", *FAST)
+    done = torchrun(
+        2,
+        "evaluate.py",
+        "--models",
+        ONE,
+        "--weights",
+        weights,
+        "--benchmark",
+        folder,
+        "--results",
+        folder.parent / "c",
+        "--no-pictures",
+        *FAST,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("tables, pictures") == 1   # rank 0 alone reports
-    both = load_file(folder.parent / "c" / "features" / "timm_resnet10t" / "mine.safetensors")["features"]
+    assert done.stdout.count("tables, pictures") == 1  # rank 0 alone reports
+    both = load_file(folder.parent / "c" / "features" / "timm_resnet10t" / "mine.safetensors")[
+        "features"
+    ]
     assert np.allclose(one["a"], both, atol=1e-4 * np.abs(one["a"]).max())
 
 
@@ -164,25 +294,45 @@ def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
     assert go(folder, "--no-pictures") == 1
     err = capsys.readouterr().err
     assert "2 of 36 images cannot be read, first 07.png" in err and "--max-unreadable" in err
-    assert go(folder, "--no-pictures", "--max-unreadable", 0.1) == 1, "what failed shows in the exit status"
+    assert go(folder, "--no-pictures", "--max-unreadable", 0.1) == 1, (
+        "what failed shows in the exit status"
+    )
     captured = capsys.readouterr()
-    assert "07.png" in captured.err and "08.png" in captured.err and "2 unreadable images left out" in captured.out
+    assert (
+        "07.png" in captured.err
+        and "08.png" in captured.err
+        and "2 unreadable images left out" in captured.out
+    )
     assert rows(folder, protocol="data")[0]["value"] == 34
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.replace("image,label", "file,label"), "no column image"),
-    (lambda t: t.replace("07.png,b,p2", "07.png,,p2"), "line 9: label is empty"),
-    (lambda t: t.replace("07.png", "06.png"), "1 images are listed more than once, first 06.png"),
-    (lambda t: t.replace("07.png", "./06.png"), "1 images are listed more than once, first 06.png"),
-    (lambda t: t.replace(",", ";"), "separated by commas"),
-    (lambda t: t.replace(",b,", ",drüse,").encode("latin-1"), "save it as"),
-    (lambda t: t.splitlines()[0] + "\n", "no rows"),
-    (lambda t: t.replace(".png", ".gif"), "none of its 36 images exists"),
-    (lambda t: t.replace(",b,", ",a,").replace(",c,", ",a,"), "all 36 images are of class a"),
-    (lambda t: "".join(f"{line.rsplit(',', 2)[0]},same,x\n" if i else line + "\n"
-                       for i, line in enumerate(t.splitlines())), "two patients"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.replace("image,label", "file,label"), "no column image"),
+        (lambda t: t.replace("07.png,b,p2", "07.png,,p2"), "line 9: label is empty"),
+        (
+            lambda t: t.replace("07.png", "06.png"),
+            "1 images are listed more than once, first 06.png",
+        ),
+        (
+            lambda t: t.replace("07.png", "./06.png"),
+            "1 images are listed more than once, first 06.png",
+        ),
+        (lambda t: t.replace(",", ";"), "separated by commas"),
+        (lambda t: t.replace(",b,", ",drüse,").encode("latin-1"), "save it as"),
+        (lambda t: t.splitlines()[0] + "\n", "no rows"),
+        (lambda t: t.replace(".png", ".gif"), "none of its 36 images exists"),
+        (lambda t: t.replace(",b,", ",a,").replace(",c,", ",a,"), "all 36 images are of class a"),
+        (
+            lambda t: "".join(
+                f"{line.rsplit(',', 2)[0]},same,x\n" if i else line + "\n"
+                for i, line in enumerate(t.splitlines())
+            ),
+            "two patients",
+        ),
+    ],
+)
 def test_a_wrong_table_is_named_with_the_remedy(folder, capsys, change, message):
     table = folder / "labels.csv"
     changed = change(table.read_text())
@@ -202,7 +352,12 @@ def test_images_without_labels_are_told_and_left_out(folder, capsys):
 
 
 def test_blanks_and_windows_line_ends_make_no_classes_of_their_own(folder):
-    text = (folder / "labels.csv").read_text().replace(",b,", ", b,").replace("label,group", "label, group")
+    text = (
+        (folder / "labels.csv")
+        .read_text()
+        .replace(",b,", ", b,")
+        .replace("label,group", "label, group")
+    )
     (folder / "labels.csv").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
     b = evaluate.load_folder(folder)
     assert b.classes == ["a", "b", "c"] and len(b) == 36 and b.centers[:4] == ["x", "x", "x", "y"]
@@ -212,13 +367,19 @@ def test_images_of_other_kinds_are_read_as_seen_or_refused(tmp_path):
     """Transparent parts are white, as a slide's background is; 16 bits once came out white without a word."""
     pixels = np.full((8, 8, 3), 120, np.uint8)
     hole = np.dstack([pixels, np.repeat([[0] * 4 + [255] * 4], 8, 0)]).astype(np.uint8)
-    for name, image in {"rgba.png": Image.fromarray(hole), "grey.png": Image.fromarray(pixels[..., 0]),
-                        "cmyk.jpg": Image.fromarray(pixels).convert("CMYK"), "palette.png": Image.fromarray(pixels)
-                        .quantize(), "deep.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)}.items():
+    for name, image in {
+        "rgba.png": Image.fromarray(hole),
+        "grey.png": Image.fromarray(pixels[..., 0]),
+        "cmyk.jpg": Image.fromarray(pixels).convert("CMYK"),
+        "palette.png": Image.fromarray(pixels).quantize(),
+        "deep.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257),
+    }.items():
         image.save(tmp_path / name)
     read = lambda name: evaluate.ImageFiles([tmp_path / name])[0]  # noqa: E731
     assert read("rgba.png")[0].tolist() == [[255] * 3] * 4 + [[120] * 3] * 4
-    assert all(np.abs(read(n).astype(int) - 120).max() < 4 for n in ("grey.png", "cmyk.jpg", "palette.png"))
+    assert all(
+        np.abs(read(n).astype(int) - 120).max() < 4 for n in ("grey.png", "cmyk.jpg", "palette.png")
+    )
     with pytest.raises(OSError, match="more than 8 bits"):
         read("deep.png")
 
@@ -234,9 +395,16 @@ def test_damaged_results_are_made_again_or_named(folder, weights, capsys):
     assert go(folder, "--no-pictures", w=weights) == 0
     results = folder.parent / "results"
     before = (results / "table2.md").read_text()
-    for path in [*results.rglob("*.safetensors"), *results.rglob("*.npz"), *results.rglob("model.json")]:
+    for path in [
+        *results.rglob("*.safetensors"),
+        *results.rglob("*.npz"),
+        *results.rglob("model.json"),
+    ]:
         path.write_bytes(b"{junk")
-    assert go(folder, "--no-pictures", w=weights) == 0 and (results / "table2.md").read_text() == before
+    assert (
+        go(folder, "--no-pictures", w=weights) == 0
+        and (results / "table2.md").read_text() == before
+    )
     assert "damaged" in capsys.readouterr().err
     with open(results / "metrics.jsonl", "a") as file:
         file.write("{half")
@@ -264,25 +432,65 @@ def test_report_links_nothing_that_is_not_there(folder, weights):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "features", features)
-        assert evaluate.main(["--models", TWO, ONE, "--weights", f"{TWO}=random", f"{ONE}={weights}", "--benchmark",
-                              str(folder), str(other), "--results", str(folder.parent / "results"), *FAST]) == 1
+        assert (
+            evaluate.main(
+                [
+                    "--models",
+                    TWO,
+                    ONE,
+                    "--weights",
+                    f"{TWO}=random",
+                    f"{ONE}={weights}",
+                    "--benchmark",
+                    str(folder),
+                    str(other),
+                    "--results",
+                    str(folder.parent / "results"),
+                    *FAST,
+                ]
+            )
+            == 1
+        )
     report = (folder.parent / "results" / "report.md").read_text()
     links = [part.split(")")[0] for part in report.split("](")[1:]]
     assert len(links) == 7 and all((folder.parent / "results" / link).is_file() for link in links)
-    assert "| other | 0.333 | – |" in (folder.parent / "results" / "table2.md").read_text()   # majority all the same
+    assert (
+        "| other | 0.333 | – |" in (folder.parent / "results" / "table2.md").read_text()
+    )  # majority all the same
 
 
 def test_features_that_are_not_a_number_name_the_model(folder, weights, capsys):
     broken = weights.with_name("broken.safetensors")
-    torch_safetensors.save_file({k: v * float("nan") if v.is_floating_point() else v
-                                 for k, v in torch_safetensors.load_file(weights).items()}, broken)
+    torch_safetensors.save_file(
+        {
+            k: v * float("nan") if v.is_floating_point() else v
+            for k, v in torch_safetensors.load_file(weights).items()
+        },
+        broken,
+    )
     assert go(folder, "--no-pictures", w=broken) == 1
     assert "timm:resnet10t: 36 of 36 embeddings on mine are NaN" in capsys.readouterr().err
 
 
 def test_one_bad_model_or_benchmark_does_not_stop_the_others(folder, capsys):
-    assert evaluate.main(["--models", ONE, "no-such-model", "--weights", f"{ONE}=random", "--benchmark", str(folder),
-                          str(folder.parent / "absent"), "--results", str(folder.parent / "results"), *FAST]) == 1
+    assert (
+        evaluate.main(
+            [
+                "--models",
+                ONE,
+                "no-such-model",
+                "--weights",
+                f"{ONE}=random",
+                "--benchmark",
+                str(folder),
+                str(folder.parent / "absent"),
+                "--results",
+                str(folder.parent / "results"),
+                *FAST,
+            ]
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert "error: no-such-model" in captured.err and "absent" in captured.err
     assert "mine: 36 images" in captured.out
@@ -294,6 +502,7 @@ def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
         yield
+
     monkeypatch.setattr(evaluate, "atomic", full)
     assert go(folder, "--no-pictures") == 1
     assert "no space left" in capsys.readouterr().err
@@ -301,7 +510,9 @@ def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
     assert go(folder, "--no-pictures") == 0
 
 
-@pytest.mark.parametrize("moment", ["features half written", "before the first predictions", "before the tables"])
+@pytest.mark.parametrize(
+    "moment", ["features half written", "before the first predictions", "before the tables"]
+)
 def test_killed_at_any_moment_it_goes_on(folder, weights, moment):
     """The process kills itself at the moment named, so no clock decides when."""
     code = f"""
@@ -321,9 +532,20 @@ if {moment!r} == "features half written":
 else:
     setattr(evaluate, {{"before the first predictions": "save_predictions"}}.get({moment!r}, "write_tables"), die)
 sys.exit(evaluate.main(sys.argv[1:]))"""
-    args = ["--models", ONE, "--weights", f"{ONE}={weights}", "--benchmark", str(folder), "--results",
-            str(folder.parent / "results"), *FAST]
-    dead = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    args = [
+        "--models",
+        ONE,
+        "--weights",
+        f"{ONE}={weights}",
+        "--benchmark",
+        str(folder),
+        "--results",
+        str(folder.parent / "results"),
+        *FAST,
+    ]
+    dead = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert not (folder.parent / "results" / "report.md").exists()
     assert evaluate.main(args) == 0
@@ -332,9 +554,14 @@ sys.exit(evaluate.main(sys.argv[1:]))"""
 
 
 def test_two_processes_write_one_metrics_file(tmp_path):
-    code = ("import sys, evaluate\nfor i in range(30):\n    evaluate.record(sys.argv[1], [{'model': sys.argv[2], "
-            "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'fold': i, 'value': i}])")
-    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT) for name in "ab"]
+    code = (
+        "import sys, evaluate\nfor i in range(30):\n    evaluate.record(sys.argv[1], [{'model': sys.argv[2], "
+        "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'fold': i, 'value': i}])"
+    )
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT)
+        for name in "ab"
+    ]
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
     assert len(evaluate.read_metrics(tmp_path)) == 60
 
@@ -346,14 +573,34 @@ def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
         patient, c = 9000 + i // 2, i % 2
         (data / str(patient) / str(c)).mkdir(parents=True, exist_ok=True)
         noise = rng.normal(120 + 60 * c, 20, (50, 50, 3)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(noise).save(data / str(patient) / str(c) / f"{patient}_idx5_x{i}_y1_class{c}.png")
+        Image.fromarray(noise).save(
+            data / str(patient) / str(c) / f"{patient}_idx5_x{i}_y1_class{c}.png"
+        )
     (folder.parent / "data" / "benchmarks" / "bracs").mkdir()
     (folder.parent / "data" / "benchmarks" / "bracs" / "x.txt").write_text("wrong")
-    assert evaluate.main(["--all", "--models", ONE, "--weights", "random", "--data", str(folder.parent / "data"),
-                          "--results", str(folder.parent / "results"), *FAST, "--no-pictures"]) == 1
+    assert (
+        evaluate.main(
+            [
+                "--all",
+                "--models",
+                ONE,
+                "--weights",
+                "random",
+                "--data",
+                str(folder.parent / "data"),
+                "--results",
+                str(folder.parent / "results"),
+                *FAST,
+                "--no-pictures",
+            ]
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert "benchmark tils is not in" in captured.err and "zenodo" in captured.err
-    assert "error: bracs" in captured.err and "BRACS_*.png" in captured.err   # there, but not as it unpacks
+    assert (
+        "error: bracs" in captured.err and "BRACS_*.png" in captured.err
+    )  # there, but not as it unpacks
     assert "idc: 24 images" in captured.out and "24 found, published 277,524" in captured.out
 
 
@@ -361,14 +608,25 @@ def test_command_line(tmp_path):
     shown = run("evaluate.py", "--list", "--data", tmp_path)
     assert shown.returncode == 0 and "breakhis" in shown.stdout and "missing" in shown.stdout
     nothing = run("evaluate.py", "--models", ONE, "--results", tmp_path)
-    assert nothing.returncode == 1 and nothing.stderr.startswith("error: ") and "Traceback" not in nothing.stderr
+    assert (
+        nothing.returncode == 1
+        and nothing.stderr.startswith("error: ")
+        and "Traceback" not in nothing.stderr
+    )
     assert run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--folds", "1"), "--folds: 1: expected a whole number from 2"),
-    (("--k", "100"), "--k: 100: expected a whole number from 1 to 64"),
-    (("--benchmark", "mine/labels.csv"), "--benchmark: mine/labels.csv is a file; give its folder, mine")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--folds", "1"), "--folds: 1: expected a whole number from 2"),
+        (("--k", "100"), "--k: 100: expected a whole number from 1 to 64"),
+        (
+            ("--benchmark", "mine/labels.csv"),
+            "--benchmark: mine/labels.csv is a file; give its folder, mine",
+        ),
+    ],
+)
 def test_a_wrong_flag_is_named_with_what_is_allowed(folder, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(folder.parent)
     with pytest.raises(SystemExit):
@@ -381,7 +639,12 @@ def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch
     where = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
     assert evaluate.main(["--all", *where]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "no model" in error and "--weights" in error and "no benchmark" in error and "--list" in error
+    assert (
+        "no model" in error
+        and "--weights" in error
+        and "no benchmark" in error
+        and "--list" in error
+    )
     assert "or --all" not in error
     assert evaluate.main(where) == 1
     assert "--models" in (error := capsys.readouterr().err) and "or --all" in error
@@ -405,14 +668,24 @@ def test_paper_numbers_stand_beside_ours_only_where_names_match():
 
 def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsys, monkeypatch):
     import huggingface_hub
+
     for name, whole in (("a", True), ("b", False)):
         (tmp_path / "runs" / name / "student").mkdir(parents=True)
         if whole:
             (tmp_path / "runs" / name / "student" / "model.safetensors").touch()
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache",
-                        lambda repo, file: "/cache/file" if repo == models.REGISTRY["hibou-l"].hub else None)
-    args = evaluate.build_parser().parse_args(["--all", "--runs", str(tmp_path / "runs"), "--weights", "uni=some.bin"])
-    assert sorted(evaluate.models_at_hand(args)) == [str(tmp_path / "runs" / "a" / "student"), "hibou-l", "uni"]
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repo, file: "/cache/file" if repo == models.REGISTRY["hibou-l"].hub else None,
+    )
+    args = evaluate.build_parser().parse_args(
+        ["--all", "--runs", str(tmp_path / "runs"), "--weights", "uni=some.bin"]
+    )
+    assert sorted(evaluate.models_at_hand(args)) == [
+        str(tmp_path / "runs" / "a" / "student"),
+        "hibou-l",
+        "uni",
+    ]
     err = capsys.readouterr().err
     assert "h-optimus-0 (huggingface.co/bioptimus/H-optimus-0)" in err and "hibou-l" not in err
 

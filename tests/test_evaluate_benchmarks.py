@@ -34,31 +34,51 @@ def load(name, root):
 def test_tils_reads_the_breast_part_by_its_table_and_never_the_links(tmp_path):
     root, rows = tmp_path / "tils", []
     base = root / "TCGA-TILs"
-    for i, (study, part, label) in enumerate([("brca", "train", "til-negative"), ("brca", "val", "til-positive"),
-                                              ("brca", "test", "til-positive"), ("acc", "train", "til-negative")]):
+    for i, (study, part, label) in enumerate(
+        [
+            ("brca", "train", "til-negative"),
+            ("brca", "val", "til-positive"),
+            ("brca", "test", "til-positive"),
+            ("acc", "train", "til-negative"),
+        ]
+    ):
         barcode = f"TCGA-A{i}-000{i}"
         path = f"images-tcga-tils/{study}/{part}/{label}/{barcode}-01Z-00-DX1_{i}.png"
         picture(base / path, (100, 100))
         link = base / path.replace(study, "pancancer", 1)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(base / path)
-        rows.append({"partition": part, "study": study, "barcode": f"{barcode}-01Z-00-DX1", "label": label,
-                     "path": path, "md5": i})
+        rows.append(
+            {
+                "partition": part,
+                "study": study,
+                "barcode": f"{barcode}-01Z-00-DX1",
+                "label": label,
+                "path": path,
+                "md5": i,
+            }
+        )
     picture(base / "images-tcga-tils/brca/train/til-negative/stray.png")
     table(base / "images-tcga-tils-metadata.csv", rows)
-    b, = load("tils", root)
-    assert len(b) == 3 and b.labels.tolist() == [0, 1, 1] and b.classes == ["til-negative", "til-positive"]
+    (b,) = load("tils", root)
+    assert (
+        len(b) == 3
+        and b.labels.tolist() == [0, 1, 1]
+        and b.classes == ["til-negative", "til-positive"]
+    )
     assert b.groups == ["TCGA-A0-0000", "TCGA-A1-0001", "TCGA-A2-0002"]
     assert b.images[2].shape == (100, 100, 3) and "1 images without a line" in b.notes[0]
 
 
 def test_idc_drops_the_nested_copy_and_pads_border_patches(tmp_path):
     root = tmp_path / "idc"
-    names = [f"{p}_idx5_x{x}_y51_class{c}.png" for p, x, c in [(8863, 1, 0), (8863, 51, 1), (9001, 1, 0)]]
+    names = [
+        f"{p}_idx5_x{x}_y51_class{c}.png" for p, x, c in [(8863, 1, 0), (8863, 51, 1), (9001, 1, 0)]
+    ]
     for name in names:
         for base in (root / "IDC_regular_ps50_idx5", root):
             picture(base / name[:4] / name[-5] / name, (50, 32) if "9001" in name else (50, 50))
-    b, = load("idc", root)
+    (b,) = load("idc", root)
     assert len(b) == 3 and sorted(b.ids) == sorted(names)
     assert dict(zip(b.ids, b.labels.tolist(), strict=True))[names[1]] == 1
     assert set(b.groups) == {"8863", "9001"} and "3 nested copies" in b.notes[0]
@@ -67,18 +87,30 @@ def test_idc_drops_the_nested_copy_and_pads_border_patches(tmp_path):
 
 def test_bracs_groups_by_slide_or_by_the_patients_given(tmp_path):
     root = tmp_path / "bracs"
-    for part, folder, name, size in [("train", "0_N", "BRACS_1003_N_1.png", (500, 300)),
-                                     ("train", "5_DCIS", "BRACS_1003_DCIS_2.png", (100, 230)),
-                                     ("test", "6_IC", "BRACS_264_IC_1.png", (224, 224))]:
+    for part, folder, name, size in [
+        ("train", "0_N", "BRACS_1003_N_1.png", (500, 300)),
+        ("train", "5_DCIS", "BRACS_1003_DCIS_2.png", (100, 230)),
+        ("test", "6_IC", "BRACS_264_IC_1.png", (224, 224)),
+    ]:
         picture(root / "BRACS_RoI" / "latest_version" / part / folder / name, size)
-    b, = load("bracs", root)
+    (b,) = load("bracs", root)
     by = dict(zip(b.ids, b.labels.tolist(), strict=True))
-    assert by == {"train/BRACS_1003_N_1.png": 0, "train/BRACS_1003_DCIS_2.png": 5, "test/BRACS_264_IC_1.png": 6}
+    assert by == {
+        "train/BRACS_1003_N_1.png": 0,
+        "train/BRACS_1003_DCIS_2.png": 5,
+        "test/BRACS_264_IC_1.png": 6,
+    }
     assert sorted(b.groups) == ["BRACS_1003", "BRACS_1003", "BRACS_264"] and b.level == "region"
     shapes = {i: b.images[b.ids.index(i)].shape for i in b.ids}
-    assert shapes == {"train/BRACS_1003_N_1.png": (2, 224, 224, 3), "train/BRACS_1003_DCIS_2.png": (1, 224, 224, 3),
-                      "test/BRACS_264_IC_1.png": (1, 224, 224, 3)}
-    table(root / "patients.csv", [{"group": "BRACS_1003", "patient": "A"}, {"group": "BRACS_264", "patient": "A"}])
+    assert shapes == {
+        "train/BRACS_1003_N_1.png": (2, 224, 224, 3),
+        "train/BRACS_1003_DCIS_2.png": (1, 224, 224, 3),
+        "test/BRACS_264_IC_1.png": (1, 224, 224, 3),
+    }
+    table(
+        root / "patients.csv",
+        [{"group": "BRACS_1003", "patient": "A"}, {"group": "BRACS_264", "patient": "A"}],
+    )
     assert set(load("bracs", root)[0].groups) == {"A"}
     table(root / "patients.csv", [{"group": "BRACS_1003", "patient": "A"}])
     with pytest.raises(UserError, match="no patient for 1 groups, first BRACS_264"):
@@ -87,32 +119,54 @@ def test_bracs_groups_by_slide_or_by_the_patients_given(tmp_path):
 
 def test_regions_are_cut_into_a_centred_grid(tmp_path):
     image = np.zeros((230, 460, 3), np.uint8)
-    image[3:227, 6:230] = 100   # the left one of two patches in the middle
+    image[3:227, 6:230] = 100  # the left one of two patches in the middle
     image[3:227, 230:454] = 200
     Image.fromarray(image).save(tmp_path / "a.png")
     patches = evaluate.Regions([tmp_path / "a.png"])[0]
-    assert patches.shape == (2, 224, 224, 3) and (patches[0] == 100).all() and (patches[1] == 200).all()
+    assert (
+        patches.shape == (2, 224, 224, 3)
+        and (patches[0] == 100).all()
+        and (patches[1] == 200).all()
+    )
 
 
 def test_breakhis_has_eight_tasks_and_drops_the_patient_of_two_labels(tmp_path):
     root = tmp_path / "breakhis"
     base = root / "BreaKHis_v1" / "histology_slides" / "breast"
     for kind, subtype, patient, letter, code in [
-            ("benign", "adenosis", "14-22549AB", "B", "A"), ("benign", "adenosis", "14-22549CD", "B", "A"),
-            ("malignant", "ductal_carcinoma", "14-13412", "M", "DC"),
-            ("malignant", "lobular_carcinoma", "14-13412", "M", "LC"),
-            ("malignant", "papillary_carcinoma", "14-15704", "M", "PC")]:
+        ("benign", "adenosis", "14-22549AB", "B", "A"),
+        ("benign", "adenosis", "14-22549CD", "B", "A"),
+        ("malignant", "ductal_carcinoma", "14-13412", "M", "DC"),
+        ("malignant", "lobular_carcinoma", "14-13412", "M", "LC"),
+        ("malignant", "papillary_carcinoma", "14-15704", "M", "PC"),
+    ]:
         for zoom in (40, 100, 200, 400):
-            picture(base / kind / "SOB" / subtype / f"SOB_{letter}_{code}_{patient}" / f"{zoom}X"
-                    / f"SOB_{letter}_{code}-{patient}-{zoom}-007.png", (700, 460))
+            picture(
+                base
+                / kind
+                / "SOB"
+                / subtype
+                / f"SOB_{letter}_{code}_{patient}"
+                / f"{zoom}X"
+                / f"SOB_{letter}_{code}-{patient}-{zoom}-007.png",
+                (700, 460),
+            )
     found = load("breakhis", root)
     zooms = (40, 100, 200, 400)
-    assert [b.name for b in found] == [f"breakhis-{task}-{z}x" for task in ("binary", "subtype") for z in zooms]
+    assert [b.name for b in found] == [
+        f"breakhis-{task}-{z}x" for task in ("binary", "subtype") for z in zooms
+    ]
     binary, subtype = found[0], found[4]
-    assert binary.source == subtype.source == "breakhis-40x"   # one set of features for both tasks
-    assert evaluate.data_stamp(binary) == evaluate.data_stamp(subtype) != evaluate.data_stamp(found[1])
-    assert binary.labels.tolist() == [0, 0, 1] and [subtype.classes[i] for i in subtype.labels] == ["A", "A", "PC"]
-    assert binary.groups == ["14-22549", "14-22549", "14-15704"]   # AB and CD are parts of one case
+    assert binary.source == subtype.source == "breakhis-40x"  # one set of features for both tasks
+    assert (
+        evaluate.data_stamp(binary) == evaluate.data_stamp(subtype) != evaluate.data_stamp(found[1])
+    )
+    assert binary.labels.tolist() == [0, 0, 1] and [subtype.classes[i] for i in subtype.labels] == [
+        "A",
+        "A",
+        "PC",
+    ]
+    assert binary.groups == ["14-22549", "14-22549", "14-15704"]  # AB and CD are parts of one case
     assert "8 images of patient 13412" in binary.notes[0]
     assert binary.images[0].shape == (6, 224, 224, 3)
 
@@ -125,8 +179,12 @@ def test_breakhis_in_part_and_bracs_in_two_versions(tmp_path):
     assert "only 40X at hand" in found[0].notes
     root = tmp_path / "bracs"
     for version, color in (("latest_version", 9), ("previous_versions", 200)):
-        picture(root / "BRACS_RoI" / version / "train" / "0_N" / "BRACS_1003_N_1.png", (224, 224), (color,) * 3)
-    b, = load("bracs", root)
+        picture(
+            root / "BRACS_RoI" / version / "train" / "0_N" / "BRACS_1003_N_1.png",
+            (224, 224),
+            (color,) * 3,
+        )
+    (b,) = load("bracs", root)
     assert len(b) == 1 and b.images[0].max() == 9 and b.notes == ["1 copies left out"]
 
 
@@ -150,29 +208,40 @@ def test_gleason_majority_vote_ties_value_six_and_missing_annotators(tmp_path):
     root = tmp_path / "gleason"
     picture(root / "Train Imgs" / "slide001_core003.jpg", (512, 512))
     picture(root / "Train Imgs" / "slide002_core010.jpg", (512, 300))
-    picture(root / "Test" / "Test imgs" / "slide007_core001.jpg", (512, 512))   # its masks were never public
+    picture(
+        root / "Test" / "Test imgs" / "slide007_core001.jpg", (512, 512)
+    )  # its masks were never public
     a, c, d = (np.zeros((512, 512), int) for _ in range(3))
-    a[:256, :256], c[:256, :256], d[:256, :256] = 3, 3, 4            # two against one: G3
-    a[:256, 256:], c[:256, 256:] = 4, 5                              # a tie: no label
-    a[256:, :256], c[256:, :256], d[256:, :256] = 6, 1, 5            # 6 is read as benign: two against one
-    d[256:, 256:] = 5                                                # one drew, two left it open: G5
+    a[:256, :256], c[:256, :256], d[:256, :256] = 3, 3, 4  # two against one: G3
+    a[:256, 256:], c[:256, 256:] = 4, 5  # a tie: no label
+    a[256:, :256], c[256:, :256], d[256:, :256] = 6, 1, 5  # 6 is read as benign: two against one
+    d[256:, 256:] = 5  # one drew, two left it open: G5
     gleason_maps(root, "slide001_core003", {1: a, 3: c, 6: d})
     gleason_maps(root, "slide002_core010", {2: np.full((300, 512), 4)})
-    b, = load("gleason", root)
+    (b,) = load("gleason", root)
     labels = dict(zip(b.ids, [b.classes[y] for y in b.labels], strict=True))
-    assert labels == {"slide001_core003_0_0": "G3", "slide001_core003_0_256": "benign",
-                      "slide001_core003_256_256": "G5", "slide002_core010_0_0": "G4",
-                      "slide002_core010_256_0": "G4"}
-    assert set(b.groups) == {"slide001", "slide002"} and "2 cores with maps, 1 without" in b.notes[0]
+    assert labels == {
+        "slide001_core003_0_0": "G3",
+        "slide001_core003_0_256": "benign",
+        "slide001_core003_256_256": "G5",
+        "slide002_core010_0_0": "G4",
+        "slide002_core010_256_0": "G4",
+    }
+    assert (
+        set(b.groups) == {"slide001", "slide002"} and "2 cores with maps, 1 without" in b.notes[0]
+    )
     assert b.images[0].shape == (256, 256, 3)
     before = (tmp_path / "index" / "gleason.json").stat().st_mtime_ns
-    load("gleason", root)   # kept
+    load("gleason", root)  # kept
     assert (tmp_path / "index" / "gleason.json").stat().st_mtime_ns == before
     gleason_maps(root, "slide002_core010", {2: np.zeros((300, 512))})
-    assert len(load("gleason", root)[0]) == 3   # a changed map is noticed
+    assert len(load("gleason", root)[0]) == 3  # a changed map is noticed
     (root / "Maps1_T" / "slide001_core003_classimg_nonconvex.png").write_bytes(b"cut")
     gleason_maps(root, "slide002_core010", {2: np.full((300, 300), 4), 4: np.full((300, 512), 4)})
-    with pytest.raises(UserError, match=r"core003.jpg left out: cannot identify.*core010.jpg left out: .*size of its"):
+    with pytest.raises(
+        UserError,
+        match=r"core003.jpg left out: cannot identify.*core010.jpg left out: .*size of its",
+    ):
         load("gleason", root)
 
 
@@ -180,16 +249,18 @@ def test_gleason_of_arvaniti_by_palette_masks_of_the_first_pathologist(tmp_path)
     root = tmp_path / "arvaniti"
     picture(root / "ZT76" / "ZT76_39_A_1_1.jpg", (512, 512))
     picture(root / "ZT80" / "ZT80_38_A_1_1.jpg", (512, 512))
-    for folder, name, top in [("Gleason_masks_train", "mask_ZT76_39_A_1_1.png", 0),
-                              ("Gleason_masks_test_pathologist1", "mask1_ZT80_38_A_1_1.png", 2),
-                              ("Gleason_masks_test_pathologist2", "mask2_ZT80_38_A_1_1.png", 3)]:
+    for folder, name, top in [
+        ("Gleason_masks_train", "mask_ZT76_39_A_1_1.png", 0),
+        ("Gleason_masks_test_pathologist1", "mask1_ZT80_38_A_1_1.png", 2),
+        ("Gleason_masks_test_pathologist2", "mask2_ZT80_38_A_1_1.png", 3),
+    ]:
         values = np.full((512, 512), 4, np.uint8)
         values[:256] = top
         image = Image.fromarray(values, "P")
         image.putpalette([0, 255, 0, 0, 0, 255, 255, 255, 0, 255, 0, 0, 255, 255, 255])
         (root / folder).mkdir(parents=True, exist_ok=True)
         image.save(root / folder / name)
-    b, = load("gleason-arvaniti", root)
+    (b,) = load("gleason-arvaniti", root)
     found = sorted(zip(b.groups, [b.classes[y] for y in b.labels], strict=True))
     assert found == [("ZT76", "benign")] * 2 + [("ZT80", "G4")] * 2
 
@@ -201,31 +272,62 @@ def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = "rgb" if array.ndim == 3 else "minisblack"
         tifffile.imwrite(path, array, tile=(256, 256), compression="zlib", photometric=kind)
+
     for name in ("Subset1_Train_001", "Subset2_Train_007", "Subset1_Train_083"):
-        tiff(root / f"{name[:7]}_Train_image" / f"{name}.tiff", np.full((600, 768, 3), 180, np.uint8))
+        tiff(
+            root / f"{name[:7]}_Train_image" / f"{name}.tiff", np.full((600, 768, 3), 180, np.uint8)
+        )
     (root / "Subset1_Train_image" / "Subset1_Train_083.tiff").write_bytes(b"II*\0broken")
-    tiff(root / "Subset3_Train_image" / "Akoya" / "Subset3_Train_1_Akoya.tiff", np.full((600, 768, 3), 180, np.uint8))
-    masks = {("Subset1", "001", "Stroma"): np.s_[:512, :300], ("Subset1", "001", "G4"): np.s_[:256, :256],
-             ("Subset1", "001", "Normal"): np.s_[256:512, 600:], ("Subset2", "007", "G5"): np.s_[:512, 512:],
-             ("Subset1", "083", "G3"): np.s_[:, :]}
+    tiff(
+        root / "Subset3_Train_image" / "Akoya" / "Subset3_Train_1_Akoya.tiff",
+        np.full((600, 768, 3), 180, np.uint8),
+    )
+    masks = {
+        ("Subset1", "001", "Stroma"): np.s_[:512, :300],
+        ("Subset1", "001", "G4"): np.s_[:256, :256],
+        ("Subset1", "001", "Normal"): np.s_[256:512, 600:],
+        ("Subset2", "007", "G5"): np.s_[:512, 512:],
+        ("Subset1", "083", "G3"): np.s_[:, :],
+    }
     for (subset, number, kind), where in masks.items():
         mask = np.zeros((600, 768), np.uint8)
         mask[where] = 255
-        tiff(root / f"{subset}_Train_annotation" / "Train" / f"{subset}_Train_{number}" / f"{kind}_Mask.tif", mask)
-    b, = load("aggc", root)
+        tiff(
+            root
+            / f"{subset}_Train_annotation"
+            / "Train"
+            / f"{subset}_Train_{number}"
+            / f"{kind}_Mask.tif",
+            mask,
+        )
+    (b,) = load("aggc", root)
     labels = dict(zip(b.ids, [b.classes[y] for y in b.labels], strict=True))
-    assert labels == {"Subset1_Train_001_0_256": "Stroma", "Subset1_Train_001_512_256": "Normal", # 0_0 overlaps
-                      "Subset2_Train_007_512_0": "G5", "Subset2_Train_007_512_256": "G5"}
+    assert labels == {
+        "Subset1_Train_001_0_256": "Stroma",
+        "Subset1_Train_001_512_256": "Normal",  # 0_0 overlaps
+        "Subset2_Train_007_512_0": "G5",
+        "Subset2_Train_007_512_256": "G5",
+    }
     assert set(b.groups) == {"Subset1_Train_001", "Subset2_Train_007"}
     assert b.notes[0] == "3 of 3 slides with masks" and "Subset1_Train_083 left out" in b.notes[1]
     assert b.images[0].shape == (256, 256, 3) and b.images[0].mean() == pytest.approx(180, abs=2)
 
 
-@pytest.mark.parametrize("layout", [{}, {"compression": "lzw", "rowsperstrip": 100}, {"tile": (96, 160)},
-                                    {"compression": "zlib", "tile": (256, 256)}], ids=lambda layout: " ".join(layout))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"compression": "lzw", "rowsperstrip": 100},
+        {"tile": (96, 160)},
+        {"compression": "zlib", "tile": (256, 256)},
+    ],
+    ids=lambda layout: " ".join(layout),
+)
 def test_masks_are_counted_pixel_by_pixel_in_strips_and_tiles(tmp_path, layout):
     """OpenSlide takes no picture of strips, and masks are often written so."""
-    mask = (np.random.default_rng(0).random((600, 770)) < np.linspace(0, 1, 770)).astype(np.uint8) * 255
+    mask = (np.random.default_rng(0).random((600, 770)) < np.linspace(0, 1, 770)).astype(
+        np.uint8
+    ) * 255
     mask[256:512, :256] = 0
     tifffile.imwrite(tmp_path / "G3_Mask.tif", mask, photometric="minisblack", **layout)
     expected = (mask[:512, :768] > 0).reshape(2, 256, 3, 256).mean((1, 3))
@@ -241,11 +343,20 @@ def slide(path, mpp=0.25, tissue=(0, 512), side=1024):
     """A small Aperio-like slide: textured tissue in columns `tissue` of a bright background."""
     rng = np.random.default_rng(0)
     image = np.full((side, side, 3), 240, np.uint8)
-    image[:, tissue[0]:tissue[1]] = np.clip(rng.normal((170, 90, 150), 25, (side, tissue[1] - tissue[0], 3)), 0, 255)
+    image[:, tissue[0] : tissue[1]] = np.clip(
+        rng.normal((170, 90, 150), 25, (side, tissue[1] - tissue[0], 3)), 0, 255
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(path, image, tile=(256, 256), compression="jpeg", photometric="rgb", metadata=None,
-                     description=f"Aperio Image Library v12.0\r\n{side}x{side}|AppMag = 40"
-                     + (f"|MPP = {mpp}" if mpp else ""))
+    tifffile.imwrite(
+        path,
+        image,
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="rgb",
+        metadata=None,
+        description=f"Aperio Image Library v12.0\r\n{side}x{side}|AppMag = 40"
+        + (f"|MPP = {mpp}" if mpp else ""),
+    )
 
 
 def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_out(tmp_path):
@@ -254,23 +365,38 @@ def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_o
     slide(tmp_path / "data" / "slides" / "brca" / "TCGA-A1-0001-01Z-00-DX2.FF.svs")
     slide(tmp_path / "data" / "slides" / "brca" / "TCGA-B2-0002-01Z-00-DX1.CC.svs", mpp=None)
     slide(tmp_path / "data" / "slides" / "brca" / "TCGA-C3-0003-01Z-00-DX1.DD.svs")
-    table(root / "tcga-brca-tp53.csv", [
-        {"slide_id": "TCGA-A1-0001-01Z-00-DX1", "patient": "TCGA-A1-0001", "label": "MUT"},
-        {"slide_id": "TCGA-A1-0001-01Z-00-DX2", "patient": "TCGA-A1-0001", "label": "MUT"},
-        {"slide_id": "TCGA-B2-0002-01Z-00-DX1", "patient": "TCGA-B2-0002", "label": "WT"},
-        {"slide_id": "TCGA-ZZ-0009-01Z-00-DX1", "patient": "TCGA-ZZ-0009", "label": "WT"}])
-    b, = load("tp53", root)
-    assert b.groups == ["TCGA-A1-0001", "TCGA-A1-0001", "TCGA-B2-0002"] and b.labels.tolist() == [1, 1, 0]
+    table(
+        root / "tcga-brca-tp53.csv",
+        [
+            {"slide_id": "TCGA-A1-0001-01Z-00-DX1", "patient": "TCGA-A1-0001", "label": "MUT"},
+            {"slide_id": "TCGA-A1-0001-01Z-00-DX2", "patient": "TCGA-A1-0001", "label": "MUT"},
+            {"slide_id": "TCGA-B2-0002-01Z-00-DX1", "patient": "TCGA-B2-0002", "label": "WT"},
+            {"slide_id": "TCGA-ZZ-0009-01Z-00-DX1", "patient": "TCGA-ZZ-0009", "label": "WT"},
+        ],
+    )
+    (b,) = load("tp53", root)
+    assert b.groups == ["TCGA-A1-0001", "TCGA-A1-0001", "TCGA-B2-0002"] and b.labels.tolist() == [
+        1,
+        1,
+        0,
+    ]
     assert b.notes == ["1 labels without a slide", "1 slides without a label left out"]
     stack = b.images[0]
-    assert len(stack) == 8 and stack[0].shape == (256, 256, 3)   # half of a 4 x 4 grid is tissue
+    assert len(stack) == 8 and stack[0].shape == (256, 256, 3)  # half of a 4 x 4 grid is tissue
     assert stack[0].mean() < 160
-    with pytest.raises(OSError, match=r"B2-0002.*per pixel"):   # named and counted as unreadable, not fatal
+    with pytest.raises(
+        OSError, match=r"B2-0002.*per pixel"
+    ):  # named and counted as unreadable, not fatal
         b.images[2]
-    table(root / "patients.csv", [{"group": f"TCGA-{n}", "patient": "same"} for n in ("A1-0001", "B2-0002")])
-    assert load("tp53", root)[0].groups == ["same"] * 3   # not taken for the table of labels
+    table(
+        root / "patients.csv",
+        [{"group": f"TCGA-{n}", "patient": "same"} for n in ("A1-0001", "B2-0002")],
+    )
+    assert load("tp53", root)[0].groups == ["same"] * 3  # not taken for the table of labels
     table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-XX-0001", "label": "WT"}])
-    with pytest.raises(UserError, match=r"no labelled images.*1 labels without a slide; 4 slides without a label"):
+    with pytest.raises(
+        UserError, match=r"no labelled images.*1 labels without a slide; 4 slides without a label"
+    ):
         load("tp53", root)
     table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-A1-0001-01Z-00-DX1", "label": "1"}])
     with pytest.raises(UserError, match="is labelled 1; tp53 knows WT, MUT"):
@@ -285,11 +411,17 @@ def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
         path.write_text(json.dumps({"BCR": recurrence, "time_to_follow-up/BCR": 12.0}))
     for patient, n in [("1003", 2), ("1010", 1), ("1012", 1)]:
         for i in range(1, n + 1):
-            slide(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}.tif", side=512)
+            slide(
+                root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}.tif", side=512
+            )
             picture(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}_tissue.tif")
     (root / "task1" / "clinical_data" / "1012.json").write_text("{cut")
-    b, = load("chimera", root)
-    assert b.ids == ["1003_1.tif", "1003_2.tif", "1010_1.tif"] and b.groups == ["1003", "1003", "1010"]
+    (b,) = load("chimera", root)
+    assert b.ids == ["1003_1.tif", "1003_2.tif", "1010_1.tif"] and b.groups == [
+        "1003",
+        "1003",
+        "1010",
+    ]
     assert [b.classes[y] for y in b.labels] == ["recurrence", "recurrence", "no recurrence"]
     assert "1 slides without a label left out" in b.notes and "1 patients without slides" in b.notes
 
@@ -301,7 +433,11 @@ def test_a_wrong_layout_says_what_was_looked_for_and_what_is_there(tmp_path, nam
     (root / "readme.txt").write_text("nothing")
     with pytest.raises(UserError) as error:
         load(name, root)
-    assert str(root) in str(error.value) and "readme.txt" in str(error.value) and "*" in str(error.value) + "*.csv"
+    assert (
+        str(root) in str(error.value)
+        and "readme.txt" in str(error.value)
+        and "*" in str(error.value) + "*.csv"
+    )
 
 
 def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
@@ -309,36 +445,61 @@ def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
     text = evaluate.list_benchmarks(tmp_path)
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert set(evaluate.PUBLISHED) <= set(lines)
-    assert " found " in lines["idc"] and " missing " in lines["bracs"] and "CC BY 4.0" in lines["breakhis"]
+    assert (
+        " found " in lines["idc"]
+        and " missing " in lines["bracs"]
+        and "CC BY 4.0" in lines["breakhis"]
+    )
     assert "zenodo" in lines["tils"] and "slide" in lines["chimera"]
-    for text in (" patch ", " 5 ", " missing ", "CC BY-NC 4.0", "robustness.py only", "s3://tiger-training/wsirois",
-                 f"{tmp_path}/benchmarks/tiger/wsirois"):
+    for text in (
+        " patch ",
+        " 5 ",
+        " missing ",
+        "CC BY-NC 4.0",
+        "robustness.py only",
+        "s3://tiger-training/wsirois",
+        f"{tmp_path}/benchmarks/tiger/wsirois",
+    ):
         assert text in lines["tiger"]
     (tmp_path / "benchmarks" / "tiger" / "wsirois").mkdir(parents=True)
-    assert " found " in next(line for line in evaluate.list_benchmarks(tmp_path).splitlines() if "tiger" in line)
+    assert " found " in next(
+        line for line in evaluate.list_benchmarks(tmp_path).splitlines() if "tiger" in line
+    )
 
 
 def test_slides_and_regions_are_the_mean_of_their_patches(tmp_path):
     import models
     from tile import Slide
+
     slide(tmp_path / "a.svs", side=512)
     picture(tmp_path / "roi.png", (500, 300), (120, 60, 90))
     model = models.load_model("timm:resnet10t", "random", input_size=32)
-    whole = models.extract_features(model, evaluate.SlidePatches([tmp_path / "a.svs"]), progress="none")
+    whole = models.extract_features(
+        model, evaluate.SlidePatches([tmp_path / "a.svs"]), progress="none"
+    )
     with Slide(tmp_path / "a.svs") as opened:
         single = [opened.read(x, y, 256, 256) for y in (0, 256) for x in (0, 256)]
     patches = models.extract_features(model, single, progress="none")
     assert np.allclose(whole[0], patches.mean(0), atol=1e-4 * np.abs(patches).max())
-    region = models.extract_features(model, evaluate.Regions([tmp_path / "roi.png"]), progress="none")
-    flat = models.extract_features(model, [np.full((224, 224, 3), (120, 60, 90), np.uint8)], progress="none")
+    region = models.extract_features(
+        model, evaluate.Regions([tmp_path / "roi.png"]), progress="none"
+    )
+    flat = models.extract_features(
+        model, [np.full((224, 224, 3), (120, 60, 90), np.uint8)], progress="none"
+    )
     assert np.allclose(region, flat, atol=1e-4 * np.abs(flat).max())
 
 
 def test_squares_travel_to_workers_and_a_file_that_is_no_image_is_unreadable(tmp_path):
     import pickle
+
     picture(tmp_path / "core.png", (64, 32))
     (tmp_path / "bad.png").write_bytes(b"nothing")
-    where = [(tmp_path / "core.png", 0, 0), (tmp_path / "core.png", 32, 0), (tmp_path / "bad.png", 0, 0)]
+    where = [
+        (tmp_path / "core.png", 0, 0),
+        (tmp_path / "core.png", 32, 0),
+        (tmp_path / "bad.png", 0, 0),
+    ]
     cut = evaluate.Squares(where, 32)
     assert cut[1].shape == (32, 32, 3)
     copy = pickle.loads(pickle.dumps(cut))
@@ -347,21 +508,29 @@ def test_squares_travel_to_workers_and_a_file_that_is_no_image_is_unreadable(tmp
         cut[2]
     gone = weakref.ref(cut.slide)
     del cut
-    assert gone() is None   # at once: a slide each, with its cache, must not wait for the garbage collector
+    assert (
+        gone() is None
+    )  # at once: a slide each, with its cache, must not wait for the garbage collector
 
 
 @pytest.mark.skipif(SHARED is None, reason="the real tables are not here")
 def test_tp53_joins_the_real_label_table_with_the_real_file_names_of_gdc(tmp_path):
     root = tmp_path / "tp53"
     (root / "slides").mkdir(parents=True)
-    (root / "tcga-brca-tp53.csv").write_bytes((SHARED / "tables" / "tcga-brca-tp53.csv").read_bytes())
+    (root / "tcga-brca-tp53.csv").write_bytes(
+        (SHARED / "tables" / "tcga-brca-tp53.csv").read_bytes()
+    )
     with open(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             (root / "slides" / row["filename"]).touch()
-    b, = load("tp53", root)
-    assert len(b) > 1000 and 0.6 < (b.labels == 0).mean() < 0.75   # the majority that kNN has to beat
-    assert len(set(b.groups)) < len(b) and all(i.startswith(g) for i, g in zip(b.ids, b.groups, strict=True))
-    assert len(b.notes) == 2   # labels without a slide, slides nobody has a label for
+    (b,) = load("tp53", root)
+    assert (
+        len(b) > 1000 and 0.6 < (b.labels == 0).mean() < 0.75
+    )  # the majority that kNN has to beat
+    assert len(set(b.groups)) < len(b) and all(
+        i.startswith(g) for i, g in zip(b.ids, b.groups, strict=True)
+    )
+    assert len(b.notes) == 2  # labels without a slide, slides nobody has a label for
 
 
 def test_galleries_show_slides_as_thumbnails_and_regions_whole(tmp_path):
@@ -369,10 +538,20 @@ def test_galleries_show_slides_as_thumbnails_and_regions_whole(tmp_path):
     picture(tmp_path / "roi.png", (500, 300))
 
     def make(level, images):
-        return evaluate.Benchmark("b", level, images, ["i"] * 2, np.array([0, 1]), ["x", "y"], ["p", "q"])
+        return evaluate.Benchmark(
+            "b", level, images, ["i"] * 2, np.array([0, 1]), ["x", "y"], ["p", "q"]
+        )
+
     whole = make("slide", evaluate.SlidePatches([tmp_path / "a.svs"] * 2))
     assert evaluate.picture(whole, 0).shape == (256, 256, 3)
-    region = make("region", evaluate.Regions([tmp_path / "roi.png"] * 2)).subset(np.array([False, True]))
+    region = make("region", evaluate.Regions([tmp_path / "roi.png"] * 2)).subset(
+        np.array([False, True])
+    )
     assert evaluate.picture(region, 0).shape == (300, 500, 3)
-    evaluate.draw_gallery(whole, "m", {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])}, tmp_path / "g.png")
+    evaluate.draw_gallery(
+        whole,
+        "m",
+        {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])},
+        tmp_path / "g.png",
+    )
     assert Image.open(tmp_path / "g.png").size[1] > 300

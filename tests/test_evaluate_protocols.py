@@ -29,7 +29,10 @@ def test_split_keeps_groups_whole_and_classes_balanced():
     for group in set(groups):
         assert len({f for f, g in zip(fold, groups, strict=True) if g == group}) == 1
     loose = evaluate.split(labels, groups, 10, grouped=False)
-    assert any(len({f for f, g in zip(loose, groups, strict=True) if g == group}) > 1 for group in set(groups))
+    assert any(
+        len({f for f, g in zip(loose, groups, strict=True) if g == group}) > 1
+        for group in set(groups)
+    )
     assert np.ptp(np.bincount(loose)) <= 3
 
 
@@ -40,20 +43,28 @@ def test_split_takes_fewer_folds_than_groups_and_refuses_one_group():
         evaluate.split(labels, ["a"] * 12, 10)
 
 
-@pytest.mark.parametrize("width", [24, 400], ids=["more rows than columns", "more columns than rows"])
+@pytest.mark.parametrize(
+    "width", [24, 400], ids=["more rows than columns", "more columns than rows"]
+)
 def test_knn_equals_scikit_learn_on_the_same_folds(width):
     x, labels, groups = cloud(width=width)
-    x += 30 * np.linspace(-1, 1, width, dtype=np.float32)   # far from the origin: centring matters
+    x += 30 * np.linspace(-1, 1, width, dtype=np.float32)  # far from the origin: centring matters
     fold = evaluate.split(labels, groups, 6)
     predicted, neighbors = evaluate.knn_predict(x, labels, fold, 3, k=15, dims=20)
     for f in range(6):
         train, test = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         pca = PCA(20, svd_solver="full").fit(x[train].astype(np.float64))
-        model = KNeighborsClassifier(15, algorithm="brute").fit(pca.transform(x[train]), labels[train])
+        model = KNeighborsClassifier(15, algorithm="brute").fit(
+            pca.transform(x[train]), labels[train]
+        )
         index = model.kneighbors(pca.transform(x[test]), return_distance=False)
-        assert np.mean(np.sort(train[index]) == np.sort(neighbors[test])) > 0.999   # fp32 against fp64
+        assert (
+            np.mean(np.sort(train[index]) == np.sort(neighbors[test])) > 0.999
+        )  # fp32 against fp64
         votes = (labels[train[index]][:, :, None] == np.arange(3)).sum(1)
-        clear = (votes == votes.max(1, keepdims=True)).sum(1) == 1   # scikit-learn breaks ties by label, we by distance
+        clear = (votes == votes.max(1, keepdims=True)).sum(
+            1
+        ) == 1  # scikit-learn breaks ties by label, we by distance
         assert clear.mean() > 0.7
         assert np.array_equal(model.predict(pca.transform(x[test]))[clear], predicted[test][clear])
 
@@ -84,8 +95,14 @@ def test_auc_equals_scikit_learn_with_ties_and_weights():
     assert np.allclose(evaluate.auc(scores, positive, weights), expected, atol=1e-12)
     p = rng.dirichlet(np.ones(4), 300)
     y = rng.integers(4, size=300)
-    assert np.isclose(evaluate.macro_auc(p, y)[0], roc_auc_score(y, p, multi_class="ovr", average="macro"), atol=1e-12)
-    assert np.isclose(evaluate.macro_auc(p[:, :2], y % 2)[0], roc_auc_score(y % 2, p[:, 1]), atol=1e-12)
+    assert np.isclose(
+        evaluate.macro_auc(p, y)[0],
+        roc_auc_score(y, p, multi_class="ovr", average="macro"),
+        atol=1e-12,
+    )
+    assert np.isclose(
+        evaluate.macro_auc(p[:, :2], y % 2)[0], roc_auc_score(y % 2, p[:, 1]), atol=1e-12
+    )
 
 
 def test_macro_auc_leaves_out_classes_that_are_not_there():
@@ -96,13 +113,20 @@ def test_macro_auc_leaves_out_classes_that_are_not_there():
     assert np.isnan(evaluate.macro_auc(p, np.zeros(50, int))[0])
 
 
-@pytest.mark.parametrize("width", [24, 400], ids=["more rows than columns", "more columns than rows"])
+@pytest.mark.parametrize(
+    "width", [24, 400], ids=["more rows than columns", "more columns than rows"]
+)
 def test_probe_is_logistic_regression_on_a_grouped_split(width):
     x, labels, groups = cloud(width=width)
     found = evaluate.probe(x, labels, groups, 3, seed=1)
     train, valid, test = evaluate.six_two_two(labels, groups, seed=1)
-    assert np.array_equal(found["test"], np.flatnonzero(test)) and (train + 2 * valid + 4 * test).max() == 4
-    assert not {g for g, t in zip(groups, train, strict=True) if t} & {groups[i] for i in found["test"]}
+    assert (
+        np.array_equal(found["test"], np.flatnonzero(test))
+        and (train + 2 * valid + 4 * test).max() == 4
+    )
+    assert not {g for g, t in zip(groups, train, strict=True) if t} & {
+        groups[i] for i in found["test"]
+    }
     z = (x - x[train].mean(0)) / x[train].std(0)
     plain = LogisticRegression(C=found["C"], max_iter=5000, tol=1e-6).fit(z[train], labels[train])
     assert np.allclose(plain.predict_proba(z[test]), found["scores"], atol=2e-3)
@@ -117,14 +141,16 @@ def test_seeds_of_the_probe_are_different_splits():
     tested = [frozenset(np.array(groups)[test]) for _, _, test in parts]
     assert len(set(tested)) == 5 and len(frozenset.union(*tested)) > 10
     for split in parts:
-        assert [abs(p.mean() - share) < 0.1 for p, share in zip(split, (0.6, 0.2, 0.2), strict=True)] == [True] * 3
+        assert [
+            abs(p.mean() - share) < 0.1 for p, share in zip(split, (0.6, 0.2, 0.2), strict=True)
+        ] == [True] * 3
         assert sum(split).tolist() == [1] * 400
         assert not frozenset(np.array(groups)[split[2]]) & frozenset(np.array(groups)[~split[2]])
 
 
 def test_probe_names_classes_and_does_not_only_rank_them():
     """C chosen by AUC may rank perfectly and still call everything the majority class."""
-    labels = np.arange(120) % 3 // 2   # two thirds are of class 0
+    labels = np.arange(120) % 3 // 2  # two thirds are of class 0
     x = (4.0 * labels + np.random.default_rng(0).normal(size=(16, 120))).T.astype(np.float32)
     found = evaluate.probe(x, labels, [f"p{i // 3}" for i in range(120)], 2, seed=0)
     assert evaluate.macro_auc(found["scores"], labels[found["test"]])[0] == 1
@@ -134,8 +160,12 @@ def test_probe_names_classes_and_does_not_only_rank_them():
 def test_majority_baseline_is_the_share_of_the_most_common_class():
     """Not that of the training folds: grouped folds of balanced classes would give it nothing at all."""
     x, labels, groups = cloud(n=160, classes=8, groups=8)
-    labels = np.array([int(g[1:]) for g in groups])   # a class is a group: each fold's class is not in training
-    b = evaluate.Benchmark("b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups)
+    labels = np.array(
+        [int(g[1:]) for g in groups]
+    )  # a class is a group: each fold's class is not in training
+    b = evaluate.Benchmark(
+        "b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups
+    )
     args = argparse.Namespace(k=5, pca_dims=8, pca="fold", folds=8, seeds=1, paper_splits=False)
     _, rows = evaluate.predict(b, x, args, "cpu")
     assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
@@ -154,8 +184,11 @@ def hsic(k, m, unbiased):
         return np.trace(k @ h @ m @ h) / (n - 1) ** 2
     k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
     one = np.ones(n)
-    return (np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
-            - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+    return (
+        np.trace(k @ m)
+        + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (one @ k @ m @ one)
+    ) / (n * (n - 3))
 
 
 def test_cka_equals_the_formula_and_its_floor_is_chance():
@@ -170,18 +203,27 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     for a, b in [("s", "t"), ("noise", "t"), ("s", "noise")]:
         for metric in ("unbiased", "biased"):
             u = metric == "unbiased"
-            expected = hsic(gram[a], gram[b], u) / np.sqrt(hsic(gram[a], gram[a], u) * hsic(gram[b], gram[b], u))
+            expected = hsic(gram[a], gram[b], u) / np.sqrt(
+                hsic(gram[a], gram[a], u) * hsic(gram[b], gram[b], u)
+            )
             assert abs(value[a, b, metric] - expected) < 1e-4
     assert abs(value["noise", "t", "unbiased"]) < 0.05 < value["noise", "t", "floor"] < 0.3
     assert abs(value["noise", "t", "biased"] - value["noise", "t", "floor"]) < 0.05
     assert 0 < value["s", "t", "se"] < 0.2
-    gain = [r for r in evaluate.cka_rows(x, groups, "t", "cpu", "noise") if r["protocol"] == "paired"]
+    gain = [
+        r for r in evaluate.cka_rows(x, groups, "t", "cpu", "noise") if r["protocol"] == "paired"
+    ]
     assert [(r["model"], r["other"]) for r in gain] == [("s", "noise")] and gain[0]["low"] > 0
-    assert gain[0]["value"] == pytest.approx(value["s", "t", "unbiased"] - value["noise", "t", "unbiased"])
+    assert gain[0]["value"] == pytest.approx(
+        value["s", "t", "unbiased"] - value["noise", "t", "unbiased"]
+    )
 
 
 def test_cka_has_no_standard_error_where_one_group_is_nearly_everything():
-    x = {n: np.random.default_rng(i).normal(size=(20, 6)).astype(np.float32) for i, n in enumerate("tsb")}
+    x = {
+        n: np.random.default_rng(i).normal(size=(20, 6)).astype(np.float32)
+        for i, n in enumerate("tsb")
+    }
     rows = evaluate.cka_rows(x, ["p"] * 18 + ["q"] * 2, "t", "cpu", "b")
     assert {r["metric"] for r in rows} == {"unbiased", "biased", "floor"}
 
@@ -192,13 +234,24 @@ def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
     good = np.where(rng.random(600) < 0.9, labels, 1 - labels)
     bad = np.where(rng.random(600) < 0.7, labels, 1 - labels)
     other = np.where(rng.random(600) < 0.9, labels, 1 - labels)
-    score = lambda strength: [{"seed": 0, "test": np.arange(0, 600, 2), "C": 1.0, "scores": np.stack(  # noqa: E731
-        [np.zeros(300), strength * labels[::2] + np.random.default_rng(1).normal(size=300)], 1)}]
+    score = lambda strength: [
+        {
+            "seed": 0,
+            "test": np.arange(0, 600, 2),
+            "C": 1.0,
+            "scores": np.stack(  # noqa: E731
+                [np.zeros(300), strength * labels[::2] + np.random.default_rng(1).normal(size=300)],
+                1,
+            ),
+        }
+    ]
     a, b, c = ({"knn": g, "probe": score(s)} for g, s in ((good, 3), (bad, 1), (other, 3)))
     clear = evaluate.paired(a, b, labels, groups)
     assert clear["knn"][0] == pytest.approx((good == labels).mean() - (bad == labels).mean())
     assert 0 < clear["knn"][1] < clear["knn"][0] < clear["knn"][2]
-    expected = np.subtract(*[roc_auc_score(labels[::2], p["probe"][0]["scores"][:, 1]) for p in (a, b)])
+    expected = np.subtract(
+        *[roc_auc_score(labels[::2], p["probe"][0]["scores"][:, 1]) for p in (a, b)]
+    )
     assert clear["probe"][0] == pytest.approx(expected) and clear["probe"][1] > 0
     low, high = evaluate.paired(a, c, labels, groups)["knn"][1:]
     assert low < 0 < high
@@ -211,64 +264,109 @@ def test_paired_gives_no_interval_for_a_handful_of_groups():
     labels = np.arange(40) % 2
     guess = lambda wrong: {"knn": np.where(np.arange(40) < wrong, 1 - labels, labels), "probe": []}  # noqa: E731
     for n, known in ((5, False), (10, True)):
-        value, low, high = evaluate.paired(guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)])["knn"]
+        value, low, high = evaluate.paired(
+            guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)]
+        )["knn"]
         assert value == pytest.approx(0.3) and np.isfinite(low) == np.isfinite(high) == known
     row = {"value": 0.3, "low": None, "high": None}
-    assert evaluate.verdict(row) == "too few groups to tell" and evaluate.with_interval(row) == "+0.300"
+    assert (
+        evaluate.verdict(row) == "too few groups to tell"
+        and evaluate.with_interval(row) == "+0.300"
+    )
 
 
 def test_leaked_patients_are_found_by_group_and_by_barcode():
-    b = evaluate.Benchmark("b", "patch", [], ["x/TCGA-AA-1234-01Z.png", "q.png", "r.png"], np.zeros(3, int), ["a"],
-                           ["slide 1", "TCGA-BB-0001-01Z-00-DX1", "p7"])
+    b = evaluate.Benchmark(
+        "b",
+        "patch",
+        [],
+        ["x/TCGA-AA-1234-01Z.png", "q.png", "r.png"],
+        np.zeros(3, int),
+        ["a"],
+        ["slide 1", "TCGA-BB-0001-01Z-00-DX1", "p7"],
+    )
     about = {"metadata": {"patients": ["TCGA-AA-1234", "TCGA-BB-0001", "p77"]}}
     assert evaluate.leaked(b, about).tolist() == [True, True, False]
     assert not evaluate.leaked(b, {"metadata": {}}).any()
 
 
-@pytest.mark.parametrize(("image", "group", "found"), [
-    ("a.png", "case_001", True),                   # the group is a slide
-    ("a.png", "Case_001.svs", True),
-    ("a.png", "P07_left", True),                   # of a patient
-    ("tiles/CASE_001.png", "x", True),             # so is the image, or its folder
-    ("case_001/12.png", "x", True),
-    ("p07_x12_y40.png", "x", True),
-    ("a.png", "7", True),                          # a group is a patient, whatever its name
-    ("7.png", "x", False),                         # a number of an image is not
-    ("7_1.png", "x", False),
-    ("tumour/tumour.png", "x", False),
-    ("a.png", "case_002", False),
-    ("", "", False)])
+@pytest.mark.parametrize(
+    ("image", "group", "found"),
+    [
+        ("a.png", "case_001", True),  # the group is a slide
+        ("a.png", "Case_001.svs", True),
+        ("a.png", "P07_left", True),  # of a patient
+        ("tiles/CASE_001.png", "x", True),  # so is the image, or its folder
+        ("case_001/12.png", "x", True),
+        ("p07_x12_y40.png", "x", True),
+        ("a.png", "7", True),  # a group is a patient, whatever its name
+        ("7.png", "x", False),  # a number of an image is not
+        ("7_1.png", "x", False),
+        ("tumour/tumour.png", "x", False),
+        ("a.png", "case_002", False),
+        ("", "", False),
+    ],
+)
 def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group, found):
     b = evaluate.Benchmark("b", "patch", [], [image], np.zeros(1, int), ["a"], [group])
-    about = {"metadata": {"patients": ["P07", "7", ""], "slides": ["case_001", "P08_right", "7", "tumour", ""]}}
+    about = {
+        "metadata": {
+            "patients": ["P07", "7", ""],
+            "slides": ["case_001", "P08_right", "7", "tumour", ""],
+        }
+    }
     assert evaluate.leaked(b, about).tolist() == [found]
     assert not evaluate.leaked(b, {"metadata": {"patients": [""]}}).any()
 
 
 def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
-    row = {"model": "a", "benchmark": "b", "protocol": "knn", "metric": "accuracy", "fold": 0, "value": 1.0}
+    row = {
+        "model": "a",
+        "benchmark": "b",
+        "protocol": "knn",
+        "metric": "accuracy",
+        "fold": 0,
+        "value": 1.0,
+    }
     evaluate.record(tmp_path, [row, row | {"fold": 1}, row | {"protocol": "cka", "other": "t"}])
     evaluate.record(tmp_path, [row | {"value": 2.0}])
     assert [r["value"] for r in evaluate.read_metrics(tmp_path)] == [1.0, 1.0, 2.0]
     evaluate.record(tmp_path, [row | {"value": 3.0}], same=("model", "benchmark", "protocol"))
-    assert [(r["protocol"], r["value"]) for r in evaluate.read_metrics(tmp_path)] == [("cka", 1.0), ("knn", 3.0)]
+    assert [(r["protocol"], r["value"]) for r in evaluate.read_metrics(tmp_path)] == [
+        ("cka", 1.0),
+        ("knn", 3.0),
+    ]
     evaluate.record(tmp_path, [row | {"value": float("nan")}])
     assert evaluate.read_metrics(tmp_path)[-1]["value"] is None
     assert ("knn", "accuracy", "a", "b") not in evaluate.means(tmp_path)
 
 
 def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
-    p = {"knn": np.arange(4), "neighbors": np.arange(8).reshape(4, 2),
-         "probe": [{"seed": 0, "test": np.array([1, 2]), "scores": np.eye(2), "C": 0.1}]}
+    p = {
+        "knn": np.arange(4),
+        "neighbors": np.arange(8).reshape(4, 2),
+        "probe": [{"seed": 0, "test": np.array([1, 2]), "scores": np.eye(2), "C": 0.1}],
+    }
     evaluate.save_predictions(tmp_path / "p.npz", "k", p)
     back = evaluate.load_predictions(tmp_path / "p.npz", "k")
-    assert np.array_equal(back["neighbors"], p["neighbors"]) and np.array_equal(back["probe"][0]["scores"], np.eye(2))
+    assert np.array_equal(back["neighbors"], p["neighbors"]) and np.array_equal(
+        back["probe"][0]["scores"], np.eye(2)
+    )
     assert evaluate.load_predictions(tmp_path / "p.npz", "other") is None
     assert evaluate.load_predictions(tmp_path / "absent.npz", "k") is None
 
 
 def test_ranked_marks_best_and_second_and_families_average_magnifications():
-    assert evaluate.ranked([0.5, 0.9, None, 0.7], ["a", "b", "–", "c"]) == ["a", "**b**", "–", "<u>c</u>"]
+    assert evaluate.ranked([0.5, 0.9, None, 0.7], ["a", "b", "–", "c"]) == [
+        "a",
+        "**b**",
+        "–",
+        "<u>c</u>",
+    ]
     names = ["idc", "breakhis-binary-40x", "breakhis-binary-100x"]
-    assert evaluate.families(names) == {"idc": ["idc"], "breakhis-binary (mean of 2)": names[1:],
-                                        names[1]: [names[1]], names[2]: [names[2]]}
+    assert evaluate.families(names) == {
+        "idc": ["idc"],
+        "breakhis-binary (mean of 2)": names[1:],
+        names[1]: [names[1]],
+        names[2]: [names[2]],
+    }

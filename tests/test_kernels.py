@@ -28,9 +28,20 @@ def seed():
 # --- log_sum_loss -----------------------------------------------------------------------------------------------------
 
 
-def loss_formula(student, weight, teacher, alpha=4.0, normalize="both", reduction="batch", eps=1e-5, norm_eps=1e-4,
-                 scale=None, shift=None):
+def loss_formula(
+    student,
+    weight,
+    teacher,
+    alpha=4.0,
+    normalize="both",
+    reduction="batch",
+    eps=1e-5,
+    norm_eps=1e-4,
+    scale=None,
+    shift=None,
+):
     """The loss written out with elementary operations; autograd gives its gradients."""
+
     def standard(x):
         return (x - x.mean(0)) / (((x - x.mean(0)) ** 2).mean(0) + norm_eps) ** 0.5
 
@@ -39,12 +50,16 @@ def loss_formula(student, weight, teacher, alpha=4.0, normalize="both", reductio
     t = standard(teacher) if normalize == "both" else teacher
     y = y if scale is None else y * scale + shift
     powers = (y - t).abs() ** alpha
-    return (powers.sum() + eps).log() if reduction == "batch" else (powers.sum(1) + eps).log().mean()
+    return (
+        (powers.sum() + eps).log() if reduction == "batch" else (powers.sum(1) + eps).log().mean()
+    )
 
 
 def loss_inputs(rows, inner, features, normalize="both", dtype=torch.float64):
     leaf = lambda *shape: torch.randn(shape, dtype=dtype).requires_grad_()  # noqa: E731
-    extra = {"scale": leaf(features), "shift": leaf(features)} if normalize == "student-affine" else {}
+    extra = (
+        {"scale": leaf(features), "shift": leaf(features)} if normalize == "student-affine" else {}
+    )
     return leaf(rows, inner), leaf(inner, features), torch.randn(rows, features, dtype=dtype), extra
 
 
@@ -53,12 +68,22 @@ def loss_inputs(rows, inner, features, normalize="both", dtype=torch.float64):
 @pytest.mark.parametrize("alpha", [4.0, 2.5, 1])
 def test_loss_and_gradients_equal_the_formula(normalize, reduction, alpha):
     student, weight, teacher, extra = loss_inputs(9, 5, 6, normalize)
-    options = {"alpha": alpha, "normalize": normalize, "reduction": reduction, "eps": 0.3, "norm_eps": 0.01}
+    options = {
+        "alpha": alpha,
+        "normalize": normalize,
+        "reduction": reduction,
+        "eps": 0.3,
+        "norm_eps": 0.01,
+    }
     leaves = [student, weight, *extra.values()]
-    ours, formula = (f(student, weight, teacher, **options, **extra) for f in (log_sum_loss, loss_formula))
+    ours, formula = (
+        f(student, weight, teacher, **options, **extra) for f in (log_sum_loss, loss_formula)
+    )
     assert ours.dtype == torch.float64 and ours.shape == ()
     torch.testing.assert_close(ours, formula)
-    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, leaves), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -68,8 +93,14 @@ def test_loss_gradcheck(normalize, reduction):
     student, weight, teacher, extra = loss_inputs(6, 4, 3, normalize)
 
     def loss(student, weight, *more):
-        return log_sum_loss(student, weight, teacher, normalize=normalize, reduction=reduction,
-                            **dict(zip(("scale", "shift"), more, strict=False)))
+        return log_sum_loss(
+            student,
+            weight,
+            teacher,
+            normalize=normalize,
+            reduction=reduction,
+            **dict(zip(("scale", "shift"), more, strict=False)),
+        )
 
     assert torch.autograd.gradcheck(loss, (student, weight, *extra.values()))
 
@@ -83,7 +114,10 @@ def test_loss_equals_torch_batch_norm_and_a_bias_would_change_nothing():
 
 def test_loss_takes_any_strides_and_a_linear_layers_transposed_weight():
     layer = torch.nn.Linear(5, 7, bias=False, dtype=torch.float64)
-    student, teacher = torch.randn(12, 9, dtype=torch.float64)[:, ::2], torch.randn(7, 12, dtype=torch.float64).T
+    student, teacher = (
+        torch.randn(12, 9, dtype=torch.float64)[:, ::2],
+        torch.randn(7, 12, dtype=torch.float64).T,
+    )
     loss = log_sum_loss(student, layer.weight.T, teacher)
     loss.backward()
     expected = torch.autograd.grad(loss_formula(student, layer.weight.T, teacher), layer.weight)[0]
@@ -128,11 +162,17 @@ def test_loss_keeps_gradients_where_a_rounded_projection_loses_them():
 
 def test_loss_twice_in_one_graph_and_backward_twice():
     student, weight, teacher, _ = loss_inputs(8, 4, 5)
-    both = log_sum_loss(student, weight, teacher) + 3 * log_sum_loss(student * 2, weight, teacher, normalize="none")
-    formula = loss_formula(student, weight, teacher) + 3 * loss_formula(student * 2, weight, teacher, normalize="none")
+    both = log_sum_loss(student, weight, teacher) + 3 * log_sum_loss(
+        student * 2, weight, teacher, normalize="none"
+    )
+    formula = loss_formula(student, weight, teacher) + 3 * loss_formula(
+        student * 2, weight, teacher, normalize="none"
+    )
     expected = torch.autograd.grad(formula, student)[0]
     for _ in range(2):
-        torch.testing.assert_close(torch.autograd.grad(both, student, retain_graph=True)[0], expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(both, student, retain_graph=True)[0], expected
+        )
 
 
 def test_loss_without_grad_and_with_a_frozen_side():
@@ -147,7 +187,10 @@ def test_loss_without_grad_and_with_a_frozen_side():
 
 def test_loss_passes_nan_on_and_repeats_its_bits():
     student, weight, teacher, _ = loss_inputs(40, 30, 20, dtype=torch.float32)
-    first, second = (torch.autograd.grad(log_sum_loss(student, weight, teacher), (student, weight)) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(log_sum_loss(student, weight, teacher), (student, weight))
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     teacher[0, 0] = math.nan
     assert log_sum_loss(student, weight, teacher).isnan()
@@ -156,28 +199,36 @@ def test_loss_passes_nan_on_and_repeats_its_bits():
 X, W, T = torch.randn(8, 4), torch.randn(4, 5), torch.randn(8, 5)
 
 
-@pytest.mark.parametrize(("error", "name", "arguments", "options"), [
-    (TypeError, "student", ([1], W, T), {}),
-    (TypeError, "weight", (X, W.long(), T), {}),
-    (ValueError, "student", (X[0], W, T), {}),
-    (ValueError, "student", (X[:0], W, T[:0]), {}),
-    (ValueError, "student", (X[:1], W, T[:1]), {}),
-    (ValueError, "weight", (X, W[:3], T), {}),
-    (ValueError, "weight", (X, W.to("meta"), T), {}),
-    (ValueError, "teacher", (X, W, T[:7]), {}),
-    (ValueError, "teacher", (X, W, T.clone().requires_grad_()), {}),
-    (ValueError, "normalize", (X, W, T), {"normalize": "layer"}),
-    (ValueError, "reduction", (X, W, T), {"reduction": "mean"}),
-    (ValueError, "alpha", (X, W, T), {"alpha": 0.5}),
-    (ValueError, "alpha", (X, W, T), {"alpha": math.nan}),
-    (TypeError, "alpha", (X, W, T), {"alpha": "4"}),
-    (ValueError, "eps", (X, W, T), {"eps": -1}),
-    (ValueError, "norm_eps", (X, W, T), {"norm_eps": -1}),
-    (ValueError, "scale", (X, W, T), {"normalize": "student-affine"}),
-    (ValueError, "shift", (X, W, T), {"shift": torch.ones(5)}),
-    (ValueError, "scale", (X, W, T), {"normalize": "student-affine", "scale": torch.ones(4), "shift": torch.ones(5)}),
-    (TypeError, "group", (X, W, T), {"group": "world"}),
-])
+@pytest.mark.parametrize(
+    ("error", "name", "arguments", "options"),
+    [
+        (TypeError, "student", ([1], W, T), {}),
+        (TypeError, "weight", (X, W.long(), T), {}),
+        (ValueError, "student", (X[0], W, T), {}),
+        (ValueError, "student", (X[:0], W, T[:0]), {}),
+        (ValueError, "student", (X[:1], W, T[:1]), {}),
+        (ValueError, "weight", (X, W[:3], T), {}),
+        (ValueError, "weight", (X, W.to("meta"), T), {}),
+        (ValueError, "teacher", (X, W, T[:7]), {}),
+        (ValueError, "teacher", (X, W, T.clone().requires_grad_()), {}),
+        (ValueError, "normalize", (X, W, T), {"normalize": "layer"}),
+        (ValueError, "reduction", (X, W, T), {"reduction": "mean"}),
+        (ValueError, "alpha", (X, W, T), {"alpha": 0.5}),
+        (ValueError, "alpha", (X, W, T), {"alpha": math.nan}),
+        (TypeError, "alpha", (X, W, T), {"alpha": "4"}),
+        (ValueError, "eps", (X, W, T), {"eps": -1}),
+        (ValueError, "norm_eps", (X, W, T), {"norm_eps": -1}),
+        (ValueError, "scale", (X, W, T), {"normalize": "student-affine"}),
+        (ValueError, "shift", (X, W, T), {"shift": torch.ones(5)}),
+        (
+            ValueError,
+            "scale",
+            (X, W, T),
+            {"normalize": "student-affine", "scale": torch.ones(4), "shift": torch.ones(5)},
+        ),
+        (TypeError, "group", (X, W, T), {"group": "world"}),
+    ],
+)
 def test_loss_names_the_bad_argument(error, name, arguments, options):
     with pytest.raises(error, match=f"^{name}:"):
         log_sum_loss(*arguments, **options)
@@ -210,9 +261,22 @@ dist.destroy_process_group()
 def test_loss_over_a_process_group_equals_one_process(tmp_path):
     program = tmp_path / "group.py"
     program.write_text(GROUP_PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        program,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -249,8 +313,10 @@ def hsic(k, n_l):
 def cka_formula(xs, ys, kernel="linear", bandwidth=1.0):
     xs, ys = ([gram(x, kernel, bandwidth) for x in side] for side in (xs, ys))
     own = lambda side: [hsic(k, k) for k in side]  # noqa: E731
-    table = [[hsic(k, m) / np.sqrt(a * b) for m, b in zip(ys, own(ys), strict=True)]
-             for k, a in zip(xs, own(xs), strict=True)]
+    table = [
+        [hsic(k, m) / np.sqrt(a * b) for m, b in zip(ys, own(ys), strict=True)]
+        for k, a in zip(xs, own(xs), strict=True)
+    ]
     return torch.tensor(np.array(table)).permute(2, 0, 1)
 
 
@@ -263,8 +329,15 @@ def related(n, *widths, dtype=torch.float32):
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "left", "right"), [
-    (4, (3,), (2,)), (61, (7, 300), (5, 64)), (200, (10,), (30, 3)), (90, (200, 170), (150, 300, 120))])
+@pytest.mark.parametrize(
+    ("n", "left", "right"),
+    [
+        (4, (3,), (2,)),
+        (61, (7, 300), (5, 64)),
+        (200, (10,), (30, 3)),
+        (90, (200, 170), (150, 300, 120)),
+    ],
+)
 def test_cka_equals_the_gram_formulas(kernel, dtype, n, left, right):
     xs, ys = related(n, *left, dtype=dtype), related(n, *right, dtype=dtype)
     xs.append(ys[0])  # the same tensor on both sides
@@ -275,7 +348,9 @@ def test_cka_equals_the_gram_formulas(kernel, dtype, n, left, right):
     assert (unbiased - expected[0]).abs().max() < tolerance
     assert (biased - expected[1]).abs().max() < tolerance
     torch.testing.assert_close(cka(xs, ys, kernel=kernel, bandwidth=0.8), unbiased, rtol=0, atol=0)
-    torch.testing.assert_close(cka(xs, ys, estimator="biased", kernel=kernel, bandwidth=0.8), biased, rtol=0, atol=0)
+    torch.testing.assert_close(
+        cka(xs, ys, estimator="biased", kernel=kernel, bandwidth=0.8), biased, rtol=0, atol=0
+    )
 
 
 def test_cka_sides_and_chunks_agree(monkeypatch):
@@ -286,7 +361,9 @@ def test_cka_sides_and_chunks_agree(monkeypatch):
     monkeypatch.setattr(cka_module, "BLOCK_BYTES", 4000)
     blocks = torch.stack(cka(xs, ys, estimator="both", kernel="rbf"))
     monkeypatch.undo()
-    torch.testing.assert_close(torch.stack(cka(xs, ys, estimator="both", kernel="rbf")), blocks, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.stack(cka(xs, ys, estimator="both", kernel="rbf")), blocks, rtol=0, atol=1e-6
+    )
     monkeypatch.setattr(cka_module, "_from_features", cka_module._from_grams)
     torch.testing.assert_close(torch.stack(cka(xs, ys, estimator="both")), whole, rtol=0, atol=1e-6)
 
@@ -295,9 +372,13 @@ def test_cka_invariances_and_chance_level():
     x, y = torch.randn(300, 120), torch.randn(300, 80)
     turned = torch.linalg.qr(torch.randn(120, 120))[0]
     unbiased, biased = cka([x, 3 * x @ turned + 5], [x, y], estimator="both")
-    torch.testing.assert_close(unbiased[:, 0], torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        unbiased[:, 0], torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(unbiased[0], unbiased[1], atol=1e-5, rtol=0)
-    assert abs(unbiased[0, 1]) < 0.05 < 0.2 < biased[0, 1]  # unrelated features: the biased estimator's floor
+    assert (
+        abs(unbiased[0, 1]) < 0.05 < 0.2 < biased[0, 1]
+    )  # unrelated features: the biased estimator's floor
     assert cka([torch.ones(9, 2)], [torch.randn(9, 2)]).isnan().all()
 
 
@@ -320,22 +401,25 @@ def test_covariance_equals_numpy(n, width, monkeypatch):
     np.testing.assert_allclose(covariance(x.double()), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("error", "name", "arguments", "options"), [
-    (TypeError, "xs", (X, [X]), {}),
-    (ValueError, "ys", ([X], []), {}),
-    (TypeError, r"xs\[1\]", ([X, X.long()], [X]), {}),
-    (TypeError, r"ys\[0\]", ([X], [3]), {}),
-    (ValueError, r"xs\[0\]", ([X[0]], [X]), {}),
-    (ValueError, r"xs\[1\]", ([X, X[:5]], [X]), {}),
-    (ValueError, r"xs\[0\]", ([torch.full((8, 2), math.nan)], [X]), {}),
-    (ValueError, r"ys\[0\]", ([X], [X / 0]), {}),
-    (ValueError, "ys", ([X], [X[:5]]), {}),
-    (ValueError, "xs", ([X[:3]], [X[:3]]), {}),
-    (ValueError, "estimator", ([X], [X]), {"estimator": "minibatch"}),
-    (ValueError, "kernel", ([X], [X]), {"kernel": "cosine"}),
-    (ValueError, "bandwidth", ([X], [X]), {"bandwidth": 0}), (TypeError, "bandwidth", ([X], [X]), {"bandwidth": "a"}),
-
-])
+@pytest.mark.parametrize(
+    ("error", "name", "arguments", "options"),
+    [
+        (TypeError, "xs", (X, [X]), {}),
+        (ValueError, "ys", ([X], []), {}),
+        (TypeError, r"xs\[1\]", ([X, X.long()], [X]), {}),
+        (TypeError, r"ys\[0\]", ([X], [3]), {}),
+        (ValueError, r"xs\[0\]", ([X[0]], [X]), {}),
+        (ValueError, r"xs\[1\]", ([X, X[:5]], [X]), {}),
+        (ValueError, r"xs\[0\]", ([torch.full((8, 2), math.nan)], [X]), {}),
+        (ValueError, r"ys\[0\]", ([X], [X / 0]), {}),
+        (ValueError, "ys", ([X], [X[:5]]), {}),
+        (ValueError, "xs", ([X[:3]], [X[:3]]), {}),
+        (ValueError, "estimator", ([X], [X]), {"estimator": "minibatch"}),
+        (ValueError, "kernel", ([X], [X]), {"kernel": "cosine"}),
+        (ValueError, "bandwidth", ([X], [X]), {"bandwidth": 0}),
+        (TypeError, "bandwidth", ([X], [X]), {"bandwidth": "a"}),
+    ],
+)
 def test_cka_names_the_bad_argument(error, name, arguments, options):
     with pytest.raises(error, match=f"^{name}:"):
         cka(*arguments, **options)
@@ -376,15 +460,26 @@ def lattice(n, width):
 @pytest.mark.parametrize("panel", [128, 2048])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("labels", [None, 3, 100])
-@pytest.mark.parametrize(("n", "width", "k", "queries"), [
-    (1, 3, 2, None), (5, 2, 7, None), (300, 50, 15, None), (700, 20, 64, 50), (400, 130, 20, None), (0, 4, 2, 3)])
+@pytest.mark.parametrize(
+    ("n", "width", "k", "queries"),
+    [
+        (1, 3, 2, None),
+        (5, 2, 7, None),
+        (300, 50, 15, None),
+        (700, 20, 64, 50),
+        (400, 130, 20, None),
+        (0, 4, 2, 3),
+    ],
+)
 def test_knn_equals_brute_force(monkeypatch, panel, metric, labels, n, width, k, queries):
     monkeypatch.setattr(knn_module, "PANEL", panel)
     monkeypatch.setattr(knn_module, "SCORES", 40 * panel)  # blocks of 32 or 40 rows
     for make in (torch.randn, lattice):
         base, query = make(n, width), None if queries is None else make(queries, width)
         groups = None if labels is None else torch.randint(labels, (n,))
-        query_groups = None if labels is None or query is None else torch.randint(labels, (queries,))
+        query_groups = (
+            None if labels is None or query is None else torch.randint(labels, (queries,))
+        )
         options = {"groups": groups, "query_groups": query_groups, "metric": metric}
         if metric == "cosine" and make is lattice:
             continue  # angles of whole numbers tie only up to rounding
@@ -409,7 +504,9 @@ def test_cka_does_not_depend_on_the_size_of_the_numbers(kernel):
     y[:, :8] += x
     expected = cka([x], [y], estimator="both", kernel=kernel)
     for size in (1e-30, 1e-15, 1e-12, 1e9, 1e30):
-        for got, wanted in zip(cka([x * size, x], [y], estimator="both", kernel=kernel), expected, strict=True):
+        for got, wanted in zip(
+            cka([x * size, x], [y], estimator="both", kernel=kernel), expected, strict=True
+        ):
             torch.testing.assert_close(got, wanted.expand(2, 1), rtol=1e-4, atol=1e-6)
 
 
@@ -423,13 +520,19 @@ def test_knn_at_every_magnitude(metric, dtype):
             expected, expected_index = brute(base * size, 4, q, metric=metric)
             assert torch.equal(index, expected_index)
             assert (distance - expected).abs().max() <= 1e-6 * expected.max()
-    for size in (1e-30, 1e-14, 1e25):  # a few rows of another magnitude; among them ties up to rounding
+    for size in (
+        1e-30,
+        1e-14,
+        1e25,
+    ):  # a few rows of another magnitude; among them ties up to rounding
         mixed = torch.cat((query * size, base))
         distance, index = knn(mixed, 4, metric=metric, return_distance=True)
         expected, expected_index = brute(mixed, 4, metric=metric)
         assert metric == "euclidean" or torch.equal(index, expected_index)
         assert (index >= 0).all()
-        torch.testing.assert_close(distance.double(), expected, atol=1e-6 if metric == "cosine" else 0, rtol=1e-6)
+        torch.testing.assert_close(
+            distance.double(), expected, atol=1e-6 if metric == "cosine" else 0, rtol=1e-6
+        )
 
 
 def test_knn_proves_or_redoes_every_row():
@@ -445,7 +548,11 @@ def test_knn_proves_or_redoes_every_row():
 
 def test_knn_equals_sklearn_on_clusters():
     base = torch.cat([torch.randn(3000, 50) + 4 * torch.randn(50) for _ in range(3)])
-    distance, index = NearestNeighbors(n_neighbors=16, algorithm="brute").fit(base.double()).kneighbors(base.double())
+    distance, index = (
+        NearestNeighbors(n_neighbors=16, algorithm="brute")
+        .fit(base.double())
+        .kneighbors(base.double())
+    )
     ours, ours_index = knn(base, 15, return_distance=True)
     assert (ours_index.numpy() == index[:, 1:]).all()
     np.testing.assert_allclose(ours, distance[:, 1:], rtol=1e-5)
@@ -470,28 +577,31 @@ def test_knn_of_a_zero_row_by_cosine():
 G = torch.arange(8)
 
 
-@pytest.mark.parametrize(("error", "name", "arguments", "options"), [
-    (TypeError, "base", ([[1.0]], 1), {}),
-    (TypeError, "base", (X.long(), 1), {}),
-    (ValueError, "base", (X[0], 1), {}),
-    (ValueError, "base", (torch.ones(2, 2561), 1), {}),
-    (ValueError, "base", (X * math.nan, 1), {}),
-    (ValueError, "query", (X, 1, X / 0), {}),
-    (ValueError, "query", (X, 1, X[:, :2]), {}),
-    (ValueError, "query", (X, 1, X.double()), {}),
-    (ValueError, "query", (X, 1, X.to("meta")), {}),
-    (ValueError, "k", (X, 0), {}),
-    (ValueError, "k", (X, 65), {}),
-    (TypeError, "k", (X, 2.0), {}),
-    (TypeError, "k", (X, True), {}),
-    (ValueError, "metric", (X, 1), {"metric": "manhattan"}),
-    (TypeError, "groups", (X, 1), {"groups": G.float()}),
-    (ValueError, "groups", (X, 1), {"groups": G[:5]}),
-    (ValueError, "query_groups", (X, 1, X), {"groups": G}),
-    (ValueError, "query_groups", (X, 1, X), {"query_groups": G}),
-    (ValueError, "query_groups", (X, 1), {"groups": G, "query_groups": G}),
-    (ValueError, "query_groups", (X, 1, X), {"groups": G, "query_groups": G[:3]}),
-])
+@pytest.mark.parametrize(
+    ("error", "name", "arguments", "options"),
+    [
+        (TypeError, "base", ([[1.0]], 1), {}),
+        (TypeError, "base", (X.long(), 1), {}),
+        (ValueError, "base", (X[0], 1), {}),
+        (ValueError, "base", (torch.ones(2, 2561), 1), {}),
+        (ValueError, "base", (X * math.nan, 1), {}),
+        (ValueError, "query", (X, 1, X / 0), {}),
+        (ValueError, "query", (X, 1, X[:, :2]), {}),
+        (ValueError, "query", (X, 1, X.double()), {}),
+        (ValueError, "query", (X, 1, X.to("meta")), {}),
+        (ValueError, "k", (X, 0), {}),
+        (ValueError, "k", (X, 65), {}),
+        (TypeError, "k", (X, 2.0), {}),
+        (TypeError, "k", (X, True), {}),
+        (ValueError, "metric", (X, 1), {"metric": "manhattan"}),
+        (TypeError, "groups", (X, 1), {"groups": G.float()}),
+        (ValueError, "groups", (X, 1), {"groups": G[:5]}),
+        (ValueError, "query_groups", (X, 1, X), {"groups": G}),
+        (ValueError, "query_groups", (X, 1, X), {"query_groups": G}),
+        (ValueError, "query_groups", (X, 1), {"groups": G, "query_groups": G}),
+        (ValueError, "query_groups", (X, 1, X), {"groups": G, "query_groups": G[:3]}),
+    ],
+)
 def test_knn_names_the_bad_argument(error, name, arguments, options):
     with pytest.raises(error, match=f"^{name}:"):
         knn(*arguments, **options)
@@ -504,19 +614,37 @@ def operator_samples():
     student, weight, teacher, extra = loss_inputs(7, 5, 6, "student-affine", torch.float32)
     options = (4.0, "both", "batch", 1e-5, 1e-4, torch.float32, True)
     affine = (2.5, "student-affine", "row", 1e-5, 1e-4, torch.float32, True)
-    grad = (torch.tensor(1.0), torch.tensor(2.0), torch.randn(7, 6), torch.empty(0, 6), torch.empty(0))
+    grad = (
+        torch.tensor(1.0),
+        torch.tensor(2.0),
+        torch.randn(7, 6),
+        torch.empty(0, 6),
+        torch.empty(0),
+    )
     detached = (student.detach(), weight.detach(), teacher, None, None, 4.0, "both", torch.float32)
     features = [torch.randn(9, 3), torch.randn(9, 5), torch.randn(9, 2)]
     return {
         "loss": (logsum_module._forward_op, (student, weight, teacher, None, None, *options)),
-        "loss affine": (logsum_module._forward_op, (student, weight, teacher, *extra.values(), *affine)),
+        "loss affine": (
+            logsum_module._forward_op,
+            (student, weight, teacher, *extra.values(), *affine),
+        ),
         "loss backward": (logsum_module._backward_op, (*grad, *detached, True, True)),
-        "loss backward, frozen student": (logsum_module._backward_op, (*grad, *detached, False, True)),
+        "loss backward, frozen student": (
+            logsum_module._backward_op,
+            (*grad, *detached, False, True),
+        ),
         "cka": (cka_module._hsic_op, (features, [0, 1], [2, 0], "linear", 1.0)),
         "cka rbf": (cka_module._hsic_op, (features, [0, 1], [2, 0], "rbf", 1.0)),
         "covariance": (cka_module._scatter_op, (features[0],)),
-        "knn": (knn_module._search_op, (torch.randn(9, 3), 4, None, torch.arange(9) % 3, None, "euclidean")),
-        "knn of queries": (knn_module._search_op, (torch.randn(9, 3), 4, torch.randn(2, 3), None, None, "cosine")),
+        "knn": (
+            knn_module._search_op,
+            (torch.randn(9, 3), 4, None, torch.arange(9) % 3, None, "euclidean"),
+        ),
+        "knn of queries": (
+            knn_module._search_op,
+            (torch.randn(9, 3), 4, torch.randn(2, 3), None, None, "cosine"),
+        ),
     }
 
 
@@ -553,8 +681,14 @@ def test_compiled_whole_gives_the_eager_result():
 
 
 def run_python(program, **env):
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **env}, capture_output=True,
-                          text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_import_and_cpu_use_need_no_triton_and_no_compiler():
@@ -589,8 +723,19 @@ def test_benchmark_prints_no_speed_up_for_a_wrong_result(ours, capsys):
     from kernels import bench
 
     runs, rates = {"ours": lambda: ours, "rival": lambda: 1.0}, {"fp32": 1.0, "copy": 1.0}
-    rows = bench.compare("k", "s", runs, lambda value: abs(value - 1), 1e-6, 1.0, 1.0, "fp32", rates,
-                         torch.device("cpu"), 0.01)
+    rows = bench.compare(
+        "k",
+        "s",
+        runs,
+        lambda value: abs(value - 1),
+        1e-6,
+        1.0,
+        1.0,
+        "fp32",
+        rates,
+        torch.device("cpu"),
+        0.01,
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [row["right"] for row in rows] == [ours == 1, True]
     assert ("WRONG" in lines[0]) == (ours != 1) and ("x |" in lines[1]) == (ours == 1)
@@ -599,7 +744,9 @@ def test_benchmark_prints_no_speed_up_for_a_wrong_result(ours, capsys):
 def test_benchmark_writes_what_it_measured(tmp_path, capsys):
     from kernels import bench
 
-    assert bench.main(["cka", "--quick", "--device", "cpu", "--json", str(tmp_path / "cka.json")]) == 0
+    assert (
+        bench.main(["cka", "--quick", "--device", "cpu", "--json", str(tmp_path / "cka.json")]) == 0
+    )
     found = json.loads((tmp_path / "cka.json").read_text())
     assert found["torch"] == torch.__version__ and found["ceilings"]["fp32"] > 0
     assert {row["name"] for row in found["rows"]} >= {"ours", "numpy", "each pair anew"}

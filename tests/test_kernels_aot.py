@@ -15,9 +15,18 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("kernels", [
-    ("fused_forward", "fused_backward"), ("finish", "moments", "merge", "loss"), ("gradient", "weight"),
-    ("gram",), ("screen",), ("rescan", "redo")], ids=lambda names: names[0])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        ("fused_forward", "fused_backward"),
+        ("finish", "moments", "merge", "loss"),
+        ("gradient", "weight"),
+        ("gram",),
+        ("screen",),
+        ("rescan", "redo"),
+    ],
+    ids=lambda names: names[0],
+)
 def test_compiles_within_the_device(target, kernels):
     made = 0
     for kernel, label, function, parameters, types, cores in aot.configurations(target):
@@ -38,12 +47,18 @@ def test_operands_are_loaded_16_bytes_at_a_time(wanted):
     for _, label, function, parameters, types, _ in aot.configurations("sm_90"):
         if label == wanted:
             code = aot.compiled("sm_90", function, parameters, types)["code"]
-            assert re.search(r"cp\.async\.cg[^;]*, 0x10", code) and not re.search(r"cp\.async\.ca[^;]*, 0x4", code)
+            assert re.search(r"cp\.async\.cg[^;]*, 0x10", code) and not re.search(
+                r"cp\.async\.ca[^;]*, 0x4", code
+            )
 
 
 def test_all_kernels_are_covered():
     from kernels import cka_triton, knn_triton, logsum_triton
 
-    every = {name.removesuffix("_kernel") for module in (cka_triton, knn_triton, logsum_triton) for name in vars(module)
-             if name.endswith("_kernel")}
+    every = {
+        name.removesuffix("_kernel")
+        for module in (cka_triton, knn_triton, logsum_triton)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert every == {kernel for kernel, *_ in aot.configurations("sm_80")}

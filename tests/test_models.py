@@ -22,7 +22,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import models
-from models import REGISTRY, Model, UserError, extract_features, load_model, parse_weights, save_student
+from models import (
+    REGISTRY,
+    Model,
+    UserError,
+    extract_features,
+    load_model,
+    parse_weights,
+    save_student,
+)
 from tile import PatchError
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2)
@@ -59,10 +67,14 @@ def test_each_entry_builds_as_stated(name):
     net = models._build(entry.timm, args, name, empty=True)
     assert next(net.parameters()).is_meta  # so this costs no memory
     assert sum(p.numel() for p in net.parameters()) == entry.parameters
-    assert net.num_prefix_tokens == entry.prefix and all(block.attn.fused_attn for block in net.blocks)
+    assert net.num_prefix_tokens == entry.prefix and all(
+        block.attn.fused_attn for block in net.blocks
+    )
     net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, 224, 224)}
     with torch.device("meta"):
-        model = Model(net, name=name, embedding=entry.embedding, dtype=torch.float32, weights="file")
+        model = Model(
+            net, name=name, embedding=entry.embedding, dtype=torch.float32, weights="file"
+        )
         x = torch.zeros(2, 3, 224, 224)
         assert model(x).shape == (2, entry.dim) and model.dim == entry.dim
         patches = (224 // entry.args.get("patch_size", 16 if "16" in entry.timm else 14)) ** 2
@@ -72,7 +84,9 @@ def test_each_entry_builds_as_stated(name):
 @pytest.mark.parametrize("name, gflops", [("h-optimus-0", 608), ("hibou-l", 165)])
 def test_flops_are_those_worked_out_by_hand(name, gflops):
     entry = REGISTRY[name]
-    net = models._build(entry.timm, dict(img_size=224, init_values=1e-5, **entry.args), name, empty=True)
+    net = models._build(
+        entry.timm, dict(img_size=224, init_values=1e-5, **entry.args), name, empty=True
+    )
     net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, 224, 224)}
     with torch.device("meta"):
         model = Model(net, name=name, embedding="cls", dtype=torch.float32, weights="file")
@@ -82,7 +96,9 @@ def test_flops_are_those_worked_out_by_hand(name, gflops):
 def test_table_and_speed_commands():
     done = run("models.py")
     assert done.returncode == 0 and all(f"\n{name} " in "\n" + done.stdout for name in REGISTRY)
-    assert "303,657,216" in done.stdout and "CC-BY-NC-ND-4.0" in done.stdout and "gated" in done.stdout
+    assert (
+        "303,657,216" in done.stdout and "CC-BY-NC-ND-4.0" in done.stdout and "gated" in done.stdout
+    )
     assert max(map(len, done.stdout.splitlines())) <= 120
     done = run("models.py", "--speed", "timm:test_vit", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -118,22 +134,40 @@ def published(tmp_path_factory, kind, **config):
 
 @pytest.fixture(scope="module")
 def hibou_b(tmp_path_factory):
-    return published(tmp_path_factory, "Dinov2WithRegisters", patch_size=14, hidden_size=768, num_hidden_layers=12,
-                     num_attention_heads=12, use_swiglu_ffn=True, num_register_tokens=4)
+    return published(
+        tmp_path_factory,
+        "Dinov2WithRegisters",
+        patch_size=14,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        use_swiglu_ffn=True,
+        num_register_tokens=4,
+    )
 
 
 @pytest.fixture(scope="module")
 def hibou_l(tmp_path_factory):
     """Hibou-L's widths with 2 of its 24 blocks."""
-    return published(tmp_path_factory, "Dinov2WithRegisters", patch_size=14, hidden_size=1024, num_hidden_layers=2,
-                     num_attention_heads=16, use_swiglu_ffn=True, num_register_tokens=4)
+    return published(
+        tmp_path_factory,
+        "Dinov2WithRegisters",
+        patch_size=14,
+        hidden_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        use_swiglu_ffn=True,
+        num_register_tokens=4,
+    )
 
 
 @pytest.fixture
 def short_l(monkeypatch):
     for name in ("hibou-l", "phikon-v2"):
         entry = REGISTRY[name]
-        monkeypatch.setitem(REGISTRY, name, dataclasses.replace(entry, args={**entry.args, "depth": 2}))
+        monkeypatch.setitem(
+            REGISTRY, name, dataclasses.replace(entry, args={**entry.args, "depth": 2})
+        )
 
 
 def off(name, weights, x, tokens):
@@ -144,8 +178,12 @@ def off(name, weights, x, tokens):
 
 def test_hibou_b_equals_transformers(hibou_b):
     folder, state, x, tokens = hibou_b
-    assert {"embeddings.position_embeddings", "encoder.layer.0.attention.attention.query.weight",
-            "encoder.layer.0.mlp.weights_in.weight", "layernorm.weight"} <= set(state)  # the layout on the hub
+    assert {
+        "embeddings.position_embeddings",
+        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layer.0.mlp.weights_in.weight",
+        "layernorm.weight",
+    } <= set(state)  # the layout on the hub
     assert off("hibou-b", folder, x, tokens) < 1e-4
     model = load_model("hibou-b", str(folder / "model.safetensors"))
     with torch.no_grad():
@@ -154,17 +192,29 @@ def test_hibou_b_equals_transformers(hibou_b):
 
 def test_hibou_b_in_the_layout_of_dinov2_itself(hibou_b, tmp_path):
     _, state, x, tokens = hibou_b
-    out = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"],
-           "register_tokens": state["embeddings.register_tokens"], "mask_token": state["embeddings.mask_token"]}
+    out = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": state["embeddings.position_embeddings"],
+        "register_tokens": state["embeddings.register_tokens"],
+        "mask_token": state["embeddings.mask_token"],
+    }
     for i in range(12):
         old, new = f"encoder.layer.{i}.", f"blocks.{i}."
         for w in ("weight", "bias"):
-            out[new + f"attn.qkv.{w}"] = torch.cat([state[old + f"attention.attention.{p}.{w}"]
-                                                    for p in ("query", "key", "value")])
-            for a, b in (("attention.output.dense", "attn.proj"), ("norm1", "norm1"), ("norm2", "norm2"),
-                         ("mlp.weights_in", "mlp.w12"), ("mlp.weights_out", "mlp.w3")):
+            out[new + f"attn.qkv.{w}"] = torch.cat(
+                [state[old + f"attention.attention.{p}.{w}"] for p in ("query", "key", "value")]
+            )
+            for a, b in (
+                ("attention.output.dense", "attn.proj"),
+                ("norm1", "norm1"),
+                ("norm2", "norm2"),
+                ("mlp.weights_in", "mlp.w12"),
+                ("mlp.weights_out", "mlp.w3"),
+            ):
                 out[f"{new}{b}.{w}"] = state[f"{old}{a}.{w}"]
-        out[new + "ls1.gamma"], out[new + "ls2.gamma"] = (state[f"{old}layer_scale{k}.lambda1"] for k in (1, 2))
+        out[new + "ls1.gamma"], out[new + "ls2.gamma"] = (
+            state[f"{old}layer_scale{k}.lambda1"] for k in (1, 2)
+        )
     for w in ("weight", "bias"):
         out[f"norm.{w}"] = state[f"layernorm.{w}"]
         out[f"patch_embed.proj.{w}"] = state[f"embeddings.patch_embeddings.projection.{w}"]
@@ -204,8 +254,14 @@ def test_hibou_l_equals_transformers_and_each_wrong_map_is_caught(hibou_l, short
 
 
 def test_phikon_equals_transformers(tmp_path_factory, short_l):
-    folder, _, x, tokens = published(tmp_path_factory, "Dinov2", patch_size=16, hidden_size=1024, num_hidden_layers=2,
-                                     num_attention_heads=16)
+    folder, _, x, tokens = published(
+        tmp_path_factory,
+        "Dinov2",
+        patch_size=16,
+        hidden_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+    )
     assert off("phikon-v2", folder, x, tokens) < 1e-4
 
 
@@ -217,7 +273,11 @@ def test_check_names_the_model_that_a_file_fits(hibou_b, capsys):
     assert "85,739,520" in capsys.readouterr().out
     assert models.main(["uni", "--check", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "They fit h0-mini and hibou-b" in error and "instead of" in error
+    assert (
+        error.startswith("error: ")
+        and "They fit h0-mini and hibou-b" in error
+        and "instead of" in error
+    )
 
 
 # ---- weights: every kind, every damage ----------------------------------------------------------------------------
@@ -279,14 +339,28 @@ def damage(kind, folder, state):
     return file
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("missing", "no such file"), ("pointer", "git lfs pull"), ("cut safetensors", "cut short"),
-    ("html", "no safetensors file"), ("empty folder", "no weights in this folder"),
-    ("renamed", "tensors missing .*not expected"), ("one tensor less", r"1 tensors missing \(blocks.1.mlp.fc1.bias\)"),
-    ("cut bin", "cut short"), ("hostile", "refused"), ("hostile old pickle", "refused"), ("whole network", "refused"),
-    ("no names", "names and tensors.* found dict of 0, 1, 2"),
-    ("no tensors", "expected a state dict .* found dict of epoch"), ("empty", "cut short|refused")])
-def test_damaged_weights_give_one_clear_message_and_run_nothing(kind, says, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "no such file"),
+        ("pointer", "git lfs pull"),
+        ("cut safetensors", "cut short"),
+        ("html", "no safetensors file"),
+        ("empty folder", "no weights in this folder"),
+        ("renamed", "tensors missing .*not expected"),
+        ("one tensor less", r"1 tensors missing \(blocks.1.mlp.fc1.bias\)"),
+        ("cut bin", "cut short"),
+        ("hostile", "refused"),
+        ("hostile old pickle", "refused"),
+        ("whole network", "refused"),
+        ("no names", "names and tensors.* found dict of 0, 1, 2"),
+        ("no tensors", "expected a state dict .* found dict of epoch"),
+        ("empty", "cut short|refused"),
+    ],
+)
+def test_damaged_weights_give_one_clear_message_and_run_nothing(
+    kind, says, tiny, tmp_path, monkeypatch
+):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     file = damage(kind, tmp_path, load_model(tiny, "random").net.state_dict())
     with pytest.raises(UserError, match=says) as error, warnings.catch_warnings():
@@ -315,7 +389,12 @@ def test_weights_of_every_kind_give_the_same_model(tiny, tmp_path):
     torch.save(state, tmp_path / "w.bin")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    heads = {"teacher": {**{f"backbone.{k}": v for k, v in state.items()}, "dino_head.mlp.weight": torch.ones(3)}}
+    heads = {
+        "teacher": {
+            **{f"backbone.{k}": v for k, v in state.items()},
+            "dino_head.mlp.weight": torch.ones(3),
+        }
+    }
     torch.save(heads, tmp_path / "training.pth")
     for file in ("", "model.safetensors", "w.bin", "w.pt", "old.pth", "training.pth"):
         assert load_model(tiny, str(tmp_path / file)).fingerprint == model.fingerprint
@@ -326,31 +405,39 @@ def test_weights_of_every_kind_give_the_same_model(tiny, tmp_path):
     state["norm.bias"] = state["norm.bias"] + 1e-6
     save_file(state, tmp_path / "model.safetensors")
     assert load_model(tiny, str(tmp_path)).fingerprint != model.fingerprint
-    assert load_model(tiny, str(tmp_path / "w.bin"), input_size=112).fingerprint != model.fingerprint
+    assert (
+        load_model(tiny, str(tmp_path / "w.bin"), input_size=112).fingerprint != model.fingerprint
+    )
 
 
 def test_a_classifier_in_the_file_is_left_out(tmp_path):
     import timm
+
     net = timm.create_model("test_resnet", num_classes=7)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     model = load_model("timm:test_resnet", str(tmp_path / "w.safetensors"))
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), net.eval().forward_head(net.forward_features(x), pre_logits=True))
+        torch.testing.assert_close(
+            model(x), net.eval().forward_head(net.forward_features(x), pre_logits=True)
+        )
 
 
 def test_folders_that_are_no_student(tmp_path, tiny):
     with pytest.raises(UserError, match=r"no config.json"):
         load_model(str(tmp_path))
-    for text, says in (("{", "not a timm configuration"), ("[]", "not a timm configuration"),
-                       ('{"model_type": "dinov2"}', "transformers' format"),
-                       ('{"architecture": "no_such_net"}', "no architecture"),
-                       ('{"architecture": "hf-hub:evil/net"}', "no architecture"),
-                       ('{"architecture": "test_vit", "model_args": {"nonsense": 1}}', "cannot build"),
-                       ('{"architecture": "test_vit", "model_args": {"checkpoint_path": "/x"}}', "may not hold"),
-                       ('{"architecture": "test_vit", "mean": [0.5]}', "mean is"),
-                       ('{"architecture": "test_vit", "std": [1, 1, 0]}', "std is"),
-                       ('{"architecture": "test_vit"}', "no weights in this folder")):
+    for text, says in (
+        ("{", "not a timm configuration"),
+        ("[]", "not a timm configuration"),
+        ('{"model_type": "dinov2"}', "transformers' format"),
+        ('{"architecture": "no_such_net"}', "no architecture"),
+        ('{"architecture": "hf-hub:evil/net"}', "no architecture"),
+        ('{"architecture": "test_vit", "model_args": {"nonsense": 1}}', "cannot build"),
+        ('{"architecture": "test_vit", "model_args": {"checkpoint_path": "/x"}}', "may not hold"),
+        ('{"architecture": "test_vit", "mean": [0.5]}', "mean is"),
+        ('{"architecture": "test_vit", "std": [1, 1, 0]}', "std is"),
+        ('{"architecture": "test_vit"}', "no weights in this folder"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=says):
             load_model(str(tmp_path))
@@ -366,11 +453,16 @@ def test_numbers_that_cannot_be_are_named(capsys):
 def test_parse_weights(tmp_path):
     names = ["h-optimus-0", "timm:resnet10t", str(tmp_path)]
     assert parse_weights(None, names) == dict.fromkeys(names)
-    assert parse_weights(["random"], names) == {"h-optimus-0": "random", "timm:resnet10t": "random",
-                                                str(tmp_path): None}
+    assert parse_weights(["random"], names) == {
+        "h-optimus-0": "random",
+        "timm:resnet10t": "random",
+        str(tmp_path): None,
+    }
     assert parse_weights(["random", "h-optimus-0=a=b.bin"], names)["h-optimus-0"] == "a=b.bin"
     assert parse_weights(["h-optimus-0=a.bin", "random"], names)["h-optimus-0"] == "a.bin"
-    assert parse_weights(["runs/a=1/student=w.bin"], ["runs/a=1/student"]) == {"runs/a=1/student": "w.bin"}
+    assert parse_weights(["runs/a=1/student=w.bin"], ["runs/a=1/student"]) == {
+        "runs/a=1/student": "w.bin"
+    }
     assert parse_weights(["w.bin"], names[:1]) == {"h-optimus-0": "w.bin"}
     for bad in ("w.bin", "uni=w.bin"):
         with pytest.raises(UserError, match="for which model"):
@@ -384,7 +476,9 @@ def point_hub_at(url, monkeypatch):
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     for module in ("constants", "file_download"):  # older clients hold a copy
-        monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(
+            f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False
+        )
 
 
 @pytest.fixture
@@ -396,9 +490,13 @@ def hub(monkeypatch, tmp_path):
         def do_GET(self):
             server.seen.append((self.command, self.path, self.headers.get("Authorization")))
             repository, _, file = self.path.lstrip("/").partition("/resolve/main/")
-            body = server.files.get(f"{repository}/{file}", server.files.get(repository, "EntryNotFound"))
+            body = server.files.get(
+                f"{repository}/{file}", server.files.get(repository, "EntryNotFound")
+            )
             if isinstance(body, str):
-                self.send_response({"GatedRepo": 403, "RepoNotFound": 401, "EntryNotFound": 404}.get(body, 500))
+                self.send_response(
+                    {"GatedRepo": 403, "RepoNotFound": 401, "EntryNotFound": 404}.get(body, 500)
+                )
                 self.send_header("X-Error-Code", body)
                 self.send_header("X-Error-Message", body)
                 body = b""
@@ -425,7 +523,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server.constants = constants
-    server.reset = getattr(pytest.importorskip("huggingface_hub.utils"), "reset_sessions", lambda: None)
+    server.reset = getattr(
+        pytest.importorskip("huggingface_hub.utils"), "reset_sessions", lambda: None
+    )
     server.reset()  # older clients keep a session that knows whether it is offline
     yield server
     server.shutdown()
@@ -433,7 +533,9 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("file", models.WEIGHT_FILES)
-def test_weights_come_from_the_hub_and_then_from_its_cache(file, hub, tiny, tmp_path, monkeypatch, capsys):
+def test_weights_come_from_the_hub_and_then_from_its_cache(
+    file, hub, tiny, tmp_path, monkeypatch, capsys
+):
     state = load_model(tiny, "random").net.state_dict()
     (save_file if file.endswith("safetensors") else torch.save)(state, tmp_path / file)
     hub.files[f"lab/tiny/{file}"] = (tmp_path / file).read_bytes()
@@ -442,23 +544,36 @@ def test_weights_come_from_the_hub_and_then_from_its_cache(file, hub, tiny, tmp_
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     hub.seen.clear()
     hub.reset()
-    assert load_model(tiny).fingerprint == first.fingerprint == load_model(tiny, "random").fingerprint
+    assert (
+        load_model(tiny).fingerprint == first.fingerprint == load_model(tiny, "random").fingerprint
+    )
     assert models.main([tiny, "--device", "cpu"]) == 0 and not hub.seen
     blob = next(p for p in tmp_path.glob("cache/*/blobs/*") if len(p.name) == 64)
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
     assert models.main([tiny, "--device", "cpu"]) == 1 and "SHA-256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault, says", [
-    ("GatedRepo", "gated; ask for access on https://huggingface.co/lab/tiny, then `hf auth login` or set HF_TOKEN"),
-    ("RepoNotFound", "does not exist or is hidden without a token"), ("EntryNotFound", "holds none of model.safeten"),
-    ("offline", "HF_HUB_OFFLINE is set"), ("down", "the hub cannot be reached")])
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (
+            "GatedRepo",
+            "gated; ask for access on https://huggingface.co/lab/tiny, then `hf auth login` or set HF_TOKEN",
+        ),
+        ("RepoNotFound", "does not exist or is hidden without a token"),
+        ("EntryNotFound", "holds none of model.safeten"),
+        ("offline", "HF_HUB_OFFLINE is set"),
+        ("down", "the hub cannot be reached"),
+    ],
+)
 def test_hub_refusals_say_what_to_do(fault, says, hub, tiny, monkeypatch):
     hub.files["lab/tiny"] = fault
     if fault == "offline":
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     if fault == "down":
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it would retry for 20 s
+        monkeypatch.setattr(
+            "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+        )  # it would retry for 20 s
         point_hub_at("http://127.0.0.1:1", monkeypatch)
     with pytest.raises(UserError, match=says) as error:
         load_model(tiny)
@@ -482,36 +597,70 @@ def test_no_network_is_touched_when_weights_are_given(hub, tiny, tmp_path):
 # ---- preprocessing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["h-optimus-0", "hibou-l", "uni2-h", "virchow2", "prov-gigapath", "phikon-v2"])
+@pytest.mark.parametrize(
+    "name", ["h-optimus-0", "hibou-l", "uni2-h", "virchow2", "prov-gigapath", "phikon-v2"]
+)
 @pytest.mark.parametrize("shape", [(256, 256), (224, 224), (300, 230), (150, 200)])
 def test_preprocess_equals_the_published_transform(name, shape, monkeypatch):
     from torchvision import transforms as T
+
     entry = REGISTRY[name]
-    monkeypatch.setitem(REGISTRY, name, dataclasses.replace(entry, timm="test_vit", args={}, embedding="cls"))
+    monkeypatch.setitem(
+        REGISTRY, name, dataclasses.replace(entry, timm="test_vit", args={}, embedding="cls")
+    )
     model = load_model(name, "random")
-    how = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}[entry.interpolation]
-    reference = T.Compose([T.Resize(256 if name == "prov-gigapath" else 224, interpolation=how), T.CenterCrop(224),
-                           T.ToTensor(), T.Normalize(*entry.norm)])
+    how = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}[
+        entry.interpolation
+    ]
+    reference = T.Compose(
+        [
+            T.Resize(256 if name == "prov-gigapath" else 224, interpolation=how),
+            T.CenterCrop(224),
+            T.ToTensor(),
+            T.Normalize(*entry.norm),
+        ]
+    )
     smooth = np.asarray(Image.fromarray(images(1, 20, 20)[0]).resize(shape[::-1], Image.BICUBIC))
     for image in (images(1, *shape)[0], smooth):
         got = model.preprocess(batch(image, image))
-        levels = (got[0] - reference(Image.fromarray(image))).abs() * torch.tensor(entry.norm[1]).view(3, 1, 1) * 255
+        levels = (
+            (got[0] - reference(Image.fromarray(image))).abs()
+            * torch.tensor(entry.norm[1]).view(3, 1, 1)
+            * 255
+        )
         assert got.shape == (2, 3, 224, 224) and got.dtype == torch.float32
         # grey levels; PIL and torch round after each of two passes, and now and then apart
-        assert levels.max() < 2.01 and levels.mean() < 0.05 and (levels > 1.01).float().mean() < 1e-3
+        assert (
+            levels.max() < 2.01 and levels.mean() < 0.05 and (levels > 1.01).float().mean() < 1e-3
+        )
 
 
 def test_timm_models_bring_their_own_transform(tmp_path):
     from timm.data import create_transform, resolve_model_data_config
+
     model = load_model("timm:resnet10t", "random")
     reference = create_transform(**resolve_model_data_config(model.net))
     image = images(1, 250, 190)[0]
-    levels = (model.preprocess(batch(image))[0] - reference(Image.fromarray(image))).abs() * min(model.std) * 255
+    levels = (
+        (model.preprocess(batch(image))[0] - reference(Image.fromarray(image))).abs()
+        * min(model.std)
+        * 255
+    )
     assert levels.max() < 1.01
-    assert load_model("timm:test_vit", "random", input_size=64).preprocess(batch(image)).shape[-1] == 64
-    squashed = models.resize_and_crop(batch(image), size=64, resize=64, interpolation="bicubic", squash=True)
-    assert np.abs(squashed[0].permute(1, 2, 0).numpy().astype(int)
-                  - np.asarray(Image.fromarray(image).resize((64, 64), Image.BICUBIC))).max() <= 1
+    assert (
+        load_model("timm:test_vit", "random", input_size=64).preprocess(batch(image)).shape[-1]
+        == 64
+    )
+    squashed = models.resize_and_crop(
+        batch(image), size=64, resize=64, interpolation="bicubic", squash=True
+    )
+    assert (
+        np.abs(
+            squashed[0].permute(1, 2, 0).numpy().astype(int)
+            - np.asarray(Image.fromarray(image).resize((64, 64), Image.BICUBIC))
+        ).max()
+        <= 1
+    )
 
 
 def test_teacher_and_student_normalise_the_same_crop_each_its_way(monkeypatch):
@@ -527,10 +676,14 @@ def test_teacher_and_student_normalise_the_same_crop_each_its_way(monkeypatch):
 
 def test_resizing_on_a_gpu_is_the_same_within_rounding():
     """There torchvision resizes in floating point and rounds; here the same two passes are made on the CPU."""
-    x = batch(*images(2, 300, 280))  # noise: overshoot is cut off between the passes, so their order matters
+    x = batch(
+        *images(2, 300, 280)
+    )  # noise: overshoot is cut off between the passes, so their order matters
     exact = x
     for shape in ((300, 256), (274, 256)):
-        exact = torch.nn.functional.interpolate(exact.float(), shape, mode="bicubic", antialias=True).round()
+        exact = torch.nn.functional.interpolate(
+            exact.float(), shape, mode="bicubic", antialias=True
+        ).round()
         exact = exact.clamp(0, 255)
     got = models.resize_and_crop(x, size=224, resize=256, interpolation="bicubic")
     levels = (got.float() - exact[:, :, 25:249, 16:240]).abs()
@@ -540,8 +693,14 @@ def test_resizing_on_a_gpu_is_the_same_within_rounding():
         assert (gpu.float() - got.float()).abs().max() <= 2
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
-                                 torch.zeros(2, 8, 8, 3, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
+    ],
+)
 def test_preprocess_refuses_what_is_no_uint8_batch(bad, vit):
     with pytest.raises(ValueError, match="expected uint8"):
         vit.preprocess(bad)
@@ -549,36 +708,57 @@ def test_preprocess_refuses_what_is_no_uint8_batch(bad, vit):
 
 def test_another_input_size(tiny):
     import timm
+
     model = load_model(tiny, "random")
     larger = load_model(tiny, "random", input_size=280)
-    dynamic = timm.create_model(REGISTRY[tiny].timm, num_classes=0, img_size=224, dynamic_img_size=True,
-                                init_values=1e-5, **TINY).eval()
+    dynamic = timm.create_model(
+        REGISTRY[tiny].timm,
+        num_classes=0,
+        img_size=224,
+        dynamic_img_size=True,
+        init_values=1e-5,
+        **TINY,
+    ).eval()
     dynamic.load_state_dict(model.net.state_dict())
     x = torch.randn(1, 3, 280, 280)
     with torch.no_grad():
-        torch.testing.assert_close(larger(x), dynamic(x))  # resampled once, as timm does at every call
+        torch.testing.assert_close(
+            larger(x), dynamic(x)
+        )  # resampled once, as timm does at every call
     with pytest.raises(UserError, match="multiples of its patch size 14, such as 224 or 238"):
         load_model(tiny, "random", input_size=230)
     with pytest.raises(UserError, match="224 only"):
         load_model("timm:mixer_s32_224", "random", input_size=112)
     with pytest.raises(UserError, match="multiples of its patch size 16, such as 240 or 256"):
-        load_model("timm:efficientvit_m0", "random", input_size=250)  # its patch size is one number, not a pair
+        load_model(
+            "timm:efficientvit_m0", "random", input_size=250
+        )  # its patch size is one number, not a pair
     small = load_model("timm:resnet10t", "random", input_size=112)
-    assert small.preprocess(batch(*images(1))).shape == (1, 3, 112, 112) and small.embedding == "pool"
+    assert (
+        small.preprocess(batch(*images(1))).shape == (1, 3, 112, 112) and small.embedding == "pool"
+    )
 
 
 # ---- students -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, size", [("tiny", None), ("tiny", 112), ("timm:resnet10t", 112),
-                                        ("timm:test_vit", None)])
+@pytest.mark.parametrize(
+    "name, size", [("tiny", None), ("tiny", 112), ("timm:resnet10t", 112), ("timm:test_vit", None)]
+)
 def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
     import timm
+
     model = load_model(name, "random", input_size=size).train()
     with torch.no_grad():
         for _ in range(2):
             model(model.preprocess(batch(*images(4))))  # moves running statistics
-    metadata = {"teacher": "h-optimus-0", "cancer": "brca", "run": "first", "patients": ["TCGA-AA-0001"], "steps": 7}
+    metadata = {
+        "teacher": "h-optimus-0",
+        "cancer": "brca",
+        "run": "first",
+        "patients": ["TCGA-AA-0001"],
+        "steps": 7,
+    }
     folder = tmp_path / "runs" / "first" / "student"
     save_student(model, folder, metadata=metadata)
     config, file = sorted(folder.iterdir())
@@ -590,10 +770,23 @@ def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
     with torch.no_grad():
         assert torch.equal(student(x), net(x))
         assert torch.equal(student(x), model.eval()(x))
-    assert student.metadata == metadata and student.name == "first" and student.fingerprint == model.fingerprint
-    assert net.pretrained_cfg["mean"] == list(model.mean) and net.pretrained_cfg["input_size"][-1] == model.input_size
-    assert (student.mean, student.std, student.embedding) == (model.mean, model.std, model.embedding)
-    save_student(student.net, tmp_path / "again" / "student", metadata={})  # the bare network will do
+    assert (
+        student.metadata == metadata
+        and student.name == "first"
+        and student.fingerprint == model.fingerprint
+    )
+    assert (
+        net.pretrained_cfg["mean"] == list(model.mean)
+        and net.pretrained_cfg["input_size"][-1] == model.input_size
+    )
+    assert (student.mean, student.std, student.embedding) == (
+        model.mean,
+        model.std,
+        model.embedding,
+    )
+    save_student(
+        student.net, tmp_path / "again" / "student", metadata={}
+    )  # the bare network will do
     assert load_model(str(tmp_path / "again" / "student")).fingerprint == model.fingerprint
     assert load_model(str(tmp_path / "again" / "student" / "model.safetensors")).name == "again"
     with pytest.raises(UserError, match="again/student"):
@@ -632,33 +825,54 @@ def plain(model, arrays):
         return torch.cat([model(model.preprocess(batch(a))) for a in arrays]).numpy()
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"batch_size": 5}, {"workers": 2, "batch_size": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 1}, {"batch_size": 5}, {"workers": 2, "batch_size": 4}]
+)
 def test_features_do_not_depend_on_batches_or_workers(options, vit):
     arrays = images(9) + images(4, 70, 90, seed=1)  # sizes mixed
     got = extract_features(vit, Source(arrays), progress="none", **options)
     want = plain(vit, arrays)
-    assert got.dtype == np.float32 and np.abs(got - want).max() < 1e-5 * np.linalg.norm(want, axis=1).min()
+    assert (
+        got.dtype == np.float32
+        and np.abs(got - want).max() < 1e-5 * np.linalg.norm(want, axis=1).min()
+    )
 
 
 def test_sequences_are_averaged_and_read_one_by_one(vit):
     arrays = images(7)
     lazy = Source(arrays)
-    got = extract_features(vit, [arrays, np.stack(arrays[:3]), lazy, arrays[0]], batch_size=3, progress="none")
+    got = extract_features(
+        vit, [arrays, np.stack(arrays[:3]), lazy, arrays[0]], batch_size=3, progress="none"
+    )
     want = plain(vit, arrays)
-    np.testing.assert_allclose(got, [want.mean(0), want[:3].mean(0), want.mean(0), want[0]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        got, [want.mean(0), want[:3].mean(0), want.mean(0), want[0]], rtol=1e-4, atol=1e-5
+    )
     assert lazy.read == list(range(7))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_items_become_nan_and_are_named(workers, vit):
     good = images(3)
-    items = [good[0], OSError("truncated"), good[1], PatchError("slide s, x 1, y 2"), [], good[2][:, :, 0],
-             Source([good[0], ValueError("bad patch"), good[1]]), Source([OSError("a"), OSError("b")])]
+    items = [
+        good[0],
+        OSError("truncated"),
+        good[1],
+        PatchError("slide s, x 1, y 2"),
+        [],
+        good[2][:, :, 0],
+        Source([good[0], ValueError("bad patch"), good[1]]),
+        Source([OSError("a"), OSError("b")]),
+    ]
     errors = []
     got = extract_features(vit, Source(items), errors=errors, workers=workers, progress="none")
     assert np.flatnonzero(np.isnan(got).any(1)).tolist() == [1, 3, 4, 5, 7]
-    assert errors[:4] == [(1, "truncated"), (3, "slide s, x 1, y 2"), (4, "holds no images"),
-                          (5, "expected an RGB image, uint8 (H, W, 3), got uint8 (64, 64)")]
+    assert errors[:4] == [
+        (1, "truncated"),
+        (3, "slide s, x 1, y 2"),
+        (4, "holds no images"),
+        (5, "expected an RGB image, uint8 (H, W, 3), got uint8 (64, 64)"),
+    ]
     assert errors[4:] == [(6, "bad patch"), (7, "a"), (7, "b")]
     np.testing.assert_allclose(got[6], plain(vit, good[:2]).mean(0), rtol=1e-4, atol=1e-5)
     with pytest.raises(ZeroDivisionError):  # a defect is no unreadable image
@@ -689,7 +903,9 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
     want[5] = np.nan
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     again = Source([None] * 8)  # nothing is read a second time
-    np.testing.assert_array_equal(extract_features(vit, again, cache=tmp_path, key="data 1", progress="none"), got)
+    np.testing.assert_array_equal(
+        extract_features(vit, again, cache=tmp_path, key="data 1", progress="none"), got
+    )
     assert not again.read
     files = sorted(tmp_path.iterdir())  # one a row
     files[0].write_bytes(files[0].read_bytes()[:40])
@@ -700,8 +916,13 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
     extract_features(vit, other, cache=tmp_path, key="data 2", progress="none")
     assert len(other.read) == 8
     resized = Source(arrays)
-    extract_features(load_model("timm:test_vit", "random", input_size=80), resized, cache=tmp_path, key="data 1",
-                     progress="none")
+    extract_features(
+        load_model("timm:test_vit", "random", input_size=80),
+        resized,
+        cache=tmp_path,
+        key="data 1",
+        progress="none",
+    )
     assert len(resized.read) == 8
 
 
@@ -743,12 +964,16 @@ def test_features_are_the_same_under_torchrun_and_after_a_kill(tmp_path, monkeyp
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not list((tmp_path / "one").glob("*.npy")) and list((tmp_path / "one").glob("cache/[!.]*.safetensors"))
+    assert not list((tmp_path / "one").glob("*.npy")) and list(
+        (tmp_path / "one").glob("cache/[!.]*.safetensors")
+    )
     monkeypatch.setattr(models, "SAVE_SECONDS", models.SAVE_SECONDS)
     runpy.run_path(str(script))["main"](str(tmp_path / "one"), 0)
     done = torchrun(2, str(script), tmp_path / "two", "0")
     assert done.returncode == 0, done.stderr
-    one, first, second = (np.load(tmp_path / f) for f in ("one/0-of-1.npy", "two/0-of-2.npy", "two/1-of-2.npy"))
+    one, first, second = (
+        np.load(tmp_path / f) for f in ("one/0-of-1.npy", "two/0-of-2.npy", "two/1-of-2.npy")
+    )
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, one, rtol=1e-4, atol=1e-5)
     assert np.isnan(one[4]).all() and np.isfinite(np.delete(one, 4, 0)).all()
@@ -760,9 +985,16 @@ def test_features_are_the_same_under_torchrun_and_after_a_kill(tmp_path, monkeyp
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("name", ["tiny", "timm:resnet10t"])
 def test_half_precision_keeps_norms_and_stays_close(name, dtype, tolerance, tiny):
-    exact, half = load_model(name, "random", input_size=112), load_model(name, "random", input_size=112, dtype=dtype)
-    kinds = {type(m).__name__: p.dtype for m in half.net.modules() for p in m.parameters(recurse=False)}
-    assert kinds["Conv2d"] == dtype and kinds[next(k for k in kinds if "Norm" in k)] == torch.float32
+    exact, half = (
+        load_model(name, "random", input_size=112),
+        load_model(name, "random", input_size=112, dtype=dtype),
+    )
+    kinds = {
+        type(m).__name__: p.dtype for m in half.net.modules() for p in m.parameters(recurse=False)
+    }
+    assert (
+        kinds["Conv2d"] == dtype and kinds[next(k for k in kinds if "Norm" in k)] == torch.float32
+    )
     arrays = images(4, 112, 112)
     a, b = (extract_features(m, arrays, progress="none") for m in (exact, half))
     assert (np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)).max() < tolerance
@@ -792,4 +1024,8 @@ def test_gpu_features_equal_those_of_the_cpu(tiny):
 
 def test_help_reads_well():
     text = models.build_parser().format_help()
-    assert "python models.py hibou-l --check FILE" in text and "[NAME=]FILE" in text and "images per second" in text
+    assert (
+        "python models.py hibou-l --check FILE" in text
+        and "[NAME=]FILE" in text
+        and "images per second" in text
+    )

@@ -36,8 +36,12 @@ def stained(height, width, seed=0):
     """(h, w, 3) uint8 that has the colours and the texture of an H&E section, everywhere."""
     rng = np.random.default_rng(seed)
     fibres = ndimage.gaussian_filter(rng.normal(size=(height, width)).astype(np.float32), 1) * 12
-    nuclei = ndimage.gaussian_filter(rng.normal(size=(height, width)).astype(np.float32), 3) * 11 > 1.1
-    image = np.array([222, 150, 190], np.float32) + fibres[..., None] * np.array([1, 1.6, 1.0], np.float32)
+    nuclei = (
+        ndimage.gaussian_filter(rng.normal(size=(height, width)).astype(np.float32), 3) * 11 > 1.1
+    )
+    image = np.array([222, 150, 190], np.float32) + fibres[..., None] * np.array(
+        [1, 1.6, 1.0], np.float32
+    )
     image[nuclei] = np.array([96, 62, 138], np.float32) + fibres[nuclei][:, None]
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -46,51 +50,92 @@ def section(height, width, seed=0):
     """A stained ellipse on a bright background."""
     image = stained(height, width, seed)
     y, x = np.mgrid[:height, :width]
-    outside = ((x - width / 2) / (0.42 * width)) ** 2 + ((y - height / 2) / (0.42 * height)) ** 2 > 1
+    outside = ((x - width / 2) / (0.42 * width)) ** 2 + (
+        (y - height / 2) / (0.42 * height)
+    ) ** 2 > 1
     image[outside] = BACKGROUND
     return image
 
 
-def write_slide(path, image, *, tile_size=256, codec="ycbcr", mpp=0.25, objective=40, levels=(4,), aperio=True,
-                missing=(), **options):
+def write_slide(
+    path,
+    image,
+    *,
+    tile_size=256,
+    codec="ycbcr",
+    mpp=0.25,
+    objective=40,
+    levels=(4,),
+    aperio=True,
+    missing=(),
+    **options,
+):
     """A pyramidal tiled TIFF as scanners write it: JPEG (YCbCr or RGB) or JPEG 2000 tiles, Aperio's description."""
     height, width = image.shape[:2]
     options = {"tile": (tile_size, tile_size), "metadata": None} | options
     with tifffile.TiffWriter(path) as file:
         for shrink in (1, *levels):
             h, w = height // shrink, width // shrink
-            level = image if shrink == 1 else np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BOX,
-                                                                                       (0, 0, w * shrink, h * shrink)))
+            level = (
+                image
+                if shrink == 1
+                else np.asarray(
+                    Image.fromarray(image).resize(
+                        (w, h), Image.Resampling.BOX, (0, 0, w * shrink, h * shrink)
+                    )
+                )
+            )
             if aperio:
                 power = f"|AppMag = {objective}" if objective else ""
                 size = f"|MPP = {mpp}" if mpp else ""
-                options["description"] = f"Aperio Image Library v12\r\n{width}x{height} -> {w}x{h}{power}{size}"
+                options["description"] = (
+                    f"Aperio Image Library v12\r\n{width}x{height} -> {w}x{h}{power}{size}"
+                )
             options["subfiletype"] = int(shrink > 1)
 
             def tiles(level=level, shrink=shrink):
                 padded = np.pad(level, ((0, tile_size), (0, tile_size), (0, 0)), mode="edge")
-                for number, (y, x) in enumerate((y, x) for y in range(0, level.shape[0], tile_size)
-                                                for x in range(0, level.shape[1], tile_size)):
-                    part = np.ascontiguousarray(padded[y:y + tile_size, x:x + tile_size])
+                for number, (y, x) in enumerate(
+                    (y, x)
+                    for y in range(0, level.shape[0], tile_size)
+                    for x in range(0, level.shape[1], tile_size)
+                ):
+                    part = np.ascontiguousarray(padded[y : y + tile_size, x : x + tile_size])
                     if shrink == 1 and number in missing:
                         yield b""
                     elif codec == "j2k":
                         yield imagecodecs.jpeg2k_encode(part, codecformat="J2K", level=40)
                     elif codec == "j2k-ycbcr":
                         part = np.asarray(Image.fromarray(part).convert("YCbCr"))
-                        yield imagecodecs.jpeg2k_encode(part, codecformat="J2K", level=40, mct=False)
+                        yield imagecodecs.jpeg2k_encode(
+                            part, codecformat="J2K", level=40, mct=False
+                        )
                     else:
                         color = {"ycbcr": "YCBCR", "444": "YCBCR", "rgb": "RGB"}[codec]
-                        yield imagecodecs.jpeg_encode(part, level=85, colorspace="RGB", outcolorspace=color,
-                                                      subsampling=(2, 2) if codec == "ycbcr" else (1, 1))
+                        yield imagecodecs.jpeg_encode(
+                            part,
+                            level=85,
+                            colorspace="RGB",
+                            outcolorspace=color,
+                            subsampling=(2, 2) if codec == "ycbcr" else (1, 1),
+                        )
 
             compression, photometric, extra = {
-                "j2k": (33005, "rgb", {}), "j2k-ycbcr": (33003, "rgb", {}),
+                "j2k": (33005, "rgb", {}),
+                "j2k-ycbcr": (33003, "rgb", {}),
                 "rgb": ("jpeg", "rgb", {"compressionargs": {"outcolorspace": "rgb"}}),
                 "ycbcr": ("jpeg", "ycbcr", {"subsampling": (2, 2)}),
-                "444": ("jpeg", "ycbcr", {"subsampling": (1, 1)})}[codec]
-            file.write(tiles(), shape=level.shape, dtype=np.uint8, photometric=photometric, compression=compression,
-                       **extra, **options)
+                "444": ("jpeg", "ycbcr", {"subsampling": (1, 1)}),
+            }[codec]
+            file.write(
+                tiles(),
+                shape=level.shape,
+                dtype=np.uint8,
+                photometric=photometric,
+                compression=compression,
+                **extra,
+                **options,
+            )
     return path
 
 
@@ -109,35 +154,69 @@ def plain(tmp_path_factory):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("codec", "tile_size", "options"), [
-    ("ycbcr", 256, {}), ("ycbcr", 240, {}), ("rgb", 240, {}), ("rgb", 256, {"aperio": False}), ("444", 256, {}),
-    ("j2k", 256, {}), ("j2k-ycbcr", 256, {}), ("ycbcr", 512, {"aperio": False, "bigtiff": True}),
-    ("ycbcr", 256, {"missing": (0, 6)}), ("rgb", 240, {"missing": (7,), "aperio": False})])
+@pytest.mark.parametrize(
+    ("codec", "tile_size", "options"),
+    [
+        ("ycbcr", 256, {}),
+        ("ycbcr", 240, {}),
+        ("rgb", 240, {}),
+        ("rgb", 256, {"aperio": False}),
+        ("444", 256, {}),
+        ("j2k", 256, {}),
+        ("j2k-ycbcr", 256, {}),
+        ("ycbcr", 512, {"aperio": False, "bigtiff": True}),
+        ("ycbcr", 256, {"missing": (0, 6)}),
+        ("rgb", 240, {"missing": (7,), "aperio": False}),
+    ],
+)
 def test_raw_tiles_give_openslides_pixels(tmp_path, codec, tile_size, options):
     options.pop("bigtiff", None)
-    path = write_slide(tmp_path / "slide.svs", section(700, 901), tile_size=tile_size, codec=codec, **options)
+    path = write_slide(
+        tmp_path / "slide.svs", section(700, 901), tile_size=tile_size, codec=codec, **options
+    )
     with tile.Slide(path) as slide, openslide.OpenSlide(path) as reference:
         assert slide.levels[0].tiles, "the fast path should be in use"
         if not codec.startswith("j2k"):
             assert tifffile.TiffFile(path).pages[0].photometric == (2 if codec == "rgb" else 6)
         assert slide.levels[0].tiles.complete == ("missing" not in options)
         rng = np.random.default_rng(0)
-        places = [*rng.integers(-150, 900, (25, 2)).tolist(), [0, 0], [256, 256], [240, 240], [768, 512], [900, 690]]
+        places = [
+            *rng.integers(-150, 900, (25, 2)).tolist(),
+            [0, 0],
+            [256, 256],
+            [240, 240],
+            [768, 512],
+            [900, 690],
+        ]
         for x, y in places:
-            assert np.array_equal(slide.read(x, y, 256, 256), by_openslide(reference, x, y, 256, 256)), (x, y)
+            assert np.array_equal(
+                slide.read(x, y, 256, 256), by_openslide(reference, x, y, 256, 256)
+            ), (x, y)
         for number, level in enumerate(slide.levels[1:], 1):
-            ours = slide.area(0, 0, level.width * level.downsample, level.height * level.downsample, level.width,
-                              level.height)
-            assert np.array_equal(ours, by_openslide(reference, 0, 0, level.width, level.height, number))
+            ours = slide.area(
+                0,
+                0,
+                level.width * level.downsample,
+                level.height * level.downsample,
+                level.width,
+                level.height,
+            )
+            assert np.array_equal(
+                ours, by_openslide(reference, 0, 0, level.width, level.height, number)
+            )
 
 
 def test_other_compressions_go_through_openslide(tmp_path):
     image = section(500, 600)
-    tifffile.imwrite(tmp_path / "a.tif", image, tile=(256, 256), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "a.tif", image, tile=(256, 256), compression="deflate", photometric="rgb"
+    )
     with tile.Slide(tmp_path / "a.tif") as slide:
         assert not slide.levels[0].tiles
         assert np.array_equal(slide.read(100, 100, 200, 200), image[100:300, 100:300])
-        assert (slide.read(500, 400, 256, 256)[100:, 100:] == 255).all(), "beyond the edges it is white"
+        assert (slide.read(500, 400, 256, 256)[100:, 100:] == 255).all(), (
+            "beyond the edges it is white"
+        )
 
 
 def test_tiles_that_differ_from_openslide_are_not_trusted(plain, monkeypatch):
@@ -145,14 +224,16 @@ def test_tiles_that_differ_from_openslide_are_not_trusted(plain, monkeypatch):
     monkeypatch.setattr(tile.Codec, "decode", lambda *args: right(*args)[..., ::-1])
     with tile.Slide(plain) as slide, openslide.OpenSlide(plain) as reference:
         assert not slide.levels[0].tiles and slide.drafts == slide.levels
-        assert np.array_equal(slide.read(300, 300, 256, 256), by_openslide(reference, 300, 300, 256, 256))
+        assert np.array_equal(
+            slide.read(300, 300, 256, 256), by_openslide(reference, 300, 300, 256, 256)
+        )
 
 
 @pytest.mark.parametrize("codec", ["ycbcr", "j2k"])
 def test_damaged_tiles_fail_where_openslide_fails(tmp_path, codec):
     path = write_slide(tmp_path / "slide.svs", section(600, 600), codec=codec, levels=())
     page = tifffile.TiffFile(path).pages[0]
-    offset, count = page.dataoffsets[4], page.databytecounts[4]     # the middle one of 3 x 3
+    offset, count = page.dataoffsets[4], page.databytecounts[4]  # the middle one of 3 x 3
     sound, rng, outcomes = path.read_bytes(), np.random.default_rng(3), set()
     for trial in range(25):
         length = int(rng.integers(1, 150))
@@ -160,7 +241,7 @@ def test_damaged_tiles_fail_where_openslide_fails(tmp_path, codec):
         junk = (rng.bytes(length), bytes(length), b"\xff\xd9")[trial % 3]
         if trial == 24:
             place, junk = offset, bytes(count)
-        path.write_bytes(sound[:place] + junk + sound[place + len(junk):])
+        path.write_bytes(sound[:place] + junk + sound[place + len(junk) :])
         try:
             with openslide.OpenSlide(path) as reference:
                 expected = by_openslide(reference, 256, 256, 256, 256)
@@ -169,7 +250,9 @@ def test_damaged_tiles_fail_where_openslide_fails(tmp_path, codec):
         with tile.Slide(path) as slide:
             assert slide.levels[0].tiles
             if expected is None:
-                with pytest.raises(tile.PatchError, match=r"slide: patch at x=256, y=256 cannot be read"):
+                with pytest.raises(
+                    tile.PatchError, match=r"slide: patch at x=256, y=256 cannot be read"
+                ):
                     slide.read(256, 256, 256, 256)
                 assert slide.read(0, 0, 256, 256).shape == (256, 256, 3), "the rest stays readable"
                 slide.thumbnail(300)
@@ -182,17 +265,23 @@ def test_damaged_tiles_fail_where_openslide_fails(tmp_path, codec):
 
 def test_openslide_recovers_after_a_damaged_region(tmp_path):
     path = tmp_path / "slide.tif"
-    tifffile.imwrite(path, section(1500, 1500), tile=(256, 256), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        path, section(1500, 1500), tile=(256, 256), compression="deflate", photometric="rgb"
+    )
     page = tifffile.TiffFile(path).pages[0]
     data = bytearray(path.read_bytes())
-    data[page.dataoffsets[14]:page.dataoffsets[14] + 400] = bytes(400)      # x=512, y=512
+    data[page.dataoffsets[14] : page.dataoffsets[14] + 400] = bytes(400)  # x=512, y=512
     path.write_bytes(data)
     with tile.Slide(path) as slide:
         with pytest.raises(tile.PatchError, match="x=600, y=600"):
             slide.read(600, 600, 64, 64)
         assert slide.read(0, 0, 64, 64).min() > 200
         image = slide.thumbnail(1500)
-        assert slide.damaged and (image[600:700, 600:700] == 255).all() and image[1250, 750].min() < 240
+        assert (
+            slide.damaged
+            and (image[600:700, 600:700] == 255).all()
+            and image[1250, 750].min() < 240
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"codec": "j2k"}, {"compression": "deflate"}])
@@ -201,12 +290,18 @@ def test_damage_in_a_coarse_level_loses_no_patch(tmp_path, options):
     if "compression" in options:
         with tifffile.TiffWriter(path) as file:
             for shrink in (1, 8):
-                file.write(stained(2048, 2048)[::shrink, ::shrink], tile=(256, 256), photometric="rgb", metadata=None,
-                           subfiletype=int(shrink > 1), **options)
+                file.write(
+                    stained(2048, 2048)[::shrink, ::shrink],
+                    tile=(256, 256),
+                    photometric="rgb",
+                    metadata=None,
+                    subfiletype=int(shrink > 1),
+                    **options,
+                )
     else:
         write_slide(path, stained(2048, 2048), levels=(8,), **options)
     page, data = tifffile.TiffFile(path).pages[1], bytearray(path.read_bytes())
-    data[page.dataoffsets[0]:page.dataoffsets[0] + 400] = bytes(400)
+    data[page.dataoffsets[0] : page.dataoffsets[0] + 400] = bytes(400)
     path.write_bytes(data)
     with tile.Slide(path, mpp=0.25) as slide:
         assert len(tile.tile_slide(slide).coords) == 64
@@ -222,30 +317,48 @@ def test_resampled_reading_matches_level_0_to_the_far_corner(tmp_path):
         level0 = slide.area(0, 0, 1103, 1301, 1103, 1301)
         for x, y, size in ((0, 0, 512), (400, 517, 512), (583, 781, 520), (333, 777, 400)):
             ours = slide.read(x, y, size, 128).astype(float)
-            want = np.asarray(Image.fromarray(level0[y:y + size, x:x + size]).resize((128, 128), 3)).astype(float)
-            shifts = {(dx, dy): np.abs(ours[4:-4, 4:-4] - np.roll(want, (dy, dx), (0, 1))[4:-4, 4:-4]).mean()
-                      for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+            want = np.asarray(
+                Image.fromarray(level0[y : y + size, x : x + size]).resize((128, 128), 3)
+            ).astype(float)
+            shifts = {
+                (dx, dy): np.abs(
+                    ours[4:-4, 4:-4] - np.roll(want, (dy, dx), (0, 1))[4:-4, 4:-4]
+                ).mean()
+                for dx in (-1, 0, 1)
+                for dy in (-1, 0, 1)
+            }
             assert min(shifts, key=shifts.get) == (0, 0) and shifts[0, 0] < 8
 
 
-@pytest.mark.parametrize(("codec", "missing"), [("j2k", ()), ("j2k-ycbcr", ()), ("ycbcr", ()), ("j2k", (0, 5))])
+@pytest.mark.parametrize(
+    ("codec", "missing"), [("j2k", ()), ("j2k-ycbcr", ()), ("ycbcr", ()), ("j2k", (0, 5))]
+)
 def test_drafts_are_decoded_small(tmp_path, monkeypatch, codec, missing):
     """A thumbnail of a flat slide needs no tile in full: JPEG and JPEG 2000 hold smaller versions of themselves."""
-    path = write_slide(tmp_path / "slide.svs", section(1024, 1024), codec=codec, levels=(), missing=missing)
+    path = write_slide(
+        tmp_path / "slide.svs", section(1024, 1024), codec=codec, levels=(), missing=missing
+    )
     shrinks, right = set(), tile.Codec.decode
-    monkeypatch.setattr(tile.Codec, "decode", lambda codec, data, shrink=1: shrinks.add(shrink) or
-                        right(codec, data, shrink))
+    monkeypatch.setattr(
+        tile.Codec,
+        "decode",
+        lambda codec, data, shrink=1: shrinks.add(shrink) or right(codec, data, shrink),
+    )
     with tile.Slide(path) as slide:
         shrinks.clear()
         small = slide.thumbnail(128).astype(int)
         assert shrinks == {8}
-        full = np.asarray(Image.fromarray(slide.area(0, 0, 1024, 1024, 1024, 1024)).resize((128, 128), 4)).astype(int)
+        full = np.asarray(
+            Image.fromarray(slide.area(0, 0, 1024, 1024, 1024, 1024)).resize((128, 128), 4)
+        ).astype(int)
     assert np.abs(small - full).mean() < 9 and np.abs((small - full).mean((0, 1))).max() < 1.5
 
 
 def test_mostly_empty_slides_are_not_drawn_by_openslide(tmp_path, monkeypatch):
     """OpenSlide makes a level's missing tiles from all of level 0: minutes for a slide of 100,000 px."""
-    path = write_slide(tmp_path / "slide.svs", stained(2048, 2048), missing=[n for n in range(64) if n % 8 > 2])
+    path = write_slide(
+        tmp_path / "slide.svs", stained(2048, 2048), missing=[n for n in range(64) if n % 8 > 2]
+    )
     with tile.Slide(path) as slide:
         slow = slide.thumbnail(512).astype(int)
         monkeypatch.setattr(slide, "_from_openslide", lambda *_: pytest.fail("drawn by OpenSlide"))
@@ -254,8 +367,10 @@ def test_mostly_empty_slides_are_not_drawn_by_openslide(tmp_path, monkeypatch):
     assert set(tiling.coords[:, 0].tolist()) == {0, 256, 512}
     with openslide.OpenSlide(path) as reference, tile.Slide(path) as slide:
         level = slide.levels[1]
-        assert np.array_equal(slide.area(0, 0, 2048, 2048, level.width, level.height),
-                              by_openslide(reference, 0, 0, level.width, level.height, 1))
+        assert np.array_equal(
+            slide.area(0, 0, 2048, 2048, level.width, level.height),
+            by_openslide(reference, 0, 0, level.width, level.height, 1),
+        )
 
 
 def test_a_page_with_too_few_tiles_is_left_to_openslide(plain):
@@ -272,8 +387,18 @@ def test_ome_tiff_pyramid_in_sub_images_is_used(tmp_path):
     image = section(1024, 1024)
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
         options = {"tile": (256, 256), "compression": "jpeg", "photometric": "rgb"}
-        file.write(image, subifds=1, metadata={"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm",
-                                               "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"}, **options)
+        file.write(
+            image,
+            subifds=1,
+            metadata={
+                "axes": "YXS",
+                "PhysicalSizeX": 250,
+                "PhysicalSizeXUnit": "nm",
+                "PhysicalSizeY": 250,
+                "PhysicalSizeYUnit": "nm",
+            },
+            **options,
+        )
         file.write(image[::4, ::4], subfiletype=1, **options)
     with tile.Slide(tmp_path / "a.ome.tif") as slide:
         assert (slide.mpp, slide.mpp_source, slide.name) == (0.25, "OME PhysicalSizeX", "a")
@@ -283,21 +408,49 @@ def test_ome_tiff_pyramid_in_sub_images_is_used(tmp_path):
 
 def test_memory_stays_bounded_on_one_level(tmp_path):
     """Segmentation of a flat 10,000 x 10,000 slide (300 MB of pixels) must not hold it in memory."""
-    tiles = [imagecodecs.jpeg_encode(np.ascontiguousarray(stained(256, 256, k)), level=80) for k in range(3)]
-    tifffile.imwrite(tmp_path / "flat.tif", (tiles[n % 3] for n in range(1600)), shape=(10240, 10240, 3),
-                     dtype=np.uint8, tile=(256, 256), compression="jpeg", photometric="ycbcr", subsampling=(2, 2),
-                     resolution=(40000, 40000), resolutionunit="CENTIMETER")
-    code = ("import sys, tile; s = tile.Slide(sys.argv[1]); t = tile.tile_slide(s); "
-            f"print(len(t.coords), {PEAK})")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "flat.tif"], cwd=ROOT, capture_output=True, text=True)
+    tiles = [
+        imagecodecs.jpeg_encode(np.ascontiguousarray(stained(256, 256, k)), level=80)
+        for k in range(3)
+    ]
+    tifffile.imwrite(
+        tmp_path / "flat.tif",
+        (tiles[n % 3] for n in range(1600)),
+        shape=(10240, 10240, 3),
+        dtype=np.uint8,
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="ycbcr",
+        subsampling=(2, 2),
+        resolution=(40000, 40000),
+        resolutionunit="CENTIMETER",
+    )
+    code = (
+        "import sys, tile; s = tile.Slide(sys.argv[1]); t = tile.tile_slide(s); "
+        f"print(len(t.coords), {PEAK})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "flat.tif"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     patches, megabytes = map(int, done.stdout.split())
     assert patches > 1500 and megabytes < 300
 
 
-@pytest.mark.parametrize(("write", "reason"), [
-    (lambda path, image: tifffile.imwrite(path, image, photometric="rgb", compression="deflate"), "TIFF picture"),
-    (lambda path, image: Image.fromarray(image).save(path, "png"), "PNG picture"),
-    (lambda path, image: Image.fromarray(image).save(path, "jpeg"), "JPEG picture")])
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (
+            lambda path, image: tifffile.imwrite(
+                path, image, photometric="rgb", compression="deflate"
+            ),
+            "TIFF picture",
+        ),
+        (lambda path, image: Image.fromarray(image).save(path, "png"), "PNG picture"),
+        (lambda path, image: Image.fromarray(image).save(path, "jpeg"), "JPEG picture"),
+    ],
+)
 def test_pictures_that_are_no_slides_are_called_so(tmp_path, write, reason):
     """Strips instead of tiles, or a renamed picture: sound, so nobody should search for damage."""
     write(tmp_path / "a.svs", section(300, 300))
@@ -306,7 +459,13 @@ def test_pictures_that_are_no_slides_are_called_so(tmp_path, write, reason):
 
 
 def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", section(600, 600), tile=(256, 256), photometric="rgb", compression="webp")
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        section(600, 600),
+        tile=(256, 256),
+        photometric="rgb",
+        compression="webp",
+    )
     with pytest.raises(tile.UserError, match="Unsupported TIFF compression"):
         tile.Slide(tmp_path / "a.tif")
 
@@ -314,34 +473,77 @@ def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
 # Magnification -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "mpp", "source"), [
-    ({"mpp": 0.2325}, 0.2325, "openslide.mpp-x"), ({"mpp": None}, None, ""),
-    ({"aperio": False, "resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5, "TIFF resolution tags"),
-    ({"aperio": False, "resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5, "TIFF resolution tags"),
-    ({"aperio": False, "resolution": (72, 72), "resolutionunit": "INCH"}, None,
-     "TIFF resolution tags: 352.8 µm/px is implausible and refused"),
-    ({"aperio": False}, None, "")])
+@pytest.mark.parametrize(
+    ("options", "mpp", "source"),
+    [
+        ({"mpp": 0.2325}, 0.2325, "openslide.mpp-x"),
+        ({"mpp": None}, None, ""),
+        (
+            {"aperio": False, "resolution": (20000, 20000), "resolutionunit": "CENTIMETER"},
+            0.5,
+            "TIFF resolution tags",
+        ),
+        (
+            {"aperio": False, "resolution": (50800, 50800), "resolutionunit": "INCH"},
+            0.5,
+            "TIFF resolution tags",
+        ),
+        (
+            {"aperio": False, "resolution": (72, 72), "resolutionunit": "INCH"},
+            None,
+            "TIFF resolution tags: 352.8 µm/px is implausible and refused",
+        ),
+        ({"aperio": False}, None, ""),
+    ],
+)
 def test_mpp_and_its_origin(tmp_path, options, mpp, source):
-    with tile.Slide(write_slide(tmp_path / "slide.tif", section(300, 300), levels=(), **options)) as slide:
+    with tile.Slide(
+        write_slide(tmp_path / "slide.tif", section(300, 300), levels=(), **options)
+    ) as slide:
         assert (slide.mpp, slide.mpp_source) == (mpp, source)
         if mpp is None:
             with pytest.raises(tile.SkippedSlide, match="--assume-mpp"):
                 tile.tile_slide(slide)
 
 
-@pytest.mark.parametrize(("unit", "size", "mpp"), [("µm", 0.25, 0.25), ("nm", 250, 0.25), ("mm", 0.00025, 0.25),
-                                                   ("pixel", 0.25, None), ("reference frame", 0.25, None)])
+@pytest.mark.parametrize(
+    ("unit", "size", "mpp"),
+    [
+        ("µm", 0.25, 0.25),
+        ("nm", 250, 0.25),
+        ("mm", 0.00025, 0.25),
+        ("pixel", 0.25, None),
+        ("reference frame", 0.25, None),
+    ],
+)
 def test_units_of_ome_tiff(tmp_path, unit, size, mpp):
     """A unit that is no length says nothing about µm."""
-    tifffile.imwrite(tmp_path / "a.ome.tif", section(300, 300), tile=(256, 256), compression="jpeg", photometric="rgb",
-                     metadata={"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeXUnit": unit})
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif",
+        section(300, 300),
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="rgb",
+        metadata={"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeXUnit": unit},
+    )
     with tile.Slide(tmp_path / "a.ome.tif") as slide:
         assert slide.mpp == mpp
 
 
-@pytest.mark.parametrize(("mpp", "resample", "size0"), [
-    (0.2, False, 256), (0.3, False, 256), (0.25, True, 256), (0.19, False, None), (0.31, False, None),
-    (0.5, False, None), (0.5, True, 128), (0.125, True, 512), (1.0, True, 64)])
+@pytest.mark.parametrize(
+    ("mpp", "resample", "size0"),
+    [
+        (0.2, False, 256),
+        (0.3, False, 256),
+        (0.25, True, 256),
+        (0.19, False, None),
+        (0.31, False, None),
+        (0.5, False, None),
+        (0.5, True, 128),
+        (0.125, True, 512),
+        (1.0, True, 64),
+    ],
+)
 def test_which_magnifications_are_taken(mpp, resample, size0):
     slide = Namespace(mpp=mpp, mpp_source="x")
     if size0 is None:
@@ -355,7 +557,11 @@ def test_objective_is_a_cross_check_only(tmp_path):
     path = write_slide(tmp_path / "slide.svs", section(1000, 1000), mpp=0.2325, objective=20)
     with tile.Slide(path) as slide:
         tiling = tile.tile_slide(slide)
-    assert slide.objective == 20 and "20x disagrees with 0.2325" in tiling.warnings[0] and tiling.size0 == 256
+    assert (
+        slide.objective == 20
+        and "20x disagrees with 0.2325" in tiling.warnings[0]
+        and tiling.size0 == 256
+    )
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0, 2.5])
@@ -374,8 +580,10 @@ def test_slides_of_every_magnification(tmp_path, mpp):
 def low_power(canvas=200):
     """A low-power picture: two greys of background, black border, a piece of tissue in the middle, a stitching gap."""
     image = np.full((canvas, canvas, 3), 238, np.uint8)
-    image[:, :canvas // 2] = (208, 207, 209)
-    image[60:140, 60:140] = Image.fromarray(stained(1280, 1280)).resize((80, 80), Image.Resampling.BOX)
+    image[:, : canvas // 2] = (208, 207, 209)
+    image[60:140, 60:140] = Image.fromarray(stained(1280, 1280)).resize(
+        (80, 80), Image.Resampling.BOX
+    )
     image[98:102] = 255
     image[:8] = image[-8:] = 2
     return image
@@ -387,10 +595,17 @@ def test_tissue_is_told_from_greys_black_borders_and_gaps():
     truth[60:140, 60:140] = True
     truth[98:102] = False
     assert (mask & truth).sum() / (mask | truth).sum() > 0.93
-    assert not mask[:40].any() and not mask[160:].any() and not pen[10:-10].any() and fold.mean() < 0.01
+    assert (
+        not mask[:40].any()
+        and not mask[160:].any()
+        and not pen[10:-10].any()
+        and fold.mean() < 0.01
+    )
 
 
-@pytest.mark.parametrize("tint", [(250, 246, 236), (236, 240, 248), (190, 190, 190), (245, 238, 243)])
+@pytest.mark.parametrize(
+    "tint", [(250, 246, 236), (236, 240, 248), (190, 190, 190), (245, 238, 243)]
+)
 def test_pale_tissue_on_a_tinted_background(tint):
     image = np.full((200, 200, 3), tint, np.uint8)
     image[50:150, 50:150] = np.array(tint) * np.array([0.97, 0.88, 0.95])
@@ -398,8 +613,20 @@ def test_pale_tissue_on_a_tinted_background(tint):
     assert mask[55:145, 55:145].mean() > 0.98 and mask[:45].sum() == 0
 
 
-@pytest.mark.parametrize("color", [(50, 80, 190), (40, 140, 70), (210, 30, 40), (35, 35, 40), (35, 35, 110),
-                                   (230, 210, 60), (40, 150, 160), (235, 120, 40), (120, 70, 30)])
+@pytest.mark.parametrize(
+    "color",
+    [
+        (50, 80, 190),
+        (40, 140, 70),
+        (210, 30, 40),
+        (35, 35, 40),
+        (35, 35, 110),
+        (230, 210, 60),
+        (40, 150, 160),
+        (235, 120, 40),
+        (120, 70, 30),
+    ],
+)
 def test_pen_of_any_color_beside_and_on_tissue(color):
     image = low_power()
     picture = Image.fromarray(image)
@@ -415,7 +642,9 @@ def test_pen_of_any_color_beside_and_on_tissue(color):
     assert pen.sum() < 3 * drawn.sum(), "only the stroke and its rim"
 
 
-@pytest.mark.parametrize("color", [(200, 30, 50), (30, 130, 70), (25, 25, 30), (235, 215, 60), (30, 40, 170)])
+@pytest.mark.parametrize(
+    "color", [(200, 30, 50), (30, 130, 70), (25, 25, 30), (235, 215, 60), (30, 40, 170)]
+)
 def test_a_thin_stroke_of_pen(tmp_path, color):
     """90 px of a slide, less than three pixels of the mask: the patches it crosses go."""
     picture = Image.fromarray(section(1536, 1536))
@@ -429,8 +658,11 @@ def test_a_thin_stroke_of_pen(tmp_path, color):
 
 def test_stained_tissue_is_not_pen_and_nuclei_are_no_folds():
     """Plausible mixtures of haematoxylin and eosin, pale to dark, of several stain vectors."""
-    for h, e in (((0.65, 0.70, 0.29), (0.07, 0.99, 0.11)), ((0.74, 0.62, 0.22), (0.06, 0.72, 0.42)),
-                 ((0.50, 0.78, 0.46), (0.18, 0.98, 0.16))):
+    for h, e in (
+        ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11)),
+        ((0.74, 0.62, 0.22), (0.06, 0.72, 0.42)),
+        ((0.50, 0.78, 0.46), (0.18, 0.98, 0.16)),
+    ):
         amounts = np.stack(np.meshgrid(np.linspace(0, 0.5, 60), np.linspace(0.05, 0.5, 60)), -1)
         density = amounts[..., :1] * np.array(h) + amounts[..., 1:] * np.array(e)
         image = np.full((120, 120, 3), 240, np.uint8)
@@ -438,7 +670,7 @@ def test_stained_tissue_is_not_pen_and_nuclei_are_no_folds():
         _, pen, _ = tile.find_tissue(image, 16)
         assert pen.mean() < 0.005
     image = low_power()
-    image[80:95, 75:125] = (110, 75, 150)     # a crowd of lymphocytes
+    image[80:95, 75:125] = (110, 75, 150)  # a crowd of lymphocytes
     assert tile.find_tissue(image, 16)[2].mean() < 0.004
 
 
@@ -454,7 +686,11 @@ def test_blur_is_measured_in_patch_pixels(tmp_path):
     image = stained(1024, 1280)
     measured = []
     for sigma in (0, 2, 3, 4, 6, 9, 14, 20):
-        picture = Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)) if sigma else Image.fromarray(image)
+        picture = (
+            Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))
+            if sigma
+            else Image.fromarray(image)
+        )
         with tile.Slide(write_slide(tmp_path / f"{sigma}.svs", np.asarray(picture))) as slide:
             coords = np.array([(x, y) for y in range(0, 1024, 256) for x in range(0, 1280, 256)])
             measured.append(float(np.median(tile.measure_blur(slide, coords, 256, 256))))
@@ -469,7 +705,7 @@ def test_blurred_and_inked_patches_are_dropped_by_their_flags(tmp_path):
     with tile.Slide(write_slide(tmp_path / "a.svs", image)) as slide:
         kept = tile.tile_slide(slide)
         every = tile.tile_slide(slide, max_pen=1, max_blur=6)
-    assert set(kept.coords[:, 0].tolist()) == {512}    # the rim of ink counts as ink
+    assert set(kept.coords[:, 0].tolist()) == {512}  # the rim of ink counts as ink
     assert {0, 256, 512, 768} <= set(every.coords[:, 0].tolist())
     assert kept.summary["blur"] == pytest.approx(0.5, abs=0.1)
     assert kept.summary["pen"] == pytest.approx(0.27, abs=0.04)
@@ -483,7 +719,11 @@ def test_brown_stain_is_tissue_when_ink_is_allowed(tmp_path):
         with pytest.raises(tile.SkippedSlide, match=r"no tissue found.*--max-pen 1"):
             tile.tile_slide(slide)
         assert tile.tile_slide(slide, max_pen=1, max_blur=6).coords.tolist() == [
-            [256, 256], [512, 256], [256, 512], [512, 512]]
+            [256, 256],
+            [512, 256],
+            [256, 512],
+            [512, 512],
+        ]
 
 
 def test_min_tissue_and_overlap(plain):
@@ -491,16 +731,25 @@ def test_min_tissue_and_overlap(plain):
         most = tile.tile_slide(slide, min_tissue=0.9)
         some = tile.tile_slide(slide, min_tissue=0.1)
         dense = tile.tile_slide(slide, overlap=128)
-    assert most.measures["tissue"].min() >= 0.9 and len(most.coords) < len(some.coords) < len(dense.coords)
+    assert most.measures["tissue"].min() >= 0.9 and len(most.coords) < len(some.coords) < len(
+        dense.coords
+    )
     assert set(np.unique(dense.coords % 128)) == {0} and (some.coords + 256 <= (1100, 1300)).all()
 
 
-@pytest.mark.parametrize(("image", "error", "text"), [
-    (np.full((600, 600, 3), 240, np.uint8), tile.SkippedSlide, "no tissue"),
-    (np.full((600, 600, 3), 255, np.uint8), tile.UserError, "empty pixels"),
-    (np.full((200, 600, 3), 200, np.uint8), tile.SkippedSlide, "smaller"),
-    (np.where(np.indices((600, 600, 3))[0] % 60 < 9, (10, 20, 190), 3).astype(np.uint8), tile.SkippedSlide,
-     "fluorescence")])
+@pytest.mark.parametrize(
+    ("image", "error", "text"),
+    [
+        (np.full((600, 600, 3), 240, np.uint8), tile.SkippedSlide, "no tissue"),
+        (np.full((600, 600, 3), 255, np.uint8), tile.UserError, "empty pixels"),
+        (np.full((200, 600, 3), 200, np.uint8), tile.SkippedSlide, "smaller"),
+        (
+            np.where(np.indices((600, 600, 3))[0] % 60 < 9, (10, 20, 190), 3).astype(np.uint8),
+            tile.SkippedSlide,
+            "fluorescence",
+        ),
+    ],
+)
 def test_slides_without_usable_tissue(tmp_path, image, error, text):
     path = write_slide(tmp_path / "a.svs", image, levels=())
     with tile.Slide(path) as slide, pytest.raises(error, match=text) as info:
@@ -530,28 +779,39 @@ def test_h5_as_clam_reads_it(cohort):
         dset = file["coords"]
         assert dset.attrs["patch_level"] == 0 and dset.attrs["patch_size"] == 256
         assert dset.dtype == np.int64 and dset.shape[1] == 2 and len(dset[0]) == 2
-        assert dset.attrs["downsample"].tolist() == [1, 1] and dset.attrs["level_dim"].tolist() == [1536, 1536]
+        assert dset.attrs["downsample"].tolist() == [1, 1] and dset.attrs["level_dim"].tolist() == [
+            1536,
+            1536,
+        ]
         assert dset.attrs["name"] == "a" and dset.attrs["save_path"].endswith("patches")
     with h5py.File(cohort / "patches" / "c_patches.h5", "r") as file, pytest.raises(KeyError):
-        file["coords"].attrs["patch_level"]     # resampled: CLAM would read another field of view
+        file["coords"].attrs["patch_level"]  # resampled: CLAM would read another field of view
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_h5_as_trident_reads_it(cohort, name):
     with h5py.File(cohort / "patches" / f"{name}_patches.h5", "r") as file:
         attrs = file["coords"].attrs
-        size, level0, target = attrs["patch_size"], attrs["level0_magnification"], attrs["target_magnification"]
-        assert size * level0 // target == attrs["patch_size_level0"] == (128 if name == "c" else 256)
+        size, level0, target = (
+            attrs["patch_size"],
+            attrs["level0_magnification"],
+            attrs["target_magnification"],
+        )
+        assert (
+            size * level0 // target == attrs["patch_size_level0"] == (128 if name == "c" else 256)
+        )
         assert (target, level0) == ((40, 20) if name == "c" else (40, 40))
         assert attrs["overlap"] == 0 and attrs["level0_width"] > 0 and attrs["level0_height"] > 0
         assert attrs["name"] == name and "savetodir" in attrs
-        assert {len(file[key]) for key in ("tissue", "pen", "fold", "blur")} == {len(file["coords"])}
+        assert {len(file[key]) for key in ("tissue", "pen", "fold", "blur")} == {
+            len(file["coords"])
+        }
 
 
 def test_geojson_and_mask_round_trip(cohort, tmp_path):
     with tile.Slide(cohort.parents[1] / "slides" / "mine" / "a.svs") as slide:
         mask = tile.tile_slide(slide).mask
-        mask[40:44, 30:40] = False      # a hole
+        mask[40:44, 30:40] = False  # a hole
         path = tmp_path / "a.geojson"
         tiling = Namespace(mask=mask, scale=1536 / mask.shape[1])
         tile.write_geojson(path, slide, tiling)
@@ -579,9 +839,13 @@ def test_masks_of_every_kind_of_picture(tmp_path, mode):
         picture = Image.fromarray(values, "P")
         picture.putpalette([0, 0, 0, 0, 0, 0, 255, 255, 255])
     elif mode in ("RGB", "RGBA"):
-        picture = Image.fromarray(np.dstack([values * 0, values * 0, values] + [values * 0 + 255] * (mode == "RGBA")))
+        picture = Image.fromarray(
+            np.dstack([values * 0, values * 0, values] + [values * 0 + 255] * (mode == "RGBA"))
+        )
     else:
-        picture = Image.fromarray(values > 0 if mode == "1" else values.astype(np.uint16 if mode == "I;16" else "f4"))
+        picture = Image.fromarray(
+            values > 0 if mode == "1" else values.astype(np.uint16 if mode == "I;16" else "f4")
+        )
     assert picture.mode == mode
     picture.save(tmp_path / "a.tif")
     mask = tile.read_mask(tmp_path / "a.tif", (20, 30), 32)
@@ -603,14 +867,14 @@ def test_a_dropped_patch_inside_tissue_is_bare(tmp_path, side):
     """With 6 px a patch, as on a slide of 68,000 px, too."""
     with tile.Slide(write_slide(tmp_path / "a.svs", section(1280, 1280))) as slide:
         tiling = tile.tile_slide(slide, min_tissue=0)
-        tiling.mask[:] = False      # no outline
+        tiling.mask[:] = False  # no outline
         tiling.coords = tiling.coords[(tiling.coords != (512, 512)).any(axis=1)]
         tile.write_thumbnail(tmp_path / "a.png", slide, tiling, 5 * side)
         bare = slide.thumbnail(5 * side).astype(int)
     tint = np.abs(np.asarray(Image.open(tmp_path / "a.png")) - bare).sum(axis=2)
 
     def cell(column, row):
-        return tint[row * side:(row + 1) * side, column * side:(column + 1) * side]
+        return tint[row * side : (row + 1) * side, column * side : (column + 1) * side]
 
     assert not cell(2, 2).any(), "neighbours do not draw its edges"
     for column, row in ((1, 2), (3, 2), (2, 1), (2, 3)):
@@ -622,16 +886,24 @@ def test_a_dropped_patch_inside_tissue_is_bare(tmp_path, side):
 
 def test_index_reads_what_the_slide_shows(cohort):
     index = tile.PatchIndex(cohort)
-    assert index.slides == ["a", "b", "c"] and len(index) == index.counts.sum() and index.patch_size == 256
+    assert (
+        index.slides == ["a", "b", "c"]
+        and len(index) == index.counts.sum()
+        and index.patch_size == 256
+    )
     assert index.patients == ["a", "b", "c"] and index.mpp == 0.25
     for number, name in enumerate(index.slides):
-        with tile.Slide(cohort.parents[1] / "slides" / "mine" / f"{name}.svs") as slide, \
-                h5py.File(cohort / "patches" / f"{name}_patches.h5") as file:
+        with (
+            tile.Slide(cohort.parents[1] / "slides" / "mine" / f"{name}.svs") as slide,
+            h5py.File(cohort / "patches" / f"{name}_patches.h5") as file,
+        ):
             for row in (0, len(file["coords"]) // 2, len(file["coords"]) - 1):
                 i = int(index.starts[number]) + row
                 assert index.locate(i) == (number, row)
                 x, y = file["coords"][row].tolist()
-                assert np.array_equal(index.read(i), slide.read(x, y, 128 if name == "c" else 256, 256))
+                assert np.array_equal(
+                    index.read(i), slide.read(x, y, 128 if name == "c" else 256, 256)
+                )
     with pytest.raises(IndexError):
         index.locate(len(index))
 
@@ -691,21 +963,37 @@ def test_index_opens_each_h5_once(cohort, monkeypatch):
 def test_index_reads_tiles_of_any_size_without_opening_slides(tmp_path, monkeypatch, codec):
     """Opening one takes as long as a dozen patches, and draws rarely meet the same slide again."""
     (tmp_path / "slides").mkdir()
-    path = write_slide(tmp_path / "slides" / "a.svs", section(1300, 1100), tile_size=240, codec=codec, missing=(7, 13))
+    path = write_slide(
+        tmp_path / "slides" / "a.svs",
+        section(1300, 1100),
+        tile_size=240,
+        codec=codec,
+        missing=(7, 13),
+    )
     options = ["--min-tissue", "0.1", "--overlap", "100"]
-    assert tile.main(["--cancer", "a", "--data", str(tmp_path), "--slides", str(path.parent), *options]) == 0
+    assert (
+        tile.main(
+            ["--cancer", "a", "--data", str(tmp_path), "--slides", str(path.parent), *options]
+        )
+        == 0
+    )
     index = tile.PatchIndex(tmp_path / "tiles" / "a")
-    with h5py.File(tmp_path / "tiles" / "a" / "patches" / "a_patches.h5") as file, tile.Slide(path) as slide:
+    with (
+        h5py.File(tmp_path / "tiles" / "a" / "patches" / "a_patches.h5") as file,
+        tile.Slide(path) as slide,
+    ):
         expected = [slide.read(x, y, 256, 256) for x, y in file["coords"][:].tolist()]
     monkeypatch.setattr(tile, "Slide", None)
-    assert len(expected) > 20 and all(np.array_equal(index.read(i), patch) for i, patch in enumerate(expected))
+    assert len(expected) > 20 and all(
+        np.array_equal(index.read(i), patch) for i, patch in enumerate(expected)
+    )
 
 
 def test_index_follows_an_h5_that_was_written_anew(cohort, tmp_path):
     shutil.copytree(cohort, tmp_path / "mine")
     index = tile.PatchIndex(tmp_path / "mine", handles=1)
     first, i = index.read(0), int(index.starts[1])
-    index.read(i)       # the first slide's handle is closed
+    index.read(i)  # the first slide's handle is closed
     with h5py.File(tmp_path / "mine" / "patches" / "a_patches.h5", "r+") as file:
         file["coords"][0] = file["coords"][5]
         file.create_dataset("more", data=np.zeros(100))
@@ -716,14 +1004,21 @@ def test_moved_slides_that_share_a_name(tmp_path):
     for n in (1, 2):
         (tmp_path / "slides" / f"p{n}").mkdir(parents=True)
         write_slide(tmp_path / "slides" / f"p{n}" / "same.svs", section(900, 900, n))
-    assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--slides", str(tmp_path / "slides")]) == 0
+    assert (
+        tile.main(
+            ["--cancer", "mine", "--data", str(tmp_path), "--slides", str(tmp_path / "slides")]
+        )
+        == 0
+    )
     before = tile.PatchIndex(tmp_path / "tiles" / "mine")
     patches = [before.read(int(start)) for start in before.starts]
     (tmp_path / "slides").rename(tmp_path / "elsewhere")
     after = tile.PatchIndex(tmp_path / "tiles" / "mine", slides=tmp_path / "elsewhere")
     assert len(patches) == 2 and not np.array_equal(*patches)
-    assert all(np.array_equal(after.read(int(start)), patch)
-               for start, patch in zip(after.starts, patches, strict=True))
+    assert all(
+        np.array_equal(after.read(int(start)), patch)
+        for start, patch in zip(after.starts, patches, strict=True)
+    )
 
 
 def test_index_names_what_cannot_be_read(cohort, tmp_path):
@@ -735,7 +1030,9 @@ def test_index_names_what_cannot_be_read(cohort, tmp_path):
         (tmp_path / "patches" / name).symlink_to(cohort / "patches" / name)
     tile.write_rows(tmp_path, rows)
     index = tile.PatchIndex(tmp_path)
-    with pytest.raises(tile.PatchError, match=r"a: patch at x=\d+, y=\d+ cannot be read: .*no such file"):
+    with pytest.raises(
+        tile.PatchError, match=r"a: patch at x=\d+, y=\d+ cannot be read: .*no such file"
+    ):
         index.read(0)
     moved = tile.PatchIndex(tmp_path, slides=cohort.parents[1] / "slides")
     assert np.array_equal(moved.read(0), tile.PatchIndex(cohort).read(0))
@@ -745,14 +1042,29 @@ def test_index_names_what_cannot_be_read(cohort, tmp_path):
 
 def test_index_at_the_size_of_tcga(tmp_path):
     """1,000 slides and 10 million patches open within 3 s and 400 MB, and reading a patch needs one slide only."""
-    rows = [{"slide": f"TCGA-AA-{n:04d}-01Z-00-DX1", "status": "done", "patient": f"TCGA-AA-{n:04d}", "patches": 10000,
-             "patch_size": 256, "target_mpp": 0.25, "size0": 256, "mpp": 0.25, "path": f"/slides/{n}.svs"}
-            for n in range(1000)]
+    rows = [
+        {
+            "slide": f"TCGA-AA-{n:04d}-01Z-00-DX1",
+            "status": "done",
+            "patient": f"TCGA-AA-{n:04d}",
+            "patches": 10000,
+            "patch_size": 256,
+            "target_mpp": 0.25,
+            "size0": 256,
+            "mpp": 0.25,
+            "path": f"/slides/{n}.svs",
+        }
+        for n in range(1000)
+    ]
     tile.write_rows(tmp_path, rows)
-    code = ("import sys, time; import tile; t = time.time(); i = tile.PatchIndex(sys.argv[1]); "
-            "d = [i.locate(i.draw(0, n)) for n in range(1000)]; "
-            f"print(len(i), time.time() - t, {PEAK})")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys, time; import tile; t = time.time(); i = tile.PatchIndex(sys.argv[1]); "
+        "d = [i.locate(i.draw(0, n)) for n in range(1000)]; "
+        f"print(len(i), time.time() - t, {PEAK})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     patches, seconds, megabytes = map(float, done.stdout.split())
     assert patches == 10_000_000 and seconds < 3 and megabytes < 400
     assert len(pickle.dumps(tile.PatchIndex(tmp_path))) < 1_000_000
@@ -760,13 +1072,22 @@ def test_index_at_the_size_of_tcga(tmp_path):
 
 def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
     slides = cohort.parents[1] / "slides" / "mine"
-    args = ["--cancer", "mine", "--slides", str(slides), "--data", str(tmp_path), "--resample", "--save-patches"]
+    args = [
+        "--cancer",
+        "mine",
+        "--slides",
+        str(slides),
+        "--data",
+        str(tmp_path),
+        "--resample",
+        "--save-patches",
+    ]
     assert tile.main([*args, "--workers", "1"]) == 0
     folder = tmp_path / "tiles" / "mine"
     saved, live = tile.PatchIndex(folder), tile.PatchIndex(cohort)
     page = tifffile.TiffFile(slides / "a.svs").pages[0]
     data = (slides / "a.svs").read_bytes()
-    scans = [data[o:o + c] for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    scans = [data[o : o + c] for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
     with tarfile.open(folder / "shards" / "a.tar") as tar:
         members = tar.getmembers()
         assert len(members) == saved.counts[0]
@@ -775,31 +1096,54 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
             assert key == "a"
             jpeg = tar.extractfile(member).read()
             scan = scans[int(y) // 256 * 6 + int(x) // 256]
-            assert scan[scan.index(b"\xff\xda"):] in jpeg, "copied, not encoded anew"
+            assert scan[scan.index(b"\xff\xda") :] in jpeg, "copied, not encoded anew"
             with tile.Slide(slides / "a.svs") as slide:
-                assert np.array_equal(np.asarray(Image.open(io.BytesIO(jpeg))), slide.read(int(x), int(y), 256, 256))
+                assert np.array_equal(
+                    np.asarray(Image.open(io.BytesIO(jpeg))), slide.read(int(x), int(y), 256, 256)
+                )
     assert len(saved) == len(live)
     for i in range(0, len(live), 4):
         difference = np.abs(saved.read(i).astype(int) - live.read(i))
         assert difference.mean() < (0.01 if saved.slides[saved.locate(i)[0]] == "a" else 4)
-    assert tile.main([*args[:-1], "--workers", "1"]) == 0     # without --save-patches nothing has to be done again
+    assert (
+        tile.main([*args[:-1], "--workers", "1"]) == 0
+    )  # without --save-patches nothing has to be done again
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "patient"), [
-    ("TCGA-A8-A06N-01Z-00-DX1.62649098-BD0B.svs", "TCGA-A8-A06N"), ("tcga-a8-a06n-01", "TCGA-A8-A06N"),
-    ("arden-01_1.svs", "arden-01"), ("slide.ome.tif", "slide"), ("x/y/patient3_slide2_b.ndpi", "patient3"),
-    ("P1_a.svs", "P1"), ("case_001.svs", "case_001"), ("case_001_HE.svs", "case_001"), ("BRACS_264.svs", "BRACS_264"),
-    ("patient_004_node_1.tif", "patient_004"), ("HE_left.svs", "HE_left"), ("_7_b.svs", "_7"),
-    ("_odd.svs", "_odd"), ("TCGA-A8.svs", "TCGA-A8"), ("d290-uuid_TCGA-A8-A06N-01Z-00-DX1.62", "TCGA-A8-A06N")])
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("TCGA-A8-A06N-01Z-00-DX1.62649098-BD0B.svs", "TCGA-A8-A06N"),
+        ("tcga-a8-a06n-01", "TCGA-A8-A06N"),
+        ("arden-01_1.svs", "arden-01"),
+        ("slide.ome.tif", "slide"),
+        ("x/y/patient3_slide2_b.ndpi", "patient3"),
+        ("P1_a.svs", "P1"),
+        ("case_001.svs", "case_001"),
+        ("case_001_HE.svs", "case_001"),
+        ("BRACS_264.svs", "BRACS_264"),
+        ("patient_004_node_1.tif", "patient_004"),
+        ("HE_left.svs", "HE_left"),
+        ("_7_b.svs", "_7"),
+        ("_odd.svs", "_odd"),
+        ("TCGA-A8.svs", "TCGA-A8"),
+        ("d290-uuid_TCGA-A8-A06N-01Z-00-DX1.62", "TCGA-A8-A06N"),
+    ],
+)
 def test_patient_of(name, patient):
     assert tile.patient_of(name) == patient
 
 
 def test_slides_that_share_a_name_keep_apart():
-    paths = [Path("s/p1/slide.svs"), Path("s/p2/slide.svs"), Path("s/other.svs"), Path("s/other.tif")]
+    paths = [
+        Path("s/p1/slide.svs"),
+        Path("s/p2/slide.svs"),
+        Path("s/other.svs"),
+        Path("s/other.tif"),
+    ]
     names = tile.name_slides(paths)
     assert len(names) == 4 and set(names.values()) == set(paths) and names["p1_slide"] == paths[0]
 
@@ -810,13 +1154,22 @@ def test_atomic_leaves_the_old_file_on_failure(tmp_path):
     with pytest.raises(RuntimeError), tile.atomic(tmp_path / "sub" / "a.txt") as temporary:
         temporary.write_text("new")
         raise RuntimeError
-    assert (tmp_path / "sub" / "a.txt").read_text() == "old" and len(list((tmp_path / "sub").iterdir())) == 1
+    assert (tmp_path / "sub" / "a.txt").read_text() == "old" and len(
+        list((tmp_path / "sub").iterdir())
+    ) == 1
 
 
 def test_import_is_light():
-    code = ("import sys, tile; print([m for m in ('torch', 'timm', 'sklearn', 'scipy', 'matplotlib', 'pandas', 'h5py', "
-            "'tifffile', 'openslide', 'urllib.request') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    code = (
+        "import sys, tile; print([m for m in ('torch', 'timm', 'sklearn', 'scipy', 'matplotlib', 'pandas', 'h5py', "
+        "'tifffile', 'openslide', 'urllib.request') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

@@ -33,11 +33,21 @@ ROOT = Path(tile.__file__).parent
 
 
 def command(data, *args, name="mine"):
-    return [sys.executable, str(ROOT / "tile.py"), "--cancer", name, "--data", str(data), *map(str, args)]
+    return [
+        sys.executable,
+        str(ROOT / "tile.py"),
+        "--cancer",
+        name,
+        "--data",
+        str(data),
+        *map(str, args),
+    ]
 
 
 def run(data, *args, **options):
-    return subprocess.run(command(data, *args), capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        command(data, *args), capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def rows(data, name="mine"):
@@ -66,48 +76,94 @@ def put(data, sound, *names):
 def zoo(tmp_path_factory, sound):
     """One folder with everything that slide folders hold in the wild, tiled once; returns (data, finished process)."""
     data = tmp_path_factory.mktemp("zoo")
-    folder = put(data, sound, "good.svs", "na\u00efve \u00fc [1], (2)#%.svs", "d290-uuid/in-folder.svs", "p1/same.svs",
-                 "p2/same.svs", os.fsdecode(b"latin\xe9.svs"), ".hidden.svs", "b.svs.partial")
+    folder = put(
+        data,
+        sound,
+        "good.svs",
+        "na\u00efve \u00fc [1], (2)#%.svs",
+        "d290-uuid/in-folder.svs",
+        "p1/same.svs",
+        "p2/same.svs",
+        os.fsdecode(b"latin\xe9.svs"),
+        ".hidden.svs",
+        "b.svs.partial",
+    )
     (folder / "dangling.svs").symlink_to("/nowhere/dangling.svs")
     (folder / "folder.svs").mkdir()
-    (folder / "lfs.svs").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    (folder / "lfs.svs").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    )
     (folder / "empty.ndpi").touch()
     (folder / "page.svs").write_text("<html>404</html>" * 80)
     (folder / "half.svs").write_bytes(sound[: len(sound) // 2])
     (folder / "alone.mrxs").write_bytes(b"\xff\xd8\xff\xe0" + bytes(2000))
     (folder / "notes.txt").write_text("not looked at")
     write_slide(folder / "no-mpp.svs", section(600, 600), mpp=None, objective=None)
-    write_slide(folder / "dpi.tif", section(600, 600), aperio=False, resolution=(72, 72), resolutionunit="INCH")
+    write_slide(
+        folder / "dpi.tif",
+        section(600, 600),
+        aperio=False,
+        resolution=(72, 72),
+        resolutionunit="INCH",
+    )
     write_slide(folder / "coarse.svs", section(600, 600), mpp=0.5)
     write_slide(folder / "blank.svs", np.full((600, 600, 3), 240, np.uint8))
     write_slide(folder / "white.svs", np.full((600, 600, 3), 255, np.uint8))
     write_slide(folder / "tiny.svs", section(200, 200), levels=())
     damaged = bytearray(sound)
     page = tifffile.TiffFile(folder / "good.svs").pages[0]
-    damaged[page.dataoffsets[5]:page.dataoffsets[5] + page.databytecounts[5]] = bytes(page.databytecounts[5])
+    damaged[page.dataoffsets[5] : page.dataoffsets[5] + page.databytecounts[5]] = bytes(
+        page.databytecounts[5]
+    )
     (folder / "damaged.svs").write_bytes(damaged)
     # Cut behind the directories: opens, but tiles are gone.
-    tifffile.imwrite(folder / "cut.tif", section(1024, 1024), tile=(256, 256), compression="jpeg", photometric="rgb",
-                     resolution=(40000, 40000), resolutionunit="CENTIMETER")
+    tifffile.imwrite(
+        folder / "cut.tif",
+        section(1024, 1024),
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="rgb",
+        resolution=(40000, 40000),
+        resolutionunit="CENTIMETER",
+    )
     with open(folder / "cut.tif", "r+b") as file:
         file.truncate((folder / "cut.tif").stat().st_size * 2 // 3)
     return data, run(data, "--save-patches", "--workers", 2)
 
 
-@pytest.mark.parametrize(("name", "status", "reason"), [
-    ("good", "done", ""), ("na\u00efve \u00fc [1], (2)#%", "done", ""), ("in-folder", "done", ""),
-    ("p1_same", "done", ""), ("p2_same", "done", ""), ("latin\ufffd", "done", ""), ("lfs", "failed", "git lfs pull"),
-    ("empty", "failed", "empty file"), ("page", "failed", "not a slide format"), ("half", "failed", "cut short"),
-    ("dangling", "failed", "no such file"), ("alone", "failed", "MIRAX data folder alone/ is missing"),
-    ("no-mpp", "skipped", "--assume-mpp"),
-    ("dpi", "skipped", "352.8 µm/px is implausible"), ("coarse", "skipped", "0.5 µm/px is coarser than 0.25"),
-    ("blank", "skipped", "no tissue"), ("white", "failed", "empty pixels"), ("tiny", "skipped", "smaller"),
-    ("damaged", "done", ""), ("cut", "failed", "cut short")])
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("good", "done", ""),
+        ("na\u00efve \u00fc [1], (2)#%", "done", ""),
+        ("in-folder", "done", ""),
+        ("p1_same", "done", ""),
+        ("p2_same", "done", ""),
+        ("latin\ufffd", "done", ""),
+        ("lfs", "failed", "git lfs pull"),
+        ("empty", "failed", "empty file"),
+        ("page", "failed", "not a slide format"),
+        ("half", "failed", "cut short"),
+        ("dangling", "failed", "no such file"),
+        ("alone", "failed", "MIRAX data folder alone/ is missing"),
+        ("no-mpp", "skipped", "--assume-mpp"),
+        ("dpi", "skipped", "352.8 µm/px is implausible"),
+        ("coarse", "skipped", "0.5 µm/px is coarser than 0.25"),
+        ("blank", "skipped", "no tissue"),
+        ("white", "failed", "empty pixels"),
+        ("tiny", "skipped", "smaller"),
+        ("damaged", "done", ""),
+        ("cut", "failed", "cut short"),
+    ],
+)
 def test_every_kind_of_file_gets_its_row(zoo, name, status, reason):
     row = rows(zoo[0])[name]
     assert row["status"] == status and reason in row["reason"], row
     if status == "done":
-        assert int(row["patches"]) > 0 and (zoo[0] / "tiles" / "mine" / "thumbnails" / f"{name}.jpg").is_file()
+        assert (
+            int(row["patches"]) > 0
+            and (zoo[0] / "tiles" / "mine" / "thumbnails" / f"{name}.jpg").is_file()
+        )
 
 
 def test_faults_are_told_and_nothing_else_is_lost(zoo):
@@ -121,7 +177,9 @@ def test_faults_are_told_and_nothing_else_is_lost(zoo):
     assert int(row["unreadable"]) == 1 and "left out, first: x=256, y=256: " in row["warnings"]
     assert int(row["patches"]) == int(table["good"]["patches"]) - 1
     index = tile.PatchIndex(data / "tiles" / "mine")
-    assert len(index.slides) == 7 and all(index.read(i).shape == (256, 256, 3) for i in range(0, len(index), 5))
+    assert len(index.slides) == 7 and all(
+        index.read(i).shape == (256, 256, 3) for i in range(0, len(index), 5)
+    )
     assert not list((data / "tiles" / "mine").rglob("*.tmp*"))
 
 
@@ -131,8 +189,14 @@ def test_a_second_run_does_only_what_is_missing(zoo):
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.h5")}
     (folder / "patches" / "good_patches.h5").unlink()
     done = run(data, "--save-patches")
-    assert done.returncode == 1 and "11 slides are finished, 9 to do" in done.stdout     # 8 failed, 1 missing
-    assert all(path.stat().st_mtime_ns == old for path, old in times.items() if path.name != "good_patches.h5")
+    assert (
+        done.returncode == 1 and "11 slides are finished, 9 to do" in done.stdout
+    )  # 8 failed, 1 missing
+    assert all(
+        path.stat().st_mtime_ns == old
+        for path, old in times.items()
+        if path.name != "good_patches.h5"
+    )
 
 
 def test_other_settings_are_done_again(tmp_path, sound):
@@ -141,14 +205,25 @@ def test_other_settings_are_done_again(tmp_path, sound):
     assert "1 slides are finished" in run(tmp_path).stdout
     assert "0 slides are finished" in run(tmp_path, "--min-tissue", 0.9).stdout
     write_slide(tmp_path / "slides" / "mine" / "a.svs", section(900, 1200))
-    assert "0 slides are finished" in run(tmp_path, "--min-tissue", 0.9).stdout, "the slide is another one now"
+    assert "0 slides are finished" in run(tmp_path, "--min-tissue", 0.9).stdout, (
+        "the slide is another one now"
+    )
 
 
-@pytest.mark.parametrize(("args", "text"), [
-    (["--slides", "/nowhere"], "no such folder"), (["--patch-size", "4"], "--patch-size"),
-    (["--overlap", "256"], "--overlap"), (["--discard-slides"], "--download"), (["--exclude", "/nowhere"], "--exclude"),
-    (["--manifest", "/nowhere"], "--manifest"), (["--masks", "/nowhere"], "--masks"),
-    (["--cancer", "../x"], "--cancer"), (["--slides", str(ROOT / "tile.py")], "is a file; give its folder")])
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--slides", "/nowhere"], "no such folder"),
+        (["--patch-size", "4"], "--patch-size"),
+        (["--overlap", "256"], "--overlap"),
+        (["--discard-slides"], "--download"),
+        (["--exclude", "/nowhere"], "--exclude"),
+        (["--manifest", "/nowhere"], "--manifest"),
+        (["--masks", "/nowhere"], "--masks"),
+        (["--cancer", "../x"], "--cancer"),
+        (["--slides", str(ROOT / "tile.py")], "is a file; give its folder"),
+    ],
+)
 def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, text):
     put(tmp_path, sound, "a.svs")
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), *args]) == 1
@@ -160,7 +235,9 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, t
 def test_a_magnification_where_a_pixel_size_belongs(capsys, flag):
     with pytest.raises(SystemExit):
         tile.main(["--cancer", "mine", flag, "20x"])
-    assert f"{flag}: 20x: expected micrometres per pixel, such as 0.5 (20x)" in capsys.readouterr().err
+    assert (
+        f"{flag}: 20x: expected micrometres per pixel, such as 0.5 (20x)" in capsys.readouterr().err
+    )
 
 
 def test_masks_and_mpp_of_the_user(tmp_path, sound):
@@ -171,8 +248,16 @@ def test_masks_and_mpp_of_the_user(tmp_path, sound):
     mask[16:32, 16:48] = 255
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     ring = [[256, 256], [768, 256], [768, 512], [256, 512], [256, 256]]
-    shape = {"type": "FeatureCollection", "features": [{"type": "Feature", "properties": {}, "geometry": {
-        "type": "Polygon", "coordinates": [ring]}}]}
+    shape = {
+        "type": "FeatureCollection",
+        "features": [
+            {
+                "type": "Feature",
+                "properties": {},
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+            }
+        ],
+    }
     (tmp_path / "masks" / "c.geojson").write_text(json.dumps(shape))
     (tmp_path / "list.csv").write_text("slide,mpp\na.svs,\nb,0.25\nc.svs,0.26\n")
     done = run(tmp_path, "--masks", tmp_path / "masks", "--manifest", tmp_path / "list.csv")
@@ -186,7 +271,9 @@ def test_masks_and_mpp_of_the_user(tmp_path, sound):
     mask[32:48, 16:48] = 255
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     done = run(tmp_path, "--masks", tmp_path / "masks", "--manifest", tmp_path / "list.csv")
-    assert "a: done, 4 patches" in done.stdout and "c: done" not in done.stdout, "a mask that was drawn anew"
+    assert "a: done, 4 patches" in done.stdout and "c: done" not in done.stdout, (
+        "a mask that was drawn anew"
+    )
 
 
 @pytest.mark.parametrize("mpp", ["nan", "-0.25", "0", "inf", "fast"])
@@ -204,7 +291,10 @@ def test_slides_of_one_name_in_a_table(tmp_path, sound):
     put(tmp_path, sound, "p1/same.svs", "p2/same.svs", "p3/same.svs")
     (tmp_path / "list.csv").write_text("slide,mpp\np1/same.svs,\np3/same.svs,0.26\n")
     assert run(tmp_path, "--manifest", tmp_path / "list.csv").returncode == 0
-    assert {name: row["mpp"] for name, row in rows(tmp_path).items()} == {"p1_same": "0.25", "p3_same": "0.26"}
+    assert {name: row["mpp"] for name, row in rows(tmp_path).items()} == {
+        "p1_same": "0.25",
+        "p3_same": "0.26",
+    }
     (tmp_path / "list.csv").write_text("slide\nsame\n")
     done = run(tmp_path, "--manifest", tmp_path / "list.csv")
     assert done.returncode == 1 and "same: 3 slides" in done.stderr
@@ -234,20 +324,31 @@ def test_slides_without_patches_have_a_thumbnail_too(tmp_path):
     write_slide(folder / "blurred.svs", ndimage.gaussian_filter(section(600, 700), (15, 15, 0)))
     assert run(tmp_path).returncode == 0
     table = rows(tmp_path)
-    assert {row["status"] for row in table.values()} == {"skipped"} and "for blur" in table["blurred"]["reason"]
+    assert {row["status"] for row in table.values()} == {"skipped"} and "for blur" in table[
+        "blurred"
+    ]["reason"]
     for name in table:
-        assert Image.open(tmp_path / "tiles" / "mine" / "thumbnails" / f"{name}.jpg").size == (700, 600)
+        assert Image.open(tmp_path / "tiles" / "mine" / "thumbnails" / f"{name}.jpg").size == (
+            700,
+            600,
+        )
 
 
 # Selection -----------------------------------------------------------------------------------------------------------
 
 
 def tcga(number, kind="DX1"):
-    return tile.Source(f"TCGA-A{number % 7}-{number:04d}-01{'Z' if kind == 'DX1' else 'A'}-00-{kind}.UUID", Path("x"))
+    return tile.Source(
+        f"TCGA-A{number % 7}-{number:04d}-01{'Z' if kind == 'DX1' else 'A'}-00-{kind}.UUID",
+        Path("x"),
+    )
 
 
 def choose(sources, **args):
-    return tile.select(sources, Namespace(**{"exclude": None, "strategy": "both", "max_slides": 0, "seed": 0} | args))
+    return tile.select(
+        sources,
+        Namespace(**{"exclude": None, "strategy": "both", "max_slides": 0, "seed": 0} | args),
+    )
 
 
 def test_sample_is_seeded_and_stable(capsys):
@@ -256,14 +357,20 @@ def test_sample_is_seeded_and_stable(capsys):
     assert len(chosen) == 30 and chosen == [s.name for s in choose(sources[::-1], max_slides=30)[0]]
     assert chosen != [s.name for s in choose(sources, max_slides=30, seed=1)[0]]
     fewer = [source.name for source in choose(sources[:-1], max_slides=30)[0]]
-    assert len(set(chosen) & set(fewer)) >= 29, "one slide less does not change the rest of the sample"
+    assert len(set(chosen) & set(fewer)) >= 29, (
+        "one slide less does not change the rest of the sample"
+    )
     choose(sources, max_slides=200)
     assert "100 taken (fewer than --max-slides 200)" in capsys.readouterr().out
 
 
 def test_strategy_takes_diagnostic_slides_first():
     sources = [tcga(n) for n in range(10)] + [tcga(n, "TS1") for n in range(10)]
-    assert len(choose(sources, strategy="diagnostic")[0]) == len(choose(sources, strategy="tissue")[0]) == 10
+    assert (
+        len(choose(sources, strategy="diagnostic")[0])
+        == len(choose(sources, strategy="tissue")[0])
+        == 10
+    )
     both = choose(sources, max_slides=13)[0]
     assert sum("DX1" in source.name for source in both) == 10
 
@@ -278,11 +385,19 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
         assert sum("held out" in reason for reason in reasons.values()) == 2
     double = [tile.Source(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
     (tmp_path / "d.txt").write_text("# held out\r\nsame.svs\r\n", encoding="utf-8-sig")
-    assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], "named as the file is"
-    named = [tile.Source('a, "b" 1', Path("x")), tile.Source("c", Path("y"), stated="Doe, J."), sources[0]]
+    assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], (
+        "named as the file is"
+    )
+    named = [
+        tile.Source('a, "b" 1', Path("x")),
+        tile.Source("c", Path("y"), stated="Doe, J."),
+        sources[0],
+    ]
     for text in ('slide,label\n"a, ""b"" 1",x\n', 'a, "b" 1\n'):
         (tmp_path / "e.txt").write_text(text)
-        assert choose(named, exclude=tmp_path / "e.txt")[0] == [sources[0], named[1]], "a comma in a name"
+        assert choose(named, exclude=tmp_path / "e.txt")[0] == [sources[0], named[1]], (
+            "a comma in a name"
+        )
     for text in ('patient;label\n"Doe, J.";x\n', "Doe, J.\n"):
         (tmp_path / "f.txt").write_text(text)
         assert choose(named, exclude=tmp_path / "f.txt")[0] == [sources[0], named[0]]
@@ -294,7 +409,9 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
 @pytest.mark.skipif(SHARED is None, reason="needs the shared tables")
 def test_real_manifest_and_benchmark_table(capsys):
     listed = tile.read_manifest(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt")
-    sources = [tile.Source(tile.slide_name(row["filename"]), Path(row["filename"])) for row in listed]
+    sources = [
+        tile.Source(tile.slide_name(row["filename"]), Path(row["filename"])) for row in listed
+    ]
     held = SHARED / "tables" / "tcga-brca-tp53.csv"
     chosen, _ = choose(sources, exclude=held, strategy="diagnostic")
     patients = {line.split(",")[1] for line in held.read_text().splitlines()[1:]}
@@ -309,7 +426,11 @@ def test_patients_held_out_later_leave_the_index(tmp_path, sound):
     assert run(tmp_path, "--exclude", tmp_path / "held.txt").returncode == 0
     assert tile.PatchIndex(tmp_path / "tiles" / "mine").slides == ["p2_a"]
     manifest = (tmp_path / "tiles" / "mine" / "manifest.txt").read_text().splitlines()
-    assert manifest[0] == "id\tfilename\tmd5\tsize\tstate" and len(manifest) == 2 and "p2_a.svs" in manifest[1]
+    assert (
+        manifest[0] == "id\tfilename\tmd5\tsize\tstate"
+        and len(manifest) == 2
+        and "p2_a.svs" in manifest[1]
+    )
     assert run(tmp_path).returncode == 0
     assert len(tile.PatchIndex(tmp_path / "tiles" / "mine").slides) == 3, "wanted again"
 
@@ -319,25 +440,38 @@ def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
     folder, listed = tmp_path / "tiles" / "mine", tmp_path / "list.csv"
     done = run(tmp_path)
     assert done.stdout.splitlines()[-1].startswith("5 slides done,")
-    listed.write_text("slide,patient\ncase_a.svs,Ann_1_x\ncase_b.svs,Ann_1_x\nP1_a,Bea\nP2_a,\nz_1,TCGA-A8-A06N-01Z\n")
+    listed.write_text(
+        "slide,patient\ncase_a.svs,Ann_1_x\ncase_b.svs,Ann_1_x\nP1_a,Bea\nP2_a,\nz_1,TCGA-A8-A06N-01Z\n"
+    )
     done = run(tmp_path, "--manifest", listed)
     assert "5 slides are finished, 0 to do" in done.stdout, "another patient is no other tiling"
     assert done.stdout.splitlines()[-1].startswith("5 slides of 4 patients done,")
     index = tile.PatchIndex(folder)
     assert dict(zip(index.slides, index.patient, strict=True)) == {
-        "case_a": "Ann_1_x", "case_b": "Ann_1_x", "P1_a": "Bea", "P2_a": "P2", "z_1": "TCGA-A8-A06N"}
+        "case_a": "Ann_1_x",
+        "case_b": "Ann_1_x",
+        "P1_a": "Bea",
+        "P2_a": "P2",
+        "z_1": "TCGA-A8-A06N",
+    }
     assert index.patients == ["Ann_1_x", "Bea", "P2", "TCGA-A8-A06N"]
     held = tmp_path / "held.txt"
-    for text, left in (("Ann_1_x", ["P1_a", "P2_a", "z_1"]), ("case_a.svs", ["P1_a", "P2_a", "z_1"]),
-                       ("P1", ["P1_a", "P2_a", "case_a", "case_b", "z_1"]), ("P1_a\nP2_b", ["case_a", "case_b", "z_1"]),
-                       ("TCGA-A8-A06N-01Z-00-DX1", ["P1_a", "P2_a", "case_a", "case_b"])):
+    for text, left in (
+        ("Ann_1_x", ["P1_a", "P2_a", "z_1"]),
+        ("case_a.svs", ["P1_a", "P2_a", "z_1"]),
+        ("P1", ["P1_a", "P2_a", "case_a", "case_b", "z_1"]),
+        ("P1_a\nP2_b", ["case_a", "case_b", "z_1"]),
+        ("TCGA-A8-A06N-01Z-00-DX1", ["P1_a", "P2_a", "case_a", "case_b"]),
+    ):
         held.write_text(f"{text}\n")
         assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
         assert tile.PatchIndex(folder).slides == left, text
     listed.write_text("slide\nP2_a\n")
     held.write_text("Ann_1_x\n")
     assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
-    assert "case_a" not in tile.PatchIndex(folder).slides, "held out by what slides.csv holds of an earlier run"
+    assert "case_a" not in tile.PatchIndex(folder).slides, (
+        "held out by what slides.csv holds of an earlier run"
+    )
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -345,8 +479,10 @@ def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
 
 def tree(folder):
     """What a finished cohort holds, without times: the rows and every patch's place."""
-    table = {name: {key: row[key] for key in ("status", "patches", "settings")} for name, row in
-             tile.read_rows(folder).items()}
+    table = {
+        name: {key: row[key] for key in ("status", "patches", "settings")}
+        for name, row in tile.read_rows(folder).items()
+    }
     coords = {}
     for path in sorted(folder.glob("patches/*.h5")):
         with h5py.File(path) as file:
@@ -356,10 +492,16 @@ def tree(folder):
 
 def test_two_runs_at_once_share_the_work(tmp_path, sound):
     put(tmp_path, sound, *(f"s{n}.svs" for n in range(8)))
-    runs = [subprocess.Popen(command(tmp_path, "--workers", 1), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen(command(tmp_path, "--workers", 1), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120)[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0]
-    assert all(output.splitlines()[-1].startswith("8 slides done, 0 skipped, 0 failed") for output in outputs)
+    assert all(
+        output.splitlines()[-1].startswith("8 slides done, 0 skipped, 0 failed")
+        for output in outputs
+    )
     assert len(rows(tmp_path)) == 8 and len(tree(tmp_path / "tiles" / "mine")[1]) == 8
 
 
@@ -371,25 +513,36 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
     rng = random.Random(0)
     finished = []
     for _ in range(7):
-        process = subprocess.Popen(command(tmp_path / "killed", "--save-patches", "--workers", 2),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command(tmp_path / "killed", "--save-patches", "--workers", 2),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         deadline = time.time() + 60
-        while len(rows(tmp_path / "killed")) <= len(names) * len(finished) // 8 and process.poll() is None:
-            assert time.time() < deadline       # it is under way, however fast or slow the machine
+        while (
+            len(rows(tmp_path / "killed")) <= len(names) * len(finished) // 8
+            and process.poll() is None
+        ):
+            assert time.time() < deadline  # it is under way, however fast or slow the machine
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.15))
         if rng.random() < 0.5:
-            os.killpg(process.pid, signal.SIGKILL)      # workers and parent
+            os.killpg(process.pid, signal.SIGKILL)  # workers and parent
         else:
-            process.kill()                              # the parent alone: workers must not linger
+            process.kill()  # the parent alone: workers must not linger
         process.wait()
         finished.append(len(rows(tmp_path / "killed")))
     assert finished == sorted(finished), "no row was lost"
     assert run(tmp_path / "killed", "--save-patches").returncode == 0
-    assert tree(tmp_path / "whole" / "tiles" / "mine") == tree(tmp_path / "killed" / "tiles" / "mine")
+    assert tree(tmp_path / "whole" / "tiles" / "mine") == tree(
+        tmp_path / "killed" / "tiles" / "mine"
+    )
     for name in names:
         shard = Path("tiles", "mine", "shards", name).with_suffix(".tar")
-        assert (tmp_path / "whole" / shard).stat().st_size == (tmp_path / "killed" / shard).stat().st_size
+        assert (tmp_path / "whole" / shard).stat().st_size == (
+            tmp_path / "killed" / shard
+        ).stat().st_size
     assert not list((tmp_path / "killed" / "tiles" / "mine").glob("*/.*.tmp*"))
     assert not list((tmp_path / "killed" / "tiles" / "mine").glob(".slides*.tmp*"))
 
@@ -404,7 +557,10 @@ def test_workers_end_with_their_parent(tmp_path, sound):
     process.kill()
     process.wait()
     deadline = time.time() + 20
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+    while any(
+        Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in children
+    ):
         assert time.time() < deadline, "a worker lingers"
         time.sleep(0.1)
 
@@ -414,7 +570,10 @@ def test_ranks_share_the_slides(tmp_path, sound):
     (folder / "bad.svs").write_text("no slide")
     done = torchrun(3, "tile.py", "--cancer", "mine", "--data", tmp_path, "--workers", 1)
     table = rows(tmp_path)
-    assert sum(row["status"] == "done" for row in table.values()) == 5 and table["bad"]["status"] == "failed"
+    assert (
+        sum(row["status"] == "done" for row in table.values()) == 5
+        and table["bad"]["status"] == "failed"
+    )
     assert done.returncode == 1 and "5 slides done, 0 skipped, 1 failed" in done.stdout
 
 
@@ -431,7 +590,11 @@ def test_a_slide_that_crashes_its_reader_is_recorded(tmp_path, sound, monkeypatc
     monkeypatch.setattr(tile, "tile_slide", crash)
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--workers", "1"]) == 1
     table = rows(tmp_path)
-    assert [table[name]["status"] for name in "abc"] == ["done", "failed", "done"] and "SIGSEGV" in table["b"]["reason"]
+    assert [table[name]["status"] for name in "abc"] == [
+        "done",
+        "failed",
+        "done",
+    ] and "SIGSEGV" in table["b"]["reason"]
 
 
 def test_full_disk_stops_the_run_and_loses_nothing(tmp_path, sound):
@@ -443,7 +606,9 @@ def test_full_disk_stops_the_run_and_loses_nothing(tmp_path, sound):
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     done = run(tmp_path, "--workers", 2, preexec_fn=little_room)
-    assert done.returncode == 1 and "free some space and run the same command again" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and "free some space and run the same command again" in done.stderr
+    ), done.stderr
     assert "Traceback" not in done.stderr
     after = tree(tmp_path / "tiles" / "mine")[1]
     assert all(after[name] == coords for name, coords in before.items())
@@ -457,7 +622,7 @@ class Gdc(BaseHTTPRequestHandler):
     """The part of the GDC's interface that is used, with faults to order: {id or "files": [fault, ...]}."""
 
     protocol_version = "HTTP/1.1"
-    slides, faults, changes, log = {}, {}, {}, []   # set anew by the fixture
+    slides, faults, changes, log = {}, {}, {}, []  # set anew by the fixture
 
     def log_message(self, *_):
         pass
@@ -481,9 +646,13 @@ class Gdc(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.reply(200, b'{"data":', length=1000)
         if fault:
-            return self.reply(*{"html": (200, b"<html>"), "nothing": (200, b"{}")}.get(fault, (fault, b"")))
-        hits = [{"file_id": key, "file_name": name, "file_size": len(body), "md5sum": md5}
-                for key, (name, body, md5) in self.slides.items()]
+            return self.reply(
+                *{"html": (200, b"<html>"), "nothing": (200, b"{}")}.get(fault, (fault, b""))
+            )
+        hits = [
+            {"file_id": key, "file_name": name, "file_size": len(body), "md5sum": md5}
+            for key, (name, body, md5) in self.slides.items()
+        ]
         hits = [hit | self.changes.get(hit["file_id"], {}) for hit in hits]
         for clause in query["filters"]["content"]:
             field, values = clause["content"]["field"], clause["content"]["value"]
@@ -491,8 +660,12 @@ class Gdc(BaseHTTPRequestHandler):
                 hits = [hit for hit in hits if hit["file_name"] in values]
             if field == "cases.project.project_id":
                 assert values == ["TCGA-UCS"]
-        page = hits[query["from"]:query["from"] + min(query["size"], 2)]     # this server gives two a page
-        self.reply(200, json.dumps({"data": {"hits": page, "pagination": {"total": len(hits)}}}).encode())
+        page = hits[
+            query["from"] : query["from"] + min(query["size"], 2)
+        ]  # this server gives two a page
+        self.reply(
+            200, json.dumps({"data": {"hits": page, "pagination": {"total": len(hits)}}}).encode()
+        )
 
     def do_GET(self):
         key = self.path.removeprefix("/data/")
@@ -515,9 +688,9 @@ class Gdc(BaseHTTPRequestHandler):
         if fault == "long":
             part += b"more"
         if fault == "short":
-            part = part[:len(part) // 2]
+            part = part[: len(part) // 2]
         if fault == "cut":
-            self.reply(206 if start else 200, part[:len(part) // 2], headers, len(part))
+            self.reply(206 if start else 200, part[: len(part) // 2], headers, len(part))
             self.close_connection = True
             return None
         return self.reply(206 if start else 200, part, headers)
@@ -538,13 +711,30 @@ def gdc(sound, monkeypatch):
 
 
 def download(data, gdc, *args):
-    return tile.main(["--cancer", "ucs", "--data", str(data), "--download", "--gdc-url", gdc, "--workers", "2", *args])
+    return tile.main(
+        [
+            "--cancer",
+            "ucs",
+            "--data",
+            str(data),
+            "--download",
+            "--gdc-url",
+            gdc,
+            "--workers",
+            "2",
+            *args,
+        ]
+    )
 
 
 def test_download_plans_first(tmp_path, gdc, capsys):
     assert download(tmp_path, gdc) == 1
     captured = capsys.readouterr()
-    assert "to download: 4 slides, 0.00 GB" in captured.out and "GB free" in captured.out and "--yes" in captured.err
+    assert (
+        "to download: 4 slides, 0.00 GB" in captured.out
+        and "GB free" in captured.out
+        and "--yes" in captured.err
+    )
     assert not Gdc.log
 
 
@@ -561,18 +751,31 @@ def test_download_needs_room(tmp_path, gdc, monkeypatch, capsys):
     assert "--save-patches --discard-slides" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["cut", "short", "corrupt", "long", "norange", 416, 429, 503, 500])
+@pytest.mark.parametrize(
+    "fault", ["cut", "short", "corrupt", "long", "norange", 416, 429, 503, 500]
+)
 def test_download_survives(tmp_path, gdc, sound, fault):
-    Gdc.faults = {"uuid-1": ["cut", fault] + [fault] * (fault != 416), "files": [503]}  # 416 answers a range only
+    Gdc.faults = {
+        "uuid-1": ["cut", fault] + [fault] * (fault != 416),
+        "files": [503],
+    }  # 416 answers a range only
     assert download(tmp_path, gdc, "--yes") == 0
     table = rows(tmp_path, "ucs")
     assert len(table) == 4 and all(row["status"] == "done" for row in table.values())
     slide = tmp_path / "slides" / "ucs" / "uuid-1" / "TCGA-N5-A4R1-01Z-00-DX1.1.svs"
-    assert slide.read_bytes() == sound and not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("evil*"))
+    assert (
+        slide.read_bytes() == sound
+        and not list(tmp_path.rglob("*.partial"))
+        and not list(tmp_path.rglob("evil*"))
+    )
     ranges = [span for key, span, _ in Gdc.log if key == "uuid-1"]
-    assert ranges[0] is None and ranges[1] == f"bytes={len(sound) // 2}-", "it went on where it was cut"
+    assert ranges[0] is None and ranges[1] == f"bytes={len(sound) // 2}-", (
+        "it went on where it was cut"
+    )
     requests = len(Gdc.log)
-    assert download(tmp_path, gdc, "--yes") == 0 and len(Gdc.log) == requests, "nothing is fetched twice"
+    assert download(tmp_path, gdc, "--yes") == 0 and len(Gdc.log) == requests, (
+        "nothing is fetched twice"
+    )
 
 
 @pytest.mark.parametrize("fault", ["cut", "html", "nothing", 503])
@@ -584,7 +787,9 @@ def test_list_of_files_comes_broken(tmp_path, gdc, fault, capsys):
     assert passes or "is it a GDC server?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"file_size": None}, {"file_size": 0}, {"file_size": "x"}, {"md5sum": None}])
+@pytest.mark.parametrize(
+    "change", [{"file_size": None}, {"file_size": 0}, {"file_size": "x"}, {"md5sum": None}]
+)
 def test_hostile_entries_of_the_list(tmp_path, gdc, change, capsys):
     Gdc.changes = {"uuid-1": change}
     assert download(tmp_path, gdc, "--yes") == 0
@@ -602,13 +807,27 @@ def test_download_gives_up_on_one_slide_only(tmp_path, gdc, capsys):
     assert download(tmp_path, gdc, "--yes") == 0
 
 
-@pytest.mark.parametrize("name", ["../../evil.svs", "/etc/evil.svs", "a/b.svs", "..\\evil.svs", ".svs", "evil.sh",
-                                  "-rf.svs", "a\nb.svs", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../evil.svs",
+        "/etc/evil.svs",
+        "a/b.svs",
+        "..\\evil.svs",
+        ".svs",
+        "evil.sh",
+        "-rf.svs",
+        "a\nb.svs",
+        "",
+    ],
+)
 def test_names_from_the_network_never_choose_a_path(tmp_path, gdc, name, capsys):
     Gdc.slides["uuid-0"] = (name, *Gdc.slides["uuid-0"][1:])
     Gdc.slides["../../up"] = Gdc.slides["uuid-1"]
     assert download(tmp_path / "data", gdc, "--yes") == 0
-    assert len(rows(tmp_path / "data", "ucs")) == 3 and capsys.readouterr().out.count("refused") == 2
+    assert (
+        len(rows(tmp_path / "data", "ucs")) == 3 and capsys.readouterr().out.count("refused") == 2
+    )
     folders = sorted(path.name for path in (tmp_path / "data" / "slides" / "ucs").iterdir())
     assert folders == ["uuid-1", "uuid-2", "uuid-3"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -619,7 +838,9 @@ def test_discarded_slides_leave_their_patches(tmp_path, gdc):
     own.parent.mkdir(parents=True)
     own.write_bytes(Gdc.slides["uuid-3"][1])
     assert download(tmp_path, gdc, "--yes", "--save-patches", "--discard-slides") == 0
-    assert list((tmp_path / "slides").rglob("*.svs")) == [own], "a slide that was there before is not ours to delete"
+    assert list((tmp_path / "slides").rglob("*.svs")) == [own], (
+        "a slide that was there before is not ours to delete"
+    )
     index = tile.PatchIndex(tmp_path / "tiles" / "ucs")
     assert len(index.slides) == 4 and index.read(0).shape == (256, 256, 3)
     requests = len(Gdc.log)
@@ -643,7 +864,10 @@ def test_manifest_is_matched_by_name_and_slides_at_hand_are_used(tmp_path, gdc, 
 
 
 def test_only_tcga_projects_are_downloaded(tmp_path, gdc, capsys):
-    assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--download", "--gdc-url", gdc]) == 1
+    assert (
+        tile.main(["--cancer", "mine", "--data", str(tmp_path), "--download", "--gdc-url", gdc])
+        == 1
+    )
     assert "knows the TCGA projects" in capsys.readouterr().err
 
 
@@ -662,8 +886,14 @@ def test_real_slides(tmp_path):
     for path in sorted((SHARED / "slides").glob("*.svs")):
         with tile.Slide(path) as slide, openslide.OpenSlide(path) as reference:
             assert slide.levels[0].tiles
-            for x, y in np.random.default_rng(0).integers(-100, (slide.width, slide.height), (25, 2)).tolist():
-                assert np.array_equal(slide.read(x, y, 256, 256), by_openslide(reference, x, y, 256, 256))
+            for x, y in (
+                np.random.default_rng(0)
+                .integers(-100, (slide.width, slide.height), (25, 2))
+                .tolist()
+            ):
+                assert np.array_equal(
+                    slide.read(x, y, 256, 256), by_openslide(reference, x, y, 256, 256)
+                )
     odd = run(tmp_path, "--slides", SHARED / "odd", "--mpp", 0.5)
     table = rows(tmp_path)
     assert odd.returncode == 1 and table["histolab_broken"]["status"] == "failed"
