@@ -25,7 +25,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from tile import Help, UserError, atomic
+from g2l.arguments import Help
+from g2l.errors import UserError
+from g2l.files import atomic
 
 ROOT = Path(__file__).resolve().parent
 

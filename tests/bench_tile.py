@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tile
+
+from g2l.grid import tile_slide  # noqa: E402
+from g2l.patches import PatchIndex  # noqa: E402
+from g2l.slides import Slide  # noqa: E402
 
 
 def rates(places, *readers, repeats: int = 5) -> list[float]:
@@ -40,14 +43,14 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
     import openslide
 
     start = time.process_time()
-    with tile.Slide(path, mpp=mpp) as slide:
+    with Slide(path, mpp=mpp) as slide:
         opened = time.process_time() - start
         mpp = slide.mpp or 0.25
         slide.mpp = mpp
         import scipy.ndimage  # noqa: F401  (paid once a process, counted by the whole command below)
 
         start = time.process_time()
-        tiling = tile.tile_slide(slide, mpp=mpp)
+        tiling = tile_slide(slide, mpp=mpp)
         seconds = time.process_time() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         kind = "raw tiles" if slide.levels[0].tiles else "OpenSlide"
@@ -66,7 +69,7 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
             )
 
         def ours():
-            opened = tile.Slide(path)
+            opened = Slide(path)
             return lambda place: opened.read(*place, size, size)
 
         scan = [tuple(place) for place in tiling.coords[:patches].tolist()]
@@ -90,7 +93,7 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         (slides / path.name).symlink_to(path.resolve())
         command = [
             sys.executable,
-            tile.__file__,
+            str(Path(__file__).resolve().parent.parent / "tile.py"),
             "--cancer",
             "bench",
             "--slides",
@@ -113,9 +116,9 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         )
 
         def opened():
-            return tile.PatchIndex(Path(folder) / "tiles" / "bench").read
+            return PatchIndex(Path(folder) / "tiles" / "bench").read
 
-        index = tile.PatchIndex(Path(folder) / "tiles" / "bench")
+        index = PatchIndex(Path(folder) / "tiles" / "bench")
         order = np.random.default_rng(0).permutation(len(index))[:patches].tolist()
         (scan,), (scattered,) = rates(range(min(patches, len(index))), opened), rates(order, opened)
         print(f"  PatchIndex.read: scan {scan:.0f}, random {scattered:.0f} patches/s")

@@ -24,8 +24,9 @@ SHARED = (
 def run(
     script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run `python script args...` from the repository root and return the finished process, output captured as text."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    """Run a script, or a module of g2l, from the repository root; the finished process, output as text."""
+    where = ["-m", script] if script.startswith("g2l.") else [str(ROOT / script)]
+    command = [sys.executable, *where, *map(str, args)]
     return subprocess.run(
         command,
         cwd=ROOT,

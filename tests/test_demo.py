@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, SHARED, run
 
 import demo
-import tile
+from g2l.errors import UserError
+from g2l.patches import PatchIndex
 
 
 class Bar:
@@ -154,7 +155,7 @@ def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
     assert slides["TCGA-CR-7395-01A-01-TS1"]["status"] == "skipped"
     assert "mpp" in slides["TCGA-CR-7395-01A-01-TS1"]["reason"]
     assert (folder / "thumbnails" / "CMU-1-Small-Region.jpg").stat().st_size > 10_000
-    index = tile.PatchIndex(folder)
+    index = PatchIndex(folder)
     with openslide.OpenSlide(str(SHARED / "slides" / "CMU-1-Small-Region.svs")) as slide:
         x, y = index_coords(folder)[3]
         expected = np.asarray(slide.read_region((int(x), int(y)), 0, (256, 256)).convert("RGB"))
@@ -202,7 +203,7 @@ def test_commands_run_where_the_user_is(tmp_path, monkeypatch, capfd):
     """A relative --folder means the caller's for the cohort and for the commands on it alike."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "slides" / "a").mkdir(parents=True)
-    with pytest.raises(tile.UserError, match=r"tile\.py ended with status 1"):
+    with pytest.raises(UserError, match=r"tile\.py ended with status 1"):
         demo.run("tile.py", "--cancer", "a", "--data", "mine")
     out, err = capfd.readouterr()
     assert f"$ python {ROOT / 'tile.py'} --cancer a" in out, "as it can be typed here"

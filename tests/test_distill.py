@@ -12,15 +12,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_step
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
 
 import distill
-import models
 import tile
-from tile import PatchError
+from g2l.errors import PatchError, UserError
+from g2l.models import load_model, save_student
+from g2l.patches import PatchIndex
+from g2l.recipe import LOSSES, Distiller, StopRule, cosine, param_groups, token_rows
+from g2l.runs import Run
+from g2l.stream import Batches, Heldout, hold_out
 
 VIT = [
     "--teacher",
@@ -144,10 +149,10 @@ def fails(arguments: list[str], *parts: str, capsys) -> None:
 
 
 def test_schedules_reach_their_ends():
-    assert distill.cosine(1e-4, 1e-6, 0, 100) == pytest.approx(1e-4)
-    assert distill.cosine(1e-4, 1e-6, 99, 100) == pytest.approx(1e-6)
-    assert distill.cosine(0.05, 0.5, 50, 101) == pytest.approx(0.275)
-    assert distill.cosine(1.0, 0.0, 0, 1) == 1.0
+    assert cosine(1e-4, 1e-6, 0, 100) == pytest.approx(1e-4)
+    assert cosine(1e-4, 1e-6, 99, 100) == pytest.approx(1e-6)
+    assert cosine(0.05, 0.5, 50, 101) == pytest.approx(0.275)
+    assert cosine(1.0, 0.0, 0, 1) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["consecutive", "cumulative", "off"])
@@ -159,14 +164,14 @@ def test_stop_rule_is_the_papers_sentence(kind):
         + rng.normal(0, 0.02, 900)
         + 0.002 * np.maximum(0, np.arange(900) - 500)
     )
-    rule, fired = distill.StopRule(kind, window=100, patience=10, minimum=150), None
+    rule, fired = StopRule(kind, window=100, patience=10, minimum=150), None
     for i, loss in enumerate(sequence.tolist()):
         if rule.update(loss):
             fired = i
             break
         if i == 444:  # a resumed rule goes on as it was
             state = json.loads(json.dumps(rule.state_dict()))
-            rule = distill.StopRule(kind, window=100, patience=10, minimum=150)
+            rule = StopRule(kind, window=100, patience=10, minimum=150)
             rule.load_state_dict(state)
     above = [i >= 100 and sequence[i] > sequence[i - 100 : i].mean() for i in range(900)]
     runs, total, expected = 0, 0, None
@@ -181,12 +186,12 @@ def test_stop_rule_is_the_papers_sentence(kind):
 
 
 def test_weight_decay_spares_vectors_and_tokens():
-    student = models.load_model("timm:test_vit", "random")
+    student = load_model("timm:test_vit", "random")
     args = distill.build_parser().parse_args([])
-    distiller = distill.Distiller(student, 64, 96, args)
+    distiller = Distiller(student, 64, 96, args)
     names = {id(p): n for n, p in distiller.named_parameters()}
     decay, spared = (
-        {names[id(p)] for p in group["params"]} for group in distill.param_groups(distiller, False)
+        {names[id(p)] for p in group["params"]} for group in param_groups(distiller, False)
     )
     assert decay | spared == set(names.values()) and not decay & spared
     assert {
@@ -200,16 +205,16 @@ def test_weight_decay_spares_vectors_and_tokens():
         "student.net.norm.weight",
         "student.net.blocks.0.mlp.fc1.bias",
     } <= spared
-    assert not distill.param_groups(distiller, True)[1]["params"]
+    assert not param_groups(distiller, True)[1]["params"]
 
 
 def test_losses_are_what_their_names_say():
     random_ = torch.Generator().manual_seed(0)
     s, t = torch.randn(32, 64, generator=random_), torch.randn(32, 96, generator=random_)
     values = {}
-    for kind in distill.LOSSES:
+    for kind in LOSSES:
         args = distill.build_parser().parse_args(["--loss", kind])
-        distiller = distill.Distiller(models.load_model("timm:test_vit", "random"), 64, 96, args)
+        distiller = Distiller(load_model("timm:test_vit", "random"), 64, 96, args)
         values[kind] = distiller.loss(s, t)
         values[kind].backward()
         assert distiller.projector.grad.abs().max() > 0
@@ -233,17 +238,17 @@ def test_losses_are_what_their_names_say():
     )  # independent features: E d^4 = 12
 
 
-def index_of(data: Path) -> tile.PatchIndex:
-    return tile.PatchIndex(data / "tiles" / "tiny")
+def index_of(data: Path) -> PatchIndex:
+    return PatchIndex(data / "tiles" / "tiny")
 
 
 @pytest.mark.parametrize(
     "name", ["test_vit", "test_vit2", "test_vit3"]
 )  # class token; register and mean; and pooling
 def test_all_tokens_are_the_embedding_and_the_patches(name):
-    model, x = models.load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
+    model, x = load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
     found, tokens = (
-        distill.rows(model, x, "all").unflatten(0, (2, -1)),
+        token_rows(model, x, "all").unflatten(0, (2, -1)),
         model.tokens(model.normalize(x)),
     )
     assert torch.equal(found[:, 0], model(model.normalize(x)))
@@ -254,15 +259,15 @@ def test_all_tokens_are_the_embedding_and_the_patches(name):
 
 def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(data):
     index = index_of(data)
-    held = distill.hold_out(index, 0.05, 0)
-    assert held.sum() == 2 and distill.hold_out(index, 0, 0).sum() == 0
-    whole = distill.Batches(index, held, seed=3, batch_size=12, crop=48, by="slide")
+    held = hold_out(index, 0.05, 0)
+    assert held.sum() == 2 and hold_out(index, 0, 0).sum() == 0
+    whole = Batches(index, held, seed=3, batch_size=12, crop=48, by="slide")
     images, params, unreadable = whole[5]
     assert images.shape == (12, 3, 64, 64) and images.dtype == torch.uint8 and not unreadable
     for rank in range(3):  # three ranks of 4 share the batch of 12, in order
-        part = distill.Batches(
-            index, held, seed=3, batch_size=4, crop=48, by="slide", rank=rank, world=3
-        )[5]
+        part = Batches(index, held, seed=3, batch_size=4, crop=48, by="slide", rank=rank, world=3)[
+            5
+        ]
         assert torch.equal(part[0], images[4 * rank : 4 * rank + 4])
         assert all(
             torch.equal(a, b[4 * rank : 4 * rank + 4]) for a, b in zip(part[1], params, strict=True)
@@ -278,7 +283,7 @@ def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(d
     assert seen == set(np.flatnonzero(~held))
 
 
-def whole_draw(batches: distill.Batches, n: int) -> int:
+def whole_draw(batches: Batches, n: int) -> int:
     """The patch that sample n ends up with."""
     taken = []
     original, batches.index.read = (
@@ -302,7 +307,7 @@ def test_unreadable_patches_are_drawn_again_and_named(data):
         return read(i)
 
     index.read = sometimes
-    batches = distill.Batches(index, np.zeros(8, bool), seed=0, batch_size=30, crop=48, by="patch")
+    batches = Batches(index, np.zeros(8, bool), seed=0, batch_size=30, crop=48, by="patch")
     images, _, unreadable = batches[0]
     assert 3 < len(unreadable) < 40 and "slide, patch" in unreadable[0]
     assert (
@@ -358,7 +363,7 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     assert steps[0]["weight_decay"] == pytest.approx(0.05) and steps[-1][
         "weight_decay"
     ] == pytest.approx(0.5)
-    ours = models.load_model(str(unbroken / "student"))
+    ours = load_model(str(unbroken / "student"))
     assert ours.metadata["teacher"] == "timm:test_vit4" and ours.metadata["steps"] == 60
     assert ours.metadata["patients"] == [f"P{i}" for i in range(8)]
     assert ours.metadata["slides"] == [f"P{i}_a" for i in range(8)]
@@ -548,23 +553,23 @@ def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
     data, tmp_path, monkeypatch
 ):
     folder = tmp_path / "student"
-    models.save_student(models.load_model("timm:test_vit", "random"), folder, metadata={})
+    save_student(load_model("timm:test_vit", "random"), folder, metadata={})
     config = json.loads((folder / "config.json").read_text())
     config["model_args"] |= {"drop_path_rate": 0.5, "pos_drop_rate": 0.2}
     (folder / "config.json").write_text(json.dumps(config))
     pair = ["--teacher", "timm:test_vit4", "--student", str(folder)]
     assert distill.main(command(data, tmp_path, "whole", pair=pair)) == 0
-    record = distill.Run.log
+    record = Run.log
 
     def stop_at_five(self, lines):
         record(self, lines)
         if lines[-1]["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(distill.Run, "log", stop_at_five)
+    monkeypatch.setattr(Run, "log", stop_at_five)
     assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 143
     assert len(losses(tmp_path / "parts")) < 8
-    monkeypatch.setattr(distill.Run, "log", record)
+    monkeypatch.setattr(Run, "log", record)
     assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 0
     same(tmp_path / "whole", tmp_path / "parts")
 
@@ -659,7 +664,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         (("--weights", "timm:test_vit=/nowhere/x.safetensors"), ("/nowhere/x.safetensors",)),
         (("--loss", "mse", "--sync"), ("--sync", "logsum")),
         (("--student", "timm:test_resnet", "--tokens", "all"), ("--tokens", "cls")),
-        (("--plain",), ("--profile",)),
         (("--hold-out", 0.9), ("--hold-out 0.9",)),
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)
@@ -731,7 +735,7 @@ def test_numbers_that_cannot_be_are_named(data, tmp_path, flag, value, capsys):
 def test_a_constant_student_is_named(data, tmp_path, capsys):
     from safetensors.torch import save_file
 
-    student = models.load_model("timm:test_vit", "random").net.state_dict()
+    student = load_model("timm:test_vit", "random").net.state_dict()
     save_file(
         {
             k: torch.zeros_like(v) if k == "patch_embed.proj.weight" else v
@@ -765,14 +769,14 @@ def test_held_out_patients_with_too_few_patches_say_what_to_do():
     index = SimpleNamespace(
         counts=[2, 1, 9], patch_size=64, read=lambda i: np.zeros((64, 64, 3), np.uint8)
     )
-    with pytest.raises(tile.UserError, match=r"only 3 held-out patches.*--hold-out 0"):
-        distill.Heldout(index, np.array([True, True, False]), 16, 48, 0, None, 8)
+    with pytest.raises(UserError, match=r"only 3 held-out patches.*--hold-out 0"):
+        Heldout(index, np.array([True, True, False]), 16, 48, 0, None, 8)
 
 
 def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
     data, tmp_path, capsys, monkeypatch
 ):
-    read = tile.PatchIndex.read
+    read = PatchIndex.read
 
     def broken(share):
         def read_or_not(self, i):
@@ -782,7 +786,7 @@ def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
 
         return read_or_not
 
-    monkeypatch.setattr(tile.PatchIndex, "read", broken(0.5))
+    monkeypatch.setattr(PatchIndex, "read", broken(0.5))
     fails(
         command(data, tmp_path, "many"),
         "could not be read",
@@ -790,7 +794,7 @@ def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
         "--max-unreadable",
         capsys=capsys,
     )
-    monkeypatch.setattr(tile.PatchIndex, "read", broken(0.05))
+    monkeypatch.setattr(PatchIndex, "read", broken(0.05))
     assert distill.main(command(data, tmp_path, "few")) == 1, "what failed shows in the exit status"
     named = (tmp_path / "few" / "unreadable.txt").read_text().splitlines()
     assert (
@@ -867,7 +871,7 @@ def test_the_stop_rule_ends_a_run(data, tmp_path, capsys):
     ]
     assert 8 <= len(rows) < 60 and len(above) >= 5
     assert f"stop rule (cumulative) at step {len(rows)}" in capsys.readouterr().out
-    assert models.load_model(str(tmp_path / "r" / "student")).metadata["steps"] == len(rows)
+    assert load_model(str(tmp_path / "r" / "student")).metadata["steps"] == len(rows)
 
 
 def test_every_other_way_of_training_runs(data, tmp_path):
@@ -891,16 +895,15 @@ def test_every_other_way_of_training_runs(data, tmp_path):
 
 def test_profile_tells_where_the_time_goes(capsys):
     assert (
-        distill.main(
+        bench_step.main(
             [
-                "--profile",
                 "--plain",
                 *VIT,
                 "--crop",
                 "48",
                 "--batch-size",
                 "4",
-                "--profile-steps",
+                "--steps",
                 "2",
                 "--workers",
                 "0",
@@ -925,6 +928,6 @@ def test_profile_tells_where_the_time_goes(capsys):
         "times as fast as the plain one",
     ):
         assert part in output
-    assert models.load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, (
+    assert load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, (
         "the plain way stays its own"
     )

@@ -5,7 +5,17 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-import distill
+from g2l.augment import (
+    Params,
+    _together,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    augment,
+    draw_params,
+    gaussian_blur,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +34,12 @@ def images():
 @pytest.mark.parametrize(
     "ours, theirs, values",
     [
-        (distill.adjust_brightness, TF.adjust_brightness, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
-        (distill.adjust_contrast, TF.adjust_contrast, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
-        (distill.adjust_saturation, TF.adjust_saturation, [0.0, 0.9, 1.0, 1.1, 2.0, 0.5]),
-        (distill.adjust_hue, TF.adjust_hue, [0.0, 0.05, -0.05, 0.5, -0.5, 0.3]),
+        (adjust_brightness, TF.adjust_brightness, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
+        (adjust_contrast, TF.adjust_contrast, [0.0, 0.85, 1.0, 1.15, 2.0, 0.5]),
+        (adjust_saturation, TF.adjust_saturation, [0.0, 0.9, 1.0, 1.1, 2.0, 0.5]),
+        (adjust_hue, TF.adjust_hue, [0.0, 0.05, -0.05, 0.5, -0.5, 0.3]),
         (
-            distill.gaussian_blur,
+            gaussian_blur,
             lambda image, sigma: TF.gaussian_blur(image, [9, 9], sigma),
             [0.1, 0.3, 0.5, 1.0, 2.0, 1.3],
         ),
@@ -45,7 +55,7 @@ def test_each_operation_equals_torchvision(images, ours, theirs, values):
         torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
 
 
-def reference(image: torch.Tensor, params: distill.Params, i: int, crop: int) -> torch.Tensor:
+def reference(image: torch.Tensor, params: Params, i: int, crop: int) -> torch.Tensor:
     """torchvision on one uint8 image with the same parameters."""
     image = TF.crop(image, int(params.top[i]), int(params.left[i]), crop, crop)
     image = TF.hflip(image) if params.hflip[i] else image
@@ -64,18 +74,18 @@ def test_whole_augmentation_equals_torchvision_in_both_ways():
     raw = torch.randint(
         0, 256, (64, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    params = distill.draw_params(5, 1000, 64, 40, 32)
+    params = draw_params(5, 1000, 64, 40, 32)
     assert params.jitter.any() and params.blur.any() and (params.jitter & params.blur).any()
     want = torch.stack([reference(raw[i], params, i, 32) for i in range(64)])
-    torch.testing.assert_close(distill.augment(raw, 32, params), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augment(raw, 32, params), want, atol=1e-5, rtol=0)
     still = params._replace(
         jitter=torch.zeros(64, dtype=torch.bool), blur=torch.zeros(64, dtype=torch.bool)
     )
-    grouped = distill._together(distill.augment(raw, 32, still), params)  # what a GPU does
+    grouped = _together(augment(raw, 32, still), params)  # what a GPU does
     torch.testing.assert_close(grouped, want, atol=1e-5, rtol=0)
-    only = distill._together(
-        distill.augment(raw[:1], 32, distill.Params(*(p[:1] for p in still))),
-        distill.Params(*(p[:1] for p in params)),
+    only = _together(
+        augment(raw[:1], 32, Params(*(p[:1] for p in still))),
+        Params(*(p[:1] for p in params)),
     )  # a group of one is everything
     torch.testing.assert_close(only, want[:1], atol=1e-5, rtol=0)
 
@@ -83,28 +93,28 @@ def test_whole_augmentation_equals_torchvision_in_both_ways():
 def test_the_input_is_left_alone_and_bad_input_named():
     raw = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8)
     before = raw.clone()
-    distill.augment(raw, 32, torch.Generator().manual_seed(0))
+    augment(raw, 32, torch.Generator().manual_seed(0))
     assert torch.equal(raw, before)
-    same = distill.augment(raw, 32, torch.Generator().manual_seed(0))
-    assert torch.equal(same, distill.augment(raw, 32, torch.Generator().manual_seed(0)))
+    same = augment(raw, 32, torch.Generator().manual_seed(0))
+    assert torch.equal(same, augment(raw, 32, torch.Generator().manual_seed(0)))
     for bad in (raw.float(), raw[:, :1], raw[:, :, :20], raw[0]):
         with pytest.raises(ValueError, match="images"):
-            distill.augment(bad, 32)
+            augment(bad, 32)
 
 
 def test_parameters_are_a_function_of_the_sample_number():
-    whole = distill.draw_params(3, 0, 64, 256, 224)
+    whole = draw_params(3, 0, 64, 256, 224)
     for first, count in ((0, 1), (5, 7), (63, 1), (32, 32)):
-        part = distill.draw_params(3, first, count, 256, 224)
+        part = draw_params(3, first, count, 256, 224)
         for a, b in zip(whole, part, strict=True):
             assert torch.equal(a[first : first + count], b)
-    other = distill.draw_params(4, 0, 64, 256, 224)
+    other = draw_params(4, 0, 64, 256, 224)
     assert not torch.equal(whole.factors, other.factors)
 
 
 def test_distribution_is_the_papers():
     n = 40_000
-    p = distill.draw_params(7, 12345, n, 256, 224)
+    p = draw_params(7, 12345, n, 256, 224)
     for flags, share in ((p.hflip, 0.5), (p.vflip, 0.5), (p.jitter, 0.5), (p.blur, 0.1)):
         assert abs(flags.float().mean().item() - share) < 5 * np.sqrt(share * (1 - share) / n)
     for corner in (p.top, p.left):

@@ -16,9 +16,16 @@ from safetensors import torch as torch_safetensors
 from safetensors.numpy import load_file
 
 import evaluate
-import models
-import tile
-from tile import UserError
+import g2l.features
+from g2l.benchmarks import load_folder
+from g2l.errors import UserError
+from g2l.features import card, loaded_model, models_at_hand
+from g2l.files import atomic
+from g2l.images import ImageFiles, Rows
+from g2l.models import load_model, save_student
+from g2l.registry import REGISTRY
+from g2l.report import paper_value, verdict
+from g2l.results import read_metrics
 
 ONE, TWO = "timm:resnet10t", "timm:mobilenetv3_small_050"
 FAST = ["--input-size", "32", "--k", "5", "--seeds", "2", "--device", "cpu"]
@@ -47,7 +54,7 @@ def folder(tmp_path):
 def weights(tmp_path_factory):
     """Random weights of ONE as a file: fast to load, and there is a file to change."""
     path = tmp_path_factory.mktemp("weights") / "one.safetensors"
-    torch_safetensors.save_file(models.load_model(ONE, "random").net.state_dict(), path)
+    torch_safetensors.save_file(load_model(ONE, "random").net.state_dict(), path)
     return path
 
 
@@ -67,7 +74,7 @@ def go(folder, *more, names=(ONE,), w="random"):
 def rows(folder, **want):
     return [
         r
-        for r in evaluate.read_metrics(folder.parent / "results")
+        for r in read_metrics(folder.parent / "results")
         if all(r.get(k) == v for k, v in want.items())
     ]
 
@@ -76,8 +83,8 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     folder, capsys, monkeypatch
 ):
     student = folder.parent / "runs" / "try" / "student"
-    models.save_student(
-        models.load_model(TWO, "random"),
+    save_student(
+        load_model(TWO, "random"),
         student,
         metadata={
             "teacher": ONE,
@@ -149,8 +156,7 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
         1, abs=1e-4
     )  # the "student" is the baseline under another name
     verdicts = {
-        r["metric"]: evaluate.verdict(r)
-        for r in rows(folder, model="try", other=TWO, protocol="paired")
+        r["metric"]: verdict(r) for r in rows(folder, model="try", other=TWO, protocol="paired")
     }
     assert verdicts == {
         "cka": "within noise",
@@ -160,9 +166,9 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
 
     before = {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()}
     monkeypatch.setattr(
-        models, "load_model", lambda *a, **k: pytest.fail("a model was loaded again")
+        "g2l.models.load_model", lambda *a, **k: pytest.fail("a model was loaded again")
     )
-    evaluate._load.cache_clear()
+    loaded_model.cache_clear()
     assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
     assert len(json.loads(capsys.readouterr().out)) > 50
@@ -175,9 +181,9 @@ def test_one_network_has_one_speed(folder, monkeypatch):
         folder.parent / "results",
         iter(range(1, 99)),
     )
-    models.save_student(models.load_model(TWO, "random"), student, metadata={})
-    monkeypatch.setattr(evaluate, "milliseconds", lambda model: next(clock))
-    speed = lambda name, **options: evaluate.card(str(name), results, **options)["ms_per_image"]  # noqa: E731
+    save_student(load_model(TWO, "random"), student, metadata={})
+    monkeypatch.setattr("g2l.features.milliseconds", lambda model: next(clock))
+    speed = lambda name, **options: card(str(name), results, **options)["ms_per_image"]  # noqa: E731
     assert speed(TWO, weights="random") == speed(student) == 1
     assert speed(student, input_size=64) == speed(TWO, weights="random", input_size=64) == 2
     assert speed(student, dtype=torch.bfloat16) == 3
@@ -186,8 +192,8 @@ def test_one_network_has_one_speed(folder, monkeypatch):
 
 def test_leaked_patients_can_be_kept_and_are_then_marked(folder):
     student = folder.parent / "runs" / "try" / "student"
-    models.save_student(
-        models.load_model(ONE, "random"),
+    save_student(
+        load_model(ONE, "random"),
         student,
         metadata={
             "teacher": "h-optimus-0",
@@ -246,9 +252,9 @@ def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_featur
 
 
 def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
-    b = evaluate.load_folder(folder)
+    b = load_folder(folder)
     one = {
-        w: evaluate.features(
+        w: g2l.features.features(
             ONE,
             b,
             folder.parent / w,
@@ -345,10 +351,10 @@ def test_a_wrong_table_is_named_with_the_remedy(folder, capsys, change, message)
 
 def test_images_without_labels_are_told_and_left_out(folder, capsys):
     Image.new("RGB", (40, 40)).save(folder / "extra.png")
-    assert len(evaluate.load_folder(folder)) == 36
+    assert len(load_folder(folder)) == 36
     assert "1 images have no line in labels.csv" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"labels.csv: not found .*no such folder"):
-        evaluate.load_folder(folder / "nowhere")
+        load_folder(folder / "nowhere")
 
 
 def test_blanks_and_windows_line_ends_make_no_classes_of_their_own(folder):
@@ -359,7 +365,7 @@ def test_blanks_and_windows_line_ends_make_no_classes_of_their_own(folder):
         .replace("label,group", "label, group")
     )
     (folder / "labels.csv").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
-    b = evaluate.load_folder(folder)
+    b = load_folder(folder)
     assert b.classes == ["a", "b", "c"] and len(b) == 36 and b.centers[:4] == ["x", "x", "x", "y"]
 
 
@@ -375,7 +381,7 @@ def test_images_of_other_kinds_are_read_as_seen_or_refused(tmp_path):
         "deep.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257),
     }.items():
         image.save(tmp_path / name)
-    read = lambda name: evaluate.ImageFiles([tmp_path / name])[0]  # noqa: E731
+    read = lambda name: ImageFiles([tmp_path / name])[0]  # noqa: E731
     assert read("rgba.png")[0].tolist() == [[255] * 3] * 4 + [[120] * 3] * 4
     assert all(
         np.abs(read(n).astype(int) - 120).max() < 4 for n in ("grey.png", "cmyk.jpg", "palette.png")
@@ -388,7 +394,7 @@ def test_an_image_too_large_to_be_one_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
     with pytest.raises(OSError, match=r"bomb\.png"):
-        evaluate.ImageFiles([tmp_path / "bomb.png"])[0]
+        ImageFiles([tmp_path / "bomb.png"])[0]
 
 
 def test_damaged_results_are_made_again_or_named(folder, weights, capsys):
@@ -423,7 +429,7 @@ def test_report_links_nothing_that_is_not_there(folder, weights):
     """A model that fails on one of two benchmarks has no gallery there, and Figure 1 leaves that benchmark out."""
     other = folder.parent / "other"
     shutil.copytree(folder, other)
-    original = evaluate.features
+    original = g2l.features.features
 
     def features(name, benchmark, *args, **options):
         if (name, benchmark.name) == (TWO, "other"):
@@ -431,7 +437,7 @@ def test_report_links_nothing_that_is_not_there(folder, weights):
         return original(name, benchmark, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "features", features)
+        patch.setattr("evaluate.features", features)
         assert (
             evaluate.main(
                 [
@@ -503,10 +509,12 @@ def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(evaluate, "atomic", full)
+    monkeypatch.setattr("g2l.files.atomic", full)
+    monkeypatch.setattr("g2l.features.atomic", full)
     assert go(folder, "--no-pictures") == 1
     assert "no space left" in capsys.readouterr().err
-    monkeypatch.setattr(evaluate, "atomic", tile.atomic)
+    monkeypatch.setattr("g2l.files.atomic", atomic)
+    monkeypatch.setattr("g2l.features.atomic", atomic)
     assert go(folder, "--no-pictures") == 0
 
 
@@ -517,7 +525,7 @@ def test_killed_at_any_moment_it_goes_on(folder, weights, moment):
     """The process kills itself at the moment named, so no clock decides when."""
     code = f"""
 import contextlib, os, signal, sys
-import evaluate
+import evaluate, g2l.features
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 @contextlib.contextmanager
 def half(path):
@@ -526,9 +534,9 @@ def half(path):
         die()
     with original(path) as temporary:
         yield temporary
-original = evaluate.atomic
+original = g2l.features.atomic
 if {moment!r} == "features half written":
-    evaluate.atomic = half
+    g2l.features.atomic = half
 else:
     setattr(evaluate, {{"before the first predictions": "save_predictions"}}.get({moment!r}, "write_tables"), die)
 sys.exit(evaluate.main(sys.argv[1:]))"""
@@ -555,7 +563,7 @@ sys.exit(evaluate.main(sys.argv[1:]))"""
 
 def test_two_processes_write_one_metrics_file(tmp_path):
     code = (
-        "import sys, evaluate\nfor i in range(30):\n    evaluate.record(sys.argv[1], [{'model': sys.argv[2], "
+        "import sys\nfrom g2l.results import record\nfor i in range(30):\n    record(sys.argv[1], [{'model': sys.argv[2], "
         "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'fold': i, 'value': i}])"
     )
     jobs = [
@@ -563,7 +571,7 @@ def test_two_processes_write_one_metrics_file(tmp_path):
         for name in "ab"
     ]
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
-    assert len(evaluate.read_metrics(tmp_path)) == 60
+    assert len(read_metrics(tmp_path)) == 60
 
 
 def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
@@ -635,7 +643,7 @@ def test_a_wrong_flag_is_named_with_what_is_allowed(folder, capsys, monkeypatch,
 
 
 def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "models_at_hand", lambda args: [])
+    monkeypatch.setattr("evaluate.models_at_hand", lambda args: [])
     where = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
     assert evaluate.main(["--all", *where]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -658,12 +666,12 @@ def test_a_student_that_is_not_there_is_made_by_distill(folder, capsys):
 
 def test_paper_numbers_stand_beside_ours_only_where_names_match():
     g2l = {"mine": {"teacher": "h-optimus-0", "student": "hibou-l"}}
-    assert evaluate.paper_value("knn", "mine", "idc", g2l) == " (paper 0.923)"
-    assert evaluate.paper_value("cka", "mine", "bracs", g2l) == " (paper 0.968)"
-    assert evaluate.paper_value("cka", "hibou-l", "bracs", {}) == " (paper 0.759)"
-    assert evaluate.paper_value("probe", "uni", "chimera", {}) == " (paper 0.857)"
-    assert evaluate.paper_value("knn", "timm:resnet10t", "idc", {}) == ""
-    assert evaluate.paper_value("knn", "virchow", "idc", {}) == ""
+    assert paper_value("knn", "mine", "idc", g2l) == " (paper 0.923)"
+    assert paper_value("cka", "mine", "bracs", g2l) == " (paper 0.968)"
+    assert paper_value("cka", "hibou-l", "bracs", {}) == " (paper 0.759)"
+    assert paper_value("probe", "uni", "chimera", {}) == " (paper 0.857)"
+    assert paper_value("knn", "timm:resnet10t", "idc", {}) == ""
+    assert paper_value("knn", "virchow", "idc", {}) == ""
 
 
 def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsys, monkeypatch):
@@ -676,12 +684,12 @@ def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsy
     monkeypatch.setattr(
         huggingface_hub,
         "try_to_load_from_cache",
-        lambda repo, file: "/cache/file" if repo == models.REGISTRY["hibou-l"].hub else None,
+        lambda repo, file: "/cache/file" if repo == REGISTRY["hibou-l"].hub else None,
     )
     args = evaluate.build_parser().parse_args(
         ["--all", "--runs", str(tmp_path / "runs"), "--weights", "uni=some.bin"]
     )
-    assert sorted(evaluate.models_at_hand(args)) == [
+    assert sorted(models_at_hand(args)) == [
         str(tmp_path / "runs" / "a" / "student"),
         "hibou-l",
         "uni",
@@ -692,5 +700,5 @@ def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsy
 
 def test_rows_of_a_source_without_files_watch_no_file():
     """Such rows once watched the current folder with everything in it."""
-    rows = evaluate.Rows([np.full((2, 2, 3), i, np.uint8) for i in range(5)], np.array([3, 1]))
+    rows = Rows([np.full((2, 2, 3), i, np.uint8) for i in range(5)], np.array([3, 1]))
     assert len(rows) == 2 and rows[0].max() == 3 and rows.files == []

@@ -10,7 +10,22 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
-from tile import UserError
+import g2l.protocols
+from g2l.benchmarks import Benchmark, leaked
+from g2l.errors import UserError
+from g2l.protocols import (
+    auc,
+    cka_rows,
+    knn_predict,
+    linear_probe,
+    macro_auc,
+    paired,
+    recall,
+    six_two_two,
+    vote,
+)
+from g2l.report import families, means, ranked, verdict, with_interval
+from g2l.results import load_predictions, read_metrics, record, save_predictions
 
 
 def cloud(n=240, width=24, classes=3, groups=24, spread=1.6, seed=0):
@@ -24,11 +39,11 @@ def cloud(n=240, width=24, classes=3, groups=24, spread=1.6, seed=0):
 
 def test_split_keeps_groups_whole_and_classes_balanced():
     _, labels, groups = cloud()
-    fold = evaluate.split(labels, groups, 10)
+    fold = g2l.protocols.split(labels, groups, 10)
     assert sorted(set(fold)) == list(range(10))
     for group in set(groups):
         assert len({f for f, g in zip(fold, groups, strict=True) if g == group}) == 1
-    loose = evaluate.split(labels, groups, 10, grouped=False)
+    loose = g2l.protocols.split(labels, groups, 10, grouped=False)
     assert any(
         len({f for f, g in zip(loose, groups, strict=True) if g == group}) > 1
         for group in set(groups)
@@ -38,9 +53,9 @@ def test_split_keeps_groups_whole_and_classes_balanced():
 
 def test_split_takes_fewer_folds_than_groups_and_refuses_one_group():
     labels = np.array([0, 1] * 6)
-    assert evaluate.split(labels, ["a"] * 4 + ["b"] * 4 + ["c"] * 4, 10).max() == 2
+    assert g2l.protocols.split(labels, ["a"] * 4 + ["b"] * 4 + ["c"] * 4, 10).max() == 2
     with pytest.raises(UserError, match="two patients"):
-        evaluate.split(labels, ["a"] * 12, 10)
+        g2l.protocols.split(labels, ["a"] * 12, 10)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +64,8 @@ def test_split_takes_fewer_folds_than_groups_and_refuses_one_group():
 def test_knn_equals_scikit_learn_on_the_same_folds(width):
     x, labels, groups = cloud(width=width)
     x += 30 * np.linspace(-1, 1, width, dtype=np.float32)  # far from the origin: centring matters
-    fold = evaluate.split(labels, groups, 6)
-    predicted, neighbors = evaluate.knn_predict(x, labels, fold, 3, k=15, dims=20)
+    fold = g2l.protocols.split(labels, groups, 6)
+    predicted, neighbors = knn_predict(x, labels, fold, 3, k=15, dims=20)
     for f in range(6):
         train, test = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         pca = PCA(20, svd_solver="full").fit(x[train].astype(np.float64))
@@ -71,8 +86,8 @@ def test_knn_equals_scikit_learn_on_the_same_folds(width):
 
 def test_pca_on_everything_is_one_search_with_the_same_masks():
     x, labels, groups = cloud()
-    fold = evaluate.split(labels, groups, 5)
-    predicted, neighbors = evaluate.knn_predict(x, labels, fold, 3, k=9, dims=10, pca="all")
+    fold = g2l.protocols.split(labels, groups, 5)
+    predicted, neighbors = knn_predict(x, labels, fold, 3, k=9, dims=10, pca="all")
     z = PCA(10, svd_solver="full").fit_transform(x.astype(np.float64))
     for i in range(0, len(x), 17):
         d = np.where(fold == fold[i], np.inf, ((z - z[i]) ** 2).sum(1))
@@ -84,7 +99,7 @@ def test_pca_on_everything_is_one_search_with_the_same_masks():
 def test_vote_breaks_ties_by_distance_then_by_label():
     neighbors = np.array([[2, 2, 1, 1], [1, 1, 2, 2], [0, 1, -1, -1]])
     near = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5], [0.3, 0.3, np.inf, np.inf]])
-    assert evaluate.vote(neighbors, near, 3).tolist() == [2, 1, 0]
+    assert vote(neighbors, near, 3).tolist() == [2, 1, 0]
 
 
 def test_auc_equals_scikit_learn_with_ties_and_weights():
@@ -92,25 +107,23 @@ def test_auc_equals_scikit_learn_with_ties_and_weights():
     scores, positive = rng.integers(0, 12, 200) / 11, rng.random(200) < 0.3
     weights = rng.integers(0, 4, (5, 200)).astype(float)
     expected = [roc_auc_score(positive, scores, sample_weight=w) for w in weights]
-    assert np.allclose(evaluate.auc(scores, positive, weights), expected, atol=1e-12)
+    assert np.allclose(auc(scores, positive, weights), expected, atol=1e-12)
     p = rng.dirichlet(np.ones(4), 300)
     y = rng.integers(4, size=300)
     assert np.isclose(
-        evaluate.macro_auc(p, y)[0],
+        macro_auc(p, y)[0],
         roc_auc_score(y, p, multi_class="ovr", average="macro"),
         atol=1e-12,
     )
-    assert np.isclose(
-        evaluate.macro_auc(p[:, :2], y % 2)[0], roc_auc_score(y % 2, p[:, 1]), atol=1e-12
-    )
+    assert np.isclose(macro_auc(p[:, :2], y % 2)[0], roc_auc_score(y % 2, p[:, 1]), atol=1e-12)
 
 
 def test_macro_auc_leaves_out_classes_that_are_not_there():
     p = np.random.default_rng(0).dirichlet(np.ones(3), 50)
     y = np.arange(50) % 2
     expected = np.mean([roc_auc_score(y == c, p[:, c]) for c in (0, 1)])
-    assert np.isclose(evaluate.macro_auc(p, y)[0], expected)
-    assert np.isnan(evaluate.macro_auc(p, np.zeros(50, int))[0])
+    assert np.isclose(macro_auc(p, y)[0], expected)
+    assert np.isnan(macro_auc(p, np.zeros(50, int))[0])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +131,8 @@ def test_macro_auc_leaves_out_classes_that_are_not_there():
 )
 def test_probe_is_logistic_regression_on_a_grouped_split(width):
     x, labels, groups = cloud(width=width)
-    found = evaluate.probe(x, labels, groups, 3, seed=1)
-    train, valid, test = evaluate.six_two_two(labels, groups, seed=1)
+    found = linear_probe(x, labels, groups, 3, seed=1)
+    train, valid, test = six_two_two(labels, groups, seed=1)
     assert (
         np.array_equal(found["test"], np.flatnonzero(test))
         and (train + 2 * valid + 4 * test).max() == 4
@@ -131,13 +144,13 @@ def test_probe_is_logistic_regression_on_a_grouped_split(width):
     plain = LogisticRegression(C=found["C"], max_iter=5000, tol=1e-6).fit(z[train], labels[train])
     assert np.allclose(plain.predict_proba(z[test]), found["scores"], atol=2e-3)
     expected = roc_auc_score(labels[test], plain.predict_proba(z[test]), multi_class="ovr")
-    assert abs(evaluate.macro_auc(found["scores"], labels[found["test"]])[0] - expected) < 2e-3
+    assert abs(macro_auc(found["scores"], labels[found["test"]])[0] - expected) < 2e-3
 
 
 def test_seeds_of_the_probe_are_different_splits():
     """Of groups that differ in size scikit-learn makes nearly the same folds whatever its seed."""
     _, labels, groups = cloud(n=400, groups=20)
-    parts = [evaluate.six_two_two(labels, groups, seed) for seed in range(5)]
+    parts = [six_two_two(labels, groups, seed) for seed in range(5)]
     tested = [frozenset(np.array(groups)[test]) for _, _, test in parts]
     assert len(set(tested)) == 5 and len(frozenset.union(*tested)) > 10
     for split in parts:
@@ -152,9 +165,9 @@ def test_probe_names_classes_and_does_not_only_rank_them():
     """C chosen by AUC may rank perfectly and still call everything the majority class."""
     labels = np.arange(120) % 3 // 2  # two thirds are of class 0
     x = (4.0 * labels + np.random.default_rng(0).normal(size=(16, 120))).T.astype(np.float32)
-    found = evaluate.probe(x, labels, [f"p{i // 3}" for i in range(120)], 2, seed=0)
-    assert evaluate.macro_auc(found["scores"], labels[found["test"]])[0] == 1
-    assert evaluate.recall(found["scores"].argmax(1), labels[found["test"]]) == 1
+    found = linear_probe(x, labels, [f"p{i // 3}" for i in range(120)], 2, seed=0)
+    assert macro_auc(found["scores"], labels[found["test"]])[0] == 1
+    assert recall(found["scores"].argmax(1), labels[found["test"]]) == 1
 
 
 def test_majority_baseline_is_the_share_of_the_most_common_class():
@@ -163,9 +176,7 @@ def test_majority_baseline_is_the_share_of_the_most_common_class():
     labels = np.array(
         [int(g[1:]) for g in groups]
     )  # a class is a group: each fold's class is not in training
-    b = evaluate.Benchmark(
-        "b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups
-    )
+    b = Benchmark("b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups)
     args = argparse.Namespace(k=5, pca_dims=8, pca="fold", folds=8, seeds=1, paper_splits=False)
     _, rows = evaluate.predict(b, x, args, "cpu")
     assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
@@ -173,7 +184,7 @@ def test_majority_baseline_is_the_share_of_the_most_common_class():
 
 def test_probe_says_none_where_groups_do_not_allow_it():
     x, labels, groups = cloud(groups=4)
-    assert evaluate.probe(x, labels, groups, 3, seed=0) is None
+    assert linear_probe(x, labels, groups, 3, seed=0) is None
 
 
 def hsic(k, m, unbiased):
@@ -196,7 +207,7 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     mix = np.random.default_rng(1).normal(size=(30, 20)).astype(np.float32)
     noise = np.random.default_rng(2).normal(size=(240, 40)).astype(np.float32)
     x = {"t": x, "s": np.tanh(x @ mix / 4), "noise": noise}
-    rows = evaluate.cka_rows(x, groups, "t", "cpu")
+    rows = cka_rows(x, groups, "t", "cpu")
     value = {(r["model"], r["other"], r["metric"]): r["value"] for r in rows}
     gram = {name: (f.astype(np.float64) - f.mean(0, dtype=np.float64)) for name, f in x.items()}
     gram = {name: f @ f.T for name, f in gram.items()}
@@ -210,9 +221,7 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     assert abs(value["noise", "t", "unbiased"]) < 0.05 < value["noise", "t", "floor"] < 0.3
     assert abs(value["noise", "t", "biased"] - value["noise", "t", "floor"]) < 0.05
     assert 0 < value["s", "t", "se"] < 0.2
-    gain = [
-        r for r in evaluate.cka_rows(x, groups, "t", "cpu", "noise") if r["protocol"] == "paired"
-    ]
+    gain = [r for r in cka_rows(x, groups, "t", "cpu", "noise") if r["protocol"] == "paired"]
     assert [(r["model"], r["other"]) for r in gain] == [("s", "noise")] and gain[0]["low"] > 0
     assert gain[0]["value"] == pytest.approx(
         value["s", "t", "unbiased"] - value["noise", "t", "unbiased"]
@@ -224,7 +233,7 @@ def test_cka_has_no_standard_error_where_one_group_is_nearly_everything():
         n: np.random.default_rng(i).normal(size=(20, 6)).astype(np.float32)
         for i, n in enumerate("tsb")
     }
-    rows = evaluate.cka_rows(x, ["p"] * 18 + ["q"] * 2, "t", "cpu", "b")
+    rows = cka_rows(x, ["p"] * 18 + ["q"] * 2, "t", "cpu", "b")
     assert {r["metric"] for r in rows} == {"unbiased", "biased", "floor"}
 
 
@@ -246,17 +255,17 @@ def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
         }
     ]
     a, b, c = ({"knn": g, "probe": score(s)} for g, s in ((good, 3), (bad, 1), (other, 3)))
-    clear = evaluate.paired(a, b, labels, groups)
+    clear = paired(a, b, labels, groups)
     assert clear["knn"][0] == pytest.approx((good == labels).mean() - (bad == labels).mean())
     assert 0 < clear["knn"][1] < clear["knn"][0] < clear["knn"][2]
     expected = np.subtract(
         *[roc_auc_score(labels[::2], p["probe"][0]["scores"][:, 1]) for p in (a, b)]
     )
     assert clear["probe"][0] == pytest.approx(expected) and clear["probe"][1] > 0
-    low, high = evaluate.paired(a, c, labels, groups)["knn"][1:]
+    low, high = paired(a, c, labels, groups)["knn"][1:]
     assert low < 0 < high
-    assert evaluate.verdict({"low": low, "high": high}) == "within noise"
-    assert evaluate.paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0)
+    assert verdict({"low": low, "high": high}) == "within noise"
+    assert paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0)
 
 
 def test_paired_gives_no_interval_for_a_handful_of_groups():
@@ -264,19 +273,16 @@ def test_paired_gives_no_interval_for_a_handful_of_groups():
     labels = np.arange(40) % 2
     guess = lambda wrong: {"knn": np.where(np.arange(40) < wrong, 1 - labels, labels), "probe": []}  # noqa: E731
     for n, known in ((5, False), (10, True)):
-        value, low, high = evaluate.paired(
-            guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)]
-        )["knn"]
+        value, low, high = paired(guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)])[
+            "knn"
+        ]
         assert value == pytest.approx(0.3) and np.isfinite(low) == np.isfinite(high) == known
     row = {"value": 0.3, "low": None, "high": None}
-    assert (
-        evaluate.verdict(row) == "too few groups to tell"
-        and evaluate.with_interval(row) == "+0.300"
-    )
+    assert verdict(row) == "too few groups to tell" and with_interval(row) == "+0.300"
 
 
 def test_leaked_patients_are_found_by_group_and_by_barcode():
-    b = evaluate.Benchmark(
+    b = Benchmark(
         "b",
         "patch",
         [],
@@ -286,8 +292,8 @@ def test_leaked_patients_are_found_by_group_and_by_barcode():
         ["slide 1", "TCGA-BB-0001-01Z-00-DX1", "p7"],
     )
     about = {"metadata": {"patients": ["TCGA-AA-1234", "TCGA-BB-0001", "p77"]}}
-    assert evaluate.leaked(b, about).tolist() == [True, True, False]
-    assert not evaluate.leaked(b, {"metadata": {}}).any()
+    assert leaked(b, about).tolist() == [True, True, False]
+    assert not leaked(b, {"metadata": {}}).any()
 
 
 @pytest.mark.parametrize(
@@ -308,15 +314,15 @@ def test_leaked_patients_are_found_by_group_and_by_barcode():
     ],
 )
 def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group, found):
-    b = evaluate.Benchmark("b", "patch", [], [image], np.zeros(1, int), ["a"], [group])
+    b = Benchmark("b", "patch", [], [image], np.zeros(1, int), ["a"], [group])
     about = {
         "metadata": {
             "patients": ["P07", "7", ""],
             "slides": ["case_001", "P08_right", "7", "tumour", ""],
         }
     }
-    assert evaluate.leaked(b, about).tolist() == [found]
-    assert not evaluate.leaked(b, {"metadata": {"patients": [""]}}).any()
+    assert leaked(b, about).tolist() == [found]
+    assert not leaked(b, {"metadata": {"patients": [""]}}).any()
 
 
 def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
@@ -328,17 +334,17 @@ def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
         "fold": 0,
         "value": 1.0,
     }
-    evaluate.record(tmp_path, [row, row | {"fold": 1}, row | {"protocol": "cka", "other": "t"}])
-    evaluate.record(tmp_path, [row | {"value": 2.0}])
-    assert [r["value"] for r in evaluate.read_metrics(tmp_path)] == [1.0, 1.0, 2.0]
-    evaluate.record(tmp_path, [row | {"value": 3.0}], same=("model", "benchmark", "protocol"))
-    assert [(r["protocol"], r["value"]) for r in evaluate.read_metrics(tmp_path)] == [
+    record(tmp_path, [row, row | {"fold": 1}, row | {"protocol": "cka", "other": "t"}])
+    record(tmp_path, [row | {"value": 2.0}])
+    assert [r["value"] for r in read_metrics(tmp_path)] == [1.0, 1.0, 2.0]
+    record(tmp_path, [row | {"value": 3.0}], same=("model", "benchmark", "protocol"))
+    assert [(r["protocol"], r["value"]) for r in read_metrics(tmp_path)] == [
         ("cka", 1.0),
         ("knn", 3.0),
     ]
-    evaluate.record(tmp_path, [row | {"value": float("nan")}])
-    assert evaluate.read_metrics(tmp_path)[-1]["value"] is None
-    assert ("knn", "accuracy", "a", "b") not in evaluate.means(tmp_path)
+    record(tmp_path, [row | {"value": float("nan")}])
+    assert read_metrics(tmp_path)[-1]["value"] is None
+    assert ("knn", "accuracy", "a", "b") not in means(tmp_path)
 
 
 def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
@@ -347,24 +353,24 @@ def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
         "neighbors": np.arange(8).reshape(4, 2),
         "probe": [{"seed": 0, "test": np.array([1, 2]), "scores": np.eye(2), "C": 0.1}],
     }
-    evaluate.save_predictions(tmp_path / "p.npz", "k", p)
-    back = evaluate.load_predictions(tmp_path / "p.npz", "k")
+    save_predictions(tmp_path / "p.npz", "k", p)
+    back = load_predictions(tmp_path / "p.npz", "k")
     assert np.array_equal(back["neighbors"], p["neighbors"]) and np.array_equal(
         back["probe"][0]["scores"], np.eye(2)
     )
-    assert evaluate.load_predictions(tmp_path / "p.npz", "other") is None
-    assert evaluate.load_predictions(tmp_path / "absent.npz", "k") is None
+    assert load_predictions(tmp_path / "p.npz", "other") is None
+    assert load_predictions(tmp_path / "absent.npz", "k") is None
 
 
 def test_ranked_marks_best_and_second_and_families_average_magnifications():
-    assert evaluate.ranked([0.5, 0.9, None, 0.7], ["a", "b", "–", "c"]) == [
+    assert ranked([0.5, 0.9, None, 0.7], ["a", "b", "–", "c"]) == [
         "a",
         "**b**",
         "–",
         "<u>c</u>",
     ]
     names = ["idc", "breakhis-binary-40x", "breakhis-binary-100x"]
-    assert evaluate.families(names) == {
+    assert families(names) == {
         "idc": ["idc"],
         "breakhis-binary (mean of 2)": names[1:],
         names[1]: [names[1]],

@@ -21,17 +21,23 @@ from conftest import ROOT, run, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import models
-from models import (
-    REGISTRY,
+from g2l.devices import pick_device
+from g2l.errors import PatchError, UserError
+from g2l.features import SAVE_SECONDS, extract_features
+from g2l.models import (
     Model,
-    UserError,
-    extract_features,
+    _build,
+    build_parser,
+    fitting_batch_size,
+    flops_per_image,
     load_model,
-    parse_weights,
+    main,
+    resize_and_crop,
     save_student,
 )
-from tile import PatchError
+from g2l.ranks import setup_distributed
+from g2l.registry import REGISTRY
+from g2l.weights import WEIGHT_FILES, parse_weights
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2)
 
@@ -64,7 +70,7 @@ def vit():
 def test_each_entry_builds_as_stated(name):
     entry = REGISTRY[name]
     args = dict(img_size=224, init_values=1e-5, global_pool="token", **entry.args)
-    net = models._build(entry.timm, args, name, empty=True)
+    net = _build(entry.timm, args, name, empty=True)
     assert next(net.parameters()).is_meta  # so this costs no memory
     assert sum(p.numel() for p in net.parameters()) == entry.parameters
     assert net.num_prefix_tokens == entry.prefix and all(
@@ -84,23 +90,21 @@ def test_each_entry_builds_as_stated(name):
 @pytest.mark.parametrize("name, gflops", [("h-optimus-0", 608), ("hibou-l", 165)])
 def test_flops_are_those_worked_out_by_hand(name, gflops):
     entry = REGISTRY[name]
-    net = models._build(
-        entry.timm, dict(img_size=224, init_values=1e-5, **entry.args), name, empty=True
-    )
+    net = _build(entry.timm, dict(img_size=224, init_values=1e-5, **entry.args), name, empty=True)
     net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, 224, 224)}
     with torch.device("meta"):
         model = Model(net, name=name, embedding="cls", dtype=torch.float32, weights="file")
-    assert models.flops_per_image(model) / 1e9 == pytest.approx(gflops, rel=0.01)
+    assert flops_per_image(model) / 1e9 == pytest.approx(gflops, rel=0.01)
 
 
 def test_table_and_speed_commands():
-    done = run("models.py")
+    done = run("g2l.models")
     assert done.returncode == 0 and all(f"\n{name} " in "\n" + done.stdout for name in REGISTRY)
     assert (
         "303,657,216" in done.stdout and "CC-BY-NC-ND-4.0" in done.stdout and "gated" in done.stdout
     )
     assert max(map(len, done.stdout.splitlines())) <= 120
-    done = run("models.py", "--speed", "timm:test_vit", "--device", "cpu")
+    done = run("g2l.models", "--speed", "timm:test_vit", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     row = done.stdout.splitlines()[2].split()
     assert row[0] == "timm:test_vit" and row[-2].endswith("%") and 0 < float(row[-2][:-1]) <= 150
@@ -267,11 +271,11 @@ def test_phikon_equals_transformers(tmp_path_factory, short_l):
 
 def test_check_names_the_model_that_a_file_fits(hibou_b, capsys):
     folder = hibou_b[0]
-    assert models.main(["--check", str(folder)]) == 0
+    assert main(["--check", str(folder)]) == 0
     assert "fits h0-mini and hibou-b" in capsys.readouterr().out
-    assert models.main(["hibou-b", "--check", str(folder), "--device", "cpu"]) == 0
+    assert main(["hibou-b", "--check", str(folder), "--device", "cpu"]) == 0
     assert "85,739,520" in capsys.readouterr().out
-    assert models.main(["uni", "--check", str(folder)]) == 1
+    assert main(["uni", "--check", str(folder)]) == 1
     error = capsys.readouterr().err
     assert (
         error.startswith("error: ")
@@ -374,11 +378,11 @@ def test_damaged_weights_give_one_clear_message_and_run_nothing(
 def test_check_finds_a_changed_byte_that_pytorch_does_not(tmp_path, capsys):
     file = tmp_path / "w.bin"
     torch.save(load_model("timm:test_vit", "random").net.state_dict(), file)
-    assert models.main(["timm:test_vit", "--check", str(file)]) == 0
+    assert main(["timm:test_vit", "--check", str(file)]) == 0
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert models.main(["timm:test_vit", "--check", str(file)]) == 1
+    assert main(["timm:test_vit", "--check", str(file)]) == 1
     assert "damaged, checksum of" in capsys.readouterr().err
 
 
@@ -446,7 +450,7 @@ def test_folders_that_are_no_student(tmp_path, tiny):
 def test_numbers_that_cannot_be_are_named(capsys):
     for flag in ("--input-size", "--batch-size"):
         for value in ("0", "-16"):
-            assert models.main(["--speed", "timm:test_vit", flag, value]) == 1
+            assert main(["--speed", "timm:test_vit", flag, value]) == 1
             assert capsys.readouterr().err == f"error: {flag} {value}: expected at least 1\n"
 
 
@@ -532,7 +536,7 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("file", models.WEIGHT_FILES)
+@pytest.mark.parametrize("file", WEIGHT_FILES)
 def test_weights_come_from_the_hub_and_then_from_its_cache(
     file, hub, tiny, tmp_path, monkeypatch, capsys
 ):
@@ -547,10 +551,10 @@ def test_weights_come_from_the_hub_and_then_from_its_cache(
     assert (
         load_model(tiny).fingerprint == first.fingerprint == load_model(tiny, "random").fingerprint
     )
-    assert models.main([tiny, "--device", "cpu"]) == 0 and not hub.seen
+    assert main([tiny, "--device", "cpu"]) == 0 and not hub.seen
     blob = next(p for p in tmp_path.glob("cache/*/blobs/*") if len(p.name) == 64)
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
-    assert models.main([tiny, "--device", "cpu"]) == 1 and "SHA-256" in capsys.readouterr().err
+    assert main([tiny, "--device", "cpu"]) == 1 and "SHA-256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -651,7 +655,7 @@ def test_timm_models_bring_their_own_transform(tmp_path):
         load_model("timm:test_vit", "random", input_size=64).preprocess(batch(image)).shape[-1]
         == 64
     )
-    squashed = models.resize_and_crop(
+    squashed = resize_and_crop(
         batch(image), size=64, resize=64, interpolation="bicubic", squash=True
     )
     assert (
@@ -685,11 +689,11 @@ def test_resizing_on_a_gpu_is_the_same_within_rounding():
             exact.float(), shape, mode="bicubic", antialias=True
         ).round()
         exact = exact.clamp(0, 255)
-    got = models.resize_and_crop(x, size=224, resize=256, interpolation="bicubic")
+    got = resize_and_crop(x, size=224, resize=256, interpolation="bicubic")
     levels = (got.float() - exact[:, :, 25:249, 16:240]).abs()
     assert levels.max() <= 2 and (levels > 1).float().mean() < 1e-3
     if torch.cuda.is_available():
-        gpu = models.resize_and_crop(x.cuda(), size=224, resize=256, interpolation="bicubic").cpu()
+        gpu = resize_and_crop(x.cuda(), size=224, resize=256, interpolation="bicubic").cpu()
         assert (gpu.float() - got.float()).abs().max() <= 2
 
 
@@ -891,7 +895,7 @@ def test_padding_for_a_compiled_network_changes_nothing(vit):
 
 
 def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SAVE_SECONDS", 0)
+    monkeypatch.setattr("g2l.features.SAVE_SECONDS", 0)
     arrays = images(8)
     broken = Source([*arrays[:5], OSError("lost"), arrays[6], RuntimeError("killed here")])
     with pytest.raises(RuntimeError):
@@ -929,8 +933,9 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
 SCRIPT = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import numpy as np, torch, models
-models.SAVE_SECONDS = 0
+import numpy as np, torch
+from g2l import features, models, ranks
+features.SAVE_SECONDS = 0
 class Source:
     def __init__(self, slow): self.slow = slow
     def __len__(self): return 13
@@ -939,14 +944,14 @@ class Source:
         if i == 4: raise OSError("lost")
         return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 def main(out, slow):
-    rank, world, device = models.setup_distributed("cpu")
-    assert models.setup_distributed("cpu") == (rank, world, device)
+    rank, world, device = ranks.setup_distributed("cpu")
+    assert ranks.setup_distributed("cpu") == (rank, world, device)
     errors = []
     model = models.load_model("timm:test_vit", "random", input_size=64)
-    got = models.extract_features(model, Source(slow), batch_size=2, cache=out + "/cache", errors=errors)
+    got = features.extract_features(model, Source(slow), batch_size=2, cache=out + "/cache", errors=errors)
     assert errors == [(4, "lost")]
     np.save(f"{{out}}/{{rank}}-of-{{world}}.npy", got)
-    models.leave_distributed()
+    ranks.leave_distributed()
 if __name__ == "__main__":
     main(sys.argv[1], float(sys.argv[2]))
 """
@@ -967,7 +972,7 @@ def test_features_are_the_same_under_torchrun_and_after_a_kill(tmp_path, monkeyp
     assert not list((tmp_path / "one").glob("*.npy")) and list(
         (tmp_path / "one").glob("cache/[!.]*.safetensors")
     )
-    monkeypatch.setattr(models, "SAVE_SECONDS", models.SAVE_SECONDS)
+    monkeypatch.setattr("g2l.features.SAVE_SECONDS", SAVE_SECONDS)
     runpy.run_path(str(script))["main"](str(tmp_path / "one"), 0)
     done = torchrun(2, str(script), tmp_path / "two", "0")
     assert done.returncode == 0, done.stderr
@@ -1004,11 +1009,11 @@ def test_half_precision_keeps_norms_and_stays_close(name, dtype, tolerance, tiny
 def test_devices():
     for name in ("gpu", "mps", "meta"):
         with pytest.raises(UserError, match=f"{name}: expected cpu, cuda"):
-            models.pick_device(name)
+            pick_device(name)
     if not torch.cuda.is_available():
-        assert models.setup_distributed("auto") == (0, 1, torch.device("cpu"))
+        assert setup_distributed("auto") == (0, 1, torch.device("cpu"))
         with pytest.raises(UserError, match="use --device cpu"):
-            models.pick_device("cuda")
+            pick_device("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1019,13 +1024,13 @@ def test_gpu_features_equal_those_of_the_cpu(tiny):
         model = load_model(tiny, "random", device="cuda", dtype=dtype)
         got = extract_features(model, arrays, progress="none", workers=2)
         assert (np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)).max() < tolerance
-    assert models._batch_size(model) % 8 == 0
+    assert fitting_batch_size(model) % 8 == 0
 
 
 def test_help_reads_well():
-    text = models.build_parser().format_help()
+    text = build_parser().format_help()
     assert (
-        "python models.py hibou-l --check FILE" in text
+        "python -m g2l.models hibou-l --check FILE" in text
         and "[NAME=]FILE" in text
         and "images per second" in text
     )

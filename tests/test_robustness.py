@@ -12,9 +12,27 @@ from conftest import torchrun
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
-import evaluate
-import robustness as rb
-from tile import UserError
+import g2l.features
+import robustness
+from g2l.errors import UserError
+from g2l.multicentre import load_multicentre, tiger_origin
+from g2l.results import read_metrics
+from g2l.robust import (
+    KS,
+    bootstrap,
+    bounded_of,
+    candidates,
+    chance,
+    codes,
+    draw_sample,
+    index_of,
+    intervals,
+    measure,
+    neighbors,
+    tally,
+    target_probe,
+)
+from g2l.shifts import SHIFTS, STAINS, displacement, shift
 
 
 def planted(by: np.ndarray, noise: float = 0.3, seed: int = 0) -> np.ndarray:
@@ -56,24 +74,24 @@ def test_index_by_hand():
     """Five points on a line; neighbours, kinds and ratios worked out with pencil and paper."""
     x = np.array([[0.0], [1.0], [2.2], [3.6], [5.2]])
     labels, centers = np.array([0, 0, 1, 0, 1]), np.array([0, 1, 0, 0, 1])
-    distances, rows = rb.neighbors(x, 2, None, normalize=False)
+    distances, rows = neighbors(x, 2, None, normalize=False)
     assert rows.tolist() == [[1, 2], [0, 2], [1, 3], [2, 4], [3, 2]]
     assert distances[0] == pytest.approx([1.0, 2.2])
-    counts = rb.tally(rows, labels, centers)
+    counts = tally(rows, labels, centers)
     # first neighbours: 0-1 SO, 1-0 SO, 2-1 OO, 3-2 OS, 4-3 OO; second: 0-2 OS, 1-2 OO, 2-3 OS, 3-4 OO, 4-2 SO
     assert counts[:, :, 0].sum(1).tolist() == [0, 2, 1, 2]
     assert counts[:, :, 1].sum(1).tolist() == [0, 3, 3, 4]
-    assert rb.index_of(counts.sum(1)).tolist() == [2.0, 1.0]
-    assert rb.bounded_of(counts.sum(1)) == pytest.approx([2 / 3, 0.5])
+    assert index_of(counts.sum(1)).tolist() == [2.0, 1.0]
+    assert bounded_of(counts.sum(1)) == pytest.approx([2 / 3, 0.5])
 
 
 def test_ratio_of_totals_not_mean_of_ratios():
     """A query whose neighbours never share its centre has no ratio of its own, but its counts are in the totals."""
     counts = np.zeros((4, 2, 1), int)
     counts[1, 0], counts[2, 1] = 3, 1  # query 0: three SO; query 1: one OS
-    assert rb.index_of(counts.sum(1)) == 3
-    assert np.isnan(rb.index_of(counts)[0, 0])
-    assert np.isnan(rb.bounded_of(np.zeros((4, 1))))[0]
+    assert index_of(counts.sum(1)) == 3
+    assert np.isnan(index_of(counts)[0, 0])
+    assert np.isnan(bounded_of(np.zeros((4, 1))))[0]
 
 
 @pytest.mark.parametrize("exclude", [True, False])
@@ -82,7 +100,7 @@ def test_index_equals_plain_loops(exclude, normalize):
     labels, centers, slides = cohort()
     x = planted(labels, 1.5) + planted(centers, 0, seed=1)
     near = slides if exclude else None
-    counts, values = rb.measure(x, labels, centers, near, slides, normalize=normalize, k_max=10)
+    counts, values = measure(x, labels, centers, near, slides, normalize=normalize, k_max=10)
     scaled = x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x
     for k in (3, 5, 10):
         expected = by_loops(scaled, labels, centers, near, k)
@@ -107,18 +125,16 @@ def test_bounded_index_equals_croma():
         }
     )
     curve = croma.RI.compute_curve(
-        x, table, confounder_column="center", k_values=list(rb.KS), evaluation_design="all"
+        x, table, confounder_column="center", k_values=list(KS), evaluation_design="all"
     )
-    values = rb.measure(x, labels, centers, slides, slides)[1]
-    assert [values["bounded", k] for k in rb.KS] == pytest.approx(
-        [curve[k] for k in rb.KS], rel=1e-9
-    )
+    values = measure(x, labels, centers, slides, slides)[1]
+    assert [values["bounded", k] for k in KS] == pytest.approx([curve[k] for k in KS], rel=1e-9)
 
 
 def test_neighbors_equal_scikit_learn_and_leave_out_the_slide():
     labels, _, slides = cohort()
     x = planted(labels, 1.0)
-    distances, rows = rb.neighbors(x, 12, slides, normalize=False)
+    distances, rows = neighbors(x, 12, slides, normalize=False)
     assert (slides[rows] != slides[:, None]).all()
     reference_distances, reference = NearestNeighbors(n_neighbors=len(x)).fit(x).kneighbors(x)
     for i in range(len(x)):
@@ -130,12 +146,12 @@ def test_neighbors_equal_scikit_learn_and_leave_out_the_slide():
 def test_too_few_candidates_are_not_counted():
     """One slide holds nearly everything: most patches have a single candidate, and the index uses what there is."""
     slides, labels, centers = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([0, 0, 0, 1])
-    rows = rb.neighbors(np.arange(4.0)[:, None] + 1, 3, slides, normalize=False)[1]
+    rows = neighbors(np.arange(4.0)[:, None] + 1, 3, slides, normalize=False)[1]
     assert (rows[:3] == [3, -1, -1]).all()
-    counts = rb.tally(rows, labels, centers)
+    counts = tally(rows, labels, centers)
     assert counts[:, :3].sum(0)[:, -1].tolist() == [1, 1, 1]
     assert counts[:, :, -1].sum(0).tolist() == [1, 1, 1, 3]
-    blind = rb.chance(rb.candidates(labels, centers, slides), 3)
+    blind = chance(candidates(labels, centers, slides), 3)
     assert blind.sum(0)[:, -1] == pytest.approx([1, 1, 1, 3])
 
 
@@ -146,7 +162,7 @@ def test_candidates_by_brute_force():
     rng = np.random.default_rng(0)
     labels, centers, slides = rng.integers(0, 3, 40), rng.integers(0, 4, 40), rng.integers(0, 9, 40)
     for near in (slides, None):
-        pool = rb.candidates(labels, centers, near)
+        pool = candidates(labels, centers, near)
         for i in range(40):
             others = [j for j in range(40) if j != i and (near is None or slides[j] != slides[i])]
             kinds = [(labels[j] == labels[i], centers[j] == centers[i]) for j in others]
@@ -162,16 +178,16 @@ def test_chance_level_of_the_papers_design(per_center, expected):
     """40 per cell of 5 classes x 21 centres, and 40 per class in total, each patch a slide of its own."""
     labels = np.repeat(np.arange(5), 840 if per_center else 40)
     centers = np.arange(len(labels)) % 21
-    total = rb.chance(rb.candidates(labels, centers, None), 20).sum(1)
-    assert rb.index_of(total) == pytest.approx(np.full(20, expected), rel=0.015)
-    assert np.ptp(rb.index_of(total)) < 1e-9  # k does not enter
+    total = chance(candidates(labels, centers, None), 20).sum(1)
+    assert index_of(total) == pytest.approx(np.full(20, expected), rel=0.015)
+    assert np.ptp(index_of(total)) < 1e-9  # k does not enter
 
 
 def test_noise_scores_chance_and_knowledge_leaves_it():
     labels, centers, slides = cohort(5, 4, 4, 6)
-    blind = rb.measure(None, labels, centers, slides, slides)[1]
+    blind = measure(None, labels, centers, slides, slides)[1]
     noise = [
-        rb.measure(
+        measure(
             np.random.default_rng(seed).normal(size=(len(labels), 32)),
             labels,
             centers,
@@ -180,9 +196,9 @@ def test_noise_scores_chance_and_knowledge_leaves_it():
         )[1]
         for seed in range(6)
     ]
-    tissue = rb.measure(planted(labels), labels, centers, slides, slides)[1]
-    place = rb.measure(planted(centers), labels, centers, slides, slides)[1]
-    for k in rb.KS:
+    tissue = measure(planted(labels), labels, centers, slides, slides)[1]
+    place = measure(planted(centers), labels, centers, slides, slides)[1]
+    for k in KS:
         assert np.mean([values["index", k] for values in noise]) == pytest.approx(
             blind["index", k], rel=0.05
         )
@@ -202,8 +218,8 @@ def test_a_centre_of_one_slide_cannot_be_found_and_is_not_asked_for():
     labels, centers, slides = cohort(4, 3, 3, 4)
     keep = (centers != 2) | (slides == 8)  # of the last centre one slide is left
     labels, centers, slides = labels[keep], centers[keep], slides[keep]
-    assert rb.measure(planted(centers), labels, centers, slides, slides)[1]["knn_center", 5] == 1
-    assert rb.measure(None, labels, centers, slides, slides)[1]["knn_center", 5] == 1 / 2
+    assert measure(planted(centers), labels, centers, slides, slides)[1]["knn_center", 5] == 1
+    assert measure(None, labels, centers, slides, slides)[1]["knn_center", 5] == 1 / 2
 
 
 # ---- probe and bootstrap
@@ -211,51 +227,51 @@ def test_a_centre_of_one_slide_cannot_be_found_and_is_not_asked_for():
 
 def test_probe_finds_what_is_there_in_unseen_patients():
     labels, centers, slides = cohort(4, 3, 4, 5)
-    assert rb.probe(planted(centers), centers, slides) > 0.95
+    assert target_probe(planted(centers), centers, slides) > 0.95
     assert (
-        rb.probe(planted(slides), centers, slides) < 0.7
+        target_probe(planted(slides), centers, slides) < 0.7
     )  # a patient's own mark says nothing of another patient
     noise = np.random.default_rng(0).normal(size=(len(labels), 8))
-    assert rb.probe(noise, centers, slides) < 0.45
+    assert target_probe(noise, centers, slides) < 0.45
 
 
 def test_probe_leaves_out_centres_of_one_patient():
     centers, groups = np.array([0] * 8 + [1] * 8 + [2] * 4), np.repeat(np.arange(5), 4)
-    assert rb.testable(centers, groups).tolist() == [True] * 16 + [False] * 4
-    assert rb.probe(planted(centers), centers, groups) > 0.95
+    assert g2l.robust.testable(centers, groups).tolist() == [True] * 16 + [False] * 4
+    assert target_probe(planted(centers), centers, groups) > 0.95
     assert math.isnan(
-        rb.probe(planted(centers)[:12], centers[:12], groups[:12])
+        target_probe(planted(centers)[:12], centers[:12], groups[:12])
     )  # one testable centre is no question
 
 
 def test_bootstrap_is_paired_and_equals_resampling_by_hand(monkeypatch):
-    monkeypatch.setattr(rb, "DRAWS", 40)
+    monkeypatch.setattr("g2l.robust.DRAWS", 40)
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(6), 5)
     one, two = rng.integers(1, 9, (2, 4, 30, 3))
-    draws = rb.bootstrap([one], [groups])
+    draws = bootstrap([one], [groups])
     weights = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 40)
     for draw, weight in zip(draws, weights, strict=True):
         rows = np.concatenate(
             [np.flatnonzero(groups == g) for g in range(6) for _ in range(weight[g])]
         )
-        assert draw == pytest.approx(rb.index_of(one[:, rows].sum(1)))
-    assert rb.bootstrap([one, two], [groups, groups]) == pytest.approx(
-        (draws + rb.bootstrap([two], [groups])) / 2
+        assert draw == pytest.approx(index_of(one[:, rows].sum(1)))
+    assert bootstrap([one, two], [groups, groups]) == pytest.approx(
+        (draws + bootstrap([two], [groups])) / 2
     )
-    assert (rb.bootstrap([one], [groups]) - draws == 0).all()
+    assert (bootstrap([one], [groups]) - draws == 0).all()
 
 
 def test_intervals_tell_a_real_difference_from_none():
     labels, centers, slides = cohort(5, 4, 4, 4)
-    counts = {"chance": [rb.measure(None, labels, centers, slides, slides)[0]]}
+    counts = {"chance": [measure(None, labels, centers, slides, slides)[0]]}
     for name, x in {
         "tissue": planted(labels),
         "also": planted(labels, seed=3),
         "place": planted(centers),
     }.items():
-        counts[name] = [rb.measure(x, labels, centers, slides, slides)[0]]
-    rows = {(r["model"], r["other"], r["k"]): r for r in rb.intervals({}, counts, [slides])}
+        counts[name] = [measure(x, labels, centers, slides, slides)[0]]
+    rows = {(r["model"], r["other"], r["k"]): r for r in intervals({}, counts, [slides])}
     assert rows["tissue", "place", 10]["low"] > 0
     assert rows["tissue", "also", 10]["low"] <= 0 <= rows["tissue", "also", 10]["high"]
     assert (
@@ -269,10 +285,10 @@ def test_a_handful_of_patients_gives_no_interval():
     """With five even a model that is better in every one of them is no evidence at 95 %."""
     labels, centers, slides = cohort(5, 4, 4, 4)
     counts = {
-        n: [rb.measure(planted(by), labels, centers, slides, slides)[0]]
+        n: [measure(planted(by), labels, centers, slides, slides)[0]]
         for n, by in (("tissue", labels), ("place", centers))
     }
-    rows = rb.intervals({}, counts, [slides % 5])
+    rows = intervals({}, counts, [slides % 5])
     assert all(math.isnan(row["low"]) and math.isnan(row["high"]) and row["value"] for row in rows)
 
 
@@ -284,7 +300,7 @@ def test_sample_spreads_over_centres_and_slides():
     labels = np.repeat([0, 1], 300)
     centers = np.tile(np.repeat([0, 1, 2], [280, 15, 5]), 2)
     slides = centers * 10 + rng.integers(0, 4, 600)
-    rows = rb.draw_sample(labels, centers, slides, 40, False, seed=1)
+    rows = draw_sample(labels, centers, slides, 40, False, seed=1)
     for label in (0, 1):
         picked = rows[labels[rows] == label]
         assert np.bincount(centers[picked]).tolist() == [
@@ -294,20 +310,20 @@ def test_sample_spreads_over_centres_and_slides():
         ]  # who runs out leaves the rest to others
         assert np.bincount(slides[picked])[:4].tolist() == [5, 5, 5, 5]
     assert (np.diff(rows) > 0).all()
-    assert (rows == rb.draw_sample(labels, centers, slides, 40, False, seed=1)).all()
-    assert not np.array_equal(rows, rb.draw_sample(labels, centers, slides, 40, False, seed=2))
+    assert (rows == draw_sample(labels, centers, slides, 40, False, seed=1)).all()
+    assert not np.array_equal(rows, draw_sample(labels, centers, slides, 40, False, seed=2))
 
 
 def test_sample_per_centre_and_whole():
     labels, centers = np.repeat([0, 1], 60), np.tile(np.repeat([0, 1], [50, 10]), 2)
-    rows = rb.draw_sample(labels, centers, np.arange(120), 20, True, seed=0)
+    rows = draw_sample(labels, centers, np.arange(120), 20, True, seed=0)
     assert [np.sum((labels[rows] == i) & (centers[rows] == j)) for i in (0, 1) for j in (0, 1)] == [
         20,
         10,
         20,
         10,
     ]
-    assert rb.draw_sample(labels, centers, np.arange(120), 0, False, seed=0).tolist() == list(
+    assert draw_sample(labels, centers, np.arange(120), 0, False, seed=0).tolist() == list(
         range(120)
     )
 
@@ -355,7 +371,7 @@ def tiger(tmp_path) -> Path:
 
 
 def test_tiger_as_it_unpacks(tiger, capsys):
-    benchmark, slides = rb.load(tiger, 64, 0.75)
+    benchmark, slides = load_multicentre(tiger, 64, 0.75)
     found = [
         (benchmark.classes[label], center, patient)
         for label, center, patient in zip(
@@ -381,48 +397,50 @@ def test_tiger_as_it_unpacks(tiger, capsys):
         patch.shape == (64, 64, 3) and np.mean(patch == 60) == 0.75
     )  # cut where the mask says stroma
     for place in (tiger / "wsirois", tiger / "wsirois" / "roi-level-annotations"):
-        assert len(rb.load(place, 64, 0.75)[0]) == 7
-    assert len(rb.load(tiger, 64, 0.6)[0]) == 8  # the inflamed patch, 66 % annotated, joins
+        assert len(load_multicentre(place, 64, 0.75)[0]) == 7
+    assert (
+        len(load_multicentre(tiger, 64, 0.6)[0]) == 8
+    )  # the inflamed patch, 66 % annotated, joins
 
 
 def test_tiger_faults(tiger, capsys):
     root = tiger / "wsirois" / "roi-level-annotations"
     with pytest.raises(UserError, match=r"--min-fraction"):
-        rb.load(tiger, 64, 1.01)
+        load_multicentre(tiger, 64, 1.01)
     with pytest.raises(UserError, match=r"neither labels\.csv"):
-        rb.load(root / "tissue-bcss" / "images", 64, 0.75)
+        load_multicentre(root / "tissue-bcss" / "images", 64, 0.75)
     with pytest.raises(UserError, match="no name of a TIGER slide"):
-        rb.tiger_origin("slide-7")
+        tiger_origin("slide-7")
     next(
         (root / "tissue-bcss" / "masks").glob("*.png")
     ).unlink()  # its overlapping tissue-cells region now counts
-    assert len(rb.load(tiger, 64, 0.75)[0]) == 4
+    assert len(load_multicentre(tiger, 64, 0.75)[0]) == 4
     cells = root / "tissue-cells"
     for name in ("images", "masks"):  # macOS leaves such twins
         (cells / name / "._100B_[35129, 6567, 35193, 6631].png").write_bytes(b"Mac OS X")
-    assert len(rb.load(tiger, 64, 0.75)[0]) == 4
+    assert len(load_multicentre(tiger, 64, 0.75)[0]) == 4
     (cells / "masks" / "100B_[35129, 6567, 35193, 6631].png").write_bytes(b"cut")
     Image.new("L", (32, 64), 1).save(
         cells / "masks" / "TC_S01_P000054_C0001_B101_[27671, 88267, 27735, 88331].png"
     )
     capsys.readouterr()
-    assert len(rb.load(tiger, 64, 0.75)[0]) == 2
+    assert len(load_multicentre(tiger, 64, 0.75)[0]) == 2
     assert (
         "2 regions or their masks cannot be read, or differ in size and were passed over"
         in capsys.readouterr().err
     )
     (cells / "images" / "100B.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"100B\.png: expected a name such as"):
-        rb.load(tiger, 64, 0.75)
+        load_multicentre(tiger, 64, 0.75)
 
 
 def test_tiger_below_further_folders_and_behind_links(tiger, tmp_path_factory):
     place = tmp_path_factory.mktemp("linked")
     (place / "download" / "tiger").mkdir(parents=True)
     (place / "download" / "tiger" / "training").symlink_to(tiger / "wsirois")
-    assert len(rb.load(place, 64, 0.75)[0]) == 7
+    assert len(load_multicentre(place, 64, 0.75)[0]) == 7
     (place / "copy").symlink_to(tiger)
-    assert len(rb.load(place, 64, 0.75)[0]) == 7  # the same regions once more
+    assert len(load_multicentre(place, 64, 0.75)[0]) == 7  # the same regions once more
 
 
 def test_pathorob_metadata(tmp_path):
@@ -439,7 +457,7 @@ def test_pathorob_metadata(tmp_path):
     for i, name in enumerate(("case_1-p.1.png", "sub/case_1-p.2.png", "case_2/p.1.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / name)
-    benchmark, slides = rb.load(tmp_path, 224, 0.75)
+    benchmark, slides = load_multicentre(tmp_path, 224, 0.75)
     assert slides == ["case_1", "case_1", "case_2"] and benchmark.centers == ["UKK", "UKK", "WNS"]
     assert [benchmark.classes[i] for i in benchmark.labels] == ["tumour", "normal", "tumour"]
     assert [image[0, 0, 0] for image in benchmark.images] == [0, 1, 2]
@@ -447,15 +465,15 @@ def test_pathorob_metadata(tmp_path):
     with pytest.raises(
         UserError, match=r"1 of its 3 patches have no image .* first case_2-p\.1\.png"
     ):
-        rb.load(tmp_path, 224, 0.75)
+        load_multicentre(tmp_path, 224, 0.75)
 
 
 def test_slide_column_is_optional(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "labels.csv").write_text("image,label,group,center\na.png,x,patient,c\n")
-    assert rb.load(tmp_path, 1, 1)[1] == ["patient"]
+    assert load_multicentre(tmp_path, 1, 1)[1] == ["patient"]
     (tmp_path / "labels.csv").write_text("image,label,group,center,slide\na.png,x,patient,c,s1\n")
-    assert rb.load(tmp_path, 1, 1)[1] == ["s1"]
+    assert load_multicentre(tmp_path, 1, 1)[1] == ["s1"]
 
 
 # ---- shifts
@@ -468,25 +486,25 @@ def patch() -> np.ndarray:
     return np.clip(smooth + rng.normal(0, 4, (64, 64, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind", list(rb.SHIFTS))
+@pytest.mark.parametrize("kind", list(SHIFTS))
 def test_shift_grows_with_its_strength_and_starts_at_nothing(kind, patch):
-    _, nothing, _, strengths = rb.SHIFTS[kind]
-    change = lambda s: np.abs(rb.shift(patch, kind, s).astype(float) - patch).mean()  # noqa: E731
+    _, nothing, _, strengths = SHIFTS[kind]
+    change = lambda s: np.abs(shift(patch, kind, s).astype(float) - patch).mean()  # noqa: E731
     above = sorted(s for s in strengths if s > nothing)
     below = sorted((s for s in strengths if s < nothing), reverse=True)
     assert change(nothing) < 3 if kind == "jpeg" else change(nothing) == 0
     for side in (above, below):
         changes = [change(s) for s in side]
         assert all(c > 0.3 for c in changes) and changes == sorted(changes)
-    out = rb.shift(patch, kind, strengths[-1])
+    out = shift(patch, kind, strengths[-1])
     assert out.shape == patch.shape and out.dtype == np.uint8
 
 
 def test_stain_shift_moves_the_stain_it_names():
     """A pixel of pure haematoxylin gets darker with s, one of pure eosin lighter; white stays white."""
-    pure = (256 * np.exp(-0.8 * rb.STAINS[:2]) - 1).round().astype(np.uint8)
+    pure = (256 * np.exp(-0.8 * STAINS[:2]) - 1).round().astype(np.uint8)
     image = np.stack([pure[0], pure[1], [255, 255, 255]])[None].astype(np.uint8)
-    out = rb.shift(image, "stain", 0.3)[0].astype(int)
+    out = shift(image, "stain", 0.3)[0].astype(int)
     density = lambda pixel: -np.log((pixel + 1) / 256)  # noqa: E731
     assert density(out[0]) == pytest.approx(1.3 * density(pure[0].astype(int)), abs=0.03)
     assert density(out[1]) == pytest.approx(density(pure[1].astype(int)) / 1.3, abs=0.03)
@@ -494,10 +512,8 @@ def test_stain_shift_moves_the_stain_it_names():
 
 
 def test_scale_shows_the_middle_enlarged_or_the_whole_shrunk(patch):
-    assert (
-        np.abs(rb.shift(patch, "scale", 2)[::2, ::2].astype(int) - patch[16:48, 16:48]).mean() < 12
-    )
-    half = rb.shift(patch, "scale", 0.5)
+    assert np.abs(shift(patch, "scale", 2)[::2, ::2].astype(int) - patch[16:48, 16:48]).mean() < 12
+    half = shift(patch, "scale", 0.5)
     assert np.abs(half[16:48, 16:48].astype(int) - patch[::2, ::2]).mean() < 12
     assert (half[15, 16:48] == half[16, 16:48]).all()  # mirrored at the edge
 
@@ -505,13 +521,13 @@ def test_scale_shows_the_middle_enlarged_or_the_whole_shrunk(patch):
 def test_displacement():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(50, 8))
-    same = rb.displacement(base, 3 * base)
+    same = displacement(base, 3 * base)
     assert same["cosine"] == pytest.approx(1) and same["first"] == 1 and same["rank"] == 1
     assert same["distance"] == pytest.approx(0, abs=1e-6)
-    other = rb.displacement(base, np.roll(base, 1, 0))
+    other = displacement(base, np.roll(base, 1, 0))
     assert other["first"] == 0 and other["distance"] == pytest.approx(1, abs=0.15)
     assert (
-        rb.displacement(np.ones((9, 4)), np.ones((9, 4)))["first"] == 0
+        displacement(np.ones((9, 4)), np.ones((9, 4)))["first"] == 0
     )  # all alike: nothing known again
     unit = base / np.linalg.norm(base, axis=1, keepdims=True)
     similar = unit @ unit.T
@@ -556,7 +572,7 @@ def folder(tmp_path) -> Path:
 
 def call(capsys, *args) -> tuple[int, str, str]:
     """robustness.main in this process: status, stdout, stderr."""
-    status = rb.main([str(a) for a in args])
+    status = robustness.main([str(a) for a in args])
     return status, *capsys.readouterr()
 
 
@@ -597,7 +613,7 @@ def test_command_from_images_to_table_and_pictures(folder, capsys):
             assert min(image.size) > 200
     rows = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     assert {(r["k"], r["seed"]) for r in rows if r["metric"] == "index"} == {
-        (k, s) for k in rb.KS for s in range(5)
+        (k, s) for k in KS for s in range(5)
     }
     features = next(results.rglob("mine.safetensors")).stat().st_mtime_ns
     status, _, err = call(capsys, *arguments, "--no-pictures")  # features and numbers stay
@@ -639,14 +655,13 @@ def fake(monkeypatch):
     """Models whose features are planted: `tissue`, `place`, and `run`, a student distilled on patient-0."""
 
     def features(name, benchmark, results, **_):
-        by = rb.codes(benchmark.centers if name == "place" else benchmark.labels)
+        by = codes(benchmark.centers if name == "place" else benchmark.labels)
         x = planted(by, 0.5, seed=len(name))
         return np.where(np.array(benchmark.ids)[:, None] == "broken", np.nan, x)
 
-    monkeypatch.setattr(evaluate, "features", features)
+    monkeypatch.setattr("robustness.features", features)
     monkeypatch.setattr(
-        evaluate,
-        "card",
+        "robustness.card",
         lambda name, results, **_: {
             "metadata": {"teacher": "h-optimus-0", "student": "hibou-l", "patients": ["patient-0"]}
             if name == "run"
@@ -678,7 +693,7 @@ def test_reading_is_honest(folder, fake, capsys):
     assert (
         text.count("## mine") == 2 and "left out" in text and "| centre-0 | 6 of 8" in text
     )  # a patient less
-    rows = evaluate.read_metrics(results)
+    rows = read_metrics(results)
     assert {r["paper"] for r in rows if r["metric"] == "seen" and r["model"] == "run"} == {"G2L"}
     call(
         capsys, "--models", "tissue", *arguments[4:], "--per-class", 18, "--seed", 7
@@ -723,9 +738,9 @@ def test_pictures_are_linked_from_the_run_that_drew_them_only(folder, fake, caps
 
 def test_the_map_says_what_its_patches_are(folder, fake, monkeypatch, capsys):
     titles = []
-    monkeypatch.setattr(rb, "draw_map", lambda path, title, *_: titles.append(title))
-    for name in ("draw_index", "draw_gallery"):
-        monkeypatch.setattr(rb, name, lambda *_: None)
+    monkeypatch.setattr("robustness.draw_map", lambda path, title, *_: titles.append(title))
+    for name in ("draw_index", "draw_misled"):
+        monkeypatch.setattr(robustness, name, lambda *_: None)
     for count in (6, 0):
         call(
             capsys,
@@ -767,9 +782,9 @@ def test_paper_stands_beside_tiger(tiger, fake, monkeypatch, capsys):
         write_region(
             tiger, "tissue-bcss", f"TCGA-B{i % 2}-A00{i}-01Z-00-DX1.X_[0, 0, 192, 128]", mask
         )
-    sizes, original = [], evaluate.features
+    sizes, original = [], robustness.features
     monkeypatch.setattr(
-        evaluate, "features", lambda n, b, r, **k: sizes.append(len(b)) or original(n, b, r, **k)
+        "robustness.features", lambda n, b, r, **k: sizes.append(len(b)) or original(n, b, r, **k)
     )
     results = tiger / "results"
     status, out, err = call(
@@ -791,7 +806,7 @@ def test_paper_stands_beside_tiger(tiger, fake, monkeypatch, capsys):
     text = (results / "table3.md").read_text()
     assert "(paper 1.09)" in out and "cells are empty" in text
     assert "## The paper's Table 3" in text and "2.0316" in text and "same slide excluded" in text
-    assert max(sizes) < len(rb.load(tiger, 64, 0.75)[0])
+    assert max(sizes) < len(load_multicentre(tiger, 64, 0.75)[0])
 
 
 def test_unreadable_patch_is_left_out_and_told(folder, fake, capsys):
@@ -830,14 +845,14 @@ def test_unreadable_patch_is_left_out_and_told(folder, fake, capsys):
 
 
 def test_one_missing_model_does_not_stop_the_others(folder, fake, monkeypatch, capsys):
-    original = evaluate.features
+    original = robustness.features
 
     def features(name, *args, **options):
         if name == "gone":
             raise UserError("gone: no weights; pass --weights gone=FILE")
         return original(name, *args, **options)
 
-    monkeypatch.setattr(evaluate, "features", features)
+    monkeypatch.setattr("robustness.features", features)
     arguments = (
         "--benchmark",
         folder,
@@ -915,7 +930,7 @@ def test_user_errors(folder, fake, capsys, labels, flags, message):
 )
 def test_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        rb.main(list(flags))
+        robustness.main(list(flags))
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
@@ -944,7 +959,7 @@ def test_under_torchrun_the_numbers_are_the_same(folder, capsys):
                 r.get("class"),
                 r.get("center"),
             ): r["value"]
-            for r in evaluate.read_metrics(results)
+            for r in read_metrics(results)
         }
         for results in (alone, two)
     )

@@ -25,6 +25,15 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 import tile
+from g2l.cohort import name_slides, patient_of, write_rows
+from g2l.errors import PatchError, SkippedSlide, UserError
+from g2l.files import atomic, locked
+from g2l.grid import choose_size, tile_slide
+from g2l.overlays import write_geojson, write_thumbnail
+from g2l.patches import PatchIndex
+from g2l.slides import Slide
+from g2l.tiff import Codec, Tiles
+from g2l.tissue import find_tissue, measure_blur, read_mask
 
 ROOT = Path(tile.__file__).parent
 BACKGROUND = (242, 240, 243)
@@ -174,7 +183,7 @@ def test_raw_tiles_give_openslides_pixels(tmp_path, codec, tile_size, options):
     path = write_slide(
         tmp_path / "slide.svs", section(700, 901), tile_size=tile_size, codec=codec, **options
     )
-    with tile.Slide(path) as slide, openslide.OpenSlide(path) as reference:
+    with Slide(path) as slide, openslide.OpenSlide(path) as reference:
         assert slide.levels[0].tiles, "the fast path should be in use"
         if not codec.startswith("j2k"):
             assert tifffile.TiffFile(path).pages[0].photometric == (2 if codec == "rgb" else 6)
@@ -211,7 +220,7 @@ def test_other_compressions_go_through_openslide(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", image, tile=(256, 256), compression="deflate", photometric="rgb"
     )
-    with tile.Slide(tmp_path / "a.tif") as slide:
+    with Slide(tmp_path / "a.tif") as slide:
         assert not slide.levels[0].tiles
         assert np.array_equal(slide.read(100, 100, 200, 200), image[100:300, 100:300])
         assert (slide.read(500, 400, 256, 256)[100:, 100:] == 255).all(), (
@@ -220,9 +229,9 @@ def test_other_compressions_go_through_openslide(tmp_path):
 
 
 def test_tiles_that_differ_from_openslide_are_not_trusted(plain, monkeypatch):
-    right = tile.Codec.decode
-    monkeypatch.setattr(tile.Codec, "decode", lambda *args: right(*args)[..., ::-1])
-    with tile.Slide(plain) as slide, openslide.OpenSlide(plain) as reference:
+    right = Codec.decode
+    monkeypatch.setattr(Codec, "decode", lambda *args: right(*args)[..., ::-1])
+    with Slide(plain) as slide, openslide.OpenSlide(plain) as reference:
         assert not slide.levels[0].tiles and slide.drafts == slide.levels
         assert np.array_equal(
             slide.read(300, 300, 256, 256), by_openslide(reference, 300, 300, 256, 256)
@@ -247,11 +256,11 @@ def test_damaged_tiles_fail_where_openslide_fails(tmp_path, codec):
                 expected = by_openslide(reference, 256, 256, 256, 256)
         except openslide.OpenSlideError:
             expected = None
-        with tile.Slide(path) as slide:
+        with Slide(path) as slide:
             assert slide.levels[0].tiles
             if expected is None:
                 with pytest.raises(
-                    tile.PatchError, match=r"slide: patch at x=256, y=256 cannot be read"
+                    PatchError, match=r"slide: patch at x=256, y=256 cannot be read"
                 ):
                     slide.read(256, 256, 256, 256)
                 assert slide.read(0, 0, 256, 256).shape == (256, 256, 3), "the rest stays readable"
@@ -272,8 +281,8 @@ def test_openslide_recovers_after_a_damaged_region(tmp_path):
     data = bytearray(path.read_bytes())
     data[page.dataoffsets[14] : page.dataoffsets[14] + 400] = bytes(400)  # x=512, y=512
     path.write_bytes(data)
-    with tile.Slide(path) as slide:
-        with pytest.raises(tile.PatchError, match="x=600, y=600"):
+    with Slide(path) as slide:
+        with pytest.raises(PatchError, match="x=600, y=600"):
             slide.read(600, 600, 64, 64)
         assert slide.read(0, 0, 64, 64).min() > 200
         image = slide.thumbnail(1500)
@@ -303,8 +312,8 @@ def test_damage_in_a_coarse_level_loses_no_patch(tmp_path, options):
     page, data = tifffile.TiffFile(path).pages[1], bytearray(path.read_bytes())
     data[page.dataoffsets[0] : page.dataoffsets[0] + 400] = bytes(400)
     path.write_bytes(data)
-    with tile.Slide(path, mpp=0.25) as slide:
-        assert len(tile.tile_slide(slide).coords) == 64
+    with Slide(path, mpp=0.25) as slide:
+        assert len(tile_slide(slide).coords) == 64
         assert not slide.damaged and not (slide.thumbnail(256) == 255).all(axis=2).any()
 
 
@@ -312,7 +321,7 @@ def test_resampled_reading_matches_level_0_to_the_far_corner(tmp_path):
     """Levels of 1301 x 1103 px have sizes cut to whole pixels; taken as ratios they would shift by up to a pixel."""
     image = section(1301, 1103)
     path = write_slide(tmp_path / "slide.svs", image, levels=(2, 4, 16))
-    with tile.Slide(path) as slide:
+    with Slide(path) as slide:
         assert [level.downsample for level in slide.levels] == [1, 2, 4, 16]
         level0 = slide.area(0, 0, 1103, 1301, 1103, 1301)
         for x, y, size in ((0, 0, 512), (400, 517, 512), (583, 781, 520), (333, 777, 400)):
@@ -338,13 +347,13 @@ def test_drafts_are_decoded_small(tmp_path, monkeypatch, codec, missing):
     path = write_slide(
         tmp_path / "slide.svs", section(1024, 1024), codec=codec, levels=(), missing=missing
     )
-    shrinks, right = set(), tile.Codec.decode
+    shrinks, right = set(), Codec.decode
     monkeypatch.setattr(
-        tile.Codec,
+        Codec,
         "decode",
         lambda codec, data, shrink=1: shrinks.add(shrink) or right(codec, data, shrink),
     )
-    with tile.Slide(path) as slide:
+    with Slide(path) as slide:
         shrinks.clear()
         small = slide.thumbnail(128).astype(int)
         assert shrinks == {8}
@@ -359,13 +368,13 @@ def test_mostly_empty_slides_are_not_drawn_by_openslide(tmp_path, monkeypatch):
     path = write_slide(
         tmp_path / "slide.svs", stained(2048, 2048), missing=[n for n in range(64) if n % 8 > 2]
     )
-    with tile.Slide(path) as slide:
+    with Slide(path) as slide:
         slow = slide.thumbnail(512).astype(int)
         monkeypatch.setattr(slide, "_from_openslide", lambda *_: pytest.fail("drawn by OpenSlide"))
         assert np.abs(slide.thumbnail(512).astype(int) - slow).mean() < 4
-        tiling = tile.tile_slide(slide)
+        tiling = tile_slide(slide)
     assert set(tiling.coords[:, 0].tolist()) == {0, 256, 512}
-    with openslide.OpenSlide(path) as reference, tile.Slide(path) as slide:
+    with openslide.OpenSlide(path) as reference, Slide(path) as slide:
         level = slide.levels[1]
         assert np.array_equal(
             slide.area(0, 0, 2048, 2048, level.width, level.height),
@@ -375,12 +384,12 @@ def test_mostly_empty_slides_are_not_drawn_by_openslide(tmp_path, monkeypatch):
 
 def test_a_page_with_too_few_tiles_is_left_to_openslide(plain):
     page = tifffile.TiffFile(plain).pages[0]
-    assert tile._Tiles.of(page)
+    assert Tiles.of(page)
     page.dataoffsets = page.dataoffsets[:-1]
-    assert tile._Tiles.of(page) is None
+    assert Tiles.of(page) is None
     page = tifffile.TiffFile(plain).pages[0]
     page.databytecounts += (1 << 20,)
-    assert tile._Tiles.of(page) is None
+    assert Tiles.of(page) is None
 
 
 def test_ome_tiff_pyramid_in_sub_images_is_used(tmp_path):
@@ -400,7 +409,7 @@ def test_ome_tiff_pyramid_in_sub_images_is_used(tmp_path):
             **options,
         )
         file.write(image[::4, ::4], subfiletype=1, **options)
-    with tile.Slide(tmp_path / "a.ome.tif") as slide:
+    with Slide(tmp_path / "a.ome.tif") as slide:
         assert (slide.mpp, slide.mpp_source, slide.name) == (0.25, "OME PhysicalSizeX", "a")
         assert [level.downsample for level in slide.levels] == [1, 4]
         assert np.abs(slide.thumbnail(256).astype(int) - image[::4, ::4]).mean() < 12
@@ -425,7 +434,8 @@ def test_memory_stays_bounded_on_one_level(tmp_path):
         resolutionunit="CENTIMETER",
     )
     code = (
-        "import sys, tile; s = tile.Slide(sys.argv[1]); t = tile.tile_slide(s); "
+        "import sys; from g2l.grid import tile_slide; from g2l.slides import Slide; "
+        "s = Slide(sys.argv[1]); t = tile_slide(s); "
         f"print(len(t.coords), {PEAK})"
     )
     done = subprocess.run(
@@ -454,8 +464,8 @@ def test_memory_stays_bounded_on_one_level(tmp_path):
 def test_pictures_that_are_no_slides_are_called_so(tmp_path, write, reason):
     """Strips instead of tiles, or a renamed picture: sound, so nobody should search for damage."""
     write(tmp_path / "a.svs", section(300, 300))
-    with pytest.raises(tile.UserError, match=f"{reason}.*vips tiffsave"):
-        tile.Slide(tmp_path / "a.svs")
+    with pytest.raises(UserError, match=f"{reason}.*vips tiffsave"):
+        Slide(tmp_path / "a.svs")
 
 
 def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
@@ -466,8 +476,8 @@ def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
         photometric="rgb",
         compression="webp",
     )
-    with pytest.raises(tile.UserError, match="Unsupported TIFF compression"):
-        tile.Slide(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="Unsupported TIFF compression"):
+        Slide(tmp_path / "a.tif")
 
 
 # Magnification -------------------------------------------------------------------------------------------------------
@@ -497,13 +507,13 @@ def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
     ],
 )
 def test_mpp_and_its_origin(tmp_path, options, mpp, source):
-    with tile.Slide(
+    with Slide(
         write_slide(tmp_path / "slide.tif", section(300, 300), levels=(), **options)
     ) as slide:
         assert (slide.mpp, slide.mpp_source) == (mpp, source)
         if mpp is None:
-            with pytest.raises(tile.SkippedSlide, match="--assume-mpp"):
-                tile.tile_slide(slide)
+            with pytest.raises(SkippedSlide, match="--assume-mpp"):
+                tile_slide(slide)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +536,7 @@ def test_units_of_ome_tiff(tmp_path, unit, size, mpp):
         photometric="rgb",
         metadata={"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeXUnit": unit},
     )
-    with tile.Slide(tmp_path / "a.ome.tif") as slide:
+    with Slide(tmp_path / "a.ome.tif") as slide:
         assert slide.mpp == mpp
 
 
@@ -547,16 +557,16 @@ def test_units_of_ome_tiff(tmp_path, unit, size, mpp):
 def test_which_magnifications_are_taken(mpp, resample, size0):
     slide = Namespace(mpp=mpp, mpp_source="x")
     if size0 is None:
-        with pytest.raises(tile.SkippedSlide, match="--resample"):
-            tile.choose_size(slide, 0.25, 256, resample)
+        with pytest.raises(SkippedSlide, match="--resample"):
+            choose_size(slide, 0.25, 256, resample)
     else:
-        assert tile.choose_size(slide, 0.25, 256, resample)[0] == size0
+        assert choose_size(slide, 0.25, 256, resample)[0] == size0
 
 
 def test_objective_is_a_cross_check_only(tmp_path):
     path = write_slide(tmp_path / "slide.svs", section(1000, 1000), mpp=0.2325, objective=20)
-    with tile.Slide(path) as slide:
-        tiling = tile.tile_slide(slide)
+    with Slide(path) as slide:
+        tiling = tile_slide(slide)
     assert (
         slide.objective == 20
         and "20x disagrees with 0.2325" in tiling.warnings[0]
@@ -568,8 +578,8 @@ def test_objective_is_a_cross_check_only(tmp_path):
 def test_slides_of_every_magnification(tmp_path, mpp):
     """40x, 20x, 10x and 4x at their own scale: the whole ellipse is found and nothing sound is dropped as blurred."""
     path = write_slide(tmp_path / "slide.svs", section(2048, 2048), mpp=mpp, objective=10 / mpp)
-    with tile.Slide(path) as slide:
-        tiling = tile.tile_slide(slide, mpp=mpp)
+    with Slide(path) as slide:
+        tiling = tile_slide(slide, mpp=mpp)
     assert tiling.summary["tissue"] == pytest.approx(math.pi * 0.42**2, rel=0.06)
     assert len(tiling.coords) > 30 and tiling.measures["blur"].max() < 2 and not tiling.warnings
 
@@ -590,7 +600,7 @@ def low_power(canvas=200):
 
 
 def test_tissue_is_told_from_greys_black_borders_and_gaps():
-    mask, pen, fold = tile.find_tissue(low_power(), 16)
+    mask, pen, fold = find_tissue(low_power(), 16)
     truth = np.zeros_like(mask)
     truth[60:140, 60:140] = True
     truth[98:102] = False
@@ -609,7 +619,7 @@ def test_tissue_is_told_from_greys_black_borders_and_gaps():
 def test_pale_tissue_on_a_tinted_background(tint):
     image = np.full((200, 200, 3), tint, np.uint8)
     image[50:150, 50:150] = np.array(tint) * np.array([0.97, 0.88, 0.95])
-    mask, _, _ = tile.find_tissue(image, 16)
+    mask, _, _ = find_tissue(image, 16)
     assert mask[55:145, 55:145].mean() > 0.98 and mask[:45].sum() == 0
 
 
@@ -633,7 +643,7 @@ def test_pen_of_any_color_beside_and_on_tissue(color):
     ImageDraw.Draw(picture).line([(20, 150), (180, 90)], fill=color, width=10)
     buffer = io.BytesIO()
     picture.save(buffer, "jpeg", quality=80)
-    mask, pen, _ = tile.find_tissue(np.asarray(Image.open(buffer)), 16)
+    mask, pen, _ = find_tissue(np.asarray(Image.open(buffer)), 16)
     stroke = np.zeros(mask.shape, np.uint8)
     drawn = Image.fromarray(stroke)
     ImageDraw.Draw(drawn).line([(20, 150), (180, 90)], fill=1, width=8)
@@ -649,8 +659,8 @@ def test_a_thin_stroke_of_pen(tmp_path, color):
     """90 px of a slide, less than three pixels of the mask: the patches it crosses go."""
     picture = Image.fromarray(section(1536, 1536))
     ImageDraw.Draw(picture).line([(100, 1300), (1400, 300)], fill=color, width=90)
-    with tile.Slide(write_slide(tmp_path / "a.svs", np.asarray(picture))) as slide:
-        tiling = tile.tile_slide(slide)
+    with Slide(write_slide(tmp_path / "a.svs", np.asarray(picture))) as slide:
+        tiling = tile_slide(slide)
     kept = tiling.coords.tolist()
     assert not [place for place in ([512, 768], [768, 512], [1024, 512]) if place in kept]
     assert [256, 256] in kept and [512, 256] in kept and [768, 1024] in kept
@@ -667,18 +677,18 @@ def test_stained_tissue_is_not_pen_and_nuclei_are_no_folds():
         density = amounts[..., :1] * np.array(h) + amounts[..., 1:] * np.array(e)
         image = np.full((120, 120, 3), 240, np.uint8)
         image[30:90, 30:90] = 240 * 10**-density
-        _, pen, _ = tile.find_tissue(image, 16)
+        _, pen, _ = find_tissue(image, 16)
         assert pen.mean() < 0.005
     image = low_power()
     image[80:95, 75:125] = (110, 75, 150)  # a crowd of lymphocytes
-    assert tile.find_tissue(image, 16)[2].mean() < 0.004
+    assert find_tissue(image, 16)[2].mean() < 0.004
 
 
 def test_folds_are_found():
     image = low_power()
     band = image[60:140, 85:93].astype(float)
     image[60:140, 85:93] = np.clip(band * (band / 240) ** 1.2, 0, 255)
-    fold = tile.find_tissue(image, 16)[2]
+    fold = find_tissue(image, 16)[2]
     assert fold[65:95, 86:92].mean() > 0.6 and fold.sum() < 1500
 
 
@@ -691,9 +701,9 @@ def test_blur_is_measured_in_patch_pixels(tmp_path):
             if sigma
             else Image.fromarray(image)
         )
-        with tile.Slide(write_slide(tmp_path / f"{sigma}.svs", np.asarray(picture))) as slide:
+        with Slide(write_slide(tmp_path / f"{sigma}.svs", np.asarray(picture))) as slide:
             coords = np.array([(x, y) for y in range(0, 1024, 256) for x in range(0, 1280, 256)])
-            measured.append(float(np.median(tile.measure_blur(slide, coords, 256, 256))))
+            measured.append(float(np.median(measure_blur(slide, coords, 256, 256))))
     assert measured[:4] == pytest.approx([0, 2, 3, 4], abs=0.6)
     assert min(measured[4:]) > 5, "what is out of focus altogether has no sharper noise"
 
@@ -702,9 +712,9 @@ def test_blurred_and_inked_patches_are_dropped_by_their_flags(tmp_path):
     image = stained(1280, 1280)
     image[:, :512] = np.asarray(Image.fromarray(image[:, :512]).filter(ImageFilter.GaussianBlur(6)))
     image[:, -256:] = (40, 140, 70)
-    with tile.Slide(write_slide(tmp_path / "a.svs", image)) as slide:
-        kept = tile.tile_slide(slide)
-        every = tile.tile_slide(slide, max_pen=1, max_blur=6)
+    with Slide(write_slide(tmp_path / "a.svs", image)) as slide:
+        kept = tile_slide(slide)
+        every = tile_slide(slide, max_pen=1, max_blur=6)
     assert set(kept.coords[:, 0].tolist()) == {512}  # the rim of ink counts as ink
     assert {0, 256, 512, 768} <= set(every.coords[:, 0].tolist())
     assert kept.summary["blur"] == pytest.approx(0.5, abs=0.1)
@@ -715,10 +725,10 @@ def test_blurred_and_inked_patches_are_dropped_by_their_flags(tmp_path):
 def test_brown_stain_is_tissue_when_ink_is_allowed(tmp_path):
     image = np.full((1024, 1024, 3), BACKGROUND, np.uint8)
     image[256:768, 256:768] = (stained(512, 512) * [0.6, 0.5, 0.25]).astype(np.uint8)
-    with tile.Slide(write_slide(tmp_path / "a.svs", image)) as slide:
-        with pytest.raises(tile.SkippedSlide, match=r"no tissue found.*--max-pen 1"):
-            tile.tile_slide(slide)
-        assert tile.tile_slide(slide, max_pen=1, max_blur=6).coords.tolist() == [
+    with Slide(write_slide(tmp_path / "a.svs", image)) as slide:
+        with pytest.raises(SkippedSlide, match=r"no tissue found.*--max-pen 1"):
+            tile_slide(slide)
+        assert tile_slide(slide, max_pen=1, max_blur=6).coords.tolist() == [
             [256, 256],
             [512, 256],
             [256, 512],
@@ -727,10 +737,10 @@ def test_brown_stain_is_tissue_when_ink_is_allowed(tmp_path):
 
 
 def test_min_tissue_and_overlap(plain):
-    with tile.Slide(plain) as slide:
-        most = tile.tile_slide(slide, min_tissue=0.9)
-        some = tile.tile_slide(slide, min_tissue=0.1)
-        dense = tile.tile_slide(slide, overlap=128)
+    with Slide(plain) as slide:
+        most = tile_slide(slide, min_tissue=0.9)
+        some = tile_slide(slide, min_tissue=0.1)
+        dense = tile_slide(slide, overlap=128)
     assert most.measures["tissue"].min() >= 0.9 and len(most.coords) < len(some.coords) < len(
         dense.coords
     )
@@ -740,20 +750,20 @@ def test_min_tissue_and_overlap(plain):
 @pytest.mark.parametrize(
     ("image", "error", "text"),
     [
-        (np.full((600, 600, 3), 240, np.uint8), tile.SkippedSlide, "no tissue"),
-        (np.full((600, 600, 3), 255, np.uint8), tile.UserError, "empty pixels"),
-        (np.full((200, 600, 3), 200, np.uint8), tile.SkippedSlide, "smaller"),
+        (np.full((600, 600, 3), 240, np.uint8), SkippedSlide, "no tissue"),
+        (np.full((600, 600, 3), 255, np.uint8), UserError, "empty pixels"),
+        (np.full((200, 600, 3), 200, np.uint8), SkippedSlide, "smaller"),
         (
             np.where(np.indices((600, 600, 3))[0] % 60 < 9, (10, 20, 190), 3).astype(np.uint8),
-            tile.SkippedSlide,
+            SkippedSlide,
             "fluorescence",
         ),
     ],
 )
 def test_slides_without_usable_tissue(tmp_path, image, error, text):
     path = write_slide(tmp_path / "a.svs", image, levels=())
-    with tile.Slide(path) as slide, pytest.raises(error, match=text) as info:
-        tile.tile_slide(slide)
+    with Slide(path) as slide, pytest.raises(error, match=text) as info:
+        tile_slide(slide)
     assert type(info.value) is error
 
 
@@ -809,15 +819,15 @@ def test_h5_as_trident_reads_it(cohort, name):
 
 
 def test_geojson_and_mask_round_trip(cohort, tmp_path):
-    with tile.Slide(cohort.parents[1] / "slides" / "mine" / "a.svs") as slide:
-        mask = tile.tile_slide(slide).mask
+    with Slide(cohort.parents[1] / "slides" / "mine" / "a.svs") as slide:
+        mask = tile_slide(slide).mask
         mask[40:44, 30:40] = False  # a hole
         path = tmp_path / "a.geojson"
         tiling = Namespace(mask=mask, scale=1536 / mask.shape[1])
-        tile.write_geojson(path, slide, tiling)
-        again = tile.read_mask(path, mask.shape, tiling.scale)
+        write_geojson(path, slide, tiling)
+        again = read_mask(path, mask.shape, tiling.scale)
         Image.fromarray(mask).resize((500, 500)).save(tmp_path / "a.png")
-        image = tile.read_mask(tmp_path / "a.png", mask.shape, tiling.scale)
+        image = read_mask(tmp_path / "a.png", mask.shape, tiling.scale)
     for other in (again, image):
         assert (mask & other).sum() / (mask | other).sum() > 0.93
     assert not again[41:43, 32:38].any()
@@ -826,8 +836,8 @@ def test_geojson_and_mask_round_trip(cohort, tmp_path):
     ring = np.array(features[0]["geometry"]["coordinates"][0])
     assert (ring[0] == ring[-1]).all() and ring.min() >= 0 and ring.max() <= 1536
     (tmp_path / "b.geojson").write_text('{"type": "Polygon", "coordinates": [[["x", 1]]]}')
-    with pytest.raises(tile.UserError, match=r"b\.geojson: expected GeoJSON"):
-        tile.read_mask(tmp_path / "b.geojson", (10, 10), 1)
+    with pytest.raises(UserError, match=r"b\.geojson: expected GeoJSON"):
+        read_mask(tmp_path / "b.geojson", (10, 10), 1)
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "I;16", "F", "RGB", "RGBA"])
@@ -848,7 +858,7 @@ def test_masks_of_every_kind_of_picture(tmp_path, mode):
         )
     assert picture.mode == mode
     picture.save(tmp_path / "a.tif")
-    mask = tile.read_mask(tmp_path / "a.tif", (20, 30), 32)
+    mask = read_mask(tmp_path / "a.tif", (20, 30), 32)
     assert mask.dtype == bool and mask.sum() == 150 and mask[5:15, 8:22].all()
 
 
@@ -865,11 +875,11 @@ def test_pictures(cohort):
 @pytest.mark.parametrize("side", [256, 20, 6, 3])
 def test_a_dropped_patch_inside_tissue_is_bare(tmp_path, side):
     """With 6 px a patch, as on a slide of 68,000 px, too."""
-    with tile.Slide(write_slide(tmp_path / "a.svs", section(1280, 1280))) as slide:
-        tiling = tile.tile_slide(slide, min_tissue=0)
+    with Slide(write_slide(tmp_path / "a.svs", section(1280, 1280))) as slide:
+        tiling = tile_slide(slide, min_tissue=0)
         tiling.mask[:] = False  # no outline
         tiling.coords = tiling.coords[(tiling.coords != (512, 512)).any(axis=1)]
-        tile.write_thumbnail(tmp_path / "a.png", slide, tiling, 5 * side)
+        write_thumbnail(tmp_path / "a.png", slide, tiling, 5 * side)
         bare = slide.thumbnail(5 * side).astype(int)
     tint = np.abs(np.asarray(Image.open(tmp_path / "a.png")) - bare).sum(axis=2)
 
@@ -885,7 +895,7 @@ def test_a_dropped_patch_inside_tissue_is_bare(tmp_path, side):
 
 
 def test_index_reads_what_the_slide_shows(cohort):
-    index = tile.PatchIndex(cohort)
+    index = PatchIndex(cohort)
     assert (
         index.slides == ["a", "b", "c"]
         and len(index) == index.counts.sum()
@@ -894,7 +904,7 @@ def test_index_reads_what_the_slide_shows(cohort):
     assert index.patients == ["a", "b", "c"] and index.mpp == 0.25
     for number, name in enumerate(index.slides):
         with (
-            tile.Slide(cohort.parents[1] / "slides" / "mine" / f"{name}.svs") as slide,
+            Slide(cohort.parents[1] / "slides" / "mine" / f"{name}.svs") as slide,
             h5py.File(cohort / "patches" / f"{name}_patches.h5") as file,
         ):
             for row in (0, len(file["coords"]) // 2, len(file["coords"]) - 1):
@@ -909,9 +919,9 @@ def test_index_reads_what_the_slide_shows(cohort):
 
 
 def test_draw_is_a_pure_function_and_uniform(cohort):
-    index = tile.PatchIndex(cohort)
+    index = PatchIndex(cohort)
     draws = [index.draw(5, n) for n in range(3000)]
-    assert draws == [tile.PatchIndex(cohort).draw(5, n) for n in range(3000)]
+    assert draws == [PatchIndex(cohort).draw(5, n) for n in range(3000)]
     assert draws != [index.draw(6, n) for n in range(3000)]
     slides = np.bincount([index.locate(i)[0] for i in draws], minlength=3)
     assert (np.abs(slides / 3000 - 1 / 3) < 0.04).all()
@@ -929,7 +939,7 @@ def read_some(index):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_index_in_worker_processes(cohort, method):
     """Handles opened before the fork must not be shared: all workers and the parent read at once."""
-    index = tile.PatchIndex(cohort)
+    index = PatchIndex(cohort)
     expected = read_some(index)
     pickle.loads(pickle.dumps(index))
     with multiprocessing.get_context(method).Pool(2) as pool:
@@ -939,7 +949,7 @@ def test_index_in_worker_processes(cohort, method):
 
 
 def test_index_bounds_its_handles(cohort):
-    index = tile.PatchIndex(cohort, handles=2)
+    index = PatchIndex(cohort, handles=2)
     for n in range(40):
         index.read(index.draw(0, n))
         assert len(index._open) <= 2
@@ -951,12 +961,12 @@ def test_index_bounds_its_handles(cohort):
 
 def test_index_opens_each_h5_once(cohort, monkeypatch):
     """Draws jump from slide to slide; with more slides than handles, each would cost a look into HDF5 otherwise."""
-    index, opened, right = tile.PatchIndex(cohort, handles=1), [], h5py.File
+    index, opened, right = PatchIndex(cohort, handles=1), [], h5py.File
     monkeypatch.setattr(h5py, "File", lambda path, *args: opened.append(path) or right(path, *args))
     order = [index.draw(0, n) for n in range(40)]
     sums = [int(index.read(i).sum()) for i in order]
     assert len({index.locate(i)[0] for i in order}) == 3 and len(opened) == 3
-    assert [int(tile.PatchIndex(cohort).read(i).sum()) for i in order] == sums
+    assert [int(PatchIndex(cohort).read(i).sum()) for i in order] == sums
 
 
 @pytest.mark.parametrize("codec", ["rgb", "j2k"])
@@ -977,13 +987,13 @@ def test_index_reads_tiles_of_any_size_without_opening_slides(tmp_path, monkeypa
         )
         == 0
     )
-    index = tile.PatchIndex(tmp_path / "tiles" / "a")
+    index = PatchIndex(tmp_path / "tiles" / "a")
     with (
         h5py.File(tmp_path / "tiles" / "a" / "patches" / "a_patches.h5") as file,
-        tile.Slide(path) as slide,
+        Slide(path) as slide,
     ):
         expected = [slide.read(x, y, 256, 256) for x, y in file["coords"][:].tolist()]
-    monkeypatch.setattr(tile, "Slide", None)
+    monkeypatch.setattr("g2l.slides.Slide", None)
     assert len(expected) > 20 and all(
         np.array_equal(index.read(i), patch) for i, patch in enumerate(expected)
     )
@@ -991,7 +1001,7 @@ def test_index_reads_tiles_of_any_size_without_opening_slides(tmp_path, monkeypa
 
 def test_index_follows_an_h5_that_was_written_anew(cohort, tmp_path):
     shutil.copytree(cohort, tmp_path / "mine")
-    index = tile.PatchIndex(tmp_path / "mine", handles=1)
+    index = PatchIndex(tmp_path / "mine", handles=1)
     first, i = index.read(0), int(index.starts[1])
     index.read(i)  # the first slide's handle is closed
     with h5py.File(tmp_path / "mine" / "patches" / "a_patches.h5", "r+") as file:
@@ -1010,10 +1020,10 @@ def test_moved_slides_that_share_a_name(tmp_path):
         )
         == 0
     )
-    before = tile.PatchIndex(tmp_path / "tiles" / "mine")
+    before = PatchIndex(tmp_path / "tiles" / "mine")
     patches = [before.read(int(start)) for start in before.starts]
     (tmp_path / "slides").rename(tmp_path / "elsewhere")
-    after = tile.PatchIndex(tmp_path / "tiles" / "mine", slides=tmp_path / "elsewhere")
+    after = PatchIndex(tmp_path / "tiles" / "mine", slides=tmp_path / "elsewhere")
     assert len(patches) == 2 and not np.array_equal(*patches)
     assert all(
         np.array_equal(after.read(int(start)), patch)
@@ -1028,16 +1038,16 @@ def test_index_names_what_cannot_be_read(cohort, tmp_path):
         row["path"] = "/nowhere/" + Path(row["path"]).name
         name = f"{row['slide']}_patches.h5"
         (tmp_path / "patches" / name).symlink_to(cohort / "patches" / name)
-    tile.write_rows(tmp_path, rows)
-    index = tile.PatchIndex(tmp_path)
+    write_rows(tmp_path, rows)
+    index = PatchIndex(tmp_path)
     with pytest.raises(
-        tile.PatchError, match=r"a: patch at x=\d+, y=\d+ cannot be read: .*no such file"
+        PatchError, match=r"a: patch at x=\d+, y=\d+ cannot be read: .*no such file"
     ):
         index.read(0)
-    moved = tile.PatchIndex(tmp_path, slides=cohort.parents[1] / "slides")
-    assert np.array_equal(moved.read(0), tile.PatchIndex(cohort).read(0))
-    with pytest.raises(tile.UserError, match=r"run tile\.py"):
-        tile.PatchIndex(tmp_path / "patches")
+    moved = PatchIndex(tmp_path, slides=cohort.parents[1] / "slides")
+    assert np.array_equal(moved.read(0), PatchIndex(cohort).read(0))
+    with pytest.raises(UserError, match=r"run tile\.py"):
+        PatchIndex(tmp_path / "patches")
 
 
 def test_index_at_the_size_of_tcga(tmp_path):
@@ -1056,9 +1066,10 @@ def test_index_at_the_size_of_tcga(tmp_path):
         }
         for n in range(1000)
     ]
-    tile.write_rows(tmp_path, rows)
+    write_rows(tmp_path, rows)
     code = (
-        "import sys, time; import tile; t = time.time(); i = tile.PatchIndex(sys.argv[1]); "
+        "import sys, time; from g2l.patches import PatchIndex; t = time.time(); "
+        "i = PatchIndex(sys.argv[1]); "
         "d = [i.locate(i.draw(0, n)) for n in range(1000)]; "
         f"print(len(i), time.time() - t, {PEAK})"
     )
@@ -1067,7 +1078,7 @@ def test_index_at_the_size_of_tcga(tmp_path):
     )
     patches, seconds, megabytes = map(float, done.stdout.split())
     assert patches == 10_000_000 and seconds < 3 and megabytes < 400
-    assert len(pickle.dumps(tile.PatchIndex(tmp_path))) < 1_000_000
+    assert len(pickle.dumps(PatchIndex(tmp_path))) < 1_000_000
 
 
 def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
@@ -1084,7 +1095,7 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
     ]
     assert tile.main([*args, "--workers", "1"]) == 0
     folder = tmp_path / "tiles" / "mine"
-    saved, live = tile.PatchIndex(folder), tile.PatchIndex(cohort)
+    saved, live = PatchIndex(folder), PatchIndex(cohort)
     page = tifffile.TiffFile(slides / "a.svs").pages[0]
     data = (slides / "a.svs").read_bytes()
     scans = [data[o : o + c] for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
@@ -1097,7 +1108,7 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
             jpeg = tar.extractfile(member).read()
             scan = scans[int(y) // 256 * 6 + int(x) // 256]
             assert scan[scan.index(b"\xff\xda") :] in jpeg, "copied, not encoded anew"
-            with tile.Slide(slides / "a.svs") as slide:
+            with Slide(slides / "a.svs") as slide:
                 assert np.array_equal(
                     np.asarray(Image.open(io.BytesIO(jpeg))), slide.read(int(x), int(y), 256, 256)
                 )
@@ -1134,7 +1145,7 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
     ],
 )
 def test_patient_of(name, patient):
-    assert tile.patient_of(name) == patient
+    assert patient_of(name) == patient
 
 
 def test_slides_that_share_a_name_keep_apart():
@@ -1144,14 +1155,14 @@ def test_slides_that_share_a_name_keep_apart():
         Path("s/other.svs"),
         Path("s/other.tif"),
     ]
-    names = tile.name_slides(paths)
+    names = name_slides(paths)
     assert len(names) == 4 and set(names.values()) == set(paths) and names["p1_slide"] == paths[0]
 
 
 def test_atomic_leaves_the_old_file_on_failure(tmp_path):
-    with tile.atomic(tmp_path / "sub" / "a.txt") as temporary:
+    with atomic(tmp_path / "sub" / "a.txt") as temporary:
         temporary.write_text("old")
-    with pytest.raises(RuntimeError), tile.atomic(tmp_path / "sub" / "a.txt") as temporary:
+    with pytest.raises(RuntimeError), atomic(tmp_path / "sub" / "a.txt") as temporary:
         temporary.write_text("new")
         raise RuntimeError
     assert (tmp_path / "sub" / "a.txt").read_text() == "old" and len(
@@ -1176,8 +1187,8 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(tile.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     for _ in range(2):
-        with tile.locked(tmp_path / "lock", wait=False) as free:
+        with locked(tmp_path / "lock", wait=False) as free:
             assert free
     assert capsys.readouterr().err.count("has no locks") == 1

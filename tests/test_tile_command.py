@@ -28,6 +28,10 @@ from scipy import ndimage
 from test_tile import by_openslide, section, write_slide
 
 import tile
+from g2l.cohort import CohortSlide, patient_of, read_manifest, read_rows, select
+from g2l.grid import tile_slide
+from g2l.patches import PatchIndex
+from g2l.slides import Slide, slide_name
 
 ROOT = Path(tile.__file__).parent
 
@@ -51,7 +55,7 @@ def run(data, *args, **options):
 
 
 def rows(data, name="mine"):
-    return tile.read_rows(data / "tiles" / name)
+    return read_rows(data / "tiles" / name)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +180,7 @@ def test_faults_are_told_and_nothing_else_is_lost(zoo):
     row = table["damaged"]
     assert int(row["unreadable"]) == 1 and "left out, first: x=256, y=256: " in row["warnings"]
     assert int(row["patches"]) == int(table["good"]["patches"]) - 1
-    index = tile.PatchIndex(data / "tiles" / "mine")
+    index = PatchIndex(data / "tiles" / "mine")
     assert len(index.slides) == 7 and all(
         index.read(i).shape == (256, 256, 3) for i in range(0, len(index), 5)
     )
@@ -305,7 +309,7 @@ def test_a_name_that_changes_leaves_no_second_copy(tmp_path, sound):
     assert run(tmp_path).returncode == 0
     put(tmp_path, sound, "p2/same.svs")
     assert run(tmp_path).returncode == 0
-    assert tile.PatchIndex(tmp_path / "tiles" / "mine").slides == ["p1_same", "p2_same"]
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["p1_same", "p2_same"]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_without_a_traceback(tmp_path, sound, capsys):
@@ -338,14 +342,14 @@ def test_slides_without_patches_have_a_thumbnail_too(tmp_path):
 
 
 def tcga(number, kind="DX1"):
-    return tile.Source(
+    return CohortSlide(
         f"TCGA-A{number % 7}-{number:04d}-01{'Z' if kind == 'DX1' else 'A'}-00-{kind}.UUID",
         Path("x"),
     )
 
 
 def choose(sources, **args):
-    return tile.select(
+    return select(
         sources,
         Namespace(**{"exclude": None, "strategy": "both", "max_slides": 0, "seed": 0} | args),
     )
@@ -383,14 +387,14 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
         chosen, reasons = choose(sources, exclude=tmp_path / name)
         assert len(chosen) == 38 and not [s for s in chosen if s.name.startswith(patient)]
         assert sum("held out" in reason for reason in reasons.values()) == 2
-    double = [tile.Source(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
+    double = [CohortSlide(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
     (tmp_path / "d.txt").write_text("# held out\r\nsame.svs\r\n", encoding="utf-8-sig")
     assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], (
         "named as the file is"
     )
     named = [
-        tile.Source('a, "b" 1', Path("x")),
-        tile.Source("c", Path("y"), stated="Doe, J."),
+        CohortSlide('a, "b" 1', Path("x")),
+        CohortSlide("c", Path("y"), stated="Doe, J."),
         sources[0],
     ]
     for text in ('slide,label\n"a, ""b"" 1",x\n', 'a, "b" 1\n'):
@@ -408,15 +412,13 @@ def test_exclusion_is_by_patient(tmp_path, capsys):
 
 @pytest.mark.skipif(SHARED is None, reason="needs the shared tables")
 def test_real_manifest_and_benchmark_table(capsys):
-    listed = tile.read_manifest(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt")
-    sources = [
-        tile.Source(tile.slide_name(row["filename"]), Path(row["filename"])) for row in listed
-    ]
+    listed = read_manifest(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt")
+    sources = [CohortSlide(slide_name(row["filename"]), Path(row["filename"])) for row in listed]
     held = SHARED / "tables" / "tcga-brca-tp53.csv"
     chosen, _ = choose(sources, exclude=held, strategy="diagnostic")
     patients = {line.split(",")[1] for line in held.read_text().splitlines()[1:]}
     assert len(listed) == 1134 and len(chosen) < 200
-    assert not {tile.patient_of(source.name) for source in chosen} & patients
+    assert not {patient_of(source.name) for source in chosen} & patients
 
 
 def test_patients_held_out_later_leave_the_index(tmp_path, sound):
@@ -424,7 +426,7 @@ def test_patients_held_out_later_leave_the_index(tmp_path, sound):
     assert run(tmp_path).returncode == 0
     (tmp_path / "held.txt").write_text("p1\n")
     assert run(tmp_path, "--exclude", tmp_path / "held.txt").returncode == 0
-    assert tile.PatchIndex(tmp_path / "tiles" / "mine").slides == ["p2_a"]
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["p2_a"]
     manifest = (tmp_path / "tiles" / "mine" / "manifest.txt").read_text().splitlines()
     assert (
         manifest[0] == "id\tfilename\tmd5\tsize\tstate"
@@ -432,7 +434,7 @@ def test_patients_held_out_later_leave_the_index(tmp_path, sound):
         and "p2_a.svs" in manifest[1]
     )
     assert run(tmp_path).returncode == 0
-    assert len(tile.PatchIndex(tmp_path / "tiles" / "mine").slides) == 3, "wanted again"
+    assert len(PatchIndex(tmp_path / "tiles" / "mine").slides) == 3, "wanted again"
 
 
 def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
@@ -446,7 +448,7 @@ def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
     done = run(tmp_path, "--manifest", listed)
     assert "5 slides are finished, 0 to do" in done.stdout, "another patient is no other tiling"
     assert done.stdout.splitlines()[-1].startswith("5 slides of 4 patients done,")
-    index = tile.PatchIndex(folder)
+    index = PatchIndex(folder)
     assert dict(zip(index.slides, index.patient, strict=True)) == {
         "case_a": "Ann_1_x",
         "case_b": "Ann_1_x",
@@ -465,11 +467,11 @@ def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
     ):
         held.write_text(f"{text}\n")
         assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
-        assert tile.PatchIndex(folder).slides == left, text
+        assert PatchIndex(folder).slides == left, text
     listed.write_text("slide\nP2_a\n")
     held.write_text("Ann_1_x\n")
     assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
-    assert "case_a" not in tile.PatchIndex(folder).slides, (
+    assert "case_a" not in PatchIndex(folder).slides, (
         "held out by what slides.csv holds of an earlier run"
     )
 
@@ -481,7 +483,7 @@ def tree(folder):
     """What a finished cohort holds, without times: the rows and every patch's place."""
     table = {
         name: {key: row[key] for key in ("status", "patches", "settings")}
-        for name, row in tile.read_rows(folder).items()
+        for name, row in read_rows(folder).items()
     }
     coords = {}
     for path in sorted(folder.glob("patches/*.h5")):
@@ -579,7 +581,7 @@ def test_ranks_share_the_slides(tmp_path, sound):
 
 def test_a_slide_that_crashes_its_reader_is_recorded(tmp_path, sound, monkeypatch, capsys):
     put(tmp_path, sound, "a.svs", "b.svs", "c.svs")
-    whole = tile.tile_slide
+    whole = tile_slide
 
     def crash(slide, **options):
         if slide.name == "b":
@@ -587,7 +589,7 @@ def test_a_slide_that_crashes_its_reader_is_recorded(tmp_path, sound, monkeypatc
             os.kill(os.getpid(), signal.SIGSEGV)
         return whole(slide, **options)
 
-    monkeypatch.setattr(tile, "tile_slide", crash)
+    monkeypatch.setattr("tile.tile_slide", crash)
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--workers", "1"]) == 1
     table = rows(tmp_path)
     assert [table[name]["status"] for name in "abc"] == [
@@ -702,7 +704,7 @@ def gdc(sound, monkeypatch):
     md5 = hashlib.md5(sound).hexdigest()
     Gdc.slides = {f"uuid-{n}": (f"TCGA-N5-A4R{n}-01Z-00-DX1.{n}.svs", sound, md5) for n in range(4)}
     Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
-    monkeypatch.setattr(tile, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -746,7 +748,7 @@ def test_download_goes_on_with_a_typed_yes(tmp_path, gdc, monkeypatch, typed, st
 
 
 def test_download_needs_room(tmp_path, gdc, monkeypatch, capsys):
-    monkeypatch.setattr(tile.shutil, "disk_usage", lambda _: Namespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=1000))
     assert download(tmp_path, gdc, "--yes") == 1 and not Gdc.log
     assert "--save-patches --discard-slides" in capsys.readouterr().err
 
@@ -841,7 +843,7 @@ def test_discarded_slides_leave_their_patches(tmp_path, gdc):
     assert list((tmp_path / "slides").rglob("*.svs")) == [own], (
         "a slide that was there before is not ours to delete"
     )
-    index = tile.PatchIndex(tmp_path / "tiles" / "ucs")
+    index = PatchIndex(tmp_path / "tiles" / "ucs")
     assert len(index.slides) == 4 and index.read(0).shape == (256, 256, 3)
     requests = len(Gdc.log)
     assert download(tmp_path, gdc, "--yes", "--save-patches", "--discard-slides") == 0
@@ -884,7 +886,7 @@ def test_real_slides(tmp_path):
     assert frozen["status"] == "skipped" and "no µm per pixel" in frozen["reason"]
     assert frozen["patient"] == "TCGA-CR-7395"
     for path in sorted((SHARED / "slides").glob("*.svs")):
-        with tile.Slide(path) as slide, openslide.OpenSlide(path) as reference:
+        with Slide(path) as slide, openslide.OpenSlide(path) as reference:
             assert slide.levels[0].tiles
             for x, y in (
                 np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""The nouns that the commands share, one idea a file; imports run one way."""

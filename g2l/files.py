@@ -1,0 +1,161 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from stat import S_ISDIR
+
+from g2l.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike):
+    """Yield a temporary path in the folder of `path`; rename it onto `path` on success, remove it on failure.
+
+    Its name is its own, so processes do not meet; a reader sees the old file or the new one, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True):
+    """Hold an advisory lock on `path`; yields False when it is held elsewhere and `wait` is False.
+
+    The kernel frees it when the holder dies, however it dies: there are no stale locks to clear.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            _no_locks(path.parent, str(error))
+        yield True
+
+
+@functools.cache
+def _no_locks(folder: Path, why: str) -> None:
+    print(
+        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
+        "work there at once",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; empty if there is no such file or it is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def read_table(
+    path: Path, needed: Sequence[str], filled: Sequence[str] = (), why: str = ""
+) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header line, without blanks around names and values.
+
+    Raises UserError naming file and line where a column of `needed` lacks or has an empty cell, or one of `filled`,
+    which may lack, has one; `why` ends the text.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            head = [name.strip() for name in next(reader, [])]
+            lines = [
+                (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f'{path}: no CSV file in UTF-8 ({error}); save it as "CSV UTF-8"'
+        ) from error
+    missing = [name for name in needed if name not in head]
+    if missing:
+        raise UserError(
+            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed are "
+            f"{','.join(needed)}, separated by commas{why}"
+        )
+    if not lines:
+        raise UserError(f"{path}: holds no rows; one line per image is expected")
+    rows = []
+    for number, cells in lines:
+        row = dict(zip(head, [*cells, *[""] * len(head)], strict=False))
+        empty = [name for name in (*needed, *filled) if row.get(name) == ""]
+        if empty:
+            raise UserError(
+                f"{path}, line {number}: {empty[0]} is empty; fill it in or remove the line"
+            )
+        rows.append(row)
+    return rows
+
+
+def files_below(root: Path) -> list[Path]:
+    """All files below `root` in order, through links to folders too; not macOS's `._` twins."""
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link back
+            inner.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        found += [os.path.join(folder, name) for name in names if not name.startswith("._")]
+    return [
+        Path(name) for name in sorted(found)
+    ]  # half a million texts are sorted faster than paths
+
+
+def safe(name: str) -> str:
+    """`name` as a file name: everything but letters, digits, dot, dash and underscore becomes an underscore."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.") or "_"
+
+
+def digest(*parts) -> str:
+    """Short hash of anything that json can write."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def stamp(path: Path) -> list:
+    """What changes when a file (or a folder of files) changes: names, sizes and times of modification."""
+    try:
+        found = os.stat(path)
+    except OSError:  # a missing file is a state like any other
+        return []
+    if S_ISDIR(found.st_mode):
+        return [line for inner in sorted(Path(path).iterdir()) for line in stamp(inner)]
+    return [[Path(path).name, found.st_size, found.st_mtime_ns]]
