@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import signal
@@ -33,10 +32,10 @@ from torch import nn
 from g2l.arguments import Help
 from g2l.augment import BLUR_SIZE, augment
 from g2l.devices import add_model_arguments, default_workers, describe_device, pick_precision
-from g2l.errors import UserError
+from g2l.errors import UserError, exit_status
 from g2l.models import Model, load_model, matmul_ceiling, save_student
 from g2l.patches import PatchIndex
-from g2l.progress import StepProgress
+from g2l.progress import Progress
 from g2l.ranks import (
     agree,
     any_rank,
@@ -167,7 +166,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
     finished = "finished" in earlier and (run.folder / "student" / "model.safetensors").exists()
     if finished or (earlier and any(path.exists() for path in run.checkpoints)):
         refuse_changes(earlier["identity"], {**identity, "flags": flags}, run.folder)
-    if agree(finished, rank, world):
+    if agree(finished):
         if main:
             say(
                 f"{run.folder}: finished at step {earlier['finished']['step']}; student: {run.folder / 'student'}"
@@ -216,7 +215,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         state = run.load()
         if state:
             refuse_changes(state["identity"], {**identity, "flags": flags}, run.folder)
-    newest = agree(state["step"] if state else 0, rank, world)
+    newest = agree(state["step"] if state else 0)
     if newest and not main:
         path = next((p for p in run.checkpoints if p.exists()), None)
         if path is None:
@@ -290,10 +289,8 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
     )
 
     every = args.eval_every or max(1, min(500, steps // 10))
-    readings, progress = (
-        Readings(device, world),
-        StepProgress(steps, first, step_flops, ceiling, images),
-    )
+    readings = Readings(device, world)
+    progress = Progress(steps, "step", first, interval=5, shown=main)
     done, saved = first, time.monotonic()
 
     def measure(step: int) -> None:
@@ -336,13 +333,15 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
                     "grad_norm": norm,
                     "spread": spread,
                     "above_mean": stop.count,
-                    "images_per_second": progress.rate,
-                    "mfu": progress.mfu,
+                    "images_per_second": round(progress.rate * images, 2),
+                    "mfu": round(progress.rate * step_flops / ceiling, 4),
                 }
             )
         if main and lines:
             run.log(lines)
-            progress.show(lines[-1])
+            row = lines[-1]
+            text = f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:.1f} img/s, MFU {row['mfu']:.0%}"
+            progress.step(row["step"] - progress.done, text)
 
     def save() -> None:
         nonlocal saved
@@ -351,8 +350,8 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
             readings.receive(everything=True)
         )  # so nothing is saved that was not seen to be finite
         now = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
-        states = gather_values(now, rank, world)
-        failures = gather_values(unreadable, rank, world)
+        states = gather_values(now)
+        failures = gather_values(unreadable)
         saved = time.monotonic()
         if not main:
             return
@@ -421,7 +420,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
                 args.checkpoint_minutes > 0
                 and time.monotonic() - saved > 60 * args.checkpoint_minutes
             )
-            due, caught = any_rank([main and late, bool(received)], world)
+            due, caught = any_rank([main and late, bool(received)])
             ended = "signal" if caught else ended
         if done % every == 0 or done == steps or (ended and ended != "signal"):
             measure(done)
@@ -432,7 +431,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         ):
             save()
     save()
-    progress.end()
+    progress.close()
     if main:
         run.draw_loss()
     if ended == "signal":
@@ -443,7 +442,7 @@ def _train(args: argparse.Namespace, run: Run, rank: int, world: int, device: to
         return 128 + (received[0] if received else signal.SIGTERM)
     if main:
         finish(args, run, teacher, student, index, done, ended, best, config, heldout.name)
-    total = sum(gather_values(unreadable, rank, world))
+    total = sum(gather_values(unreadable))
     if total:
         say(
             f"{total} patches could not be read and were replaced, which the exit status tells too; they are named in "
@@ -750,48 +749,23 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--sync: only --loss logsum is computed over all ranks, not {args.loss}")
 
 
-KILLED = (
-    "a loading process was killed, by the system if memory was short: lower --workers, and run the same command "
-    "again to go on from the last checkpoint"
-)
+REMEDIES = {"memory": "lower --batch-size, and raise --accumulate for as many patches a step"}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    return exit_status(lambda: run_command(args), REMEDIES)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Check the flags, train, and leave no process behind; the exit status."""
     try:
-        try:
-            check(args)
-            status = train(args)
-        finally:
-            end_workers()  # before anything is said: the death of one is a signal that raises, wherever one is
-        leave_distributed()  # not after an error: it would wait for what other ranks will never send
-        return status
-    except UserError as error:
-        return _fail(str(error))
-    except (ConnectionError, EOFError):  # of the pipes to loading processes
-        return _fail(KILLED)
-    except OSError as error:
-        return _fail(
-            f"{error}; what was saved before is whole: mend it and run the same command again"
-        )
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        return _fail(
-            f"{reason}: lower --batch-size, and raise --accumulate for as many patches a step"
-        )
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            end_workers()
-            return _fail(KILLED)
-        if not torch.distributed.is_initialized() or "onnection" not in str(error):
-            raise
-        return _fail("another rank ended, so this one does too; its message says why")
-
-
-def _fail(message: str) -> int:
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error: {rank}{message}", file=sys.stderr, flush=True)
-    return 1
+        check(args)
+        status = train(args)
+    finally:
+        end_workers()  # before anything is said: the death of one is a signal that raises
+    leave_distributed()  # not after an error: it would wait for what other ranks will never send
+    return status
 
 
 if __name__ == "__main__":

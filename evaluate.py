@@ -22,7 +22,7 @@ import numpy as np
 
 from g2l.arguments import Help, add_running_arguments, directory, whole
 from g2l.benchmarks import Benchmark, leaked
-from g2l.errors import UserError, guarded, report_failures
+from g2l.errors import UserError, exit_status
 from g2l.features import (
     card,
     check_names,
@@ -31,6 +31,7 @@ from g2l.features import (
     features,
     loaded_model,
     models_at_hand,
+    report_failures,
 )
 from g2l.files import digest, safe
 from g2l.pictures import draw_benchmark, draw_figure1
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(list_benchmarks(args.data))
         return 0
-    return guarded(lambda: run(args))
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

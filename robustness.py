@@ -29,8 +29,8 @@ import numpy as np
 
 from g2l.arguments import Help, add_running_arguments, directory, share, whole
 from g2l.benchmarks import Benchmark, leaked
-from g2l.errors import UserError, guarded, report_failures
-from g2l.features import card, check_names, display, features, models_at_hand
+from g2l.errors import UserError, exit_status
+from g2l.features import card, check_names, display, features, models_at_hand, report_failures
 from g2l.files import digest, safe, write_text
 from g2l.images import ImageFiles, ImageSource
 from g2l.multicentre import load_multicentre, unlabelled
@@ -535,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
             args, parse_weights(args.weights, args.models), options
         )
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ from g2l.cohort import (
     select,
     write_rows,
 )
-from g2l.errors import PatchError, SkippedSlide, UserError, disk_full
+from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status
 from g2l.files import atomic, locked, size_of
 from g2l.gdc import ask_gdc, download, downloaded_mark
 from g2l.grid import tile_slide
 from g2l.overlays import write_contact_sheet, write_geojson, write_thumbnail
 from g2l.patches import magnification, tile_table, write_coords, write_shard
-from g2l.progress import SlideProgress
+from g2l.progress import Progress
 from g2l.slides import Slide
 from g2l.tissue import find_mask
 
@@ -296,30 +296,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # file names need not be valid in the terminal's encoding
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
-    try:
-        check(args)
-        # Under torchrun rank 0 speaks for all.
-        with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
-            return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        mend = "free some space" if disk_full(error) else "mend that"
-        print(
-            f"error: {error}: {mend} and run the same command again; it goes on where it was",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 1
+    return exit_status(lambda: check_and_run(args))
+
+
+def check_and_run(args: argparse.Namespace) -> int:
+    """Check the flags and tile; under torchrun rank 0 speaks for all."""
+    check(args)
+    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
+        return run(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -536,6 +521,15 @@ def worker(pipe, parents: list, folder: Path, args: argparse.Namespace, wait: bo
             pipe.send(answer)
 
 
+def tell_slide(progress: Progress, row: dict) -> None:
+    """One line for one slide."""
+    what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
+    warned = f" ({row['warnings']})" if row.get("warnings") else ""
+    progress.step()
+    place = f"[{progress.done}/{progress.total}]"
+    progress.note(f"{place} {row['slide']}: {row['status']}, {what}{warned}")
+
+
 def work_through(
     sources: list[CohortSlide], folder: Path, args: argparse.Namespace, wait: bool
 ) -> list[CohortSlide]:
@@ -547,7 +541,10 @@ def work_through(
     queue, busy, fatal = list(reversed(sources)), [], None
     context = multiprocessing.get_context("fork")
     running: dict = {}  # pipe -> (process, slide in hand)
-    progress = SlideProgress(len(sources))
+    start_bytes = time.monotonic()
+    fetched = 0
+    shown = not int(os.environ.get("RANK", 0))
+    progress = Progress(len(sources), "slide", interval=60, shown=shown)
 
     def start():
         pipe, theirs = context.Pipe()
@@ -593,26 +590,27 @@ def work_through(
                         "reason": reason,
                     }
                     write_rows(folder, [row])
-                    progress.slide(row)
+                    tell_slide(progress, row)
                     del running[pipe]
                     if queue:
                         start()
                     continue
                 if kind == "bytes":
-                    progress.fetched(content)
+                    fetched += content
+                    rate = fetched / 1e6 / (time.monotonic() - start_bytes)
+                    progress.step(0, f"{fetched / 1e9:.2f} GB fetched, {rate:.1f} MB/s")
                     continue
                 if kind == "fatal":
                     fatal = content
                 elif content is None:
                     busy.append(source)
                 else:
-                    progress.slide(content)
+                    tell_slide(progress, content)
                 hand_out(pipe)
     finally:
         for process, _ in running.values():
             process.terminate()
-        if progress.bar is not None:
-            progress.bar.close()
+        progress.close()
     if fatal:
         raise fatal
     return busy

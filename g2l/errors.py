@@ -1,19 +1,37 @@
-"""TODO."""
+"""What a user can mend, and the one way from an error to a message and an exit status.
+
+Library code raises `UserError` with what is wrong and, as `mend`, a short key of what would mend it. It knows no
+flags: each command hands `exit_status` its own remedies, texts by key, which are added to the message.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+GO_ON = "run the same command again; it goes on where it was"
+KILLED = (
+    "a loading process was killed, by the system if memory was short: lower --workers, and run "
+    "the same command again to go on"
+)
 
 
 class UserError(Exception):
-    """A user's mistake; the text names the file or flag, what was expected, and what mends it."""
+    """A user's mistake: the text names the file or value and what was expected.
+
+    `mend` names the kind of remedy ("weights", "device", ...) for the command to put into its own words.
+    """
+
+    def __init__(self, text: str, mend: str = ""):
+        super().__init__(text)
+        self.mend = mend
 
 
 class SkippedSlide(UserError):
-    """A sound slide that is not wanted as it is (no mpp, other magnification, no tissue); the text says why."""
+    """A sound slide that is not wanted as it is (no mpp, other magnification, no tissue)."""
 
 
 class PatchError(Exception):
@@ -22,40 +40,51 @@ class PatchError(Exception):
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error means that nothing more can be written; HDF5 hides the number in its text."""
-    return isinstance(error, OSError) and (
-        error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        or re.search("No space left|File too large|quota", str(error)) is not None
-    )
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = re.search("No space left|File too large|quota", str(error))
+    return isinstance(error, OSError) and (error.errno in numbers or words is not None)
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """The exit status of `work`, the text of a user's mistake or of a disk that refuses instead of a traceback."""
-    from safetensors import SafetensorError
+def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
+    """What a user is told of an error; None where it is a fault of this program."""
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, UserError):
+        remedy = remedies.get(error.mend)
+        return f"{text}; {remedy}" if remedy else text
+    if kind == "SafetensorError" and "I/O error" in text:  # it has no number, only a text
+        error = OSError(text)
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
+        return KILLED
+    if isinstance(error, OSError):
+        cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
+        return f"{cause} and {GO_ON}"
+    if kind == "OutOfMemoryError":
+        return f"{text.split('. ')[0]}; {remedies.get('memory', 'take a smaller batch')}"
+    if isinstance(error, RuntimeError) and "onnection" in text and "WORLD_SIZE" in os.environ:
+        return "another rank ended, so this one does too; its message says why"
+    return None
 
+
+def say_error(text: str) -> None:
+    """One line on standard error, with the rank where there are several."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ['RANK']}: " if several else ""
+    print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+
+
+def exit_status(work: Callable[[], int], remedies: Mapping[str, str] | None = None) -> int:
+    """The status of `work`; a user's mistake, a full disk or Ctrl-C become one clear line."""
+    for stream in (sys.stdout, sys.stderr):  # file names need not be valid in a terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError):  # it has no number, only a text
-            if "I/O error" not in str(error):
-                raise
-            error = OSError(str(error))
-        why = "no space left on the disk; make room" if disk_full(error) else f"{error}; mend it"
-        print(f"error: {why} and run again: nothing was lost", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    return 1
-
-
-def report_failures(failures: list[str], lost: dict[str, int]) -> int:
-    """Say what is missing, of each benchmark how many images; the exit status."""
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    for name, missing in lost.items():
-        print(
-            f"{name}: {missing} images could not be read and were left out, which the exit status tells too",
-            file=sys.stderr,
-        )
-    return int(bool(failures or lost))
+    except Exception as error:
+        text = explain(error, remedies or {})
+        if text is None:
+            raise
+        say_error(text)
+        return 1

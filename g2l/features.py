@@ -21,7 +21,7 @@ from g2l.benchmarks import Benchmark
 from g2l.errors import PatchError, UserError
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, fitting_batch_size
-from g2l.progress import image_progress
+from g2l.progress import Progress
 from g2l.ranks import rank_and_world
 
 CARD_VERSION = 1  # raised when a model would be loaded, measured or described otherwise
@@ -136,12 +136,11 @@ def extract_features(
             images, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
         )
         saved, save_at = set(), time.monotonic() + SAVE_SECONDS
-        with image_progress(
-            len(source), len(done[0]), world, progress if rank == 0 else "none"
-        ) as tick:
+        shown = rank == 0 and progress != "none"
+        with Progress(len(source), "image", len(done[0]), shown=shown) as bar:
             for i, row, problems in _embed(model, loader, batch_size, device):
                 rows[i] = (row, problems)
-                tick()
+                bar.step(world)  # other ranks are taken to be as fast
                 if cache and time.monotonic() >= save_at:
                     _save_rows(Path(cache), stamp, {i: rows[i] for i in rows if i not in saved})
                     saved, save_at = set(rows), time.monotonic() + SAVE_SECONDS
@@ -488,3 +487,16 @@ def check_names(models: Sequence[str]) -> None:
                 f"--models: {name} and another share the name {safe(display(name))}; rename one of the "
                 "folders"
             )
+
+
+def report_failures(failures: list[str], lost: dict[str, int]) -> int:
+    """Say what is missing, of each benchmark how many images; the exit status."""
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    for name, missing in lost.items():
+        print(
+            f"{name}: {missing} images could not be read and were left out, "
+            "which the exit status tells too",
+            file=sys.stderr,
+        )
+    return int(bool(failures or lost))
