@@ -25,7 +25,7 @@ import tifffile
 from conftest import SHARED, torchrun
 from PIL import Image
 from scipy import ndimage
-from test_tile import by_openslide, section, write_slide
+from synthetic import by_openslide, section, write_slide
 
 import tile
 from g2l.cohort import CohortSlide, patient_of, read_manifest, read_rows, select
