@@ -36,6 +36,8 @@ class Benchmark:
     centers: list[str] | None = None
     source: str = ""  # under which name its features are kept, where benchmarks share images
     notes: list[str] = field(default_factory=list)
+    # Fingerprint of the images, taken at first use; a copy with other images begins without one.
+    stamp: str = field(default="", init=False)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a command computes on: device and precision, and the flags by which models are named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import torch
 
 from g2l.errors import UserError
 
-PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# What mends an error of a model, in the words of the flags below.
+MODEL_REMEDIES = {
+    "weights": "give a file by --weights NAME=FILE, or random weights by --weights random",
+    "device": "name another by --device",
+    "no gpu": "use --device cpu",
+    "one image": "use --device cpu or --precision bf16",
+    "broken features": "check the weights (python -m g2l.models NAME --check FILE), or use "
+    "--precision fp32",
+}
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -17,26 +31,30 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
-        if device.type not in ("cpu", "cuda"):  # ROCm is cuda too
-            raise RuntimeError
+        chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: expected cpu, cuda, cuda:N or auto") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"{device}: this machine has {torch.cuda.device_count()} GPUs; torchrun takes at most so "
-                "many as --nproc_per_node"
-            )
-    return device
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):  # ROCm is cuda too
+        raise UserError(f"device {device}: expected cpu, cuda, cuda:N or auto", mend="device")
+    if chosen.type == "cpu":
+        return chosen
+    if not torch.cuda.is_available():
+        raise UserError(f"device {device}: PyTorch sees no GPU here", mend="no gpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if chosen.index is None else chosen.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"cuda:{index}: this machine has {count} GPUs, and each takes one process of torchrun",
+            mend="device",
+        )
+    return torch.device("cuda", index)
 
 
 def default_workers(workers: int | None, device: torch.device) -> int:
-    """Loading processes per rank: enough to feed a GPU; on a CPU at most one, which shares the cores with training."""
+    """Loading processes per rank: enough to feed a GPU.
+
+    On a CPU there is at most one, which shares the cores with training.
+    """
     if workers is not None:
         return workers
     cores = (os.cpu_count() or 1) // max(1, torch.cuda.device_count())
@@ -44,58 +62,48 @@ def default_workers(workers: int | None, device: torch.device) -> int:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; bf16 on a GPU that has it."""
+    """Of training: fp32 on a CPU, bf16 on a GPU that has it, unless named."""
     if name == "fp16":
         raise UserError(
-            "--precision fp16: its range is too small for training without loss scaling; take bf16 or fp32"
+            "precision fp16: its range is too small for training without loss scaling; "
+            "take bf16 or fp32"
         )
-    if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported()
-            else torch.float32
-        )
-    return PRECISIONS[name]
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return PRECISIONS[name] or (torch.bfloat16 if half else torch.float32)
 
 
 def describe_device(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    """The GPU's name, or the number of the CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every script which loads models shares; `model_options(args)` turns them into arguments."""
+    """The flags of every command that loads models; `model_options` turns them into arguments."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--weights",
         nargs="+",
         action="extend",
         metavar="[NAME=]FILE",
-        help="weights by model: a safetensors or .bin file, a folder, or `random`; default: the hub's "
-        "cache, or the hub",
+        help="weights by model: a safetensors or .bin file, a folder, or `random`; default: the "
+        "hub's cache, or the hub",
     )
-    group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one"
-    )
+    device = "cpu, cuda or cuda:1; auto takes a GPU if there is one"
+    group.add_argument("--device", default="auto", help=device)
     group.add_argument(
         "--precision",
         default="auto",
         choices=list(PRECISIONS),
-        help="of matrix products; auto is fp32 on CPU and the model's own half precision on a GPU; "
-        "bf16 doubles the speed of recent CPUs too",
+        help="of matrix products; auto is fp32 on a CPU and the model's own half precision on a "
+        "GPU; bf16 doubles the speed of recent CPUs too",
     )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile models with torch.compile (a minute of start)",
-    )
+    slow = "compile models with torch.compile (a minute of start)"
+    group.add_argument("--compile", action="store_true", help=slow)
 
 
 def model_options(args: argparse.Namespace) -> dict:
     """Keyword arguments for `load_model` from the flags of `add_model_arguments`."""
-    return dict(
-        device=pick_device(args.device), dtype=PRECISIONS[args.precision], compile=args.compile
-    )
+    dtype = PRECISIONS[args.precision]
+    return dict(device=pick_device(args.device), dtype=dtype, compile=args.compile)

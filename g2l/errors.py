@@ -1,7 +1,8 @@
 """What a user can mend, and the one way from an error to a message and an exit status.
 
-Library code raises `UserError` with what is wrong and, as `mend`, a short key of what would mend it. It knows no
-flags: each command hands `exit_status` its own remedies, texts by key, which are added to the message.
+Library code raises `UserError` with what is wrong and, as `mend`, a short key of what would mend
+it. It knows no flags: each command hands `exit_status` its own remedies, texts by key, which are
+added to the message.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ KILLED = (
 class UserError(Exception):
     """A user's mistake: the text names the file or value and what was expected.
 
-    `mend` names the kind of remedy ("weights", "device", ...) for the command to put into its own words.
+    `mend` names the kind of remedy ("weights", "device", ...) for the command to put into its own
+    words.
     """
 
     def __init__(self, text: str, mend: str = ""):
@@ -39,10 +41,11 @@ class PatchError(Exception):
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error means that nothing more can be written; HDF5 hides the number in its text."""
+    """Whether an error means that nothing more can be written; HDF5 hides the number in its
+    text."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = re.search("No space left|File too large|quota", str(error))
-    return isinstance(error, OSError) and (error.errno in numbers or words is not None)
+    return getattr(error, "errno", None) in numbers or words is not None
 
 
 def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
@@ -51,16 +54,15 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     if isinstance(error, UserError):
         remedy = remedies.get(error.mend)
         return f"{text}; {remedy}" if remedy else text
-    if kind == "SafetensorError" and "I/O error" in text:  # it has no number, only a text
-        error = OSError(text)
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
-    if isinstance(error, OSError):
+    # safetensors hides the operating system's error in a text
+    if isinstance(error, OSError) or (kind == "SafetensorError" and "I/O error" in text):
         cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
         return f"{cause} and {GO_ON}"
     if kind == "OutOfMemoryError":
         return f"{text.split('. ')[0]}; {remedies.get('memory', 'take a smaller batch')}"
-    if isinstance(error, RuntimeError) and "onnection" in text and "WORLD_SIZE" in os.environ:
+    if kind == "RuntimeError" and "onnection" in text and "WORLD_SIZE" in os.environ:
         return "another rank ended, so this one does too; its message says why"
     return None
 

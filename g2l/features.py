@@ -1,8 +1,13 @@
-"""TODO."""
+"""Images through a network, once: extraction that can be killed, and the cache of its results.
+
+`extract_features` reads (`ImageReader`, in loading processes), computes (`Forward`) and gathers,
+and keeps finished rows while it works. `features` is the cache: the embeddings of one model on one
+benchmark, valid for the key of weights, preprocessing and images only. `card` keeps what is known
+of a model, so that a run with nothing new loads no network.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -10,8 +15,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,75 +26,142 @@ from torch import nn
 from g2l.benchmarks import Benchmark
 from g2l.errors import PatchError, UserError
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
-from g2l.models import Model, fitting_batch_size
+from g2l.models import Model, load_model
 from g2l.progress import Progress
-from g2l.ranks import rank_and_world
+from g2l.ranks import agree, gather_values, in_job, rank_and_world, setup_distributed
+from g2l.registry import REGISTRY
+from g2l.speed import fitting_batch_size, milliseconds
+from g2l.weights import WEIGHT_FILES
 
 CARD_VERSION = 1  # raised when a model would be loaded, measured or described otherwise
 SAVE_SECONDS = 30  # between two saves of finished features
+UNREADABLE = (PatchError, OSError, ValueError)
+Problems = list[str]  # what could not be read of an item
+Row = tuple[np.ndarray, Problems]  # the embedding of an item
+Batch = tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]
 
 
-class _Images(torch.utils.data.IterableDataset):
-    """Reads items of a source in a data-loader worker and yields them as batches ready for a network.
+class ImageReader(torch.utils.data.IterableDataset):
+    """Reads items of a source in a loading process and yields them as batches ready for a network.
 
-    Each yield is (items, images, ended): `images` uint8 (m, 3, S, S) of which image j belongs to item items[j], and
-    `ended`, the items of which all images have now been yielded, as (item, what could not be read).
-    A sequence of patches, such as a slide, is read lazily by one worker and never held as a whole.
+    Each yield is (items, images, ended): `images` uint8 (m, 3, S, S) of which image j belongs to
+    item items[j], and `ended`, the items of which all images have now been yielded, as (item, what
+    could not be read). A sequence of patches, such as a slide, is read lazily by one worker and
+    never held as a whole.
     """
 
-    def __init__(self, source: Sequence, todo: list[int], geometry, size: int, batch_size: int):
+    def __init__(
+        self, source: Sequence, todo: list[int], geometry: Callable, size: int, batch_size: int
+    ):
         super().__init__()
-        self.source, self.todo, self.geometry, self.size, self.batch_size = (
-            source,
-            todo,
-            geometry,
-            size,
-            batch_size,
-        )
+        self.source, self.todo, self.geometry = source, todo, geometry
+        self.size, self.batch_size = size, batch_size
 
-    def __iter__(self) -> Iterator[tuple[list[int], torch.Tensor, list[tuple[int, list[str]]]]]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
-        items, images, ended = (
-            [],
-            torch.empty(self.batch_size, 3, self.size, self.size, dtype=torch.uint8),
-            [],
-        )
-        for i in self.todo[worker.id :: worker.num_workers] if worker else self.todo:
-            problems: list[str] = []
+        mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
+        items, images, ended = self._empty()
+        for i in mine:
+            problems: Problems = []
             for image in self._read(i, problems):
                 images[len(items)] = image
                 items.append(i)
                 if len(items) == self.batch_size:
                     yield items, images, ended
-                    items, images, ended = [], torch.empty_like(images), []
+                    items, images, ended = self._empty()
             ended.append((i, problems))
         if ended:
             yield items, images[: len(items)], ended
 
-    def _read(self, i: int, problems: list[str]) -> Iterator[torch.Tensor]:
-        unreadable = (PatchError, OSError, ValueError)
+    def _empty(self) -> Batch:
+        shape = self.batch_size, 3, self.size, self.size
+        return [], torch.empty(shape, dtype=torch.uint8), []
+
+    def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
+        """The readable images of item i, as the network takes them; what is not goes to
+        `problems`."""
         try:
             item = self.source[i]
             single = isinstance(item, np.ndarray) and item.ndim != 4
-            parts = 1 if single else len(item)
-        except unreadable as error:
+            images = [item] if single else item
+            count = len(images)
+        except UNREADABLE as error:
             problems.append(str(error) or type(error).__name__)
             return
-        if not parts:
+        if not count:
             problems.append("holds no images")
-        for j in range(parts):
+        for j in range(count):
             try:
-                image = item if single else item[j]
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise ValueError(
-                        f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}"
-                    )
-                pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(
-                    2, 0, 1
-                )[None]
-                yield self.geometry(pixels)[0]
-            except unreadable as error:
+                yield self.geometry(_planes(images[j]))[0]
+            except UNREADABLE as error:
                 problems.append(str(error) or type(error).__name__)
+
+
+def _planes(image: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> (1, 3, H, W); ValueError for anything else."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {image.shape}"
+        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {kind}")
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+
+
+class Forward:
+    """Batches of uint8 images through a model; the batch size is halved where memory runs out."""
+
+    def __init__(self, model: Model, batch_size: int, device: torch.device):
+        self.model, self.batch_size, self.device = model, batch_size, device
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (m, 3, S, S) -> (m, dim), queued on the device."""
+        parts, start = [], 0
+        while start < len(images):
+            part = images[start : start + self.batch_size]
+            try:
+                parts.append(self._part(part))
+                start += len(part)
+            except torch.cuda.OutOfMemoryError:
+                self._halve()
+        return torch.cat(parts) if parts else torch.empty(0, self.model.dim)
+
+    def _part(self, part: torch.Tensor) -> torch.Tensor:
+        x = part.to(self.device, non_blocking=True).float() / 255
+        # For a compiled network another number of images would be compiled anew.
+        pad = self.batch_size - len(part) if self.model.compiled else 0
+        x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, pad))
+        return self.model(self.model.normalize(x))[: len(part)]
+
+    def _halve(self) -> None:
+        name = self.model.name
+        if self.batch_size == 1:
+            why = f"{name}: not enough memory on {self.device} for one image"
+            raise UserError(why, mend="one image") from None
+        self.batch_size = (self.batch_size + 1) // 2
+        print(
+            f"{name}: out of memory on {self.device}, batch size now {self.batch_size}",
+            file=sys.stderr,
+        )
+
+
+class Means:
+    """Collects the embeddings of an item's images until all have come, and gives their mean."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self.sums: dict[int, np.ndarray] = {}
+        self.counts: dict[int, int] = {}
+
+    def add(
+        self, items: list[int], features: torch.Tensor, ended: list[tuple[int, Problems]]
+    ) -> Iterator[tuple[int, Row]]:
+        """Take a batch in (this waits for the device); yields the items that are complete."""
+        for i, row in zip(items, features.double().cpu().numpy(), strict=True):
+            self.sums[i] = self.sums[i] + row if i in self.sums else row
+            self.counts[i] = self.counts.get(i, 0) + 1
+        for i, problems in ended:
+            row = np.full(self.dim, np.nan, np.float32)  # where nothing could be read
+            if count := self.counts.pop(i, 0):
+                row = (self.sums.pop(i) / count).astype(np.float32)
+            yield i, (row, problems)
 
 
 def extract_features(
@@ -104,196 +177,167 @@ def extract_features(
 ) -> np.ndarray:
     """Embeddings of every item of `source`, in order: float32 (N, dim), on every rank.
 
-    source: source[i] is one RGB image, uint8 (H, W, 3), or a sequence of such (array (n, H, W, 3), list, or any object
-        with len() and [j], read one by one), whose embeddings are averaged into one row. With workers > 0 it is
-        copied into worker processes.
-    batch_size: images per forward pass; None = 32 on CPU, on a GPU what fits its memory, at most 256. Halved when the
+    source: source[i] is one RGB image, uint8 (H, W, 3), or a sequence of such (array (n, H, W, 3),
+    list, or any object
+        with len() and [j], read one by one), whose embeddings are averaged into one row. With
+        workers > 0 it is copied into worker processes.
+    batch_size: images per forward pass; None = 32 on CPU, on a GPU what fits its memory, at most
+    256. Halved when the
         memory runs out all the same.
-    cache: folder for finished rows, saved every half minute, from which a second call goes on. Rows count only if
-        weights, preprocessing, N and `key` (the caller's, for the data) are the same. The caller deletes the folder
-        once it has saved the result.
+    cache: folder for finished rows, saved every half minute, from which a second call goes on. Rows
+    count only if
+        weights, preprocessing, N and `key` (the caller's, for the data) are the same. The caller
+        deletes the folder once it has saved the result.
     progress: "text" shows a bar on a terminal and plain lines elsewhere, on rank 0; "none" nothing.
-    errors: receives (i, message) for whatever could not be read, sorted by i. Unreadable is what raises
-        tile.PatchError, OSError or ValueError, or is no RGB image. Such a row is NaN; of a sequence, unreadable images
-        are left out of the mean, and the row is NaN only if none is left.
+    errors: receives (i, message) for whatever could not be read, sorted by i. Unreadable is what
+    raises
+        PatchError, OSError or ValueError, or is no RGB image. Such a row is NaN; of a sequence,
+        unreadable images are left out of the mean, and the row is NaN only if none is left.
 
-    Under torchrun (after setup_distributed) ranks share the items. Batch size, workers and ranks change nothing but the
-    last bits: to 1e-5 of a row's norm in fp32, 1e-2 in half precision.
+    Under torchrun (after setup_distributed) ranks share the items. Batch size, workers and ranks
+    change nothing but the last bits: to 1e-5 of a row's norm in fp32, 1e-2 in half precision.
     """
     rank, world = rank_and_world()
-    device = next(model.parameters()).device
-    stamp = f"{model.fingerprint} {len(source)} {key}" if cache else ""
-    known = _load_rows(Path(cache), stamp) if cache and rank == 0 else {}
-    done = [set(known)]
-    if world > 1:
-        torch.distributed.broadcast_object_list(done)
-    todo = [i for i in range(len(source)) if i not in done[0]][rank::world]
-    rows: dict[int, tuple[np.ndarray, list[str]]] = {}
+    kept = _KeptRows(cache, f"{model.fingerprint} {len(source)} {key}" if cache else "")
+    known = kept.load() if rank == 0 else {}
+    done = agree(set(known))
+    todo = [i for i in range(len(source)) if i not in done][rank::world]
+    rows: dict[int, Row] = {}
     if todo:
-        batch_size = batch_size or fitting_batch_size(model)
-        images = _Images(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
-        loader = torch.utils.data.DataLoader(
-            images, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
-        )
-        saved, save_at = set(), time.monotonic() + SAVE_SECONDS
         shown = rank == 0 and progress != "none"
-        with Progress(len(source), "image", len(done[0]), shown=shown) as bar:
-            for i, row, problems in _embed(model, loader, batch_size, device):
-                rows[i] = (row, problems)
+        with Progress(len(source), "image", len(done), shown=shown) as bar:
+            for i, row in _embed(model, source, todo, batch_size, workers):
+                rows[i] = row
                 bar.step(world)  # other ranks are taken to be as fast
-                if cache and time.monotonic() >= save_at:
-                    _save_rows(Path(cache), stamp, {i: rows[i] for i in rows if i not in saved})
-                    saved, save_at = set(rows), time.monotonic() + SAVE_SECONDS
-        if cache and len(rows) > len(saved):
-            _save_rows(Path(cache), stamp, {i: rows[i] for i in rows if i not in saved})
+                kept.save(rows)
+        kept.save(rows, now=True)
     rows.update(known)
-    out = np.zeros((len(source), model.dim), np.float32)
-    for i, (row, _) in rows.items():
-        out[i] = row
-    found = sorted((i, problem) for i, (_, problems) in rows.items() for problem in problems)
-    if world > 1:  # each row is one rank's and zero on the others, so the sum is exact
-        for part in torch.from_numpy(out).split(65536):
-            torch.distributed.all_reduce(part)
-        lists: list = [None] * world
-        torch.distributed.all_gather_object(lists, found)
-        found = sorted(problem for part in lists for problem in part)
-    if errors is not None:
-        errors.extend(found)
-    return out
+    return _gathered(rows, len(source), model.dim, errors)
 
 
 def _embed(
-    model: Model, loader, batch_size: int, device: torch.device
-) -> Iterator[tuple[int, np.ndarray, list[str]]]:
-    """(item, row, problems) for every item, as its last image comes out of the network."""
-    sums: dict[int, np.ndarray] = {}
-    counts: dict[int, int] = {}
-    waiting: tuple | None = None
-
-    def collect(items, features, ended):
-        for i, row in zip(
-            items, features.double().cpu().numpy(), strict=True
-        ):  # waits for the device
-            sums[i] = sums[i] + row if i in sums else row
-            counts[i] = counts.get(i, 0) + 1
-        for i, problems in ended:
-            n = counts.pop(i, 0)
-            yield (
-                i,
-                (sums.pop(i) / n).astype(np.float32)
-                if n
-                else np.full(model.dim, np.nan, np.float32),
-                problems,
-            )
-
-    def forward(images):
-        nonlocal batch_size
-        parts, start = [], 0
-        while start < len(images):
-            part = images[start : start + batch_size]
-            pad = (
-                batch_size - len(part) if model.compiled else 0
-            )  # another shape would be compiled anew
-            try:
-                x = nn.functional.pad(
-                    part.to(device, non_blocking=True).float() / 255, (0, 0, 0, 0, 0, 0, 0, pad)
-                )
-                parts.append(model(model.normalize(x))[: len(part)])
-                start += len(part)
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
-                    raise UserError(
-                        f"{model.name}: not enough memory on {device} for one image; use --device cpu or "
-                        "--precision bf16"
-                    ) from None
-                batch_size = (batch_size + 1) // 2
-                print(
-                    f"{model.name}: out of memory on {device}, batch size now {batch_size}",
-                    file=sys.stderr,
-                )
-        return torch.cat(parts) if parts else torch.empty(0, model.dim)
-
+    model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
+) -> Iterator[tuple[int, Row]]:
+    """Every item of `todo`, as its last image comes out of the network."""
+    device = next(model.parameters()).device
+    batch_size = batch_size or fitting_batch_size(model)
+    images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    forward, means = Forward(model, batch_size, device), Means(model.dim)
+    waiting = None
     with torch.inference_mode():
-        for items, images, ended in loader:
-            features = forward(images)  # queued on the GPU while the batch before is collected
+        for items, batch, ended in loader:
+            features = forward(batch)  # queued on a GPU while the batch before is collected
             if waiting:
-                yield from collect(*waiting)
+                yield from means.add(*waiting)
             waiting = items, features, ended
         if waiting:
-            yield from collect(*waiting)
+            yield from means.add(*waiting)
 
 
-def _load_rows(folder: Path, stamp: str) -> dict[int, tuple[np.ndarray, list[str]]]:
-    """Finished rows from an earlier call, by item; other weights' or data's and damaged ones are passed over."""
-    import safetensors
+def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:
+    """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
+    out, found = np.zeros((count, dim), np.float32), []
+    for i, (row, problems) in rows.items():
+        out[i] = row
+        found += [(i, problem) for problem in problems]
+    if in_job():  # each row is one rank's and zero on the others, so the sum is exact
+        for part in torch.from_numpy(out).split(65536):
+            torch.distributed.all_reduce(part)
+    if errors is not None:
+        for part in gather_values(found):
+            errors.extend(part)
+        errors.sort()
+    return out
 
-    rows = {}
-    for path in sorted(folder.glob("[!.]*.safetensors")):
-        with (
-            contextlib.suppress(safetensors.SafetensorError),
-            safetensors.safe_open(path, "numpy") as file,
-        ):
-            about = file.metadata()
-            if about and about.get("stamp") == stamp:
+
+class _KeptRows:
+    """Finished rows in a folder, from which a killed extraction goes on; None as folder keeps
+    nothing."""
+
+    def __init__(self, folder: Path | None, stamp: str):
+        self.folder, self.stamp = Path(folder) if folder else None, stamp
+        self.saved: set[int] = set()
+        self.due = time.monotonic() + SAVE_SECONDS
+
+    def load(self) -> dict[int, Row]:
+        """Rows of an earlier call; other weights' or data's and damaged ones are passed over."""
+        import safetensors
+
+        rows: dict[int, Row] = {}
+        for path in sorted(self.folder.glob("[!.]*.safetensors")) if self.folder else ():
+            with (
+                contextlib.suppress(safetensors.SafetensorError),
+                safetensors.safe_open(path, "numpy") as file,
+            ):
+                about = file.metadata() or {}
+                if about.get("stamp") != self.stamp:
+                    continue
                 problems = dict(json.loads(about["problems"]))
-                for i, row in zip(
-                    file.get_tensor("items").tolist(), file.get_tensor("rows"), strict=True
-                ):
+                items, values = file.get_tensor("items").tolist(), file.get_tensor("rows")
+                for i, row in zip(items, values, strict=True):
                     rows[i] = (row, problems.get(i, []))
-    return rows
+        return rows
 
+    def save(self, rows: dict[int, Row], now: bool = False) -> None:
+        """Write the rows that are not yet on disk, if it is time."""
+        import safetensors.numpy
 
-def _save_rows(folder: Path, stamp: str, rows: dict[int, tuple[np.ndarray, list[str]]]) -> None:
-    import safetensors.numpy
-
-    arrays = {
-        "items": np.array(list(rows), np.int64),
-        "rows": np.stack([row for row, _ in rows.values()]),
-    }
-    problems = [(i, found) for i, (_, found) in rows.items() if found]
-    name = hashlib.sha256(f"{stamp} {sorted(rows)}".encode()).hexdigest()[:16]
-    with atomic(folder / f"{name}.safetensors") as path:
-        safetensors.numpy.save_file(
-            arrays, path, metadata={"stamp": stamp, "problems": json.dumps(problems)}
-        )
+        new = {i: row for i, row in rows.items() if i not in self.saved}
+        late = now or time.monotonic() >= self.due
+        if not self.folder or not new or not late:
+            return
+        arrays = {
+            "items": np.array(list(new), np.int64),
+            "rows": np.stack([row for row, _ in new.values()]),
+        }
+        problems = json.dumps([(i, found) for i, (_, found) in new.items() if found])
+        about = {"stamp": self.stamp, "problems": problems}
+        name = hashlib.sha256(f"{self.stamp} {sorted(new)}".encode()).hexdigest()[:16]
+        with atomic(self.folder / f"{name}.safetensors") as path:
+            safetensors.numpy.save_file(arrays, path, metadata=about)
+        self.saved.update(new)
+        self.due = time.monotonic() + SAVE_SECONDS
 
 
 def data_stamp(benchmark: Benchmark) -> str:
-    """Fingerprint of a benchmark's images: ids, and size and time of every file behind them. Labels are not in it."""
-    if not hasattr(benchmark, "stamp"):
-        files = dict.fromkeys(map(str, getattr(benchmark.images, "files", [])))
-        benchmark.stamp = digest(
-            benchmark.ids, [stamp(f) for f in files], getattr(benchmark.images, "rule", "")
-        )
+    """Fingerprint of a benchmark's images: ids, and size and time of every file. Labels are not in
+    it."""
+    if not benchmark.stamp:
+        files = dict.fromkeys(map(Path, getattr(benchmark.images, "files", [])))
+        rule = getattr(benchmark.images, "rule", "")
+        benchmark.stamp = digest(benchmark.ids, [stamp(file) for file in files], rule)
     return benchmark.stamp
 
 
 @functools.lru_cache(maxsize=1)  # models come one after another: never two in memory
-def loaded_model(name: str, weights: str | None, options: tuple):
-    from g2l.models import load_model
-
+def loaded_model(name: str, weights: str | None, options: tuple) -> Model:
+    """The model in use, loaded once; `options` are load_model's, as sorted pairs."""
     return load_model(name, weights, **dict(options))
 
 
-def card(name: str, results: Path, *, weights: str | None = None, **options) -> dict:
-    """What is known of a model: fingerprint, parameters, dim, input_size, metadata, milliseconds per image.
+def card(name: str, results: Path, *, weights: str | None = None, **options: Any) -> dict:
+    """What is known of a model: fingerprint, parameters, dim, input_size, metadata, milliseconds
+    per image.
 
-    Kept in results/features/<model>/model.json, so that a run with nothing new loads no network. A changed weight
-    file, option or CARD_VERSION makes it new. Equal networks (a student before and after distillation) are timed once:
-    timed twice, the machine's noise would part them.
+    Kept in results/features/<model>/model.json. A changed weight file, option or CARD_VERSION makes
+    it new. Equal networks (a student before and after distillation) are timed once: timed twice,
+    the machine's noise would part them.
     """
-    options = {k: v for k, v in options.items() if v is not None}
-    local = [p for p in (weights, name) if p and Path(p).exists()]
+    options = {key: value for key, value in options.items() if value is not None}
+    local = [Path(path) for path in (weights, name) if path and Path(path).exists()]
     how = sorted(options.items(), key=str), CARD_VERSION
-    key = digest(name, weights, how, [stamp(p) for p in local])
+    key = digest(name, weights, how, [stamp(path) for path in local])
     path = Path(results) / "features" / safe(display(name)) / "model.json"
     known = read_json(path)
     if known.get("key") == key:
         return known
     model = loaded_model(name, weights, tuple(sorted(options.items())))
     network = digest(repr(model.net), model.embedding, model.input_size, model.dtype, how)
-    others = [read_json(p) for p in sorted(path.parents[1].glob("*/model.json"))]
-    timed = [o["ms_per_image"] for o in others if o.get("network") == network]
+    others = [read_json(other) for other in sorted(path.parents[1].glob("*/model.json"))]
+    timed = [other["ms_per_image"] for other in others if other.get("network") == network]
     known = {
         "key": key,
         "name": name,
@@ -312,26 +356,16 @@ def card(name: str, results: Path, *, weights: str | None = None, **options) -> 
     return known
 
 
-def milliseconds(model) -> float:
-    """Median time of one forward pass per image, batch 32 on a GPU and 4 on a CPU, preprocessing not counted."""
-    import torch
-
-    device = next(model.parameters()).device
-    batch = 32 if device.type == "cuda" else 4
-    x = torch.zeros(batch, 3, model.input_size, model.input_size, device=device)
-    seconds = []
-    with torch.inference_mode():
-        while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < 5):
-            start = time.perf_counter()
-            model(x).float().sum().item()  # .item() waits for the device
-            seconds.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(seconds[1:])) / batch  # the first warms up
-
-
 def display(name: str) -> str:
     """A model's short name: the run's name for runs/NAME/student, else the name itself."""
     path = Path(name)
     return path.parent.name if path.name == "student" and path.parent.name else name
+
+
+def feature_key(about: dict, benchmark: Benchmark) -> str:
+    """What the features of a model (its card) on a benchmark depend on: weights, preprocessing,
+    images."""
+    return digest(about["fingerprint"], data_stamp(benchmark))
 
 
 def features(
@@ -344,40 +378,29 @@ def features(
     workers: int = 0,
     max_unreadable: float = 0.01,
     together: bool = True,
-    **options,
+    **options: Any,
 ) -> np.ndarray:
-    """Embeddings (N, dim) float32 of one model on one benchmark, extracted once and then read from `results`.
+    """Embeddings (N, dim) float32 of one model on one benchmark, extracted once and then read from
+    `results`.
 
-    `weights` and `options` (device, dtype, input_size, compile) go to models.load_model. Rows of unreadable images are
-    NaN; more of them than the share `max_unreadable`, or NaN from the network itself, raise UserError.
-    Under torchrun every rank calls this and gets the whole array; together=False: one rank alone reads what is there.
+    `weights` and `options` (device, dtype, input_size, compile) go to load_model. Rows of
+    unreadable images are NaN; more of them than the share `max_unreadable`, or NaN from the network
+    itself, raise UserError. Under torchrun every rank calls this and gets the whole array;
+    together=False: one rank alone reads what is there.
     """
-    from safetensors.numpy import save_file
-
-    from g2l.ranks import setup_distributed
-
-    rank, world, _ = setup_distributed(options.get("device", "cpu")) if together else (0, 1, None)
+    rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
-    path = (
-        Path(results)
-        / "features"
-        / safe(display(name))
-        / f"{safe(benchmark.source or benchmark.name)}.safetensors"
-    )
-    array, names = load_cached(path)
-    fresh = names.get("key") == key
-    if world > 1:  # all extract or none does, whatever each saw on disk
-        import torch.distributed as dist
-
-        seen: list = [None] * world
-        dist.all_gather_object(seen, fresh)
-        fresh = all(seen)
-    errors = names["errors"] if fresh else []
-    if not fresh:
-        print(
-            f"{display(name)} on {benchmark.name}: {len(benchmark)} images", file=sys.stderr
-        ) if rank == 0 else None
+    file = f"{safe(benchmark.source or benchmark.name)}.safetensors"
+    path = Path(results) / "features" / safe(display(name)) / file
+    array, held = load_cached(path)
+    fresh = array is not None and held.get("key") == key
+    if together:  # all extract or none does, whatever each saw on disk
+        fresh = all(gather_values(fresh))
+    errors = held["errors"] if fresh else []
+    if not fresh or array is None:
+        if rank == 0:
+            print(f"{display(name)} on {benchmark.name}: {len(benchmark)} images", file=sys.stderr)
         array = extract_features(
             loaded_model(name, weights, tuple(sorted(options.items()))),
             benchmark.images,
@@ -387,54 +410,70 @@ def features(
             cache=path.with_suffix(".part"),
             errors=errors,
         )
-        array = np.ascontiguousarray(array, dtype=np.float32)
-    lost, named = np.flatnonzero(~np.isfinite(array).all(1)), {i for i, _ in errors}
-    if errors and rank == 0:
-        print(
-            f"{benchmark.name}: {len(lost)} of {len(benchmark)} unreadable, {len(named) - len(lost)} partly, first:\n"
-            + "\n".join(f"  {benchmark.ids[i]}: {why}" for i, why in errors[:5]),
-            file=sys.stderr,
+    _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
+    if not fresh and rank == 0:
+        _save_features(path, array, benchmark, errors, key, about["fingerprint"])
+    return array
+
+
+def _refuse_broken(
+    array: np.ndarray,
+    errors: list,
+    model: str,
+    benchmark: Benchmark,
+    max_unreadable: float,
+    told: bool,
+) -> None:
+    """Say which images could not be read; UserError where they are too many or the network gave
+    NaN."""
+    lost, named = np.flatnonzero(~np.isfinite(array).all(1)), dict(errors)
+    if errors and told:
+        partly = len(named) - len(lost)
+        lines = [f"  {benchmark.ids[i]}: {why}" for i, why in errors[:5]]
+        head = (
+            f"{benchmark.name}: {len(lost)} of {len(benchmark)} unreadable, {partly} partly, first:"
         )
-    broken = sorted(set(lost) - named)
+        print("\n".join([head, *lines]), file=sys.stderr)
+    broken = sorted(set(lost) - set(named))
     if broken:
         raise UserError(
-            f"{display(name)}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
-            f"infinite, first {benchmark.ids[broken[0]]}; check the weights (python -m g2l.models NAME --check "
-            "FILE), or use --precision fp32"
+            f"{model}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
+            f"infinite, first {benchmark.ids[broken[0]]}",
+            mend="broken features",
         )
     if len(lost) > max_unreadable * len(array):
         raise UserError(
             f"{benchmark.name}: {len(lost)} of {len(array)} images cannot be read, first "
-            f"{benchmark.ids[lost[0]]} ({dict(errors)[lost[0]]}); mend them, or allow more by "
-            "--max-unreadable"
+            f"{benchmark.ids[lost[0]]} ({named[lost[0]]})",
+            mend="unreadable",
         )
-    if not fresh and rank == 0:
-        names = json.dumps(
-            {
-                "ids": benchmark.ids,
-                "groups": benchmark.groups,
-                "classes": benchmark.classes,
-                "errors": errors,
-                "key": key,
-                "fingerprint": about["fingerprint"],
-            }
-        )
-        with atomic(path) as temporary:
-            save_file(
-                {
-                    "features": array,
-                    "labels": benchmark.labels,
-                    "names": np.frombuffer(names.encode(), np.uint8),
-                },
-                temporary,
-            )
-            temporary.chmod(0o644)  # save_file makes files that only their owner reads
-        shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
-    return array
+
+
+def _save_features(
+    path: Path, array: np.ndarray, benchmark: Benchmark, errors: list, key: str, fingerprint: str
+) -> None:
+    """Write the cache's file whole, and clear the rows that were kept on the way."""
+    from safetensors.numpy import save
+
+    about = {
+        "ids": benchmark.ids,
+        "groups": benchmark.groups,
+        "classes": benchmark.classes,
+        "errors": errors,
+        "key": key,
+        "fingerprint": fingerprint,
+    }
+    names = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with atomic(path) as temporary:
+        # safetensors' own save_file makes files that only their owner reads
+        arrays = {"features": array, "labels": benchmark.labels, "names": names}
+        temporary.write_bytes(save(arrays))
+    shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
 
 
 def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
-    """Features and what is written beside them; (None, {}) if there is no such file or it is damaged."""
+    """Features and what is written beside them; (None, {}) if there is no such file or it is
+    damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -448,48 +487,45 @@ def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
         return None, {}
 
 
-def feature_key(about: dict, benchmark: Benchmark) -> str:
-    """What the features of a model (its card) on a benchmark depend on: weights, preprocessing, images."""
-    return digest(about["fingerprint"], data_stamp(benchmark))
+def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
+    """Registry models of which weights are `given` (NAME=FILE) or cached, and the students below
+    `runs`.
 
-
-def models_at_hand(args: argparse.Namespace) -> list[str]:
-    """Registry models whose weights are given or in the hub's cache, and the students of --runs; says what lacks."""
+    Says which models lack.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    from g2l.registry import REGISTRY
-    from g2l.weights import WEIGHT_FILES
-
-    given = {spec.split("=", 1)[0] for spec in args.weights or () if "=" in spec}
-    here = [
-        n
-        for n, e in REGISTRY.items()
-        if n in given
-        or any(isinstance(try_to_load_from_cache(e.hub, f), str) for f in WEIGHT_FILES)
-    ]
-    missing = [f"{n} (huggingface.co/{e.hub})" for n, e in REGISTRY.items() if n not in here]
+    named = {spec.split("=", 1)[0] for spec in given if "=" in spec}
+    here, missing = [], []
+    for name, entry in REGISTRY.items():
+        cached = [try_to_load_from_cache(entry.hub, file) for file in WEIGHT_FILES]
+        if name in named or any(isinstance(path, str) for path in cached):
+            here.append(name)
+        else:
+            missing.append(f"{name} (huggingface.co/{entry.hub})")
     if missing:
         print(
             "models whose weights are not here (fetch, or give --weights NAME=FILE): "
             + ", ".join(missing),
             file=sys.stderr,
         )
-    return here + [
-        str(p) for p in sorted(args.runs.glob("*/student")) if (p / "model.safetensors").is_file()
-    ]
+    students = sorted(runs.glob("*/student"))
+    return here + [str(path) for path in students if (path / "model.safetensors").is_file()]
 
 
 def check_names(models: Sequence[str]) -> None:
     """UserError if two models would be kept under one name."""
-    for name in models:
-        if sum(safe(display(name)) == safe(display(other)) for other in models) > 1:
+    names: dict[str, str] = {}
+    for model in models:
+        name = safe(display(model))
+        if name in names:
             raise UserError(
-                f"--models: {name} and another share the name {safe(display(name))}; rename one of the "
-                "folders"
+                f"models {names[name]} and {model} share the name {name}; rename one of the folders"
             )
+        names[name] = model
 
 
-def report_failures(failures: list[str], lost: dict[str, int]) -> int:
+def report_failures(failures: Sequence[str], lost: dict[str, int]) -> int:
     """Say what is missing, of each benchmark how many images; the exit status."""
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -10,8 +10,9 @@ from collections import deque
 class Progress:
     """How far a long piece of work is: count, rate, time left, and a text of the caller's.
 
-    `total` units of work called `unit`, `done` of them before this run; `interval`: seconds between lines in a log;
-    `shown`: False on all ranks but the one that speaks. Use it as a context manager, or close it.
+    `total` units of work called `unit`, `done` of them before this run; `interval`: seconds between
+    lines in a log; `shown`: False on all ranks but the one that speaks. Use it as a context
+    manager, or close it.
     """
 
     def __init__(

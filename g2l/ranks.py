@@ -75,7 +75,8 @@ def quiet_worker(_: int) -> None:
 
 
 def end_workers() -> None:
-    """End loading processes that are left; an interpreter that exits would wait for them for ever."""
+    """End loading processes that are left; an interpreter that exits would wait for them for
+    ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The published models: how each is built in timm, sees an image, and what its licence allows.
+
+A new model is one entry of REGISTRY; `python -m g2l.models NAME` then fetches, checks and
+describes it.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +11,54 @@ from dataclasses import dataclass
 import torch
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
 H_OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
-
-
 HIBOU = ((0.7068, 0.5755, 0.7220), (0.1950, 0.2316, 0.1816))
 
-
-# timm's DINOv2 giant is a ViT with packed SwiGLU and 4 registers without position; the SwiGLU models differ from it
-# only in numbers, so every line below is plain JSON and an exported student needs no Python class to be built again.
+# timm's DINOv2 giant is a ViT with packed SwiGLU and 4 registers without position; the SwiGLU
+# models differ from it only in numbers, so every entry is plain JSON, and an exported student needs
+# no Python class to be built again.
 SWIGLU = "vit_giant_patch14_reg4_dinov2"
-
-
 VIT_L16 = "vit_large_patch16_224"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One published model. `args` are timm's constructor arguments beside img_size=224 and init_values=1e-5."""
+    """One published model."""
 
     hub: str  # repository on the Hugging Face hub
     timm: str  # architecture
-    args: dict
+    args: dict  # of timm's constructor, beside those of `constructor`
     parameters: int
     prefix: int  # tokens before the patch tokens: CLS and registers
     dim: int  # width of the embedding
     norm: tuple  # mean, std
     licence: str
-    access: str  # "gated": to be asked for on the model's page; "log in": sources disagree, some had to accept terms
-    embedding: str = (
-        "cls"  # "cls", or "cls+mean": CLS beside the mean of the patch tokens, registers left out
-    )
-    precision: torch.dtype = (
-        torch.float16
-    )  # of matrix products on a GPU: as published, bf16 where nothing is known
+    # "gated": to be asked for on the model's page; "log in": sources disagree, some had to accept
+    access: str
+    # "cls", or "cls+mean": CLS beside the mean of the patch tokens, registers left out
+    embedding: str = "cls"
+    # of matrix products on a GPU: as published, bf16 where nothing is known
+    precision: torch.dtype = torch.float16
     resize: int = 224  # the shorter side is resized to this, then the middle 224 x 224 is taken
     interpolation: str = "bilinear"
 
+    @property
+    def width(self) -> int:
+        """Of the network's tokens."""
+        return self.args.get("embed_dim", 1536 if self.timm == SWIGLU else 1024)
+
+
+def constructor(entry: Entry) -> dict:
+    """timm's constructor arguments of an entry."""
+    return dict(img_size=224, init_values=1e-5, global_pool="token", **entry.args)
+
 
 NC_ND = "CC-BY-NC-ND-4.0"
-
-
 BF16 = torch.bfloat16
-
-
 B14 = dict(embed_dim=768, depth=12, num_heads=12)
-
-
 L14 = dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=5.34375)
-
-
 H14 = dict(embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375, no_embed_class=False)
-
-
 G16 = dict(patch_size=16, mlp_ratio=5.33334, reg_tokens=0, no_embed_class=False)
-
-
 REGISTRY: dict[str, Entry] = {
     "h-optimus-0": Entry(
         "bioptimus/H-optimus-0",
@@ -174,35 +169,27 @@ REGISTRY: dict[str, Entry] = {
     ),
 }
 
-
+# These forbid models trained on their outputs.
+NO_DISTILLATION = ("h-optimus-1", "h0-mini", "virchow2", "uni", "uni2-h")
 NOTES = """
-All take 224 x 224 RGB. prefix: tokens before the patch tokens (class token, registers). cls+mean: class token
-beside the mean of the patch tokens, registers left out. log in: sources disagree whether terms must be accepted.
-UNI and UNI2-h forbid models trained on their outputs; H-optimus-0 and Hibou are Apache-2.0. H-optimus-0 was trained
-at 0.5 µm/px, G2L distils it at 0.25. Weights: the hub's cache and token, or --weights [NAME=]FILE, FOLDER, random."""
+All take 224 x 224 RGB. prefix: tokens before the patch tokens (class token, registers). cls+mean:
+class token beside the mean of the patch tokens, registers left out. log in: sources disagree
+whether terms must be accepted. H-optimus-1, H0-mini, Virchow2, UNI and UNI2-h forbid models trained
+on their outputs; H-optimus-0 and Hibou are Apache-2.0. H-optimus-0 was trained at 0.5 µm/px, G2L
+distils it at 0.25. Weights: the hub's cache and token, or --weights [NAME=]FILE, FOLDER, random."""
 
 
 def table() -> str:
     """The registry as text."""
-    rows = [("name", "parameters", "embedding", "dim", "prefix", "licence", "access", "hub")]
-    rows += [
-        (
-            name,
-            f"{e.parameters:,}",
-            e.embedding,
-            str(e.dim),
-            str(e.prefix),
-            e.licence,
-            e.access,
-            e.hub,
-        )
-        for name, e in REGISTRY.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i in (1, 3, 4) else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    rows = [["name", "parameters", "embedding", "dim", "prefix", "licence", "access", "hub"]]
+    for name, e in REGISTRY.items():
+        numbers = [f"{e.parameters:,}", e.embedding, str(e.dim), str(e.prefix)]
+        rows.append([name, *numbers, e.licence, e.access, e.hub])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for column in (1, 3, 4):  # numbers
+            cells[column] = row[column].rjust(widths[column])
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,4 +1,10 @@
-"""TODO."""
+"""Weight files: where they come from, whether they are whole, and every published layout turned
+into timm's.
+
+In order of use: which file (`parse_weights`, `weight_file`, `hub_file`), its tensors
+(`read_weights`, `read_config`), their names in timm (`to_timm`), and what still does not fit
+(`misfits`). Nothing in a file is ever executed.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +12,26 @@ import contextlib
 import hashlib
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from g2l.errors import UserError
-from g2l.registry import REGISTRY
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"  # of a model in several files
+WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
+State = dict[str, torch.Tensor]
 
 
 def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str, str | None]:
-    """Read `--weights [NAME=]FILE|random ...` for the models named on the command line.
+    """Read `[NAME=]FILE` or `random`, once or more, for the models `names`.
 
-    Without NAME a value is for the only model; `random` without NAME is for every model that is no folder.
+    Without NAME a value is for the only model; `random` without NAME is for every model that is no
+    folder.
     """
     weights: dict[str, str | None] = dict.fromkeys(names)
     for spec in specs or ():
@@ -29,201 +39,222 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
         if name:
             weights[name] = spec[len(name) + 1 :]
         elif spec == "random":
-            weights.update(
-                {n: "random" for n in names if not Path(n).exists() and weights[n] is None}
-            )
+            unset = [n for n in names if not Path(n).exists() and weights[n] is None]
+            weights.update(dict.fromkeys(unset, "random"))
         elif len(weights) == 1 and ("=" not in spec or Path(spec).exists()):
             weights[names[0]] = spec
         else:
+            known = ", ".join(names)
             raise UserError(
-                f"--weights {spec}: for which model? Write NAME=FILE with NAME one of {', '.join(names)}"
+                f"weights {spec}: for which model? Write NAME=FILE with NAME one of {known}"
             )
     return weights
 
 
 def weight_file(path: str | Path) -> Path:
-    """The weight file at `path`, or in the folder `path`."""
-    path = Path(path)
+    """The weight file at `path`, or in the folder `path`; of a model in several files, their
+    index."""
+    path = Path(path).expanduser()
+    folder = path.parent
     if path.is_dir():
-        found = [path / f for f in WEIGHT_FILES if (path / f).is_file()]
+        found = [path / file for file in WEIGHT_FILES if (path / file).is_file()]
         if not found:
             raise UserError(
                 f"{path}: no weights in this folder; expected {' or '.join(WEIGHT_FILES)}"
             )
         return found[0]
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; give weights as --weights [NAME=]FILE, or --weights random"
-        )
+        raise UserError(f"{path}: no such file", mend="weights")
+    if re.search(r"-\d+-of-\d+\.safetensors$", path.name) and (folder / INDEX).is_file():
+        return folder / INDEX
     return path
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file or of a PyTorch file (weights only: nothing in it is executed)."""
-    import safetensors.torch
-
-    size, remedy = path.stat().st_size, "delete it and fetch it again"
+def read_weights(path: Path) -> State:
+    """Tensors of a safetensors file, of several with an index, or of a PyTorch file (weights
+    only)."""
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path}: a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
         )
+    return _state_dict(_unpack(path, head), path)
+
+
+def _read_shards(index: Path) -> State:
+    """All tensors of the files that an index names, each in the index's own folder."""
     try:
-        if head[8:9] == b"{":  # by content: files in the hub's cache are named by their hash
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".safetensors":
-            raise UserError(
-                f"{path}: no safetensors file ({size:,} bytes, begins with {head[:12]!r}); {remedy}"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's own message begins with how to load the file all the same; what follows is the reason
-        lines = [
-            line.strip()
-            for line in str(error).split("WeightsUnpickler error:")[-1].splitlines()
-            if line.strip()
-        ]
-        reason = next(
-            (line for line in lines if "weights_only" not in line), "no tensors could be read"
-        )
-        raise UserError(
-            f"{path}: refused. Expected tensors only (safetensors, or a state dict saved by PyTorch); this "
-            f"is no such file, or it holds Python objects, which could run code: {reason}"
-        ) from None
-    except (
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: damaged or cut short ({size:,} bytes); {remedy} ({reason})"
-        ) from None
-    for wrapper in ("teacher", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    ):
-        inside = f" of {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else ""
-        raise UserError(
-            f"{path}: expected a state dict (names and tensors), found {type(state).__name__}{inside}"
-        )
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not an index of weight files ({error!r})") from None
+    state: State = {}
+    for file in files:
+        shard = index.parent / Path(str(file)).name  # beside the index, wherever it says
+        if not shard.is_file():
+            raise UserError(f"{shard}: no such file; {index.name} names it", mend="weights")
+        state |= read_weights(shard)
     return state
 
 
-def read_config(folder: Path) -> tuple[str, dict, dict, str | None, dict]:
-    """Architecture, its arguments, preprocessing, embedding and G2L metadata from a timm folder's config.json."""
+def _unpack(path: Path, head: bytes) -> object:
+    """What the file holds, by its content: files in the hub's cache are named by their hash."""
+    import safetensors.torch
+
+    size, remedy = f"{path.stat().st_size:,} bytes", "delete it and fetch it again"
+    damage = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile)
+    try:
+        if head[8:9] == b"{":
+            return safetensors.torch.load_file(path)
+        if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: no safetensors file ({size}, begins {head[:12]!r}); {remedy}")
+        with path.open("rb") as file:  # a name would decide how it is read
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's text begins with how to load the file all the same; the reason comes after that.
+        lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()
+        reasons = [line.strip() for line in lines if line.strip() and "weights_only" not in line]
+        raise UserError(
+            f"{path}: refused. Expected tensors only (safetensors, or a state dict saved by "
+            f"PyTorch); this is no such file, or it holds Python objects, which could run code: "
+            f"{(reasons or ['no tensors could be read'])[0]}"
+        ) from None
+    except damage as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or cut short ({size}); {remedy} ({reason})") from None
+
+
+def _state_dict(content: object, path: Path) -> State:
+    """The state dict inside a checkpoint's wrappers."""
+    wrappers = ("distiller", "teacher", "state_dict_ema", "model", "model_state_dict", "state_dict")
+    for wrapper in wrappers:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    items = list(content.items()) if isinstance(content, dict) else []
+    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
+        inside = f" of {', '.join(str(key) for key, _ in items[:3])}" if items else ""
+        kind = type(content).__name__
+        raise UserError(f"{path}: expected a state dict (names and tensors), found {kind}{inside}")
+    return dict(items)
+
+
+class Config(NamedTuple):
+    """What config.json of a folder in timm's format says."""
+
+    architecture: str
+    args: dict  # of the constructor
+    preprocessing: dict  # timm's pretrained_cfg
+    embedding: str | None
+    metadata: dict  # what distill.py wrote
+
+
+def read_config(folder: Path) -> Config:
+    """Read folder/config.json; UserError where it is none in timm's format."""
     path = folder / "config.json"
     if (folder / "student" / "config.json").is_file():
         raise UserError(f"{folder}: a folder with a student in it; name that: {folder / 'student'}")
     if not path.is_file():
         raise UserError(
-            f"{folder}: no config.json; expected a folder in timm's format, such as runs/NAME/student"
+            f"{folder}: no config.json; expected a folder in timm's format (runs/NAME/student)"
         )
     try:
         config = json.loads(path.read_text())
         if "model_type" in config and "architecture" not in config:
             raise UserError(
-                f"{path}: in transformers' format, not timm's; name the model and give this folder as its "
-                f"weights: --weights NAME={folder}"
+                f"{path}: in transformers' format, not timm's; name the model and give this "
+                "folder as its weights",
+                mend="weights",
             )
-        args, found = (
-            dict(config.get("model_args") or {}),
-            {**config, **(config.get("pretrained_cfg") or {})},
-        )
-        keep = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier")
-        cfg = {k: found[k] for k in keep if found.get(k) is not None}
-        for k, kind in (("input_size", int), ("mean", float), ("std", float)):
-            if k in cfg and (len(cfg[k]) != 3 or not all(kind(v) > 0 for v in cfg[k])):
-                raise ValueError(f"{k} is {cfg[k]}")
+        args = dict(config.get("model_args") or {})
         if bad := sorted(k for k in args if k.startswith(("pretrained", "checkpoint", "cache"))):
             raise UserError(
-                f"{path}: model_args may not hold {', '.join(bad)}, which make timm read other files"
+                f"{path}: model_args may not hold {', '.join(bad)}, which name other files"
             )
-        return (
-            str(config["architecture"]),
-            args,
-            cfg,
-            config.get("embedding"),
-            dict(config.get("g2l") or {}),
-        )
+        architecture, metadata = str(config["architecture"]), dict(config.get("g2l") or {})
+        return Config(architecture, args, _preprocessing(config), config.get("embedding"), metadata)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a timm configuration ({type(error).__name__}: {error})"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not a timm configuration ({reason})") from None
 
 
-def hub_file(name: str) -> Path:
-    """The weight file of a registry model: from the hub's cache, or fetched into it with the hub's token."""
+def _preprocessing(config: dict) -> dict:
+    """timm's fields of preprocessing, checked; ValueError names a bad one."""
+    found = {**config, **(config.get("pretrained_cfg") or {})}
+    keep = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier")
+    kept = {key: found[key] for key in keep if found.get(key) is not None}
+    for key, kind in (("input_size", int), ("mean", float), ("std", float)):
+        values = kept.get(key, (1, 1, 1))
+        if len(values) != 3 or not all(kind(value) > 0 for value in values):
+            raise ValueError(f"{key} is {values}")
+    return kept
+
+
+def hub_file(repository: str, files: Sequence[str] = WEIGHT_FILES) -> Path:
+    """The first of `files` that a hub repository holds: from the cache, else fetched with the hub's
+    token.
+
+    Of a model in several files all are fetched.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, absent, cut_off = REGISTRY[name].hub, EntryNotFoundError(name), False
-    with explained(name, f"https://huggingface.co/{repository}"):
-        for file in WEIGHT_FILES:
-            try:
-                return Path(hf_hub_download(repository, file, local_files_only=cut_off))
-            except (
-                EntryNotFoundError
-            ) as error:  # not there, or neither in the cache nor to be reached
-                absent, cut_off = error, isinstance(error, LocalEntryNotFoundError)
+    absent = EntryNotFoundError(repository)
+    with explained(repository):
+        for cached in (True, False):  # the cache first, whatever the hub would answer
+            for file in files:
+                try:
+                    path = Path(hf_hub_download(repository, file, local_files_only=cached))
+                    for shard in _shards(path):
+                        hf_hub_download(repository, shard)
+                    return path
+                except EntryNotFoundError as error:
+                    absent = error
+                    if not cached and isinstance(error, LocalEntryNotFoundError):
+                        raise  # the hub cannot be reached, so no other file will be
         raise absent
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists; none for any other file."""
+    if index.name != INDEX:
+        return []
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
 @contextlib.contextmanager
-def explained(name: str, page: str) -> Iterator[None]:
+def explained(repository: str) -> Iterator[None]:
     """Turn the hub's errors into one line that says what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors as hub
 
-    own = f"or give a file: --weights {name}=FILE"
+    page = f"https://huggingface.co/{repository}"
+    sign_in = "then `hf auth login` or set HF_TOKEN"
     try:
         yield
-    except GatedRepoError:
-        raise UserError(
-            f"{name}: gated; ask for access on {page}, then `hf auth login` or set HF_TOKEN, {own}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: {page} does not exist or is hidden without a token; ask for access there, then "
-            f"`hf auth login` or set HF_TOKEN, {own}"
-        ) from None
-    except LocalEntryNotFoundError:
+    except hub.GatedRepoError:
+        why = f"gated; ask for access on {page}, {sign_in}"
+    except hub.RepositoryNotFoundError:
+        why = f"{page} does not exist or is hidden without a token; ask for access there, {sign_in}"
+    except hub.LocalEntryNotFoundError:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise UserError(
-            f"{name}: not in the cache {constants.HF_HUB_CACHE}, and {state}; fetch it once from {page} "
-            f"with a network, {own}"
-        ) from None
-    except EntryNotFoundError:
-        raise UserError(f"{name}: {page} holds none of {', '.join(WEIGHT_FILES)}; {own}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{name}: not fetched from {page}: {str(error).splitlines()[0]}; try again, {own}"
-        ) from None
-    except RuntimeError as error:
-        if not name.startswith("timm:"):
-            raise
-        raise UserError(
-            f"{name}: timm has no weights to load: {str(error).splitlines()[0]}; {own}"
-        ) from None
+        cache = f"not in the cache {constants.HF_HUB_CACHE}, and {state}"
+        why = f"{cache}; fetch it once from {page} with a network"
+    except hub.EntryNotFoundError:
+        why = f"{page} holds none of {', '.join(WEIGHT_FILES)}"
+    except (hub.HfHubHTTPError, OSError) as error:
+        why = f"not fetched from {page}: {str(error).splitlines()[0]}; try again"
+    else:
+        return
+    raise UserError(f"{repository}: {why}", mend="weights") from None
 
 
 def verify(path: Path) -> None:
     """Raise UserError if checksums say that a file is damaged.
 
-    Large files in the hub's cache are named by their SHA-256; PyTorch's own files have CRCs, which it does not compare.
+    Large files in the hub's cache are named by their SHA-256; PyTorch's own files have CRCs, which
+    it does not compare.
     """
     blob, wrong = path.resolve(), ""
     if blob.parent.name == "blobs" and len(blob.name) == 64:
@@ -238,74 +269,91 @@ def verify(path: Path) -> None:
         raise UserError(f"{blob}: damaged, {wrong}; delete it and fetch it again")
 
 
-def to_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename weights published in the layout of transformers' DINOv2 or of the original DINOv2 into timm's names.
+def to_timm(state: State) -> State:
+    """Weights in the layout of transformers' or the original DINOv2 under timm's names.
 
-    timm keeps one position embedding less where registers are present: its class token has none, so the class slot of
-    the position embedding is added into the class token.
+    timm keeps one position embedding less where registers are present: its class token has none, so
+    the class slot of the position embedding is added into the class token.
     """
-    if any(
-        k.startswith("backbone.") for k in state
-    ):  # a training checkpoint: backbone beside its heads
-        state = {k: v for k, v in state.items() if k.startswith("backbone.")}
-    for prefix in ("module.", "backbone.", "model.", "dinov2."):
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    if "embeddings.cls_token" in state:
-        names = {
-            "embeddings.cls_token": "cls_token",
-            "embeddings.position_embeddings": "pos_embed",
-            "embeddings.register_tokens": "register_tokens",
-            "embeddings.mask_token": "mask_token",
-        }
-        parts = (
-            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-            ("encoder.layer.", "blocks."),
-            ("attention.output.dense", "attn.proj"),
-            ("layer_scale1.lambda1", "ls1.gamma"),
-            ("layer_scale2.lambda1", "ls2.gamma"),
-            ("mlp.weights_in", "mlp.w12"),
-            ("mlp.weights_out", "mlp.w3"),
-            ("layernorm.", "norm."),
-        )
-        out, state = {}, dict(state)
-        for key in [k for k in state if ".attention.attention.query." in k]:
-            block = [state.pop(key.replace("query", x), None) for x in ("query", "key", "value")]
-            if all(part is not None for part in block):  # else it will be missed
-                new = key.replace("encoder.layer.", "blocks.").replace(
-                    "attention.attention.query", "attn.qkv"
-                )
-                out[new] = torch.cat(block)
-        for key, value in state.items():
-            new = names.get(key, key)
-            for old, short in parts:
-                new = new.replace(old, short)
-            out[new] = value
-        state = out
-    state = {
-        k.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v
-        for k, v in state.items()
-        if k != "mask_token"
-    }
-    if {"register_tokens", "cls_token", "pos_embed"} <= set(state):
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
+    state = _from_transformers(_backbone(state))
+    named: State = {}
+    for key, value in state.items():
+        key = re.sub(
+            r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key
+        )  # DINOv2 may keep blocks in chunks
+        key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+        if key != "mask_token":
+            named[key] = value
+    if {"register_tokens", "cls_token", "pos_embed"} <= set(named):
+        named["reg_token"] = named.pop("register_tokens")
+        named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
+        named["pos_embed"] = named["pos_embed"][:, 1:]
+    return named
+
+
+def _backbone(state: State) -> State:
+    """The backbone of a training checkpoint, without what wrappers put before every name."""
+    beside_others = ("teacher.", "ema.", "student.", "backbone.")  # the best first
+    before_all = ("module.", "_orig_mod.", "model.", "net.", "encoder.", "dinov2.")
+    found = True
+    while found:
+        found = False
+        for prefix in (*beside_others, *before_all):
+            inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if inside and (prefix in beside_others or len(inside) == len(state)):
+                state, found = inside, True
     return state
 
 
-def misfits(state: dict, expected: dict) -> str:
-    """What keeps `state` from being loaded where `expected` is expected, with the first names; "" if nothing does."""
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in expected]
-    shape = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    kinds = (("tensors missing", missing), ("not expected", extra), ("of another shape", shape))
-    return "; ".join(
-        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for what, found in kinds
-        if found
-    )
+TRANSFORMERS = {
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.": "",
+    "encoder.layer.": "blocks.",
+    "attention.attention.query": "attn.qkv",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "mlp.weights_in": "mlp.w12",
+    "mlp.weights_out": "mlp.w3",
+    "layernorm.": "norm.",
+}
+
+
+def _from_transformers(state: State) -> State:
+    """Names of transformers' DINOv2 in those of the original; query, key and value become one
+    tensor."""
+    if "embeddings.cls_token" not in state:
+        return state
+    rest, renamed = dict(state), {}
+    for query in [key for key in state if ".attention.attention.query." in key]:
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        parts = [rest.pop(name, None) for name in names]
+        whole = [part for part in parts if part is not None]
+        if len(whole) == 3:  # else it will be missed
+            rest[query] = torch.cat(whole)
+    for key, value in rest.items():
+        for theirs, ours in TRANSFORMERS.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+    return renamed
+
+
+def misfits(state: State, expected: State) -> str:
+    """What keeps `state` from being loaded as `expected`, with the first names; "" if nothing
+    does."""
+    missing, other = [], []
+    for key, value in expected.items():
+        if key not in state:
+            if not key.endswith("num_batches_tracked"):
+                missing.append(key)
+        elif state[key].shape != value.shape:
+            other.append(f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}")
+    extra = [key for key in state if key not in expected]
+    found = []
+    kinds = {"tensors missing": missing, "not expected": extra, "of another shape": other}
+    for kind, names in kinds.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            found.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
+    return "; ".join(found)

@@ -1,5 +1,7 @@
-"""What all tests share: the repository root, real inputs where present, and ways to run a script as a user does."""
+"""What all tests share: the repository root, real inputs where present, and ways to run a script as
+a user does."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -24,7 +26,8 @@ SHARED = (
 def run(
     script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run a script, or a module of g2l, from the repository root; the finished process, output as text."""
+    """Run a script, or a module of g2l, from the repository root; the finished process, output as
+    text."""
     where = ["-m", script] if script.startswith("g2l.") else [str(ROOT / script)]
     command = [sys.executable, *where, *map(str, args)]
     return subprocess.run(
@@ -46,7 +49,8 @@ def torchrun(
     env: dict | None = None,
     options: tuple = (),
 ) -> subprocess.CompletedProcess:
-    """Run a script under real torchrun on this machine (gloo on CPU); `options` go to torchrun itself."""
+    """Run a script under real torchrun on this machine (gloo on CPU); `options` go to torchrun
+    itself."""
     command = [
         sys.executable,
         "-m",
@@ -69,8 +73,9 @@ def torchrun(
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """This process as torchrun would start it for a job of one. A script must have left the job when it returns:
-    gloo's threads outlive it otherwise, and an exit in six or so aborts with 'terminate called'."""
+    """This process as torchrun would start it for a job of one. A script must have left the job
+    when it returns: gloo's threads outlive it otherwise, and an exit in six or so aborts with
+    'terminate called'."""
     import torch
 
     with socket.socket() as free:
@@ -93,3 +98,23 @@ def one_rank(monkeypatch):
     if not left:
         torch.distributed.destroy_process_group()
     assert joined and left
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A registry entry small enough to run: a SwiGLU ViT with registers, as H-optimus and Hibou
+    are."""
+    from networks import TINY
+
+    from g2l.registry import REGISTRY
+
+    entry = dataclasses.replace(REGISTRY["hibou-l"], args=TINY, hub="lab/tiny", dim=32)
+    monkeypatch.setitem(REGISTRY, "tiny", entry)
+    return "tiny"
+
+
+@pytest.fixture(scope="module")
+def vit():
+    from g2l.models import load_model
+
+    return load_model("timm:test_vit", "random", input_size=64)
