@@ -52,8 +52,7 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     """What a user is told of an error; None where it is a fault of this program."""
     text, kind = str(error), type(error).__name__
     if isinstance(error, UserError):
-        remedy = remedies.get(error.mend)
-        return f"{text}; {remedy}" if remedy else text
+        return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
     # safetensors hides the operating system's error in a text

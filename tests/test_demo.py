@@ -16,7 +16,7 @@ from g2l.patches import PatchIndex
 
 
 class Bar:
-    def update(self, n: int = 1) -> None:
+    def step(self, n: int = 1) -> None:
         pass
 
 
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, folder):
     done = run("demo.py", "--folder", tmp_path / folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("demo.py: error: ") and folder in last and "--folder" in last
+    assert last.startswith("error: ") and folder in last
 
 
 def test_an_interrupted_benchmark_is_drawn_again(tmp_path):
