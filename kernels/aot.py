@@ -28,17 +28,12 @@ TENSOR_CORES = re.compile(r"wgmma|mma\.sync|v_mfma")
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 
-def configurations(target: str):
-    """Yield (kernel, label, jitted function, parameters, argument types, whether it must use tensor cores).
-
-    Parameters are those that the launchers choose on that target, argument types only those that are not *fp32 or i32.
-    """
+def logsum_configurations(kind: str):
+    """Those of log_sum_loss; see configurations."""
     import triton.language as tl
 
-    from kernels import cka_triton, knn_triton, logsum_triton
+    from kernels import logsum_triton
 
-    hip = TARGETS[target][0] == "hip"
-    kind = "hip" if hip else "hopper" if target == "sm_90" else "cuda"
     plain = {"scale": None, "shift": None}
     for operand, name, kind_of in (
         (torch.bfloat16, "bf16", tl.bfloat16),
@@ -118,6 +113,15 @@ def configurations(target: str):
             **({} if mode == 2 else plain),
         }
         yield "loss", label, logsum_triton.loss_kernel, flags, types, False
+
+
+def cka_configurations(kind: str):
+    """Those of cka and covariance; see configurations."""
+    import triton.language as tl
+
+    from kernels import cka_triton
+
+    hip = kind == "hip"
     types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
     for store, precision in (
         (False, "tf32"),
@@ -140,6 +144,12 @@ def configurations(target: str):
                 types,
                 True,
             )
+
+
+def knn_configurations(kind: str):
+    """Those of knn; see configurations."""
+    from kernels import knn_triton
+
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
     types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8", "units": "*fp64"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
@@ -169,6 +179,17 @@ def configurations(target: str):
             types,
             False,
         )
+
+
+def configurations(target: str):
+    """Yield (kernel, label, jitted function, parameters, argument types, whether it must use tensor cores).
+
+    Parameters are those that the launchers choose on that target, argument types only those that are not *fp32 or i32.
+    """
+    kind = {"gfx942": "hip", "sm_90": "hopper"}.get(target, "cuda")
+    yield from logsum_configurations(kind)
+    yield from cka_configurations(kind)
+    yield from knn_configurations(kind)
 
 
 def compiled(target: str, function, parameters: dict, types: dict) -> dict:
