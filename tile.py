@@ -216,9 +216,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Gaussian in patch pixels (measured up to 6); 6 keeps all",
     )
     group.add_argument(
-        "--max-fold", type=share, default=1.0, metavar="SHARE", help="most share of folded tissue"
-    )
-    group.add_argument(
         "--masks",
         type=Path,
         metavar="DIR",

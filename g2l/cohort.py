@@ -53,7 +53,6 @@ COLUMNS = (
     "tissue",
     "pen",
     "blur",
-    "fold",
     "unreadable",
     "warnings",
     "seconds",
@@ -99,7 +98,6 @@ LIMITS = (
     "min_tissue",
     "max_pen",
     "max_blur",
-    "max_fold",
 )
 
 

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The patch index on disk: an h5 file of coordinates per slide, shards of JPEGs, and the reader.
+
+`write_coords` writes what CLAM and TRIDENT read too, `write_shard` the patches themselves.
+`PatchIndex` reads any patch of a whole cohort at random, from many processes at once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,58 +25,60 @@ from g2l.grid import Tiling
 from g2l.slides import Slide
 from g2l.tiff import Codec, Recent, assemble, read_bytes
 
+SLIDES = 16  # of those opened for their pixels, so many stay open
 
-def write_coords(path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict) -> None:
-    """The h5 file that CLAM and TRIDENT read too: dataset `coords`, and both tools' attributes on it.
 
-    CLAM reads `patch_size` pixels of `patch_level`, TRIDENT `patch_size` pixels at `target_magnification`. Where
-    patches are resampled the two contradict, so the attribute `patch_level` is left out: CLAM then stops instead of
-    reading another field of view. Beside it lie the measures of each patch and, in `compressed`, `offset` and `bytes`
-    of each patch in the shard, or of each tile in the slide (see tile_table), so that PatchIndex need not open it.
+def write_coords(
+    path: Path, slide: Slide, tiling: Tiling, overlap: int, source: dict[str, Any]
+) -> None:
+    """The h5 file that CLAM and TRIDENT read too: dataset `coords`, with both tools' attributes.
+
+    CLAM reads `patch_size` pixels of `patch_level`, TRIDENT `patch_size` pixels at
+    `target_magnification`. Where patches are resampled the two contradict, so `patch_level` is left
+    out: CLAM then stops instead of reading another field of view. Beside it lie the measures of
+    each patch and, in `compressed`, `offset` and `bytes` of each patch in the shard, or of each
+    tile in the slide (see tile_table), so that PatchIndex need not open it.
     """
     import h5py
 
     native = tiling.size0 == tiling.patch_size
     target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 4)
     level0 = target * tiling.size0 / tiling.patch_size
+    size = [slide.width, slide.height]
+    attributes = {
+        "patch_size": tiling.patch_size,
+        "downsample": [1.0, 1.0],
+        "name": slide.name,
+        "level_dim": size,
+        "downsampled_level_dim": size,
+        "save_path": str(path.parent),
+        "savetodir": str(path.parent.parent),
+        "overlap": overlap,
+        "patch_size_level0": tiling.size0,
+        "level0_width": slide.width,
+        "level0_height": slide.height,
+        "target_magnification": int(target) if target == int(target) else target,
+        "level0_magnification": int(level0) if level0 == int(level0) else level0,
+        "mpp": tiling.mpp,
+        "level0_mpp": slide.mpp,
+    }
+    if native:
+        attributes["patch_level"] = 0
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        coords = file.create_dataset("coords", data=tiling.coords)
-        coords.attrs.update(
-            {
-                "patch_size": tiling.patch_size,
-                "downsample": [1.0, 1.0],
-                "name": slide.name,
-                "level_dim": [slide.width, slide.height],
-                "downsampled_level_dim": [slide.width, slide.height],
-                "save_path": str(path.parent),
-                "savetodir": str(path.parent.parent),
-                "overlap": overlap,
-                "patch_size_level0": tiling.size0,
-                "level0_width": slide.width,
-                "level0_height": slide.height,
-                "target_magnification": int(target) if target == int(target) else target,
-                "level0_magnification": int(level0) if level0 == int(level0) else level0,
-                "mpp": tiling.mpp,
-                "level0_mpp": slide.mpp,
-            }
-        )
-        if native:
-            coords.attrs["patch_level"] = 0
+        file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
         for name, values in tiling.measures.items():
             file.create_dataset(name, data=values)
         if source:
-            group, codec = file.create_group("compressed"), source["codec"]
-            for name in ("offset", "bytes"):
-                group.create_dataset(name, data=np.array(source[name], np.int64))
-            group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
-            group.attrs.update(
-                {
-                    "columns": source["columns"],
-                    "width": codec.width,
-                    "height": codec.height,
-                    "compression": codec.compression,
-                }
-            )
+            _write_source(file.create_group("compressed"), **source)
+
+
+def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
+    group.create_dataset("offset", data=np.array(offset, np.int64))
+    group.create_dataset("bytes", data=np.array(bytes, np.int64))
+    group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
+    group.attrs["columns"] = columns
+    for name in ("width", "height", "compression"):
+        group.attrs[name] = getattr(codec, name)
 
 
 def magnification(mpp: float) -> int:
@@ -79,56 +86,33 @@ def magnification(mpp: float) -> int:
     return min((80, 40, 20, 10, 5, 4, 2, 1), key=lambda power: abs(math.log2(power * mpp / 10)))
 
 
-def tile_table(slide: Slide, tiling: Tiling) -> dict:
-    """Where the compressed tiles of level 0 lie in the slide's file, if patches are pixels of theirs; else empty."""
+def tile_table(slide: Slide, tiling: Tiling) -> dict[str, Any]:
+    """Where the compressed tiles of level 0 lie in the slide's file; empty where patches are not
+    pixels of theirs."""
     tiles = slide.levels[0].tiles
     if not tiles or tiling.size0 != tiling.patch_size:
         return {}
-    return {
-        "codec": tiles.codec,
-        "columns": tiles.columns,
-        "offset": tiles.offsets,
-        "bytes": tiles.counts,
-    }
+    table = {"offset": tiles.offsets, "bytes": tiles.counts}
+    return {"codec": tiles.codec, "columns": tiles.columns, **table}
 
 
-def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple[dict, list[str]]:
-    """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot); unreadable ones are left out.
+def write_shard(
+    path: Path, slide: Slide, tiling: Tiling, quality: int
+) -> tuple[dict[str, Any], list[str]]:
+    """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot).
 
-    A patch that coincides with a JPEG tile is copied, not decoded. Returns where the patches lie in the tar (as
-    tile_table, a row each), and the errors; `tiling` keeps only the patches written.
+    A patch that is a sound JPEG tile is copied, the others are encoded; unreadable ones are left
+    out. Returns where the patches lie in the tar (as tile_table, a row each), and the errors;
+    `tiling` keeps only the patches written.
     """
     import tarfile
 
-    import simplejpeg
-
-    key, tiles, size = slide.name.replace(".", "_"), slide.levels[0].tiles, tiling.patch_size
-    copy = (
-        tiles
-        and tiles.codec.compression == Codec.JPEG
-        and (size == tiling.size0 == tiles.codec.width == tiles.codec.height)
-    )
+    key, size = slide.name.replace(".", "_"), tiling.patch_size
     kept, offsets, sizes, errors = [], [], [], []
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
-                data = b""
-                index = (
-                    y // size * tiles.columns + x // size
-                    if copy and x % size == y % size == 0
-                    else -1
-                )
-                if index >= 0 and tiles.counts[index]:
-                    data = tiles.codec.standalone(tiles.compressed(slide.file, index))
-                if (
-                    b"\xff\xd9" not in data[-16:]
-                ):  # nothing to copy, or cut short: the reader decides
-                    data = simplejpeg.encode_jpeg(
-                        slide.area(x, y, *(tiling.size0,) * 2, size, size),
-                        quality=quality,
-                        colorsubsampling="444",
-                        fastdct=False,
-                    )
+                data = _as_jpeg(slide, tiling, x, y, quality)
             except PatchError as error:
                 errors.append(f"x={x}, y={y}: {error}")
                 continue
@@ -142,21 +126,33 @@ def write_shard(path: Path, slide: Slide, tiling: Tiling, quality: int) -> tuple
             raise UserError(
                 f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}"
             )
-    tiling.coords = tiling.coords[kept]
-    tiling.measures = {name: values[kept] for name, values in tiling.measures.items()}
-    return {
-        "codec": Codec(Codec.JPEG, b"", size, size),
-        "columns": 0,
-        "offset": offsets,
-        "bytes": sizes,
-    }, errors
+    tiling.take(kept)
+    codec = Codec(Codec.JPEG, b"", size, size)
+    return {"codec": codec, "columns": 0, "offset": offsets, "bytes": sizes}, errors
+
+
+def _as_jpeg(slide: Slide, tiling: Tiling, x: int, y: int, quality: int) -> bytes:
+    """One patch as a JPEG file: the slide's own tile where it is one and decodes, else encoded."""
+    import simplejpeg
+
+    tiles, size = slide.levels[0].tiles, tiling.patch_size
+    if tiles and tiles.codec.compression == Codec.JPEG and tiling.size0 == size:
+        whole = (tiles.codec.width, tiles.codec.height) == (size, size)
+        if whole and x % size == y % size == 0:
+            data = tiles.compressed(slide.file, y // size * tiles.columns + x // size)
+            with contextlib.suppress(PatchError):  # what it refuses OpenSlide may still read
+                tiles.codec.decode(data)
+                if data:
+                    return tiles.codec.standalone(data)
+    pixels = slide.area(x, y, tiling.size0, tiling.size0, size, size)
+    return simplejpeg.encode_jpeg(pixels, quality=quality, colorsubsampling="444", fastdct=False)
 
 
 @dataclass
 class _Layout:
-    """Where in a slide's h5 file its tables begin, so that rows are read without HDF5, a millisecond a file."""
+    """Where in a slide's h5 file its tables begin: rows are read without HDF5's millisecond."""
 
-    version: tuple  # of the file: inode, size, time
+    version: tuple[int, int, int]  # of the file: inode, size, time
     coords: int
     offset: int = 0  # of compressed patches or tiles: where, and how many bytes each
     bytes: int = 0
@@ -166,7 +162,7 @@ class _Layout:
 
 @dataclass
 class _Handle:
-    """What is kept open of one slide: its h5 file; the shard or slide that holds compressed patches; a reader."""
+    """What is kept open of a slide: its h5 file; the shard or slide that holds tiles; a reader."""
 
     layout: _Layout
     table: int
@@ -179,9 +175,9 @@ class _Handle:
 
     def decode(self, index: int) -> np.ndarray:
         """A patch of a shard or a tile of the slide."""
-        (offset,), (count,) = (
-            self.numbers(table + 8 * index) for table in (self.layout.offset, self.layout.bytes)
-        )
+        assert self.layout.codec
+        (offset,) = self.numbers(self.layout.offset + 8 * index)
+        (count,) = self.numbers(self.layout.bytes + 8 * index)
         return self.layout.codec.decode(read_bytes(self.file, offset, count))
 
     def close(self) -> None:
@@ -193,57 +189,33 @@ class _Handle:
 
 
 class PatchIndex:
-    """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>, `slides` where slides lie if moved.
+    """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>.
 
-    Only slides.csv is read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
-    process holds them, the system's cache of the files serves all workers. The files of the last `handles` slides stay
-    open; patches that are in a shard or are pixels of compressed tiles are read without opening the slide, others by
-    Slide, of which 16 stay open. Safe to pickle, to fork and to use in data-loader workers; not to be shared between
-    threads.
+    `slides` is where slides lie if moved. Only slides.csv is read at first (1,000 rows for 10
+    million patches). Rows of coordinates are read one by one: no process holds them, the system's
+    cache of the files serves all workers. The files of the last `handles` slides stay open; patches
+    that are in a shard or are pixels of compressed tiles are read without opening the slide, others
+    by Slide, of which 16 stay open. Safe to pickle, to fork and to use in data-loader workers; not
+    to be shared between threads.
     """
 
     def __init__(
         self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256
     ):
         self.folder, self.handles = Path(folder), handles
-        self._layouts: dict[int, _Layout] = {}
-        every = read_rows(self.folder)
-        if not every:
-            raise UserError(
-                f"{self.folder}/slides.csv: not found or empty; run tile.py --cancer {self.folder.name}"
-            )
-        rows = [row for row in every.values() if row["status"] == "done" and int(row["patches"])]
-        if not rows:
-            raise UserError(
-                f"{self.folder}: no slide has patches; slides.csv there gives each slide's reason"
-            )
-        kinds = {(int(row["patch_size"]), float(row["target_mpp"])) for row in rows}
-        if len(kinds) > 1:
-            raise UserError(
-                f"{self.folder}: slides were tiled in different ways (patch size, µm/px): {sorted(kinds)}; "
-                f"run tile.py on all of them with one setting"
-            )
-        ((self.patch_size, self.mpp),) = kinds
+        rows = _finished_rows(self.folder)
+        self.patch_size, self.mpp = int(rows[0]["patch_size"]), float(rows[0]["target_mpp"])
         self.slides = [row["slide"] for row in rows]
         self.patient = [row["patient"] for row in rows]  # of each slide
         self.patients = sorted(set(self.patient))
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
-        moved: dict[str, list[Path]] = {}
-        for path in find_slides(Path(slides)) if slides else ():
-            moved.setdefault(path.name, []).append(path)
-
-        def where(path):  # by its folder and name, or by its name where only one slide has it
-            named = moved.get(path.name, [])
-            return next(
-                (other for other in named if other.parent.name == path.parent.name),
-                named[0] if len(named) == 1 else path,
-            )
-
-        self._rows = [
-            (where(Path(row["path"])), int(row["size0"]), float(row["mpp"])) for row in rows
-        ]
+        paths = [Path(row["path"]) for row in rows]
+        self._paths = _moved(paths, Path(slides)) if slides else paths
+        self._sizes = [int(row["size0"]) for row in rows]
+        self._mpps = [float(row["mpp"]) for row in rows]
+        self._layouts: dict[int, _Layout] = {}
         self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._recent = Recent(32 << 20)  # neighbours share tiles
         self._process = os.getpid()
@@ -262,9 +234,10 @@ class PatchIndex:
         return slide, int(i - self.starts[slide])
 
     def draw(self, seed: int, n: int, by: str = "slide") -> int:
-        """The n-th patch of the endless stream `seed`: uniform over slides, then a patch of it; or over all patches.
+        """The n-th patch of the endless stream `seed`.
 
-        A pure function (Philox counter n): ranks and workers differ in n only, a stream can be entered anywhere.
+        Uniform over slides, then a patch of it; or over all patches (`by` "patch"). A pure function
+        (Philox counter n): ranks and workers differ in n only, a stream can be entered anywhere.
         """
         first, second = np.random.Philox(key=seed, counter=n).random_raw(2).tolist()
         if by == "patch":
@@ -278,34 +251,15 @@ class PatchIndex:
         """Read from the h5 file (open as `table`) where it is new to us or was written anew."""
         status = os.fstat(table)
         version = status.st_ino, status.st_size, status.st_mtime_ns
-        if number not in self._layouts or self._layouts[number].version != version:
-            import h5py
+        known = self._layouts.get(number)
+        if known and known.version == version:
+            return known
+        layout = _read_layout(self._table(number), version, int(self.counts[number]))
+        self._layouts[number] = layout
+        return layout
 
-            with h5py.File(
-                self.folder / "patches" / f"{self.slides[number]}_patches.h5", "r"
-            ) as file:
-                layout, count = (
-                    _Layout(version, file["coords"].id.get_offset()),
-                    len(file["coords"]),
-                )
-                if group := file.get("compressed"):
-                    layout.offset, layout.bytes = (
-                        group[name].id.get_offset() for name in ("offset", "bytes")
-                    )
-                    layout.columns = int(group.attrs["columns"])
-                    layout.codec = Codec(
-                        int(group.attrs["compression"]),
-                        group["prefix"][:].tobytes(),
-                        int(group.attrs["width"]),
-                        int(group.attrs["height"]),
-                    )
-            if count != self.counts[number]:
-                raise PatchError(
-                    f"its h5 file holds {count} patches, slides.csv says {self.counts[number]}; "
-                    f"run tile.py again"
-                )
-            self._layouts[number] = layout
-        return self._layouts[number]
+    def _table(self, number: int) -> Path:
+        return self.folder / "patches" / f"{self.slides[number]}_patches.h5"
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
@@ -314,7 +268,7 @@ class PatchIndex:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        table = os.open(self.folder / "patches" / f"{self.slides[number]}_patches.h5", os.O_RDONLY)
+        table = os.open(self._table(number), os.O_RDONLY)
         try:
             handle = _Handle(self._layout(number, table), table)
         except BaseException:
@@ -322,10 +276,9 @@ class PatchIndex:
             raise
         if handle.layout.codec:
             shard = self.folder / "shards" / f"{self.slides[number]}.tar"
-            path = self._rows[number][0] if handle.layout.columns else shard
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # a lost shard: the slide may still be there
+            path = self._paths[number] if handle.layout.columns else shard
+            # A lost shard: the slide may still be there.
+            with contextlib.suppress(FileNotFoundError):
                 handle.file = os.open(path, os.O_RDONLY)
         self._open[number] = handle
         while len(self._open) > self.handles:
@@ -338,35 +291,87 @@ class PatchIndex:
         place = f"row {row}"
         try:
             handle = self._handle(number)
-            layout, size = handle.layout, self.patch_size
-            x, y = handle.numbers(layout.coords + 16 * row, 2)
+            x, y = handle.numbers(handle.layout.coords + 16 * row, 2)
             place = f"x={x}, y={y}"
-            if handle.file >= 0 and not layout.columns:
-                return handle.decode(row)
-            if handle.file >= 0:
-                with contextlib.suppress(
-                    PatchError
-                ):  # of a slide, OpenSlide decides what is damaged
-                    return assemble(
-                        lambda row, column: self._recent.get(
-                            (number, row, column),
-                            lambda: handle.decode(row * layout.columns + column),
-                        ),
-                        layout.codec.width,
-                        layout.codec.height,
-                        x,
-                        y,
-                        size,
-                        size,
-                    )
-            if not handle.slide:
-                using = [other for other in self._open.values() if other.slide]
-                if len(using) >= 16:
-                    using[0].slide.close()
-                    using[0].slide = None
-                handle.slide = Slide(self._rows[number][0], self._rows[number][2], cache=4 << 20)
-            return handle.slide.area(x, y, *(self._rows[number][1],) * 2, *(self.patch_size,) * 2)
+            return self._pixels(number, handle, row, x, y)
         except (PatchError, UserError, OSError) as error:
+            text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
+            raise PatchError(text) from error
+
+    def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> np.ndarray:
+        size, columns, codec = self.patch_size, handle.layout.columns, handle.layout.codec
+        if codec and handle.file >= 0:
+            if not columns:
+                return handle.decode(row)
+
+            def tile(row, column):
+                index = row * columns + column
+                return self._recent.get((number, index), lambda: handle.decode(index))
+
+            with contextlib.suppress(PatchError):  # OpenSlide decides what is damaged
+                return assemble(tile, codec.width, codec.height, x, y, size, size)
+        size0 = self._sizes[number]
+        return self._reader(number, handle).area(x, y, size0, size0, size, size)
+
+    def _reader(self, number: int, handle: _Handle) -> Slide:
+        if not handle.slide:
+            using = [other for other in self._open.values() if other.slide]
+            if len(using) >= SLIDES and using[0].slide:
+                using[0].slide.close()
+                using[0].slide = None
+            handle.slide = Slide(self._paths[number], self._mpps[number], cache=4 << 20)
+        return handle.slide
+
+
+def _finished_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of the slides that have patches, all of one kind; UserError else."""
+    rows = list(read_rows(folder).values())
+    if not rows:
+        raise UserError(f"{folder}/slides.csv: not found or empty; run tile.py first", "tile")
+    rows = [row for row in rows if row["status"] == "done" and int(row["patches"])]
+    if not rows:
+        raise UserError(f"{folder}: no slide has patches; slides.csv gives each slide's reason")
+    kinds = {(int(row["patch_size"]), float(row["target_mpp"])) for row in rows}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder}: slides were tiled in different ways (patch size, µm/px): {sorted(kinds)}; "
+            f"run tile.py on all of them with one setting"
+        )
+    return rows
+
+
+def _moved(paths: list[Path], folder: Path) -> list[Path]:
+    """Where slides lie below `folder` now: the one of the same folder and name, else of the name
+    where only one has it, else where it was."""
+    named: dict[str, list[Path]] = {}
+    for path in find_slides(folder):
+        named.setdefault(path.name, []).append(path)
+    found = []
+    for path in paths:
+        others = named.get(path.name, [])
+        same = [other for other in others if other.parent.name == path.parent.name]
+        found.append((same or (others if len(others) == 1 else [path]))[0])
+    return found
+
+
+def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
+    """The layout of an h5 file that should hold `count` patches."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        if len(file["coords"]) != count:
             raise PatchError(
-                f"{self.slides[number]}: patch at {place} cannot be read: {error}"
-            ) from error
+                f"its h5 file holds {len(file['coords'])} patches, slides.csv says {count}; "
+                f"run tile.py again"
+            )
+        layout = _Layout(version, file["coords"].id.get_offset())
+        group = file.get("compressed")
+        if group:
+            layout.offset = group["offset"].id.get_offset()
+            layout.bytes = group["bytes"].id.get_offset()
+            kind, width, height = (
+                int(group.attrs[name]) for name in ("compression", "width", "height")
+            )
+            layout.columns = int(group.attrs["columns"])
+            layout.codec = Codec(kind, group["prefix"][:].tobytes(), width, height)
+    return layout

@@ -1,4 +1,9 @@
-"""TODO."""
+"""Tissue, pen and blur of a slide at low power, and the user's own masks of tissue.
+
+`find_tissue` takes colour relative to the glass, sorts ink out by the stains' optical densities,
+and cleans what is left. `measure_blur` looks at the patches. `read_mask` takes the place of the
+first where somebody has drawn the tissue.
+"""
 
 from __future__ import annotations
 
@@ -12,82 +17,71 @@ from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Slide
 
 
-def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks (h, w) bool of tissue, pen and folds in a low-power (h, w, 3) uint8 image of an H&E slide.
+def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (h, w) bool of tissue and pen in a low-power (h, w, 3) uint8 image of an H&E slide.
 
-    Tissue has colour; background has none, be it white, grey, two greys or black. Ink absorbs where neither
-    haematoxylin nor eosin does (optical densities of the stains: Ruifrok and Johnston 2001). Tissue and holes in it
-    smaller than `smallest` px are dropped and filled.
+    Tissue has colour; background has none, be it white, grey, two greys or black. Tissue and holes
+    in it smaller than `smallest` px are dropped and filled.
     """
     from scipy import ndimage
 
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
-    low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
-    high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
-    background = (low > 150) & (high - low < 24)
-    white = np.float32([245, 245, 245])
-    if (
-        background.mean() > 0.01
-    ):  # a tinted lamp is no colour of the tissue; but do not correct pale tissue away
-        tint = np.median(image[background][::17], axis=0)
-        white = np.clip(tint, tint.max() * 0.94, None).astype(np.float32)
-    light = [np.minimum(np.arange(256, dtype=np.float32) / value, 1) for value in white]
-    values = [table[plane] for table, plane in zip(light, planes, strict=True)]
-    dense = [-np.log10(np.maximum(table, 1 / 255)) for table in light]
-    red, green, blue = (table[plane] for table, plane in zip(dense, planes, strict=True))
+    low = np.minimum.reduce(planes)
+    high = np.maximum.reduce(planes)
     void = high < 25  # black borders
-    chroma = np.maximum(np.maximum(*values[:2]), values[2]) - np.minimum(
-        np.minimum(*values[:2]), values[2]
-    )
+    light, density = [], []  # relative to the glass
+    for plane, white in zip(planes, _glass(image, low, high), strict=True):
+        through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
+        light.append(through[plane])
+        density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
+    pen = _ink(*density, void)
+
+    chroma = np.maximum.reduce(light) - np.minimum.reduce(light)
     smooth = ndimage.uniform_filter(chroma, 3)
-
-    # In any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
-    pen = (
-        (red > 1.15 * green + 0.08)
-        | ((red > 0.88 * green) & (red > 0.7))  # blue, green, turquoise; dark blue
-        | (blue > 1.1 * green + 0.08)  # yellow, orange
-        | (
-            (blue > 0.8 * green) & (red > 0.6 * green) & (green > 0.3)
-        )  # black, brown, green on tissue
-        | ((blue > 0.65 * green) & (red < 0.25 * green) & (green > 0.65))
-    )  # red
-    pen = _without_specks(_open(pen & ~void), 12)
-    if pen.any():  # a stroke has weaker parts, and a pale rim
-        pen = ndimage.binary_propagation(
-            pen,
-            mask=pen
-            | ((red > 0.93 * green) & (red > 0.3))
-            | ((blue > 0.6 * green) & (red < 0.3 * green) & (green > 0.4)),
-        )
-        pen = _grow(pen, 3)
-
-    least = np.clip(_otsu(smooth[~(void | pen)][::5]), 0.045, 0.09)
-    mask = (
-        (smooth > least) & (chroma > least / 2) & ~pen
-    )  # the latter keeps the smoothing from widening it
+    clear = ~(void | pen)
+    least = np.clip(_otsu(smooth[clear][::5]), 0.045, 0.09)
+    mask = (smooth > least) & ~pen
+    mask &= chroma > least / 2  # keeps the smoothing from widening it
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = ~_grow(~_grow(mask, 1), 1)
-    mask = ~_without_specks(~_without_specks(mask, smallest), smallest)
+    mask = _without_specks(mask, smallest)
+    mask = ~_without_specks(~mask, smallest)
     gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
-    mask &= ~(void | pen | gap)
+    return mask & clear & ~gap, pen
 
-    # A fold is denser than the tissue around it in both stains alike; a crowd of nuclei is so in haematoxylin only.
-    part = mask[::2, ::2]  # half the pixels are plenty for this
-    near = ndimage.uniform_filter(part.astype(np.float32), 33) + 1e-6
-    red, green = red[::2, ::2], green[::2, ::2]
-    red0, green0 = (ndimage.uniform_filter(channel * part, 33) / near for channel in (red, green))
-    red, green = (ndimage.uniform_filter(channel, 3) for channel in (red, green))
-    fold = (
-        part
-        & (green > 1.6 * green0)
-        & (red > 1.5 * red0)
-        & (green > 0.3)
-        & (red * green0 < green * (red0 + 0.15 * green0))
-    )
-    fold = (
-        _without_specks(fold, 6).repeat(2, 0).repeat(2, 1)[: mask.shape[0], : mask.shape[1]] & mask
-    )
-    return mask, pen, fold
+
+def _glass(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(3,) colour of the empty glass: a tinted lamp is no colour of the tissue."""
+    background = (low > 150) & (high - low < 24)
+    if background.mean() <= 0.01:
+        return np.array([245, 245, 245], np.float32)
+    tint = np.median(image[background][::17], axis=0)
+    return np.clip(tint, tint.max() * 0.94, None).astype(np.float32)  # not to correct tissue away
+
+
+def _ink(red: np.ndarray, green: np.ndarray, blue: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """Mask of pen strokes by optical densities.
+
+    Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
+    2001): in any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
+    """
+    from scipy import ndimage
+
+    by_green = 1 / np.maximum(green, 1e-6)
+    red_share = red * by_green
+    blue_share = blue * by_green
+    pen = red > 1.15 * green + 0.08  # blue, green, turquoise
+    pen |= (red_share > 0.88) & (red > 0.7)  # dark blue
+    pen |= blue > 1.1 * green + 0.08  # yellow, orange
+    # Black, brown, green on tissue; then red.
+    pen |= (blue_share > 0.8) & (red_share > 0.6) & (green > 0.3)
+    pen |= (blue_share > 0.65) & (red_share < 0.25) & (green > 0.65)
+    pen = _without_specks(_open(pen & ~void), 12)
+    # A stroke has weaker parts, and a pale rim.
+    weak = (red_share > 0.93) & (red > 0.3)
+    weak |= (blue_share > 0.6) & (red_share < 0.3) & (green > 0.4)
+    whole = ndimage.binary_propagation(pen, mask=pen | weak)
+    return _grow(whole, 3)
 
 
 def _grow(mask: np.ndarray, by: int) -> np.ndarray:
@@ -101,82 +95,82 @@ def _grow(mask: np.ndarray, by: int) -> np.ndarray:
 
 def _open(mask: np.ndarray) -> np.ndarray:
     """The mask without what is narrower than 2 pixels."""
-    whole = np.pad(
-        mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:], 1
-    )  # squares of 2 x 2
-    return whole[:-1, :-1] | whole[1:, :-1] | whole[:-1, 1:] | whole[1:, 1:]
+    pairs = mask[:-1] & mask[1:]
+    squares = np.pad(pairs[:, :-1] & pairs[:, 1:], 1)
+    pairs = squares[:-1] | squares[1:]
+    return pairs[:, :-1] | pairs[:, 1:]
 
 
 def _without_specks(mask: np.ndarray, smallest: float) -> np.ndarray:
     """The mask without its connected areas of fewer than `smallest` pixels."""
     from scipy import ndimage
 
-    if not mask.any():
-        return mask
-    labels, count = ndimage.label(mask)
-    keep = np.bincount(labels.ravel(), minlength=count + 1) >= smallest
+    labels, _ = ndimage.label(mask)
+    keep = np.bincount(labels.ravel()) >= smallest
     keep[0] = False
     return keep[labels]
 
 
 def _otsu(values: np.ndarray) -> float:
-    """Otsu's threshold of values in [0, 1], on 256 bins: the split with the largest variance between its two sides."""
+    """Otsu's threshold of values in [0, 1], on 256 bins: the split that sets its sides apart."""
     counts = np.histogram(values, 256, (0, 1))[0].astype(float)
     below, weighted = np.cumsum(counts), np.cumsum(counts * np.arange(256))
-    above = below[-1] - below
-    apart = (weighted * below[-1] - weighted[-1] * below) ** 2 / np.maximum(below * above, 1)
+    apart = (weighted * below[-1] - weighted[-1] * below) ** 2
+    apart /= np.maximum(below * (below[-1] - below), 1)
     return (int(apart.argmax()) + 0.5) / 256
 
 
-def mean_in_squares(values: np.ndarray, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-    """Mean of a (h, w) array in squares of side `size` at (x, y), all in its pixels and not necessarily whole."""
-    if not values.any():
-        return np.zeros(len(x))
-    total = np.zeros((values.shape[0] + 2, values.shape[1] + 2))
+def mean_in_squares(values: np.ndarray, places: np.ndarray, side: float) -> np.ndarray:
+    """(N,) mean of an (h, w) array in squares of `side` at `places` (N, 2; x, y).
+
+    All in its pixels and not necessarily whole; beyond its edges it is 0.
+    """
+    h, w = values.shape
+    total = np.zeros((h + 2, w + 2))  # integral image
     total[1:-1, 1:-1] = values.cumsum(0, dtype=float).cumsum(1)
-    total[-1], total[:, -1] = total[-2], total[:, -2]
+    total[-1] = total[-2]
+    total[:, -1] = total[:, -2]
 
     def integral(x, y):
-        x, y = np.clip(x, 0, values.shape[1]), np.clip(y, 0, values.shape[0])
+        x, y = x.clip(0, w), y.clip(0, h)
         i, j = y.astype(int), x.astype(int)
         v, u = y - i, x - j
-        return (1 - v) * ((1 - u) * total[i, j] + u * total[i, j + 1]) + v * (
-            (1 - u) * total[i + 1, j] + u * total[i + 1, j + 1]
-        )
+        above = (1 - u) * total[i, j] + u * total[i, j + 1]
+        below = (1 - u) * total[i + 1, j] + u * total[i + 1, j + 1]
+        return (1 - v) * above + v * below
 
-    return (
-        integral(x + size, y + size)
-        - integral(x, y + size)
-        - integral(x + size, y)
-        + integral(x, y)
-    ) / size**2
+    left, top = places.T
+    right, bottom = left + side, top + side
+    inside = integral(right, bottom) - integral(left, bottom)
+    inside += integral(left, top) - integral(right, top)
+    return inside / side**2
 
 
 def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) -> np.ndarray:
-    """(N,) blur of patches, as the sigma of a Gaussian in patch pixels (0 to 6), measured at a quarter of their scale.
+    """(N,) blur of patches, as the sigma of a Gaussian in patch pixels (0 to 6).
 
-    The ratio of the Laplacian's power between two neighbouring octaves hardly depends on what the tissue is: on H&E
-    from 0.25 to 2 µm/px it was 0.4 and more when sharp, and as below after Gaussian blur of sigma 2, 3, 4 and 6.
+    Measured at a quarter of their scale. The ratio of the Laplacian's power between two
+    neighbouring octaves hardly depends on what the tissue is: on H&E from 0.25 to 2 µm/px it was
+    0.4 and more when sharp, and as below after Gaussian blur of sigma 2, 3, 4 and 6.
     """
     side = max(8, patch_size // 8 * 2)  # px of a patch when measured
     factor = size0 / side
     blur = np.zeros(len(coords), np.float32)
     blocks = coords // (16 * size0)
     order = np.lexsort((blocks[:, 0], blocks[:, 1]))
-    for members in np.split(order, np.flatnonzero(np.diff(blocks[order], axis=0).any(1)) + 1):
+    borders = np.flatnonzero(np.diff(blocks[order], axis=0).any(1)) + 1
+    for members in np.split(order, borders):
         origin = coords[members].min(0)
         places = np.round((coords[members] - origin) / factor).astype(int)
+        x0, y0 = origin.tolist()
         w, h = (places.max(0) + side).tolist()
-        green = slide.area(*origin.tolist(), w * factor, h * factor, w, h, draft=True)[..., 1]
-        fine = np.stack([green[y : y + side, x : x + side] for x, y in places.tolist()]).astype(
-            np.float32
-        )
-        coarse = (
-            fine[:, ::2, ::2] + fine[:, 1::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, 1::2]
-        ) / 4
-        sharp = np.maximum(
-            _laplacian_power(fine, 2) - 10, 0
-        )  # 10: noise of compression, all that strong blur leaves
+        green = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)[..., 1]
+        patches = [green[y : y + side, x : x + side] for x, y in places.tolist()]
+        fine = np.stack(patches).astype(np.float32)
+        pairs = fine[:, ::2] + fine[:, 1::2]
+        coarse = (pairs[:, :, ::2] + pairs[:, :, 1::2]) / 4
+        # 10: noise of compression, all that strong blur leaves.
+        sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)
         ratio = sharp / np.maximum(_laplacian_power(coarse), 1)
         blur[members] = np.interp(ratio, (0.1, 0.16, 0.215, 0.35, 0.55), (6, 4, 3, 2, 0))
     return blur
@@ -184,58 +178,62 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
 
 def _laplacian_power(images: np.ndarray, step: int = 1) -> np.ndarray:
     """(n,) mean squared 4-neighbour Laplacian of (n, h, w) images, of every `step`-th row."""
-    inner = 4 * images[:, 1:-1:step, 1:-1]
-    for part in (
-        images[:, :-2:step, 1:-1],
-        images[:, 2::step, 1:-1],
-        images[:, 1:-1:step, :-2],
-        images[:, 1:-1:step, 2:],
-    ):
-        inner -= part
+    rows = images[:, 1:-1:step]
+    inner = 4 * rows[..., 1:-1]
+    inner -= images[:, :-2:step, 1:-1]
+    inner -= images[:, 2::step, 1:-1]
+    inner -= rows[..., :-2]
+    inner -= rows[..., 2:]
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
 
 
 def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
-    """(h, w) bool tissue from the user's own mask of a slide; a mask pixel of the result has `scale` level-0 pixels.
+    """(h, w) bool tissue from the user's own mask; a pixel of the result has `scale` level-0 px.
 
-    GeoJSON polygons in level-0 pixels, as QuPath exports them, or an image of any size that covers the whole slide and
-    is not 0 where there is tissue.
+    GeoJSON polygons in level-0 pixels, as QuPath exports them, or an image of any size that covers
+    the whole slide and is not 0 where there is tissue.
     """
-    if path.suffix.lower() not in (".geojson", ".json"):
-        with Image.open(
-            path
-        ) as picture:  # labels as stored: neither a palette's colours nor transparency
-            plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
-            values = np.atleast_3d(picture if plain else picture.convert("RGB")).any(axis=2)
-        return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
+    if path.suffix.lower() in (".geojson", ".json"):
+        return _draw_polygons(path, shape, scale)
+    with Image.open(path) as picture:
+        # Labels as stored: neither a palette's colours nor transparency.
+        plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
+        labels = np.asarray(picture if plain else picture.convert("RGB"))
+    values = np.atleast_3d(labels).any(axis=2)
+    return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+def _draw_polygons(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
     picture = Image.new("1", shape[::-1])
     draw = ImageDraw.Draw(picture)
-
-    def fill(node):
-        if isinstance(node, list):
-            for part in node:
-                fill(part)
-        elif node["type"] in ("FeatureCollection", "Feature", "GeometryCollection"):
-            fill(node.get("features") or node.get("geometry") or node.get("geometries") or [])
-        elif node["type"] in ("Polygon", "MultiPolygon"):
-            polygons = [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
-            for polygon in polygons:
-                for number, ring in enumerate(polygon):  # the outer ring, then holes
-                    draw.polygon(
-                        [(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring],
-                        fill=int(number == 0),
-                    )
-
     try:
-        fill(json.loads(path.read_text(encoding="utf-8")))
+        for polygon in _polygons(json.loads(path.read_text(encoding="utf-8"))):
+            for number, ring in enumerate(polygon):  # the outer ring, then holes
+                points = [(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring]
+                draw.polygon(points, fill=int(number == 0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
     return np.asarray(picture)
 
 
+def _polygons(node):
+    """The polygons below a GeoJSON node, each a list of rings."""
+    if isinstance(node, list):
+        for part in node:
+            yield from _polygons(part)
+    elif node["type"] == "Polygon":
+        yield node["coordinates"]
+    elif node["type"] == "MultiPolygon":
+        yield from node["coordinates"]
+    else:
+        below = node.get("features") or node.get("geometry") or node.get("geometries")
+        yield from _polygons(below or [])
+
+
 def find_mask(folder: Path, name: str) -> Path:
-    """The user's mask of a slide: <slide>.geojson, .json, .png, .tif, .tiff or .jpg in the folder."""
+    """The user's mask of a slide: <slide>.geojson, .json, .png, .tif, .tiff or .jpg there."""
     for suffix in (".geojson", ".json", ".png", ".tif", ".tiff", ".jpg"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    raise SkippedSlide(f"no mask {name}.geojson or {name}.png in {folder} (--masks)")
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            return path
+    raise SkippedSlide(f"no mask {name}.geojson or {name}.png in {folder}", "masks")
