@@ -1,6 +1,6 @@
 """The one store of measurements: metrics.jsonl, a row each, and the predictions behind them.
 
-`Study` says what one run compares and how; the tables and pictures are drawn from it and from the store.
+`Study` says what one run compares and how; tables and pictures are drawn from it and the store.
 """
 
 from __future__ import annotations
