@@ -1,31 +1,45 @@
-"""TODO."""
+"""Where images come from: files, squares of slides, whole slides; each read when asked for."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from g2l.errors import UserError
 
+if TYPE_CHECKING:
+    from g2l.slides import Slide
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
-class ImageSource(Sequence):
+class ImageSource(Sequence[Any]):
     """Images, or stacks of patches, made when asked for: `make` of each item.
 
-    `files`, one per item where there are any, are watched for changes; `rule` says how the images are cut.
+    `files`, one per item where there are any, are watched for changes; `rule` says how the images
+    are cut.
     """
 
-    def __init__(self, items: Sequence, make: Callable, files: Sequence[Path] = (), rule: str = ""):
-        self.items, self.make, self.files, self.rule = items, make, list(files), rule
+    def __init__(
+        self,
+        items: Sequence | np.ndarray,
+        make: Callable[[Any], Any],
+        files: Sequence[Path] = (),
+        rule: str = "",
+    ):
+        self.items = items
+        self.make = make
+        self.files = list(files)
+        self.rule = rule
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: Any) -> Any:
         return self.make(self.items[i])
 
 
@@ -34,12 +48,8 @@ class Rows(ImageSource):
 
     def __init__(self, source: Sequence, rows: np.ndarray):
         files = getattr(source, "files", ())  # a source that is no files is known by its ids alone
-        super().__init__(
-            rows,
-            source.__getitem__,
-            [files[i] for i in rows] if files else (),
-            getattr(source, "rule", ""),
-        )
+        files = [files[i] for i in rows] if files else ()
+        super().__init__(rows, source.__getitem__, files, getattr(source, "rule", ""))
 
 
 class ImageFiles(ImageSource):
@@ -50,9 +60,10 @@ class ImageFiles(ImageSource):
 
 
 class Regions(ImageSource):
-    """Images larger than a patch, as stacks (n, side, side, 3) of the patches of a centred grid without overlap.
+    """Images larger than a patch, as stacks (n, side, side, 3) of a centred grid without overlap.
 
-    A side shorter than a patch is first padded to it by repeating its edge; what is left over by the grid is not used.
+    A side shorter than a patch is first padded to it by repeating its edge; what the grid leaves
+    over is not used.
     """
 
     def __init__(self, files: Sequence[Path], side: int = 224):
@@ -60,25 +71,25 @@ class Regions(ImageSource):
 
 
 class Squares(ImageSource):
-    """Squares of `size` level-0 pixels cut from slides or large images at (file, x, y), read as `side` pixels.
+    """Squares of `size` level-0 pixels of slides or large images at (file, x, y).
 
-    One file stays open, as neighbours in the list share it.
+    They are read as `side` pixels. One file stays open, as neighbours in the list share it.
     """
 
     def __init__(
         self, squares: Sequence[tuple[Path, int, int]], size: int, side: int | None = None
     ):
-        self.items, self.files, self.rule = (
-            squares,
-            [file for file, _, _ in squares],
-            f"squares {size}",
-        )
-        self.size, self.side, self.slide = size, side or size, None
+        self.items = squares
+        self.files = [file for file, _, _ in squares]
+        self.rule = f"squares {size}"
+        self.size = size
+        self.side = side or size
+        self.slide: Slide | None = None  # the open one
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"slide": None}  # open files do not travel to workers
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i: Any) -> Any:
         file, x, y = self.items[i]
         if self.slide is None or self.slide.path != file:
             self.slide = open_slide(file)
@@ -89,12 +100,8 @@ class SlidePatches(ImageSource):
     """Whole slides, each as a lazy stack of its tissue patches, found as tile.py finds them."""
 
     def __init__(self, files: Sequence[Path], mpp: float = 0.25, patch_size: int = 256):
-        super().__init__(
-            files,
-            functools.partial(tissue_of, mpp=mpp, patch_size=patch_size),
-            files,
-            f"tissue {patch_size} at {mpp}",
-        )
+        make = functools.partial(tissue_of, mpp=mpp, patch_size=patch_size)
+        super().__init__(files, make, files, f"tissue {patch_size} at {mpp}")
 
 
 def tissue_of(file: Path, mpp: float, patch_size: int) -> Squares:
@@ -104,17 +111,14 @@ def tissue_of(file: Path, mpp: float, patch_size: int) -> Squares:
     with open_slide(file) as slide:
         try:
             tiling = tile_slide(slide, mpp=mpp, patch_size=patch_size)
-        except (
-            UserError
-        ) as error:  # skipped: named, counted and passed over like any unreadable image
+        except UserError as error:  # named, counted and passed over like any unreadable image
             raise OSError(f"{slide.name}: {error}") from error
-    return Squares(
-        [(file, int(x), int(y)) for x, y in tiling.coords], tiling.size0, tiling.patch_size
-    )
+    squares = [(file, int(x), int(y)) for x, y in tiling.coords]
+    return Squares(squares, tiling.size0, tiling.patch_size)
 
 
-def open_slide(file: Path):
-    """tile.Slide of a file; what it cannot open raises OSError, so that it counts as an unreadable image."""
+def open_slide(file: Path) -> Slide:
+    """The slide in a file; OSError for what cannot be opened, so that it counts as unreadable."""
     from g2l.slides import Slide
 
     try:
@@ -124,35 +128,30 @@ def open_slide(file: Path):
 
 
 def read_image(file: Path, side: int = 1) -> np.ndarray:
-    """An image of 8 bits a channel as (H, W, 3) uint8, transparent parts white; OSError for anything else.
+    """An image of 8 bits a channel as (H, W, 3) uint8, transparent parts white.
 
     Sides below `side` px are padded to it: what is missing repeats the edge, half on each end.
+    Raises OSError for anything else.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(
-                ("I", "F")
-            ):  # Pillow would turn nearly all of it white without a word
+            if image.mode.startswith(("I", "F")):  # Pillow would turn nearly all of it white
                 raise OSError(f"{file}: more than 8 bits a pixel; save it with 8 bits a channel")
             if image.has_transparency_data:
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                )
-            pixels = np.array(image.convert("RGB"))
-    except (
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's other words for a bad file
+                white = Image.new("RGBA", image.size, "white")
+                pixels = np.array(Image.alpha_composite(white, image.convert("RGBA")))[..., :3]
+            else:
+                pixels = np.array(image.convert("RGB"))
+    # Pillow's other words for a bad file
+    except (SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise OSError(f"{file}: {error}") from error
     lack = [max(0, side - n) for n in pixels.shape[:2]]
-    return (
-        np.pad(pixels, [(n // 2, n - n // 2) for n in lack] + [(0, 0)], mode="edge")
-        if any(lack)
-        else pixels
-    )
+    if not any(lack):
+        return pixels
+    ends = [(n // 2, n - n // 2) for n in lack]
+    return np.pad(pixels, [*ends, (0, 0)], mode="edge")
 
 
 def cut_up(file: Path, side: int) -> np.ndarray:

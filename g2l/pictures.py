@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from g2l.features import display
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
 from g2l.report import means, role
-from g2l.results import read_metrics
+from g2l.results import Study, read_metrics
 
 
 def save_figure(figure, path: Path) -> None:
@@ -25,7 +24,7 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_figure1(args: argparse.Namespace) -> None:
+def draw_figure1(args: Study) -> None:
     """figure1.png: kNN accuracy, mean of the benchmarks that every model has, against parameters and time per image."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -118,7 +117,7 @@ def picture(benchmark: Benchmark, i: int) -> np.ndarray:
 
 
 def draw_benchmark(
-    benchmark: Benchmark, predictions: dict[str, dict], args: argparse.Namespace
+    benchmark: Benchmark, predictions: dict[str, dict], args: Study
 ) -> None:
     """Below results/pictures: confusion matrices and CKA matrix of all models, and for each model a kNN gallery."""
     import matplotlib.pyplot as plt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from g2l.features import display
 from g2l.files import safe, write_text
 from g2l.protocols import FEW
-from g2l.results import read_metrics
+from g2l.results import Study, read_metrics
 
 # Tables 1 and 2 of arXiv 2510.11176, as far as a public digest of the paper (papernotes, AAAI 2026) gives them; where
 # our reference notes hold the same figure they agree. What is not here was not seen.
@@ -66,7 +65,7 @@ PAPER_TABLES = {
 
 
 def paired_rows(
-    rows: list[dict], benchmarks: Sequence[str], args: argparse.Namespace
+    rows: list[dict], benchmarks: Sequence[str], args: Study
 ) -> list[dict]:
     """The paired differences between this run's models and its teacher and baseline, in their order."""
     models = [display(n) for n in args.models]
@@ -154,7 +153,7 @@ def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
     return f" (paper {value:.3f})" if value else ""
 
 
-def write_tables(args: argparse.Namespace) -> str:
+def write_tables(args: Study) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
     rows, mean, models = (
         read_metrics(args.results),
@@ -327,7 +326,7 @@ def with_interval(row: dict) -> str:
     )
 
 
-def role(name: str, args: argparse.Namespace) -> str:
+def role(name: str, args: Study) -> str:
     """What a model is in this comparison: teacher, before or after distillation, or nothing."""
     origin = args.cards[name]["metadata"].get("teacher")
     return (
@@ -341,7 +340,7 @@ def role(name: str, args: argparse.Namespace) -> str:
     )
 
 
-def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> None:
+def write_report(args: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
     data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
     names = [b.name for b in args.found if b.name in data]
@@ -425,7 +424,7 @@ def write_report(args: argparse.Namespace, tables: str, failures: list[str]) -> 
     )
 
 
-def summarize(args: argparse.Namespace) -> str:
+def summarize(args: Study) -> str:
     """One screen: per benchmark and model CKA, kNN and probe beside chance, and what the paired comparison allows."""
     mean, rows, shown = (
         means(args.results),

@@ -1,16 +1,43 @@
-"""TODO."""
+"""The one store of measurements: metrics.jsonl, a row each, and the predictions behind them.
+
+`Study` says what one run compares and how; tables and pictures are drawn from it and the store.
+"""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
 from g2l.files import atomic, locked, write_text
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison of models on benchmarks, its protocols, and where its results lie."""
+
+    results: Path
+    models: list[str]  # as named on the command line, in the order of the tables' columns
+    teacher: str | None
+    baseline: str | None  # the student before distillation
+    found: list[Benchmark]
+    cards: dict[str, dict]  # of each model, see features.card
+    device_used: str
+    argv: list[str]  # the command that is printed with the tables
+    k: int  # neighbours that vote
+    pca_dims: int
+    pca: str  # axes fitted on the training folds ("fold") or on everything ("all")
+    folds: int
+    seeds: int  # splits of the linear probe
+    paper_splits: bool  # measure splits without regard to patients, too
+    leaks: str  # images of patients that a student has seen: "exclude" or "mark"
+    no_pictures: bool
 
 
 def record(
