@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Slide
@@ -24,18 +25,18 @@ OVERVIEW = 8e6  # pixels that a slide at low power may have
 class Tiling:
     """What tile_slide found. Arrays have one entry per patch kept."""
 
-    coords: np.ndarray  # (N, 2) int64, level-0 x, y of the top-left corner
+    coords: NDArray  # (N, 2) int64, level-0 x, y of the top-left corner
     size0: int  # side of a patch in level-0 pixels
     patch_size: int  # side of a patch in output pixels
     mpp: float  # µm per output pixel
-    measures: dict[str, np.ndarray]  # (N,) float32 each: share of tissue, of pen; blur in patch px
-    mask: np.ndarray  # (h, w) bool, tissue
-    image: np.ndarray  # (h, w, 3) uint8
+    measures: dict[str, NDArray]  # (N,) float32 each: share of tissue, of pen; blur in patch px
+    mask: NDArray  # (h, w) bool, tissue
+    image: NDArray  # (h, w, 3) uint8
     scale: float  # level-0 pixels of a pixel of mask and image
     summary: dict[str, float]  # fractions for slides.csv
     warnings: list[str]
 
-    def take(self, kept: np.ndarray | list[int]) -> None:
+    def take(self, kept: NDArray | list[int]) -> None:
         """Keep these patches only (a mask or numbers)."""
         self.coords = self.coords[kept]
         self.measures = {name: values[kept] for name, values in self.measures.items()}
@@ -133,7 +134,7 @@ def _check_length(slide: Slide) -> None:
         )
 
 
-def _overview(slide: Slide, size0: int) -> tuple[np.ndarray, float]:
+def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     """(h, w, 3) uint8 of the whole slide at low power, and its level-0 pixels per pixel.
 
     Raises where it shows at once that there is nothing to find.
@@ -155,7 +156,7 @@ def _overview(slide: Slide, size0: int) -> tuple[np.ndarray, float]:
     return image, scale
 
 
-def _no_tissue(tissue: np.ndarray, pen: np.ndarray, least: float) -> SkippedSlide:
+def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:
     """Why there is no patch."""
     if tissue.any():
         return SkippedSlide(f"no patch has {least:.0%} of tissue", "tissue")
@@ -164,7 +165,7 @@ def _no_tissue(tissue: np.ndarray, pen: np.ndarray, least: float) -> SkippedSlid
     return SkippedSlide("no tissue found")
 
 
-def _keep(bad: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
     """Which patches no measure speaks against, and a warning where few; SkippedSlide where none."""
     keep = ~np.any(list(bad.values()), axis=0)
     if not keep.any():

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2l.errors import PatchError
@@ -51,7 +52,7 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)
 
 
-def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
+def outlines(mask: NDArray) -> list[list[NDArray]]:
     """Polygons of a mask in its pixels (edges are whole numbers): the outer ring, then holes."""
     from contourpy import FillType, contour_generator
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError, UserError
@@ -39,7 +40,7 @@ class OpenSlideReader:
         if not plain:
             self._slide.set_cache(openslide.OpenSlideCache(self.cache))
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
         """(h, w, 3) uint8, transparent parts white; PatchError where it cannot be read."""
         import openslide
 
@@ -57,7 +58,7 @@ class OpenSlideReader:
         self._slide.close()
 
 
-def over_white(pixels: np.ndarray) -> np.ndarray:
+def over_white(pixels: NDArray) -> NDArray:
     """(h, w, 3) uint8 of (h, w, 4) on white ground."""
     rgb, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == 255:

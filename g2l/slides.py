@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError
@@ -57,17 +58,19 @@ class Slide:
     `mpp` overrides what the file says (µm per pixel of level 0). `cache` bounds the decoded tiles
     kept (bytes). Attributes: name, path, width, height, mpp (float or None), mpp_source (str),
     objective (float or None), vendor, `damaged` (unreadable regions that a tolerant read left
-    white). Raises UserError where the file is no slide.
+    white), `memory` (bytes it may hold). Raises UserError where the file is no slide.
     """
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
         self.path, self.name = Path(path), slide_name(path)
-        self._recent = Recent(cache)
+        self._recent, self.memory = Recent(cache), cache
         self.file = -1
         self.damaged: list[str] = []
         self._reader = open_reader(self.path, cache)
         self.vendor = self._reader.vendor
         self.width, self.height = self._reader.sizes[0]
+        if self.vendor == "image":  # held whole
+            self.memory = 4 * self.width * self.height
         self.levels = []
         for number, size in enumerate(self._reader.sizes):
             self.levels.append(Level(*size, self._downsample(*size), number))
@@ -176,7 +179,7 @@ class Slide:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _from_tiles(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _from_tiles(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         tiles, shrink = level.tiles, level.shrink
         assert tiles is not None
         tw, th = tiles.codec.width // shrink, tiles.codec.height // shrink
@@ -187,6 +190,8 @@ class Slide:
         def tile(row, column):
             index = row * tiles.columns + column
             try:
+                if tiles.codec.holds(x, y, w, h) and shrink == 1:
+                    return decode(index)  # a whole tile is not asked for twice
                 return self._recent.get((level, index), lambda: decode(index))
             except PatchError as error:
                 if strict:
@@ -200,9 +205,7 @@ class Slide:
         place = f"x={round(x * level.downsample)}, y={round(y * level.downsample)}"
         self.damaged.append(f"{place}: {error}")
 
-    def _from_reader(
-        self, level: Level, x: int, y: int, w: int, h: int, strict: bool
-    ) -> np.ndarray:
+    def _from_reader(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         try:
             return self._reader.region(level.number, x, y, w, h)
         except PatchError as error:
@@ -218,7 +221,7 @@ class Slide:
         parts = [self._from_reader(level, *half, strict) for half in halves]
         return np.concatenate(parts, axis=int(w >= h))
 
-    def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + w, level.width), min(y + h, level.height)
@@ -250,7 +253,7 @@ class Slide:
         out_h: int,
         draft: bool = False,
         below: float = math.inf,
-    ) -> np.ndarray:
+    ) -> NDArray:
         """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges.
 
         Taken from the level nearest above and resampled where need be (antialiased; `draft`: by
@@ -297,7 +300,7 @@ class Slide:
                 best = level
         return best
 
-    def read(self, x: int, y: int, size: int, out: int) -> np.ndarray:
+    def read(self, x: int, y: int, size: int, out: int) -> NDArray:
         """(out, out, 3) uint8 of the square of `size` level-0 pixels at (x, y), white beyond edges.
 
         With out == size these are the slide's own pixels; otherwise resampled (bicubic,
@@ -309,7 +312,7 @@ class Slide:
             text = f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
             raise PatchError(text) from error
 
-    def thumbnail(self, max_side: int) -> np.ndarray:
+    def thumbnail(self, max_side: int) -> NDArray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
         scale = max(1, max(self.width, self.height) / max_side)
         size = max(1, round(self.width / scale)), max(1, round(self.height / scale))
