@@ -180,7 +180,7 @@ def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
 
 def _doubts(slide: Slide) -> list[str]:
     """What the user should know of a slide that is taken all the same."""
-    found = []
+    found = list(slide.notes)
     if slide.mpp and slide.objective and abs(math.log2(slide.mpp * slide.objective / 10)) > 0.5:
         found.append(
             f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px "

@@ -190,7 +190,10 @@ class _Handle:
         for file in (self.table, self.file):
             if file >= 0:
                 os.close(file)
+        self.table = self.file = -1
         self.close_slide()
+
+    __del__ = close  # an index that is no longer used leaves no file open
 
     def close_slide(self) -> None:
         if self.slide:

@@ -25,6 +25,7 @@ class OpenSlideReader:
 
     def __init__(self, path: Path, cache: int):
         self.path, self.cache = path, cache
+        self.notes: list[str] = []  # what the user should know of the file
         self._open()
         self.properties = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "image")
@@ -39,6 +40,12 @@ class OpenSlideReader:
         self._slide: Any = kind(str(self.path))
         if not plain:
             self._slide.set_cache(openslide.OpenSlideCache(self.cache))
+
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) of a level's tiles, to whose whole number some writers pad it."""
+        name = f"openslide.level[{level}].tile-"
+        width, height = (self.properties.get(name + side, "1") for side in ("width", "height"))
+        return int(width), int(height)
 
     def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
         """(h, w, 3) uint8, transparent parts white; PatchError where it cannot be read."""

@@ -71,9 +71,10 @@ class Slide:
         self.width, self.height = self._reader.sizes[0]
         if self.vendor == "image":  # held whole
             self.memory = 4 * self.width * self.height
-        self.levels = []
+        self.notes: list[str] = list(self._reader.notes)
+        self.levels: list[Level] = []
         for number, size in enumerate(self._reader.sizes):
-            self.levels.append(Level(*size, self._downsample(*size), number))
+            self._add_level(size[0], size[1], number)
         self.drafts = list(self.levels)  # what is good enough to look for tissue
         description = self._open_tiles()
         self.mpp, self.mpp_source = mpp, "given"
@@ -82,18 +83,17 @@ class Slide:
         power = _number(self._reader.properties.get("openslide.objective-power", ""))
         self.objective = power if 0 < power < math.inf else None
 
-    def _downsample(self, width: int, height: int) -> float:
-        """Downsample of a level, whole where its size is that of a whole one, cut to pixels.
-
-        4443 -> 2221 is a factor of 2 that lost half a pixel, not 2.0005: taken literally, far
-        corners would shift.
-        """
-        ratio = (self.width / width + self.height / height) / 2
-        whole = round(ratio)
-        for small, large in ((width, self.width), (height, self.height)):
-            if small not in (large // whole, -(-large // whole)):
-                return ratio
-        return float(whole)
+    def _add_level(self, width: int, height: int, number: int, tiles: Tiles | None = None) -> None:
+        """Take a level for what its size proves, or leave it out and note that."""
+        whole = self.width, self.height
+        factor = level_factor(whole, (width, height), self._reader.tile_size(number))
+        if not factor:
+            text = f"level {number} ({width} x {height} px) left out: not the whole slide"
+            self.notes.append(f"{text} at one scale")
+            return
+        width = min(width, math.ceil(self.width / factor))  # without the padding
+        height = min(height, math.ceil(self.height / factor))
+        self.levels.append(Level(width, height, factor, number, tiles))
 
     def _open_tiles(self) -> str:
         """Find the compressed tiles of an Aperio or generic TIFF; returns its description.
@@ -126,11 +126,11 @@ class Slide:
             if page.is_tiled:
                 by_size.setdefault((page.imagewidth, page.imagelength), page)
         for level in self.levels:
-            level.tiles = Tiles.of(by_size.get((level.width, level.height)))
+            level.tiles = Tiles.of(by_size.get(self._reader.sizes[level.number]))
         for page in inner:
-            size, tiles = (page.imagewidth, page.imagelength), Tiles.of(page)
+            tiles = Tiles.of(page)
             if tiles and tiles.complete:
-                self.levels.append(Level(*size, self._downsample(*size), -1, tiles))
+                self._add_level(page.imagewidth, page.imagelength, -1, tiles)
 
     def _distrust_tiles(self) -> None:
         self.levels = [level for level in self.levels if level.number >= 0]
@@ -325,6 +325,32 @@ def _shrunken(level: Level, by: int) -> Level:
     return replace(level, width=width, height=height, downsample=level.downsample * by, shrink=by)
 
 
+def level_factor(
+    whole: tuple[int, int], level: tuple[int, int], tile: tuple[int, int] = (1, 1)
+) -> float | None:
+    """Downsample of a level by its size and level 0's, (width, height); None if it proves none.
+
+    Whole where the size is that of a whole factor, cut to pixels or padded to whole tiles: 4443 ->
+    2221 is a factor of 2 that lost half a pixel, not 2.0005, by which far corners would shift. Of
+    several such factors a power of two is believed, if it is the only one. Else it is the mean of
+    both ratios, if they agree as well as rounding lets them.
+    """
+    ratios = [large / small for large, small in zip(whole, level, strict=True)]
+    fits = []
+    for factor in range(1, 2 * math.ceil(max(ratios)) + 1):
+        for large, small, side in zip(whole, level, tile, strict=True):
+            padded = -(-large // (factor * side)) * side
+            if small not in (large // factor, -(-large // factor), padded):
+                break
+        else:
+            fits.append(factor)
+    fits = [factor for factor in fits if factor & (factor - 1) == 0] or fits
+    if len(fits) == 1:
+        return float(fits[0])
+    slack = min(1 / level[0] + 1 / level[1], 0.02)
+    return sum(ratios) / 2 if abs(ratios[0] / ratios[1] - 1) <= slack else None
+
+
 def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None, str]:
     """µm per pixel and where it came from: OME's text, vendor properties, then resolution tags.
 
@@ -332,6 +358,8 @@ def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None
     """
     tag, refused = "TIFF resolution tags", ""
     x, y = (_number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy")
+    if x > 0 and y > 0 and abs(math.log(x / y)) > 0.02:
+        return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
     generic = properties.get("openslide.vendor") == "generic-tiff"
     candidates = [
         (_ome_size(description), "OME PhysicalSizeX"),

@@ -10,12 +10,12 @@ import openslide
 import pytest
 import tifffile
 from PIL import Image
-from synthetic import by_openslide, section, stained, write_slide
+from synthetic import BACKGROUND, by_openslide, section, stained, write_slide
 
 import tile
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.grid import tile_slide
-from g2l.slides import Slide
+from g2l.slides import Slide, level_factor
 from g2l.tiff import Codec, Tiles
 
 ROOT = Path(tile.__file__).parent
@@ -405,3 +405,93 @@ def test_units_of_ome_tiff(tmp_path, unit, size, mpp):
     )
     with Slide(tmp_path / "a.ome.tif") as slide:
         assert slide.mpp == mpp
+
+
+# Levels --------------------------------------------------------------------------------------
+
+
+def pyramid(path, image, pages, tile_size=256, **options):
+    """A tiled TIFF at 0.25 µm/px of an image and further pages."""
+    with tifffile.TiffWriter(path) as file:
+        for number, page in enumerate((image, *pages)):
+            file.write(
+                page,
+                tile=(tile_size, tile_size),
+                photometric="rgb",
+                compression="jpeg",
+                metadata=None,
+                subfiletype=int(number > 0),
+                resolution=(40000, 40000),
+                resolutionunit="CENTIMETER",
+                **options,
+            )
+    return path
+
+
+def corners(height, width):
+    """Two blocks of tissue, one at the far corner."""
+    image = np.full((height, width, 3), BACKGROUND, np.uint8)
+    image[300:1324, 300:1324] = image[-1200:-176, -1200:-176] = stained(1024, 1024)
+    return image
+
+
+def test_levels_padded_to_whole_tiles_show_nothing_shifted(tmp_path):
+    image, pages = corners(2600, 4650), []
+    for n in (2, 4, 8):
+        level = np.asarray(Image.fromarray(image).reduce(n))[: 2600 // n, : 4650 // n]
+        lack = [(0, -side % 512) for side in level.shape[:2]]
+        pages.append(np.pad(level, [*lack, (0, 0)], constant_values=255))
+    padded = pyramid(tmp_path / "padded.tif", image, pages, tile_size=512)
+    exact = pyramid(tmp_path / "exact.tif", image, [image[::4, ::4]], tile_size=512)
+    with Slide(padded) as slide, Slide(exact) as other:
+        assert [level.downsample for level in slide.levels] == [1, 2, 4, 8]
+        assert not slide.notes
+        assert tile_slide(slide).coords.tolist() == tile_slide(other).coords.tolist()
+        small = slide.area(3450, 1400, 1024, 1024, 128, 128).astype(int)
+        large = np.asarray(
+            Image.fromarray(slide.area(3450, 1400, 1024, 1024, 1024, 1024)).reduce(8)
+        )
+        assert np.abs(small - large).mean() < 9
+
+
+def test_a_picture_of_the_glass_is_no_level(tmp_path):
+    image, macro = np.full((1024, 3072, 3), BACKGROUND, np.uint8), stained(240, 640)
+    image[256:768, 256:768] = stained(512, 512)
+    path = pyramid(tmp_path / "a.tif", image, [image[::4, ::4], macro])
+    with openslide.OpenSlide(path) as reference, Slide(path) as slide:
+        assert len(reference.level_dimensions) == 3
+        assert [level.downsample for level in slide.levels] == [1, 4]
+        tiling = tile_slide(slide)
+    assert len(tiling.coords) == 4 and "(640 x 240 px) left out" in tiling.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("level", "tile", "factor"),
+    [
+        ((2500, 1250), (1, 1), 4),
+        ((2501, 1250), (1, 1), 4),
+        ((3000, 1500), (1, 1), 3.3335),
+        ((2560, 1280), (256, 256), 4),
+        ((1250, 628), (628, 628), None),
+        ((1500, 1250), (250, 250), None),
+        ((1250, 2500), (1, 1), None),
+    ],
+)
+def test_level_factors(level, tile, factor):
+    assert level_factor((10001, 5000), level, tile) == (factor and pytest.approx(factor, abs=1e-3))
+
+
+def test_pixels_that_are_not_square_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path,
+        section(600, 600),
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="rgb",
+        resolution=(40000, 20000),
+        resolutionunit="CENTIMETER",
+    )
+    with Slide(path) as slide, pytest.raises(SkippedSlide, match="not square") as info:
+        tile_slide(slide)
+    assert info.value.mend == "mpp"
