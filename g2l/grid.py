@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from g2l.errors import SkippedSlide, UserError
+from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.slides import Slide
 from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
 
 MASK_PX = 8  # side of a patch in pixels of the tissue mask
+SAMPLE = 64  # patches that are read to see whether a slide is sound
 OVERVIEW = 8e6  # pixels that a slide at low power may have
 
 
@@ -35,6 +36,7 @@ class Tiling:
     scale: float  # level-0 pixels of a pixel of mask and image
     summary: dict[str, float]  # fractions for slides.csv
     warnings: list[str]
+    unreadable: list[str]  # patches left out, where and why
 
     def take(self, kept: NDArray | list[int]) -> None:
         """Keep these patches only (a mask or numbers)."""
@@ -109,15 +111,25 @@ def tile_slide(
     }
     bad = {"pen": measures["pen"] > max_pen, "blur": measures["blur"] > max_blur}
     keep, warnings = _keep(bad)
+    unreadable = _unreadable(slide, coords, keep, size0)
     summary = {
         "tissue": tissue_mask.mean(),
         "pen": pen_mask.sum() / max((tissue_mask | pen_mask).sum(), 1),
         "blur": bad["blur"].mean(),
     }
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    warnings = _doubts(slide) + warnings
     return Tiling(
-        coords[keep], size0, patch_size, got, measures, tissue_mask, image, scale, summary, warnings
+        coords[keep],
+        size0,
+        patch_size,
+        got,
+        measures,
+        tissue_mask,
+        image,
+        scale,
+        summary,
+        _doubts(slide) + warnings,
+        unreadable,
     )
 
 
@@ -176,6 +188,29 @@ def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
         return keep, []
     shares = [f"{values.mean():.0%} for {name}" for name, values in bad.items() if values.any()]
     return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {', '.join(shares)}"]
+
+
+def _unreadable(slide: Slide, coords: NDArray, keep: NDArray, size0: int) -> list[str]:
+    """Which patches cannot be read, and why; they are no longer kept.
+
+    A sample spread over the tissue tells, since a thumbnail shows other levels; where one of it
+    fails, all are read. UserError where none is left.
+    """
+    numbers, errors = np.flatnonzero(keep), {}
+    for step in (max(1, len(numbers) // SAMPLE), 1):
+        for number in numbers[::step].tolist():
+            x, y = coords[number].tolist()
+            try:
+                slide.area(x, y, size0, size0, size0, size0)
+            except PatchError as error:
+                errors[number] = f"x={x}, y={y}: {error}"
+                keep[number] = False
+        if not errors:
+            return []
+    if not keep.any():
+        first = next(iter(errors.values()))
+        raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, {first}")
+    return list(errors.values())
 
 
 def _doubts(slide: Slide) -> list[str]:

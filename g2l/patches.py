@@ -107,13 +107,13 @@ def write_shard(
     """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot).
 
     A patch that is a sound JPEG tile is copied, the others are encoded; unreadable ones are left
-    out. Returns where the patches lie in the tar (as tile_table, a row each), and the errors;
-    `tiling` keeps only the patches written.
+    out. Returns where the patches lie in the tar (as tile_table, a row each), and the errors with
+    those known before; `tiling` keeps only the patches written.
     """
     import tarfile
 
     key, size = slide.name.replace(".", "_"), tiling.patch_size
-    kept, offsets, sizes, errors = [], [], [], []
+    kept, offsets, sizes, errors = [], [], [], tiling.unreadable
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:

@@ -7,6 +7,7 @@ A reader has `vendor`, `properties` (OpenSlide's names), `sizes` and `downsample
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,18 @@ def _complain_early(path: Path) -> None:
         raise UserError(f"{path}: empty file; copy or download it again")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: Git LFS pointer, not the slide itself; run `git lfs pull`")
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise UserError(f"{path}: the MIRAX data folder {path.stem}/ is missing beside it")
+    index = path
+    if path.suffix.lower() == ".mrxs":
+        index = path.with_suffix("") / "Slidedat.ini"
+        if not index.is_file():
+            raise UserError(f"{path}: the MIRAX data folder {path.stem}/ is missing beside it")
+    elif path.suffix.lower() not in (".vms", ".vmu"):
+        return
+    named = r"^ *(?:FILE_\d+|ImageFile[^=]*?) *= *(.+?)\s*$"
+    for name in re.findall(named, index.read_text(errors="replace"), re.MULTILINE):
+        part = index.parent / name
+        if not part.is_file() or not part.stat().st_size:
+            raise UserError(f"{path}: its data file {name} is missing or empty; copy it again")
 
 
 def _complain_of_pictures(path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
@@ -482,3 +483,33 @@ def test_plain_images_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     for start in index.starts:
         index.read(int(start))
         assert sum(handle.slide is not None for handle in index._open.values()) <= 2
+
+
+def test_rotten_tiles_are_not_copied_into_shards(tmp_path):
+    """A tile with a hole in its middle still ends as a JPEG should."""
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    path = write_slide(folder / "a.svs", stained(1536, 1536))
+    page, data = tifffile.TiffFile(path).pages[0], bytearray(path.read_bytes())
+    rotten = {7, 14, 15}
+    for index in rotten:
+        start, count = page.dataoffsets[index], page.databytecounts[index]
+        for place in range(start + count // 3, start + count - 4, 97):
+            data[place] ^= 0x5A
+    path.write_bytes(data)
+    with openslide.OpenSlide(path) as reference:
+        lost = set()
+        for index in rotten:
+            try:
+                reference.read_region((index % 6 * 256, index // 6 * 256), 0, (256, 256))
+            except openslide.OpenSlideError:
+                lost.add(index)
+                reference = openslide.OpenSlide(path)
+    assert lost
+    assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--save-patches"]) == 0
+    index = PatchIndex(tmp_path / "tiles" / "mine")
+    assert len(index) == 36 - len(lost)
+    for i in range(len(index)):
+        index.read(i)
+    (row,) = csv.DictReader(open(tmp_path / "tiles" / "mine" / "slides.csv"))
+    assert row["unreadable"] == str(len(lost)) and "unreadable patches" in row["warnings"]

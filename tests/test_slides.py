@@ -1,5 +1,6 @@
 """Slides: pixel for pixel what OpenSlide gives, levels proven, damage, pixel sizes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from mirax import write_mirax
 from PIL import Image
 from synthetic import BACKGROUND, by_openslide, section, stained, write_slide
 
@@ -494,3 +496,27 @@ def test_pixels_that_are_not_square_are_refused(tmp_path):
     with Slide(path) as slide, pytest.raises(SkippedSlide, match="not square") as info:
         tile_slide(slide)
     assert info.value.mend == "mpp"
+
+
+# Health --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["none", "lost", "empty", "cut"])
+def test_a_slide_is_sound_where_its_patches_are_read(tmp_path, damage):
+    """The thumbnail of a MIRAX slide comes from another data file than half of its patches."""
+    write_mirax(tmp_path / "a.mrxs")
+    part = tmp_path / "a" / "Data0001.dat"
+    if damage == "lost":
+        part.unlink()
+    elif damage != "none":
+        os.truncate(part, part.stat().st_size // 2 if damage == "cut" else 0)
+    if damage in ("lost", "empty"):
+        with pytest.raises(UserError, match=r"data file Data0001\.dat is missing or empty"):
+            Slide(tmp_path / "a.mrxs")
+        return
+    with Slide(tmp_path / "a.mrxs") as slide:
+        tiling = tile_slide(slide)
+        for x, y in tiling.coords.tolist():
+            slide.read(x, y, 256, 256)
+    assert len(tiling.coords) + len(tiling.unreadable) == 36
+    assert len(tiling.unreadable) == (9 if damage == "cut" else 0)
