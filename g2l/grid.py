@@ -91,7 +91,7 @@ def tile_slide(
     if max_pen == 1:  # a stain of the colour of ink
         tissue_mask |= pen_mask
     if mask:
-        tissue_mask = read_mask(mask, tissue_mask.shape, scale)
+        tissue_mask = read_mask(mask, tissue_mask.shape, scale, slide.origin)
 
     step = max(1, round(size0 * (patch_size - overlap) / patch_size))
     x, y = np.meshgrid(

@@ -57,8 +57,9 @@ class Slide:
 
     `mpp` overrides what the file says (µm per pixel of level 0). `cache` bounds the decoded tiles
     kept (bytes). Attributes: name, path, width, height, mpp (float or None), mpp_source (str),
-    objective (float or None), vendor, `damaged` (unreadable regions that a tolerant read left
-    white), `memory` (bytes it may hold). Raises UserError where the file is no slide.
+    objective (float or None), vendor, `origin` (x, y of what was scanned, from which QuPath
+    counts), `notes` (what is odd about the file), `damaged` (unreadable regions that a tolerant
+    read left white), `memory` (bytes it may hold). Raises UserError where the file is no slide.
     """
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
@@ -67,7 +68,7 @@ class Slide:
         self.file = -1
         self.damaged: list[str] = []
         self._reader = open_reader(self.path, cache)
-        self.vendor = self._reader.vendor
+        self.vendor, properties = self._reader.vendor, self._reader.properties
         self.width, self.height = self._reader.sizes[0]
         if self.vendor == "image":  # held whole
             self.memory = 4 * self.width * self.height
@@ -79,8 +80,10 @@ class Slide:
         description = self._open_tiles()
         self.mpp, self.mpp_source = mpp, "given"
         if not mpp:
-            self.mpp, self.mpp_source = find_mpp(self._reader.properties, description)
-        power = _number(self._reader.properties.get("openslide.objective-power", ""))
+            self.mpp, self.mpp_source = find_mpp(properties, description)
+        x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
+        self.origin = x, y
+        power = _number(properties.get("openslide.objective-power", ""))
         self.objective = power if 0 < power < math.inf else None
 
     def _add_level(self, width: int, height: int, number: int, tiles: Tiles | None = None) -> None:

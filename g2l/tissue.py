@@ -8,6 +8,8 @@ first where somebody has drawn the tissue.
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,10 @@ from PIL import Image, ImageDraw
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Slide
+
+
+# Classes of annotations that are not tissue.
+NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 
 
 def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
@@ -35,7 +41,7 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
         through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
         light.append(through[plane])
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
-    pen = _ink(*density, void)
+    pen = _ink(density[0], density[1], density[2], void)
 
     chroma = np.maximum.reduce(light) - np.minimum.reduce(light)
     smooth = ndimage.uniform_filter(chroma, 3)
@@ -181,47 +187,72 @@ def _laplacian_power(images: NDArray, step: int = 1) -> NDArray:
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
 
 
-def read_mask(path: Path, shape: tuple[int, int], scale: float) -> NDArray:
+def read_mask(
+    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int] = (0, 0)
+) -> NDArray:
     """(h, w) bool tissue from the user's own mask; a pixel of the result has `scale` level-0 px.
 
-    GeoJSON polygons in level-0 pixels, as QuPath exports them, or an image of any size that covers
-    the whole slide and is not 0 where there is tissue.
+    GeoJSON polygons in level-0 pixels from `origin` (Slide.origin), as QuPath exports them; those
+    of a class that means "not this" are cut out. Or an image of the whole slide, of any size and
+    the slide's aspect, not 0 where there is tissue (a JPEG: at least half its largest value).
     """
     if path.suffix.lower() in (".geojson", ".json"):
-        return _draw_polygons(path, shape, scale)
+        return _draw_polygons(path, shape, scale, origin)
     with Image.open(path) as picture:
         # Labels as stored: neither a palette's colours nor transparency.
         plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
         labels = np.asarray(picture if plain else picture.convert("RGB"))
-    values = np.atleast_3d(labels).any(axis=2)
-    return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
+        lossy = picture.format == "JPEG"
+    values = np.atleast_3d(labels).max(axis=2)
+    h, w = values.shape
+    if abs(math.log(w * shape[0] / (h * shape[1]))) > 0.02 + sum(1 / n for n in (w, h, *shape)):
+        text = f"{path}: {w} x {h} px, another aspect than the slide's"
+        raise UserError(f"{text}; a mask covers the whole slide")
+    tissue = Image.fromarray(values * 2.0 > values.max() if lossy else values != 0)
+    return np.asarray(tissue.resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def _draw_polygons(path: Path, shape: tuple[int, int], scale: float) -> NDArray:
-    picture = Image.new("1", shape[::-1])
-    draw = ImageDraw.Draw(picture)
+def _draw_polygons(
+    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
+) -> NDArray:
+    """Each polygon on its own, so that a hole erases only what is its own."""
+    drawn = {True: Image.new("1", shape[::-1]), False: Image.new("1", shape[::-1])}
     try:
-        for polygon in _polygons(json.loads(path.read_text(encoding="utf-8"))):
-            for number, ring in enumerate(polygon):  # the outer ring, then holes
-                points = [(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring]
-                draw.polygon(points, fill=int(number == 0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for polygon, wanted in _polygons(json.loads(path.read_text(encoding="utf-8"))):
+            rings = [np.array([point[:2] for point in ring], float) for ring in polygon]
+            rings = [(ring + origin) / scale - 0.5 for ring in rings]
+            if not all((abs(ring) < 1e6).all() for ring in rings):  # not NaN either
+                raise ValueError("coordinates that are no numbers or lie far outside")
+            left, top = np.floor(rings[0].min(0)).clip(-1, shape[::-1]).astype(int).tolist()
+            right, bottom = np.ceil(rings[0].max(0)).clip(-1, shape[::-1]).astype(int).tolist()
+            piece = Image.new("1", (right - left + 1, bottom - top + 1))
+            draw = ImageDraw.Draw(piece)
+            for number, ring in enumerate(rings):  # the outer ring, then holes
+                draw.polygon((ring - (left, top)).ravel().tolist(), fill=int(number == 0))
+            drawn[wanted].paste(1, (left, top), piece)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
-    return np.asarray(picture)
+    return np.asarray(drawn[True]) & ~np.asarray(drawn[False])
 
 
-def _polygons(node):
-    """The polygons below a GeoJSON node, each a list of rings."""
+def _polygons(node, wanted=True):
+    """The polygons below a GeoJSON node, each a list of rings, and whether its class is wanted."""
     if isinstance(node, list):
         for part in node:
-            yield from _polygons(part)
-    elif node["type"] == "Polygon":
-        yield node["coordinates"]
+            yield from _polygons(part, wanted)
+        return
+    kind = (node.get("properties") or {}).get("classification") or {}
+    wanted = wanted and not re.match(
+        "(?i)ignore|background|exclude|art[ei]fact", kind.get("name", "")
+    )
+    if node["type"] == "Polygon":
+        yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
-        yield from node["coordinates"]
+        for polygon in node["coordinates"]:
+            yield polygon, wanted
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
-        yield from _polygons(below or [])
+        yield from _polygons(below or [], wanted)
 
 
 def find_mask(folder: Path, name: str) -> Path:

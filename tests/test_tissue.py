@@ -1,16 +1,19 @@
 """Tissue, pen, blur and masks, and the grid of patches that is laid on them."""
 
 import io
+import json
 import math
 from argparse import Namespace
 
 import numpy as np
 import pytest
+from mirax import write_mirax
 from PIL import Image, ImageDraw, ImageFilter
 from synthetic import BACKGROUND, section, stained, write_slide
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.grid import choose_size, tile_slide
+from g2l.overlays import write_geojson
 from g2l.slides import Slide
 from g2l.tissue import find_tissue, measure_blur, read_mask
 
@@ -251,3 +254,70 @@ def test_masks_of_every_kind_of_picture(tmp_path, mode):
     picture.save(tmp_path / "a.tif")
     mask = read_mask(tmp_path / "a.tif", (20, 30), 32)
     assert mask.dtype == bool and mask.sum() == 150 and mask[5:15, 8:22].all()
+
+
+# Other programs' annotations -----------------------------------------------------------------
+
+
+def feature(*rings, name=None):
+    kind = {"classification": {"name": name}} if name else {}
+    geometry = {"type": "Polygon", "coordinates": [square(*ring) for ring in rings]}
+    return {"type": "Feature", "geometry": geometry, "properties": kind}
+
+
+def square(x, y, side):
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+def drawn(tmp_path, *features, **options):
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return read_mask(path, (64, 64), 32, **options)
+
+
+def test_a_hole_erases_only_its_own_polygon(tmp_path):
+    ring, island = feature((0, 0, 2048), (512, 512, 1024)), feature((768, 768, 512))
+    first, last = drawn(tmp_path, island, ring), drawn(tmp_path, ring, island)
+    assert np.array_equal(first, last) and first[32, 32] and not first[20, 20] and first[4, 4]
+
+
+@pytest.mark.parametrize("name", ["Ignore*", "Background", "ignore"])
+def test_classes_that_mean_not_this_are_cut_out(tmp_path, name):
+    tissue, other = feature((0, 0, 2048), name="Tumor"), feature((0, 0, 1024), name=name)
+    for order in ((tissue, other), (other, tissue)):
+        mask = drawn(tmp_path, *order)
+        assert mask[50, 50] and not mask[10, 10]
+
+
+@pytest.mark.parametrize("place", [float("nan"), 1e12])
+def test_coordinates_that_are_none_are_told(tmp_path, place):
+    with pytest.raises(UserError, match="no numbers or lie far outside"):
+        drawn(tmp_path, feature((place, 0, 100)))
+
+
+def test_qupath_counts_from_what_was_scanned(tmp_path):
+    """In MIRAX slides the scanned box begins far from the corner of level 0."""
+    picture = write_mirax(tmp_path / "a.mrxs")
+    (tmp_path / "a.geojson").write_text(json.dumps(feature((205, 205, 1638))))
+    with Slide(tmp_path / "a.mrxs") as slide:
+        assert slide.origin == (1280, 1024) and picture.shape == (4096, 4096, 3)
+        ours = tile_slide(slide)
+        theirs = tile_slide(slide, mask=tmp_path / "a.geojson")
+        assert theirs.coords.tolist() == ours.coords.tolist() and len(ours.coords) == 36
+        write_geojson(tmp_path / "b.geojson", slide, ours)
+        again = tile_slide(slide, mask=tmp_path / "b.geojson")
+        assert again.coords.tolist() == ours.coords.tolist()
+
+
+def test_a_lossy_mask_is_cut_at_the_middle(tmp_path):
+    values = np.zeros((400, 600), np.uint8)
+    values[100:300, 150:450] = 255
+    Image.fromarray(values).save(tmp_path / "a.jpg", quality=50)
+    mask = read_mask(tmp_path / "a.jpg", (400, 600), 32)
+    assert np.array_equal(mask, values > 0)
+
+
+def test_a_mask_of_another_aspect_is_refused(tmp_path):
+    Image.fromarray(np.ones((300, 300), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="another aspect"):
+        read_mask(tmp_path / "a.png", (400, 600), 32)
