@@ -88,7 +88,7 @@ def tile_one(source: CohortSlide, folder: Path, args: argparse.Namespace) -> dic
                 if len(slide.drafts) > 1:  # another would have to be read whole
                     write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
                 raise
-            place, errors = tile_table(slide, tiling), []
+            place, errors = tile_table(slide, tiling), tiling.unreadable
             if args.save_patches:
                 place, errors = write_shard(
                     folder / "shards" / f"{name}.tar", slide, tiling, args.jpeg_quality

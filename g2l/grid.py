@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from g2l.errors import SkippedSlide, UserError
+from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.slides import Slide
 from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
 
 MASK_PX = 8  # side of a patch in pixels of the tissue mask
+SAMPLE = 64  # patches that are read to see whether a slide is sound
 OVERVIEW = 8e6  # pixels that a slide at low power may have
 
 
@@ -24,18 +26,19 @@ OVERVIEW = 8e6  # pixels that a slide at low power may have
 class Tiling:
     """What tile_slide found. Arrays have one entry per patch kept."""
 
-    coords: np.ndarray  # (N, 2) int64, level-0 x, y of the top-left corner
+    coords: NDArray  # (N, 2) int64, level-0 x, y of the top-left corner
     size0: int  # side of a patch in level-0 pixels
     patch_size: int  # side of a patch in output pixels
     mpp: float  # µm per output pixel
-    measures: dict[str, np.ndarray]  # (N,) float32 each: share of tissue, of pen; blur in patch px
-    mask: np.ndarray  # (h, w) bool, tissue
-    image: np.ndarray  # (h, w, 3) uint8
+    measures: dict[str, NDArray]  # (N,) float32 each: share of tissue, of pen; blur in patch px
+    mask: NDArray  # (h, w) bool, tissue
+    image: NDArray  # (h, w, 3) uint8
     scale: float  # level-0 pixels of a pixel of mask and image
     summary: dict[str, float]  # fractions for slides.csv
     warnings: list[str]
+    unreadable: list[str]  # patches left out, where and why
 
-    def take(self, kept: np.ndarray | list[int]) -> None:
+    def take(self, kept: NDArray | list[int]) -> None:
         """Keep these patches only (a mask or numbers)."""
         self.coords = self.coords[kept]
         self.measures = {name: values[kept] for name, values in self.measures.items()}
@@ -88,7 +91,7 @@ def tile_slide(
     if max_pen == 1:  # a stain of the colour of ink
         tissue_mask |= pen_mask
     if mask:
-        tissue_mask = read_mask(mask, tissue_mask.shape, scale)
+        tissue_mask = read_mask(mask, tissue_mask.shape, scale, slide.origin)
 
     step = max(1, round(size0 * (patch_size - overlap) / patch_size))
     x, y = np.meshgrid(
@@ -108,15 +111,25 @@ def tile_slide(
     }
     bad = {"pen": measures["pen"] > max_pen, "blur": measures["blur"] > max_blur}
     keep, warnings = _keep(bad)
+    unreadable = _unreadable(slide, coords, keep, size0)
     summary = {
         "tissue": tissue_mask.mean(),
         "pen": pen_mask.sum() / max((tissue_mask | pen_mask).sum(), 1),
         "blur": bad["blur"].mean(),
     }
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    warnings = _doubts(slide) + warnings
     return Tiling(
-        coords[keep], size0, patch_size, got, measures, tissue_mask, image, scale, summary, warnings
+        coords[keep],
+        size0,
+        patch_size,
+        got,
+        measures,
+        tissue_mask,
+        image,
+        scale,
+        summary,
+        _doubts(slide) + warnings,
+        unreadable,
     )
 
 
@@ -133,7 +146,7 @@ def _check_length(slide: Slide) -> None:
         )
 
 
-def _overview(slide: Slide, size0: int) -> tuple[np.ndarray, float]:
+def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     """(h, w, 3) uint8 of the whole slide at low power, and its level-0 pixels per pixel.
 
     Raises where it shows at once that there is nothing to find.
@@ -155,7 +168,7 @@ def _overview(slide: Slide, size0: int) -> tuple[np.ndarray, float]:
     return image, scale
 
 
-def _no_tissue(tissue: np.ndarray, pen: np.ndarray, least: float) -> SkippedSlide:
+def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:
     """Why there is no patch."""
     if tissue.any():
         return SkippedSlide(f"no patch has {least:.0%} of tissue", "tissue")
@@ -164,7 +177,7 @@ def _no_tissue(tissue: np.ndarray, pen: np.ndarray, least: float) -> SkippedSlid
     return SkippedSlide("no tissue found")
 
 
-def _keep(bad: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
     """Which patches no measure speaks against, and a warning where few; SkippedSlide where none."""
     keep = ~np.any(list(bad.values()), axis=0)
     if not keep.any():
@@ -177,9 +190,32 @@ def _keep(bad: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
     return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {', '.join(shares)}"]
 
 
+def _unreadable(slide: Slide, coords: NDArray, keep: NDArray, size0: int) -> list[str]:
+    """Which patches cannot be read, and why; they are no longer kept.
+
+    A sample spread over the tissue tells, since a thumbnail shows other levels; where one of it
+    fails, all are read. UserError where none is left.
+    """
+    numbers, errors = np.flatnonzero(keep), {}
+    for step in (max(1, len(numbers) // SAMPLE), 1):
+        for number in numbers[::step].tolist():
+            x, y = coords[number].tolist()
+            try:
+                slide.area(x, y, size0, size0, size0, size0)
+            except PatchError as error:
+                errors[number] = f"x={x}, y={y}: {error}"
+                keep[number] = False
+        if not errors:
+            return []
+    if not keep.any():
+        first = next(iter(errors.values()))
+        raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, {first}")
+    return list(errors.values())
+
+
 def _doubts(slide: Slide) -> list[str]:
     """What the user should know of a slide that is taken all the same."""
-    found = []
+    found = list(slide.notes)
     if slide.mpp and slide.objective and abs(math.log2(slide.mpp * slide.objective / 10)) > 0.5:
         found.append(
             f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px "

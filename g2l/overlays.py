@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2l.errors import PatchError
@@ -38,9 +39,9 @@ def write_thumbnail(
 def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
     draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
     # Tinted, and apart from its neighbours: else these would draw the edges of a dropped cell.
-    fill, edge = (0, 40, 200, 64), None
-    if side > 12:
-        fill, edge = (0, 40, 200, 22), (0, 40, 200, 150)
+    outlined = side > 12
+    fill = 0, 40, 200, 22 if outlined else 64
+    edge = (0, 40, 200, 150) if outlined else None
     gap = 2 if side > 24 else side > 4
     corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
     for left, top, right, bottom in corners.round().astype(int).tolist():
@@ -51,7 +52,7 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)
 
 
-def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
+def outlines(mask: NDArray) -> list[list[NDArray]]:
     """Polygons of a mask in its pixels (edges are whole numbers): the outer ring, then holes."""
     from contourpy import FillType, contour_generator
 
@@ -64,13 +65,13 @@ def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
-    """The tissue's outline in level-0 pixels, one annotation per piece, as QuPath opens it."""
+    """The tissue's outline, one annotation per piece, in the frame of QuPath (Slide.origin)."""
     features = []
     for number, polygon in enumerate(outlines(tiling.mask), 1):
         rings = []
         for ring in polygon:
             corners = np.round(ring * tiling.scale).clip(0, [slide.width, slide.height])
-            rings.append(corners.astype(int).tolist())
+            rings.append((corners - slide.origin).astype(int).tolist())
         feature = {
             "type": "Feature",
             "id": f"{slide.name}-{number}",

@@ -10,13 +10,16 @@ import contextlib
 import io
 import math
 import os
+import resource
 import struct
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from g2l.cohort import find_slides, read_rows
 from g2l.errors import PatchError, UserError
@@ -25,7 +28,9 @@ from g2l.grid import Tiling
 from g2l.slides import Slide
 from g2l.tiff import Codec, Recent, assemble, read_bytes
 
-SLIDES = 16  # of those opened for their pixels, so many stay open
+SLIDES = 16  # of those opened for their pixels, so many stay open,
+PIXELS = 1 << 30  # and so many bytes of plain images, which are held whole
+SOURCE = "columns", "compression", "width", "height"  # attributes of `compressed`
 
 
 def write_coords(
@@ -39,12 +44,11 @@ def write_coords(
     each patch and, in `compressed`, `offset` and `bytes` of each patch in the shard, or of each
     tile in the slide (see tile_table), so that PatchIndex need not open it.
     """
-    import h5py
-
+    assert slide.mpp is not None
     native = tiling.size0 == tiling.patch_size
     target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 4)
     level0 = target * tiling.size0 / tiling.patch_size
-    size = [slide.width, slide.height]
+    size, found = [slide.width, slide.height], slide.path.stat()
     attributes = {
         "patch_size": tiling.patch_size,
         "downsample": [1.0, 1.0],
@@ -61,10 +65,12 @@ def write_coords(
         "level0_magnification": int(level0) if level0 == int(level0) else level0,
         "mpp": tiling.mpp,
         "level0_mpp": slide.mpp,
+        "slide_bytes": found.st_size,
+        "slide_mtime_ns": found.st_mtime_ns,
     }
     if native:
         attributes["patch_level"] = 0
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic(path) as temporary, open_h5(temporary, "w") as file:
         file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
         for name, values in tiling.measures.items():
             file.create_dataset(name, data=values)
@@ -76,9 +82,8 @@ def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: An
     group.create_dataset("offset", data=np.array(offset, np.int64))
     group.create_dataset("bytes", data=np.array(bytes, np.int64))
     group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
-    group.attrs["columns"] = columns
-    for name in ("width", "height", "compression"):
-        group.attrs[name] = getattr(codec, name)
+    values = columns, codec.compression, codec.width, codec.height
+    group.attrs.update(zip(SOURCE, values, strict=True))
 
 
 def magnification(mpp: float) -> int:
@@ -102,13 +107,13 @@ def write_shard(
     """A tar of JPEG patches named <slide>_<x>_<y>.jpg (WebDataset: the key has no dot).
 
     A patch that is a sound JPEG tile is copied, the others are encoded; unreadable ones are left
-    out. Returns where the patches lie in the tar (as tile_table, a row each), and the errors;
-    `tiling` keeps only the patches written.
+    out. Returns where the patches lie in the tar (as tile_table, a row each), and the errors with
+    those known before; `tiling` keeps only the patches written.
     """
     import tarfile
 
     key, size = slide.name.replace(".", "_"), tiling.patch_size
-    kept, offsets, sizes, errors = [], [], [], []
+    kept, offsets, sizes, errors = [], [], [], tiling.unreadable
     with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
@@ -154,6 +159,7 @@ class _Layout:
 
     version: tuple[int, int, int]  # of the file: inode, size, time
     coords: int
+    slide: tuple[int, int] | None = None  # bytes and time of the slide when it was tiled
     offset: int = 0  # of compressed patches or tiles: where, and how many bytes each
     bytes: int = 0
     codec: Codec | None = None
@@ -173,7 +179,7 @@ class _Handle:
         """So many 64-bit integers at a place in the h5 file."""
         return struct.unpack(f"<{count}q", read_bytes(self.table, at, 8 * count))
 
-    def decode(self, index: int) -> np.ndarray:
+    def decode(self, index: int) -> NDArray:
         """A patch of a shard or a tile of the slide."""
         assert self.layout.codec
         (offset,) = self.numbers(self.layout.offset + 8 * index)
@@ -184,8 +190,15 @@ class _Handle:
         for file in (self.table, self.file):
             if file >= 0:
                 os.close(file)
+        self.table = self.file = -1
+        self.close_slide()
+
+    __del__ = close  # an index that is no longer used leaves no file open
+
+    def close_slide(self) -> None:
         if self.slide:
             self.slide.close()
+            self.slide = None
 
 
 class PatchIndex:
@@ -193,16 +206,18 @@ class PatchIndex:
 
     `slides` is where slides lie if moved. Only slides.csv is read at first (1,000 rows for 10
     million patches). Rows of coordinates are read one by one: no process holds them, the system's
-    cache of the files serves all workers. The files of the last `handles` slides stay open; patches
-    that are in a shard or are pixels of compressed tiles are read without opening the slide, others
-    by Slide, of which 16 stay open. Safe to pickle, to fork and to use in data-loader workers; not
-    to be shared between threads.
+    cache of the files serves all workers. The files of the last `handles` slides stay open, fewer
+    where the system allows fewer; patches that are in a shard or are pixels of compressed tiles are
+    read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork
+    and to use in data-loader workers; not to be shared between threads.
     """
 
     def __init__(
         self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256
     ):
-        self.folder, self.handles = Path(folder), handles
+        self.folder = Path(folder)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.handles = max(1, min(handles, files // 4)) if files > 0 else handles
         rows = _finished_rows(self.folder)
         self.patch_size, self.mpp = int(rows[0]["patch_size"]), float(rows[0]["target_mpp"])
         self.slides = [row["slide"] for row in rows]
@@ -211,20 +226,31 @@ class PatchIndex:
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
-        paths = [Path(row["path"]) for row in rows]
-        self._paths = _moved(paths, Path(slides)) if slides else paths
+        self._paths = [Path(row["path"]) for row in rows]
+        self._copied = slides is not None  # copies have another time
+        if slides:
+            self._paths = _moved(self._paths, Path(slides))
         self._sizes = [int(row["size0"]) for row in rows]
         self._mpps = [float(row["mpp"]) for row in rows]
         self._layouts: dict[int, _Layout] = {}
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None, "_recent": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._recent = Recent(32 << 20)  # neighbours share tiles
-        self._process = os.getpid()
+        _INDEXES.add(self)
+
+    def close(self, keep: int = 0) -> None:
+        """Let go of all files but those of the last `keep` slides."""
+        while len(self._open) > keep:
+            self._open.popitem(last=False)[1].close()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict(), "_recent": Recent(self._recent.limit)}
 
     def locate(self, i: int) -> tuple[int, int]:
         """(number of the slide, row of its coordinates) of patch `i`."""
@@ -263,8 +289,6 @@ class PatchIndex:
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
-        if self._process != os.getpid():  # a child must not read through its parent's handles
-            self._open, self._process = OrderedDict(), os.getpid()
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -274,31 +298,48 @@ class PatchIndex:
         except BaseException:
             os.close(table)
             raise
+        self._open[number] = handle
         if handle.layout.codec:
-            shard = self.folder / "shards" / f"{self.slides[number]}.tar"
-            path = self._paths[number] if handle.layout.columns else shard
             # A lost shard: the slide may still be there.
             with contextlib.suppress(FileNotFoundError):
+                if handle.layout.columns:
+                    path = self._slide_file(number, handle.layout)
+                else:
+                    path = self.folder / "shards" / f"{self.slides[number]}.tar"
                 handle.file = os.open(path, os.O_RDONLY)
-        self._open[number] = handle
-        while len(self._open) > self.handles:
-            self._open.popitem(last=False)[1].close()
+        self.close(keep=self.handles)
         return handle
 
-    def read(self, i: int) -> np.ndarray:
+    def _slide_file(self, number: int, layout: _Layout) -> Path:
+        """The slide, if it is the one that was tiled."""
+        path = self._paths[number]
+        found = path.stat()
+        if layout.slide:
+            size, time = layout.slide
+            moved = self._copied or found.st_mtime_ns == time
+            if found.st_size != size or not moved:
+                raise PatchError(f"{path} changed since it was tiled; run tile.py on it again")
+        return path
+
+    def read(self, i: int) -> NDArray:
         """(P, P, 3) uint8 of patch `i`. PatchError names slide, x and y."""
         number, row = self.locate(i)
-        place = f"row {row}"
-        try:
-            handle = self._handle(number)
-            x, y = handle.numbers(handle.layout.coords + 16 * row, 2)
-            place = f"x={x}, y={y}"
-            return self._pixels(number, handle, row, x, y)
-        except (PatchError, UserError, OSError) as error:
-            text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
-            raise PatchError(text) from error
+        while True:
+            place = f"row {row}"
+            try:
+                handle = self._handle(number)
+                x, y = handle.numbers(handle.layout.coords + 16 * row, 2)
+                place = f"x={x}, y={y}"
+                return self._pixels(number, handle, row, x, y)
+            except (PatchError, UserError, OSError) as error:
+                if "Too many open files" in str(error) and self._open:
+                    self.handles = max(1, len(self._open) // 2)
+                    self.close(keep=len(self._open) // 2)
+                    continue
+                text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
+                raise PatchError(text) from error
 
-    def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> np.ndarray:
+    def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> NDArray:
         size, columns, codec = self.patch_size, handle.layout.columns, handle.layout.codec
         if codec and handle.file >= 0:
             if not columns:
@@ -309,18 +350,37 @@ class PatchIndex:
                 return self._recent.get((number, index), lambda: handle.decode(index))
 
             with contextlib.suppress(PatchError):  # OpenSlide decides what is damaged
+                if codec.holds(x, y, size, size):
+                    return handle.decode(y // size * columns + x // size)
                 return assemble(tile, codec.width, codec.height, x, y, size, size)
-        size0 = self._sizes[number]
-        return self._reader(number, handle).area(x, y, size0, size0, size, size)
-
-    def _reader(self, number: int, handle: _Handle) -> Slide:
         if not handle.slide:
-            using = [other for other in self._open.values() if other.slide]
-            if len(using) >= SLIDES and using[0].slide:
-                using[0].slide.close()
-                using[0].slide = None
-            handle.slide = Slide(self._paths[number], self._mpps[number], cache=4 << 20)
-        return handle.slide
+            handle.slide = self._open_slide(number, handle)
+        size0 = self._sizes[number]
+        return handle.slide.area(x, y, size0, size0, size, size)
+
+    def _open_slide(self, number: int, handle: _Handle) -> Slide:
+        """The slide, after closing others that take too much memory or too many files."""
+        with contextlib.suppress(FileNotFoundError):  # Slide says it in better words
+            self._slide_file(number, handle.layout)
+        slide = Slide(self._paths[number], self._mpps[number], cache=4 << 20)
+        using = [other for other in self._open.values() if other.slide]
+        held = slide.memory
+        for count, other in enumerate(reversed(using), 2):
+            assert other.slide
+            held += other.slide.memory
+            if count > min(SLIDES, self.handles) or held > PIXELS:
+                other.close_slide()
+        return slide
+
+
+def _close_in_child() -> None:
+    """A forked child must not read through its parent's files, nor keep them open."""
+    for index in list(_INDEXES):
+        index.close()
+
+
+_INDEXES: weakref.WeakSet[PatchIndex] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _finished_rows(folder: Path) -> list[dict[str, str]]:
@@ -355,23 +415,49 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
 
 
 def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
-    """The layout of an h5 file that should hold `count` patches."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        if len(file["coords"]) != count:
+    """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
+    with open_h5(path, "r") as file:
+        coords = file.get("coords")
+        held = coords.shape[0] if coords is not None and coords.shape else 0
+        if held != count:
             raise PatchError(
-                f"its h5 file holds {len(file['coords'])} patches, slides.csv says {count}; "
-                f"run tile.py again"
+                f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
             )
-        layout = _Layout(version, file["coords"].id.get_offset())
+        layout = _Layout(version, _start(coords, (count, 2)))
+        about = coords.attrs
+        names = "level0_width", "level0_height", "patch_size_level0"
+        if not all(name in about for name in names):
+            raise PatchError(f"{path} was not written by tile.py; run tile.py again")
+        width, height, side = (int(about[name]) for name in names)
+        places = coords[:]
+        if (places < 0).any() or (places + side > (width, height)).any():
+            raise PatchError(f"{path} holds places beyond the slide; run tile.py again")
+        if "slide_bytes" in about:
+            layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
         group = file.get("compressed")
         if group:
-            layout.offset = group["offset"].id.get_offset()
-            layout.bytes = group["bytes"].id.get_offset()
-            kind, width, height = (
-                int(group.attrs[name]) for name in ("compression", "width", "height")
-            )
-            layout.columns = int(group.attrs["columns"])
-            layout.codec = Codec(kind, group["prefix"][:].tobytes(), width, height)
+            number = len(group["offset"])
+            layout.offset = _start(group["offset"], (number,))
+            layout.bytes = _start(group["bytes"], (number,))
+            layout.columns, kind, *size = (int(group.attrs[name]) for name in SOURCE)
+            layout.codec = Codec(kind, group["prefix"][:].tobytes(), *size)
     return layout
+
+
+def _start(data: Any, shape: tuple[int, ...]) -> int:
+    """Where the 64-bit integers of a dataset begin in its file."""
+    start = data.id.get_offset()
+    if data.dtype != np.dtype("<i8") or data.shape != shape or start is None:
+        raise PatchError(
+            f"{data.file.filename}: {data.name} is {data.dtype} {data.shape}, expected plain int64 "
+            f"{shape}; run tile.py again"
+        )
+    return start
+
+
+def open_h5(path: Path, mode: str) -> Any:
+    """An HDF5 file; where the file system has no locks, HDF5 goes without."""
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "BEST_EFFORT")
+    import h5py
+
+    return h5py.File(path, mode)

@@ -7,10 +7,12 @@ A reader has `vendor`, `properties` (OpenSlide's names), `sizes` and `downsample
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError, UserError
@@ -24,6 +26,7 @@ class OpenSlideReader:
 
     def __init__(self, path: Path, cache: int):
         self.path, self.cache = path, cache
+        self.notes: list[str] = []  # what the user should know of the file
         self._open()
         self.properties = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "image")
@@ -39,7 +42,13 @@ class OpenSlideReader:
         if not plain:
             self._slide.set_cache(openslide.OpenSlideCache(self.cache))
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) of a level's tiles, to whose whole number some writers pad it."""
+        name = f"openslide.level[{level}].tile-"
+        width, height = (self.properties.get(name + side, "1") for side in ("width", "height"))
+        return int(width), int(height)
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
         """(h, w, 3) uint8, transparent parts white; PatchError where it cannot be read."""
         import openslide
 
@@ -57,7 +66,7 @@ class OpenSlideReader:
         self._slide.close()
 
 
-def over_white(pixels: np.ndarray) -> np.ndarray:
+def over_white(pixels: NDArray) -> NDArray:
     """(h, w, 3) uint8 of (h, w, 4) on white ground."""
     rgb, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == 255:
@@ -91,8 +100,18 @@ def _complain_early(path: Path) -> None:
         raise UserError(f"{path}: empty file; copy or download it again")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: Git LFS pointer, not the slide itself; run `git lfs pull`")
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise UserError(f"{path}: the MIRAX data folder {path.stem}/ is missing beside it")
+    index = path
+    if path.suffix.lower() == ".mrxs":
+        index = path.with_suffix("") / "Slidedat.ini"
+        if not index.is_file():
+            raise UserError(f"{path}: the MIRAX data folder {path.stem}/ is missing beside it")
+    elif path.suffix.lower() not in (".vms", ".vmu"):
+        return
+    named = r"^ *(?:FILE_\d+|ImageFile[^=]*?) *= *(.+?)\s*$"
+    for name in re.findall(named, index.read_text(errors="replace"), re.MULTILINE):
+        part = index.parent / name
+        if not part.is_file() or not part.stat().st_size:
+            raise UserError(f"{path}: its data file {name} is missing or empty; copy it again")
 
 
 def _complain_of_pictures(path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError
@@ -56,41 +57,46 @@ class Slide:
 
     `mpp` overrides what the file says (µm per pixel of level 0). `cache` bounds the decoded tiles
     kept (bytes). Attributes: name, path, width, height, mpp (float or None), mpp_source (str),
-    objective (float or None), vendor, `damaged` (unreadable regions that a tolerant read left
-    white). Raises UserError where the file is no slide.
+    objective (float or None), vendor, `origin` (x, y of what was scanned, from which QuPath
+    counts), `notes` (what is odd about the file), `damaged` (unreadable regions that a tolerant
+    read left white), `memory` (bytes it may hold). Raises UserError where the file is no slide.
     """
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
         self.path, self.name = Path(path), slide_name(path)
-        self._recent = Recent(cache)
+        self._recent, self.memory = Recent(cache), cache
         self.file = -1
         self.damaged: list[str] = []
         self._reader = open_reader(self.path, cache)
-        self.vendor = self._reader.vendor
+        self.vendor, properties = self._reader.vendor, self._reader.properties
         self.width, self.height = self._reader.sizes[0]
-        self.levels = []
+        if self.vendor == "image":  # held whole
+            self.memory = 4 * self.width * self.height
+        self.notes: list[str] = list(self._reader.notes)
+        self.levels: list[Level] = []
         for number, size in enumerate(self._reader.sizes):
-            self.levels.append(Level(*size, self._downsample(*size), number))
+            self._add_level(size[0], size[1], number)
         self.drafts = list(self.levels)  # what is good enough to look for tissue
         description = self._open_tiles()
         self.mpp, self.mpp_source = mpp, "given"
         if not mpp:
-            self.mpp, self.mpp_source = find_mpp(self._reader.properties, description)
-        power = _number(self._reader.properties.get("openslide.objective-power", ""))
+            self.mpp, self.mpp_source = find_mpp(properties, description)
+        x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
+        self.origin = x, y
+        power = _number(properties.get("openslide.objective-power", ""))
         self.objective = power if 0 < power < math.inf else None
 
-    def _downsample(self, width: int, height: int) -> float:
-        """Downsample of a level, whole where its size is that of a whole one, cut to pixels.
-
-        4443 -> 2221 is a factor of 2 that lost half a pixel, not 2.0005: taken literally, far
-        corners would shift.
-        """
-        ratio = (self.width / width + self.height / height) / 2
-        whole = round(ratio)
-        for small, large in ((width, self.width), (height, self.height)):
-            if small not in (large // whole, -(-large // whole)):
-                return ratio
-        return float(whole)
+    def _add_level(self, width: int, height: int, number: int, tiles: Tiles | None = None) -> None:
+        """Take a level for what its size proves, or leave it out and note that."""
+        whole = self.width, self.height
+        factor = level_factor(whole, (width, height), self._reader.tile_size(number))
+        if not factor:
+            text = f"level {number} ({width} x {height} px) left out: not the whole slide"
+            self.notes.append(f"{text} at one scale")
+            return
+        width = min(width, math.ceil(self.width / factor))  # without the padding
+        height = min(height, math.ceil(self.height / factor))
+        self.levels.append(Level(width, height, factor, number, tiles))
 
     def _open_tiles(self) -> str:
         """Find the compressed tiles of an Aperio or generic TIFF; returns its description.
@@ -123,11 +129,11 @@ class Slide:
             if page.is_tiled:
                 by_size.setdefault((page.imagewidth, page.imagelength), page)
         for level in self.levels:
-            level.tiles = Tiles.of(by_size.get((level.width, level.height)))
+            level.tiles = Tiles.of(by_size.get(self._reader.sizes[level.number]))
         for page in inner:
-            size, tiles = (page.imagewidth, page.imagelength), Tiles.of(page)
+            tiles = Tiles.of(page)
             if tiles and tiles.complete:
-                self.levels.append(Level(*size, self._downsample(*size), -1, tiles))
+                self._add_level(page.imagewidth, page.imagelength, -1, tiles)
 
     def _distrust_tiles(self) -> None:
         self.levels = [level for level in self.levels if level.number >= 0]
@@ -176,7 +182,7 @@ class Slide:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _from_tiles(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _from_tiles(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         tiles, shrink = level.tiles, level.shrink
         assert tiles is not None
         tw, th = tiles.codec.width // shrink, tiles.codec.height // shrink
@@ -187,6 +193,8 @@ class Slide:
         def tile(row, column):
             index = row * tiles.columns + column
             try:
+                if tiles.codec.holds(x, y, w, h) and shrink == 1:
+                    return decode(index)  # a whole tile is not asked for twice
                 return self._recent.get((level, index), lambda: decode(index))
             except PatchError as error:
                 if strict:
@@ -200,9 +208,7 @@ class Slide:
         place = f"x={round(x * level.downsample)}, y={round(y * level.downsample)}"
         self.damaged.append(f"{place}: {error}")
 
-    def _from_reader(
-        self, level: Level, x: int, y: int, w: int, h: int, strict: bool
-    ) -> np.ndarray:
+    def _from_reader(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         try:
             return self._reader.region(level.number, x, y, w, h)
         except PatchError as error:
@@ -218,7 +224,7 @@ class Slide:
         parts = [self._from_reader(level, *half, strict) for half in halves]
         return np.concatenate(parts, axis=int(w >= h))
 
-    def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> np.ndarray:
+    def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + w, level.width), min(y + h, level.height)
@@ -250,7 +256,7 @@ class Slide:
         out_h: int,
         draft: bool = False,
         below: float = math.inf,
-    ) -> np.ndarray:
+    ) -> NDArray:
         """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges.
 
         Taken from the level nearest above and resampled where need be (antialiased; `draft`: by
@@ -297,7 +303,7 @@ class Slide:
                 best = level
         return best
 
-    def read(self, x: int, y: int, size: int, out: int) -> np.ndarray:
+    def read(self, x: int, y: int, size: int, out: int) -> NDArray:
         """(out, out, 3) uint8 of the square of `size` level-0 pixels at (x, y), white beyond edges.
 
         With out == size these are the slide's own pixels; otherwise resampled (bicubic,
@@ -309,7 +315,7 @@ class Slide:
             text = f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
             raise PatchError(text) from error
 
-    def thumbnail(self, max_side: int) -> np.ndarray:
+    def thumbnail(self, max_side: int) -> NDArray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
         scale = max(1, max(self.width, self.height) / max_side)
         size = max(1, round(self.width / scale)), max(1, round(self.height / scale))
@@ -322,6 +328,32 @@ def _shrunken(level: Level, by: int) -> Level:
     return replace(level, width=width, height=height, downsample=level.downsample * by, shrink=by)
 
 
+def level_factor(
+    whole: tuple[int, int], level: tuple[int, int], tile: tuple[int, int] = (1, 1)
+) -> float | None:
+    """Downsample of a level by its size and level 0's, (width, height); None if it proves none.
+
+    Whole where the size is that of a whole factor, cut to pixels or padded to whole tiles: 4443 ->
+    2221 is a factor of 2 that lost half a pixel, not 2.0005, by which far corners would shift. Of
+    several such factors a power of two is believed, if it is the only one. Else it is the mean of
+    both ratios, if they agree as well as rounding lets them.
+    """
+    ratios = [large / small for large, small in zip(whole, level, strict=True)]
+    fits = []
+    for factor in range(1, 2 * math.ceil(max(ratios)) + 1):
+        for large, small, side in zip(whole, level, tile, strict=True):
+            padded = -(-large // (factor * side)) * side
+            if small not in (large // factor, -(-large // factor), padded):
+                break
+        else:
+            fits.append(factor)
+    fits = [factor for factor in fits if factor & (factor - 1) == 0] or fits
+    if len(fits) == 1:
+        return float(fits[0])
+    slack = min(1 / level[0] + 1 / level[1], 0.02)
+    return sum(ratios) / 2 if abs(ratios[0] / ratios[1] - 1) <= slack else None
+
+
 def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None, str]:
     """µm per pixel and where it came from: OME's text, vendor properties, then resolution tags.
 
@@ -329,6 +361,8 @@ def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None
     """
     tag, refused = "TIFF resolution tags", ""
     x, y = (_number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy")
+    if x > 0 and y > 0 and abs(math.log(x / y)) > 0.02:
+        return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
     generic = properties.get("openslide.vendor") == "generic-tiff"
     candidates = [
         (_ome_size(description), "OME PhysicalSizeX"),

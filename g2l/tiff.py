@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError
@@ -38,6 +39,10 @@ class Codec:
     width: int
     height: int
 
+    def holds(self, x: int, y: int, w: int, h: int) -> bool:
+        """Whether a rectangle is one whole tile, which then need not be cut out of anything."""
+        return x % self.width == y % self.height == 0 and (w, h) == (self.width, self.height)
+
     def standalone(self, data: bytes) -> bytes:
         """A JPEG tile as a JPEG file that any program opens; the compressed pixels stay as is."""
         if not self.prefix:
@@ -47,7 +52,7 @@ class Codec:
             start += 2 + int.from_bytes(data[4:6], "big")
         return self.prefix + data[start:]
 
-    def decode(self, data: bytes, shrink: int = 1) -> np.ndarray:
+    def decode(self, data: bytes, shrink: int = 1) -> NDArray:
         """(height, width, 3) uint8, or 1/2, 1/4, ... of it (see Tiles.shrinks); white for no data.
 
         PatchError where the decoder complains at all.
@@ -66,7 +71,7 @@ class Codec:
             raise PatchError(f"compressed tile holds {image.shape}, expected {shape}")
         return _ycbcr_to_rgb(image) if self.compression == self.JP2K_YCBCR else image
 
-    def _jpeg(self, data: bytes, shape: tuple[int, int, int], shrink: int) -> np.ndarray:
+    def _jpeg(self, data: bytes, shape: tuple[int, int, int], shrink: int) -> NDArray:
         import simplejpeg
 
         if data[:2] != b"\xff\xd8":
@@ -82,7 +87,7 @@ class Codec:
         )
 
 
-def _jpeg2000(data: bytes, shrink: int) -> np.ndarray:
+def _jpeg2000(data: bytes, shrink: int) -> NDArray:
     if shrink == 1:
         import imagecodecs
 
@@ -92,7 +97,7 @@ def _jpeg2000(data: bytes, shrink: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _ycbcr_to_rgb(image: np.ndarray) -> np.ndarray:
+def _ycbcr_to_rgb(image: NDArray) -> NDArray:
     """JPEG's colour conversion in libjpeg's 16-bit fixed point (jdcolor.c).
 
     OpenSlide uses it for JPEG 2000 too.
@@ -154,9 +159,9 @@ class Recent:
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
-        self.tiles: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self.tiles: OrderedDict[Hashable, NDArray] = OrderedDict()
 
-    def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, key: Hashable, decode: Callable[[], NDArray]) -> NDArray:
         """The tile kept under `key`, else what decode() gives."""
         if key in self.tiles:
             self.tiles.move_to_end(key)
@@ -169,8 +174,8 @@ class Recent:
 
 
 def assemble(
-    tile: Callable[[int, int], np.ndarray], tw: int, th: int, x: int, y: int, w: int, h: int
-) -> np.ndarray:
+    tile: Callable[[int, int], NDArray], tw: int, th: int, x: int, y: int, w: int, h: int
+) -> NDArray:
     """(h, w, 3) uint8 at (x, y) of a picture in tiles of tw x th px; by tile(row, column)."""
     out = np.empty((h, w, 3), np.uint8)
     for row in range(y // th, (y + h - 1) // th + 1):

@@ -8,16 +8,23 @@ first where somebody has drawn the tissue.
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Slide
 
 
-def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+# Classes of annotations that are not tissue.
+NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
+
+
+def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     """Masks (h, w) bool of tissue and pen in a low-power (h, w, 3) uint8 image of an H&E slide.
 
     Tissue has colour; background has none, be it white, grey, two greys or black. Tissue and holes
@@ -34,7 +41,7 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
         through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
         light.append(through[plane])
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
-    pen = _ink(*density, void)
+    pen = _ink(density[0], density[1], density[2], void)
 
     chroma = np.maximum.reduce(light) - np.minimum.reduce(light)
     smooth = ndimage.uniform_filter(chroma, 3)
@@ -50,7 +57,7 @@ def find_tissue(image: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndar
     return mask & clear & ~gap, pen
 
 
-def _glass(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _glass(image: NDArray, low: NDArray, high: NDArray) -> NDArray:
     """(3,) colour of the empty glass: a tinted lamp is no colour of the tissue."""
     background = (low > 150) & (high - low < 24)
     if background.mean() <= 0.01:
@@ -59,7 +66,7 @@ def _glass(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.clip(tint, tint.max() * 0.94, None).astype(np.float32)  # not to correct tissue away
 
 
-def _ink(red: np.ndarray, green: np.ndarray, blue: np.ndarray, void: np.ndarray) -> np.ndarray:
+def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     """Mask of pen strokes by optical densities.
 
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
@@ -84,7 +91,7 @@ def _ink(red: np.ndarray, green: np.ndarray, blue: np.ndarray, void: np.ndarray)
     return _grow(whole, 3)
 
 
-def _grow(mask: np.ndarray, by: int) -> np.ndarray:
+def _grow(mask: NDArray, by: int) -> NDArray:
     """The mask dilated by a square of side 2 by + 1 (shifts: 15 times scipy.ndimage's speed)."""
     for _ in range(by):
         rows = np.pad(mask, 1)
@@ -93,7 +100,7 @@ def _grow(mask: np.ndarray, by: int) -> np.ndarray:
     return mask
 
 
-def _open(mask: np.ndarray) -> np.ndarray:
+def _open(mask: NDArray) -> NDArray:
     """The mask without what is narrower than 2 pixels."""
     pairs = mask[:-1] & mask[1:]
     squares = np.pad(pairs[:, :-1] & pairs[:, 1:], 1)
@@ -101,7 +108,7 @@ def _open(mask: np.ndarray) -> np.ndarray:
     return pairs[:, :-1] | pairs[:, 1:]
 
 
-def _without_specks(mask: np.ndarray, smallest: float) -> np.ndarray:
+def _without_specks(mask: NDArray, smallest: float) -> NDArray:
     """The mask without its connected areas of fewer than `smallest` pixels."""
     from scipy import ndimage
 
@@ -111,7 +118,7 @@ def _without_specks(mask: np.ndarray, smallest: float) -> np.ndarray:
     return keep[labels]
 
 
-def _otsu(values: np.ndarray) -> float:
+def _otsu(values: NDArray) -> float:
     """Otsu's threshold of values in [0, 1], on 256 bins: the split that sets its sides apart."""
     counts = np.histogram(values, 256, (0, 1))[0].astype(float)
     below, weighted = np.cumsum(counts), np.cumsum(counts * np.arange(256))
@@ -120,24 +127,17 @@ def _otsu(values: np.ndarray) -> float:
     return (int(apart.argmax()) + 0.5) / 256
 
 
-def mean_in_squares(values: np.ndarray, places: np.ndarray, side: float) -> np.ndarray:
+def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
     """(N,) mean of an (h, w) array in squares of `side` at `places` (N, 2; x, y).
 
     All in its pixels and not necessarily whole; beyond its edges it is 0.
     """
-    h, w = values.shape
-    total = np.zeros((h + 2, w + 2))  # integral image
-    total[1:-1, 1:-1] = values.cumsum(0, dtype=float).cumsum(1)
-    total[-1] = total[-2]
-    total[:, -1] = total[:, -2]
+    from scipy import ndimage
+
+    total = np.pad(values.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))
 
     def integral(x, y):
-        x, y = x.clip(0, w), y.clip(0, h)
-        i, j = y.astype(int), x.astype(int)
-        v, u = y - i, x - j
-        above = (1 - u) * total[i, j] + u * total[i, j + 1]
-        below = (1 - u) * total[i + 1, j] + u * total[i + 1, j + 1]
-        return (1 - v) * above + v * below
+        return ndimage.map_coordinates(total, [y, x], order=1, mode="nearest")
 
     left, top = places.T
     right, bottom = left + side, top + side
@@ -146,7 +146,7 @@ def mean_in_squares(values: np.ndarray, places: np.ndarray, side: float) -> np.n
     return inside / side**2
 
 
-def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) -> np.ndarray:
+def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> NDArray:
     """(N,) blur of patches, as the sigma of a Gaussian in patch pixels (0 to 6).
 
     Measured at a quarter of their scale. The ratio of the Laplacian's power between two
@@ -176,7 +176,7 @@ def measure_blur(slide: Slide, coords: np.ndarray, size0: int, patch_size: int) 
     return blur
 
 
-def _laplacian_power(images: np.ndarray, step: int = 1) -> np.ndarray:
+def _laplacian_power(images: NDArray, step: int = 1) -> NDArray:
     """(n,) mean squared 4-neighbour Laplacian of (n, h, w) images, of every `step`-th row."""
     rows = images[:, 1:-1:step]
     inner = 4 * rows[..., 1:-1]
@@ -187,47 +187,72 @@ def _laplacian_power(images: np.ndarray, step: int = 1) -> np.ndarray:
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
 
 
-def read_mask(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
+def read_mask(
+    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int] = (0, 0)
+) -> NDArray:
     """(h, w) bool tissue from the user's own mask; a pixel of the result has `scale` level-0 px.
 
-    GeoJSON polygons in level-0 pixels, as QuPath exports them, or an image of any size that covers
-    the whole slide and is not 0 where there is tissue.
+    GeoJSON polygons in level-0 pixels from `origin` (Slide.origin), as QuPath exports them; those
+    of a class that means "not this" are cut out. Or an image of the whole slide, of any size and
+    the slide's aspect, not 0 where there is tissue (a JPEG: at least half its largest value).
     """
     if path.suffix.lower() in (".geojson", ".json"):
-        return _draw_polygons(path, shape, scale)
+        return _draw_polygons(path, shape, scale, origin)
     with Image.open(path) as picture:
         # Labels as stored: neither a palette's colours nor transparency.
         plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
         labels = np.asarray(picture if plain else picture.convert("RGB"))
-    values = np.atleast_3d(labels).any(axis=2)
-    return np.asarray(Image.fromarray(values).resize(shape[::-1], Image.Resampling.NEAREST))
+        lossy = picture.format == "JPEG"
+    values = np.atleast_3d(labels).max(axis=2)
+    h, w = values.shape
+    if abs(math.log(w * shape[0] / (h * shape[1]))) > 0.02 + sum(1 / n for n in (w, h, *shape)):
+        text = f"{path}: {w} x {h} px, another aspect than the slide's"
+        raise UserError(f"{text}; a mask covers the whole slide")
+    tissue = Image.fromarray(values * 2.0 > values.max() if lossy else values != 0)
+    return np.asarray(tissue.resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def _draw_polygons(path: Path, shape: tuple[int, int], scale: float) -> np.ndarray:
-    picture = Image.new("1", shape[::-1])
-    draw = ImageDraw.Draw(picture)
+def _draw_polygons(
+    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
+) -> NDArray:
+    """Each polygon on its own, so that a hole erases only what is its own."""
+    drawn = {True: Image.new("1", shape[::-1]), False: Image.new("1", shape[::-1])}
     try:
-        for polygon in _polygons(json.loads(path.read_text(encoding="utf-8"))):
-            for number, ring in enumerate(polygon):  # the outer ring, then holes
-                points = [(px / scale - 0.5, py / scale - 0.5) for px, py, *_ in ring]
-                draw.polygon(points, fill=int(number == 0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for polygon, wanted in _polygons(json.loads(path.read_text(encoding="utf-8"))):
+            rings = [np.array([point[:2] for point in ring], float) for ring in polygon]
+            rings = [(ring + origin) / scale - 0.5 for ring in rings]
+            if not all((abs(ring) < 1e6).all() for ring in rings):  # not NaN either
+                raise ValueError("coordinates that are no numbers or lie far outside")
+            left, top = np.floor(rings[0].min(0)).clip(-1, shape[::-1]).astype(int).tolist()
+            right, bottom = np.ceil(rings[0].max(0)).clip(-1, shape[::-1]).astype(int).tolist()
+            piece = Image.new("1", (right - left + 1, bottom - top + 1))
+            draw = ImageDraw.Draw(piece)
+            for number, ring in enumerate(rings):  # the outer ring, then holes
+                draw.polygon((ring - (left, top)).ravel().tolist(), fill=int(number == 0))
+            drawn[wanted].paste(1, (left, top), piece)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
-    return np.asarray(picture)
+    return np.asarray(drawn[True]) & ~np.asarray(drawn[False])
 
 
-def _polygons(node):
-    """The polygons below a GeoJSON node, each a list of rings."""
+def _polygons(node, wanted=True):
+    """The polygons below a GeoJSON node, each a list of rings, and whether its class is wanted."""
     if isinstance(node, list):
         for part in node:
-            yield from _polygons(part)
-    elif node["type"] == "Polygon":
-        yield node["coordinates"]
+            yield from _polygons(part, wanted)
+        return
+    kind = (node.get("properties") or {}).get("classification") or {}
+    wanted = wanted and not re.match(
+        "(?i)ignore|background|exclude|art[ei]fact", kind.get("name", "")
+    )
+    if node["type"] == "Polygon":
+        yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
-        yield from node["coordinates"]
+        for polygon in node["coordinates"]:
+            yield polygon, wanted
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
-        yield from _polygons(below or [])
+        yield from _polygons(below or [], wanted)
 
 
 def find_mask(folder: Path, name: str) -> Path:
