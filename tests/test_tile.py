@@ -25,12 +25,13 @@ from PIL import Image, ImageDraw, ImageFilter
 from synthetic import BACKGROUND, by_openslide, section, stained, write_slide
 
 import tile
-from g2l.cohort import name_slides, patient_of, write_rows
+from g2l.cohort import name_slides, patient_of
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.files import atomic, locked
 from g2l.grid import choose_size, tile_slide
 from g2l.overlays import write_geojson, write_thumbnail
 from g2l.patches import PatchIndex
+from g2l.rows import write_rows
 from g2l.slides import Slide
 from g2l.tiff import Codec, Tiles
 from g2l.tissue import find_tissue, measure_blur, read_mask
