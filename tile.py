@@ -1,6 +1,6 @@
 """Stage 1: slides to tissue patches.
 
-    python tile.py --cancer brca                        # slides in data/slides/brca -> data/tiles/brca
+    python tile.py --cancer brca                 # slides in data/slides/brca -> data/tiles/brca
     python tile.py --cancer mine --slides DIR --mpp 0.5
 
 Every slide gets one row in data/tiles/<cancer>/slides.csv: done, skipped or failed, and why. Run
@@ -34,10 +34,10 @@ from g2l.cohort import (
     CohortSlide,
     find_slides,
     local_slides,
-    patient_of,
     read_manifest,
     read_patients,
     select,
+    slide_of,
 )
 from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status, explain
 from g2l.files import flush, locked, write_text
@@ -45,7 +45,7 @@ from g2l.gdc import ask_gdc, check_own, download, downloaded_mark
 from g2l.overlays import write_contact_sheet
 from g2l.pool import Pool
 from g2l.progress import Progress
-from g2l.rows import read_rows, write_rows
+from g2l.rows import Rows, read_rows, write_rows
 from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpeg, tile_one
 
 MANIFEST = "--manifest takes a GDC manifest (id, filename, md5, size, state; tabs) or a CSV"
@@ -121,24 +121,23 @@ def add_cohort_arguments(group) -> None:
         "--manifest",
         type=Path,
         metavar="FILE",
-        help="take only the slides named here: a GDC manifest, "
-        "or a CSV with slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its "
-        "TCGA barcode, else by all up to and with the first of its parts between _ that holds a digit "
+        help="take only the slides named here: a GDC manifest, or a CSV with "
+        "slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its TCGA "
+        "barcode, else by all up to and with the first of its parts between _ that holds a digit "
         "(P1 of P1_a, case_001 of case_001_HE)",
     )
     group.add_argument(
         "--strategy",
         choices=("diagnostic", "tissue", "both"),
-        help="of TCGA: paraffin sections (DX), "
-        "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
-        "for slides at hand)",
+        help="of TCGA: paraffin sections (DX), frozen ones (TS, BS, MS), or both, paraffin first "
+        "(default: diagnostic for --download, both for slides at hand)",
     )
     group.add_argument(
         "--exclude",
         type=Path,
         metavar="FILE",
-        help="hold out the patients named here (slides or "
-        "patients, one a line or a CSV), such as those of a benchmark",
+        help="hold out the patients named here (slides or patients, one a line or a CSV), such "
+        "as those of a benchmark",
     )
     group.add_argument(
         "--max-slides",
@@ -271,14 +270,8 @@ def run(args: argparse.Namespace) -> int:
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
-    slides = list_slides(args)
-    earlier = other_slides(known, slides)
-    held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
-    strategy = args.strategy or ("diagnostic" if args.download else "both")
-    chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
-    tell_choice(args, len(slides), chosen, left_out)
-    left_out |= out_of_date(earlier, slides, held)
-    refuse_two_settings([slide for slide in earlier if slide.name not in left_out], known, job)
+    slides = list_gdc(args) if args.download else list_folder(args)
+    chosen, left_out = choose(args, slides, known, job)
     todo = [slide for slide in chosen if not is_finished(slide, known.get(slide.name), job)]
     if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
@@ -286,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
     if rank == 0:
         set_aside(job.folder, damaged)
         write_manifest(job.folder, chosen)
-        update_rows(job.folder, slides, left_out, known, at_hand=not args.download)
+        update_rows(job, slides, left_out, known)
         for slide in chosen:
             if slide not in todo:
                 discard(slide, job)  # left by a run that was killed
@@ -332,95 +325,81 @@ def slides_folder(args: argparse.Namespace) -> Path:
     return args.slides or args.data / "slides" / args.cancer
 
 
-def list_slides(args: argparse.Namespace) -> list[CohortSlide]:
-    """The slides to choose from: of the folder, of the manifest, or of the GDC."""
+def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
+    """The slides in the folder, or those that the manifest names."""
+    slides, notes = local_slides(slides_folder(args), args.manifest)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return slides
+
+
+def list_gdc(args: argparse.Namespace) -> list[CohortSlide]:
+    """The slides that the GDC has, at the places of those that are here already."""
     folder = slides_folder(args)
-    if not args.download:
-        slides, notes = local_slides(folder, args.manifest)
-        for note in notes:
-            print(f"note: {note}", flush=True)
-        return slides
     rows = read_manifest(args.manifest) if args.manifest else []
     listed = {row.path.name: row for row in rows}
-    strategy = args.strategy or "diagnostic"
-    slides = ask_gdc(args.gdc_url, args.cancer, strategy, folder, listed)
+    slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
     if not slides:
         raise UserError(f"{args.gdc_url}: no such slides; see --cancer, --strategy, --manifest")
     names = Counter(slide.path.name for slide in slides)
-    at_hand = find_slides(folder) if folder.is_dir() else []
-    there = {path.name: path for path in at_hand}  # wherever a client put them
+    there = {path.name: path for path in find_slides(folder)}  # wherever a client put them
     for slide in slides:
         file = slide.path.name
-        if file in listed:
-            slide.mpp, slide.stated = listed[file].mpp, listed[file].stated
-        if not slide.path.is_file() and names[file] == 1:
+        if row := listed.get(file):
+            slide.mpp, slide.stated = row.mpp, row.stated
+        if names[file] == 1 and not slide.path.is_file():
             slide.path = there.get(file, slide.path)
     return slides
 
 
-def other_slides(known: dict[str, dict[str, str]], slides: list[CohortSlide]) -> list[CohortSlide]:
-    """Slides of earlier runs that this one does not list."""
+def choose(
+    args: argparse.Namespace, slides: list[CohortSlide], known: Rows, job: Job
+) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+    """(the slides to tile, why others are left out by name), of earlier runs too; tells of them."""
     names = {slide.name for slide in slides}
-    others = []
-    for name, row in known.items():
-        if name not in names:
-            path = Path(row["path"])
-            kin = frozenset([patient_of(name), patient_of(path.name)])
-            others.append(CohortSlide(name, path, stated=row["patient"], kin=kin))
-    return others
-
-
-def tell_choice(
-    args: argparse.Namespace,
-    count: int,
-    chosen: list[CohortSlide],
-    left_out: dict[str, SkippedSlide],
-) -> None:
-    """How many of `count` slides are taken."""
-    held_out = sum(reason.mend == "exclude" for reason in left_out.values())
-    if args.exclude and not held_out:
-        print(f"note: {args.exclude}: none of its patients is in this cohort")
+    earlier = [slide_of(row) for name, row in known.items() if name not in names]
+    held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
+    strategy = args.strategy or ("diagnostic" if args.download else "both")
+    chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
     fewer = len(chosen) < args.max_slides
     note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
-    print(f"{count} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
+    held_out = sum(reason.mend == "exclude" for reason in left_out.values())
+    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
+    if args.exclude and not held_out:
+        print(f"note: {args.exclude}: none of its patients is in this cohort", flush=True)
     if not chosen:
         raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
+    return chosen, left_out | settle_earlier(earlier, slides, held, known, job)
 
 
-def out_of_date(
-    earlier: list[CohortSlide], slides: list[CohortSlide], held: set[str]
+def settle_earlier(
+    earlier: list[CohortSlide], slides: list[CohortSlide], held: set[str], known: Rows, job: Job
 ) -> dict[str, SkippedSlide]:
-    """Why slides of earlier runs are wanted no longer, by name; tells of those that stay."""
+    """Why slides of earlier runs are wanted no longer, by name; tells of those that stay.
+
+    Raises UserError where these were tiled into other patches.
+    """
     now = {os.path.abspath(slide.path): slide.name for slide in slides}
     reasons, stay = {}, []
     for slide in earlier:
+        row, limits = known[slide.name], job.settings.limits
         if str(slide.path) in now:
             reasons[slide.name] = SkippedSlide(f"is {now[str(slide.path)]} now")
         elif held & slide.patients:
             reasons[slide.name] = SkippedSlide("held out", "exclude")
-        else:
+        elif row["status"] == "done":
             stay.append(slide.name)
+            size, mpp = int(row["patch_size"]), float(row["target_mpp"])
+            if (size, mpp) != (limits.patch_size, limits.mpp):
+                what = f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px"
+                raise UserError(f"{job.folder}: {what}", "settings")
     if stay:
         names = ", ".join(stay[:5]) + ", ..." * (len(stay) > 5)
         print(
-            f"note: {len(stay)} slides of earlier runs are neither in the folder nor in the "
-            f"manifest any more, but stay in slides.csv: {names}; --exclude takes them out"
+            f"note: {len(stay)} slides of earlier runs stay in slides.csv, though they are not in "
+            f"the folder or manifest: {names}; --exclude takes them out"
         )
     return reasons
-
-
-def refuse_two_settings(
-    others: list[CohortSlide], known: dict[str, dict[str, str]], job: Job
-) -> None:
-    """Raises UserError where slides that stay were tiled into other patches."""
-    limits = job.settings.limits
-    for slide in others:
-        row = known[slide.name]
-        if row["status"] == "done":
-            made = int(row["patch_size"]), float(row["target_mpp"])
-            if made != (limits.patch_size, limits.mpp):
-                what = "holds slides with patches of {} px at {} µm per pixel".format(*made)
-                raise UserError(f"{job.folder}: {what}, such as {slide.name}", "settings")
 
 
 def cpu_share() -> int:
@@ -473,28 +452,27 @@ def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
 
 
 def update_rows(
-    folder: Path,
-    slides: list[CohortSlide],
-    left_out: dict[str, SkippedSlide],
-    known: dict[str, dict[str, str]],
-    at_hand: bool,
+    job: Job, slides: list[CohortSlide], left_out: dict[str, SkippedSlide], known: Rows
 ) -> None:
-    """Rows that this choice changes: of slides left out, or whose patient or place is another
-    now.
-    """
+    """Rows that the choice changes: of slides left out, or of another patient or place now."""
     rows = {name: dict(row) for name, row in known.items()}
     for name, error in left_out.items():
-        if name in rows or at_hand:
+        if name in rows or not job.gdc_url:
             row = rows.setdefault(name, {"slide": name})
-            row |= {"status": "skipped", "reason": explain(error, REMEDIES) or ""}
-            row |= {"patches": "0", "settings": ""}
+            row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
     for slide in slides:
         if slide.name in rows:
             path = os.path.abspath(slide.path)
             rows[slide.name] |= {"patient": slide.patient, "path": path}
     changed = [row for name, row in rows.items() if row != known.get(name)]
     if changed:
-        write_rows(folder, changed)
+        write_rows(job.folder, changed)
+
+
+def reason_of(error: BaseException) -> str:
+    """What slides.csv says of an error, with what mends it."""
+    told = explain(error, REMEDIES) if isinstance(error, UserError) else str(error)
+    return told or type(error).__name__
 
 
 def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
@@ -562,12 +540,11 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
                     download(slide, job.gdc_url, tell)
             tile_one(slide, job, row)
         except SkippedSlide as error:
-            row |= {"status": "skipped", "reason": explain(error, REMEDIES)}
+            row |= {"status": "skipped", "reason": reason_of(error)}
         except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
             if disk_full(error):  # every further slide would meet it
                 raise
-            told = explain(error, REMEDIES) if isinstance(error, UserError) else str(error)
-            row["reason"] = told or type(error).__name__
+            row["reason"] = reason_of(error)
         row["seconds"] = f"{perf_counter() - start:.2f}"
         write_rows(job.folder, [row])
         if row["status"] != "failed":
@@ -605,30 +582,37 @@ def discard(slide: CohortSlide, job: Job) -> None:
         slide.path.parent.rmdir()
 
 
+def renew_contact_sheet(folder: Path) -> None:
+    """Draw contact.jpg where it is not whole, or older than the last change of slides.csv."""
+    sheet, table = folder / "contact.jpg", folder / "slides.csv"
+    if not is_whole_jpeg(sheet) or sheet.stat().st_mtime_ns < table.stat().st_mtime_ns:
+        write_contact_sheet(folder)
+
+
 def summarize(slides: list[CohortSlide], job: Job) -> int:
     """The contact sheet, the slides that failed, and the last line; the exit status."""
-    table, sheet = job.folder / "slides.csv", job.folder / "contact.jpg"
     every = read_rows(job.folder)
-    rows = [every[slide.name] for slide in slides]
-    count = Counter(row["status"] for row in rows)
-    fresh = is_whole_jpeg(sheet) and sheet.stat().st_mtime_ns >= table.stat().st_mtime_ns
-    for slide, row in zip(slides, rows, strict=True):
-        if row["status"] == "done" and not job.settings.made(row, slide):
-            raise UserError(f"{table}: {slide.name} was tiled otherwise meanwhile", "settings")
-    if count["done"] and not fresh:
-        write_contact_sheet(job.folder)
+    rows, done = [], []
+    for slide in slides:
+        row = every[slide.name]
+        rows.append(row)
+        if row["status"] == "done":
+            done.append(row)
+            if not job.settings.made(row, slide):
+                text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
+                raise UserError(text, "settings")
+    if done:
+        renew_contact_sheet(job.folder)
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed[:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
-    patients = {row["patient"] for row in rows if row["status"] == "done"}
-    # Shows who was taken for one.
-    whose = f" of {len(patients)} patients" if len(patients) < count["done"] else ""
+    patients = len({row["patient"] for row in done})
+    whose = f" of {patients} patients" * (patients < len(done))  # shows who was taken for one
     warned = sum(bool(row["warnings"]) for row in rows)
-    warnings = f" ({warned} with warnings)" if warned else ""
-    patches = sum(int(row["patches"]) for row in rows)
     print(
-        f"{count['done']} slides{whose} done{warnings}, {count['skipped']} skipped, "
-        f"{count['failed']} failed; {patches:,} patches; see {table}"
+        f"{len(done)} slides{whose} done{f' ({warned} with warnings)' * bool(warned)}, "
+        f"{len(rows) - len(done) - len(failed)} skipped, {len(failed)} failed; "
+        f"{sum(int(row['patches']) for row in rows):,} patches; see {job.folder}/slides.csv"
     )
     return 1 if failed else 0
 

@@ -25,8 +25,8 @@ from g2l.rows import one_line
 from g2l.slides import SUFFIXES, slide_name
 
 TCGA = (
-    "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso ov paad pcpg prad "
-    "read sarc skcm stad tgct thca thym ucec ucs uvm"
+    "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso "
+    "ov paad pcpg prad read sarc skcm stad tgct thca thym ucec ucs uvm"
 ).split()
 
 
@@ -76,19 +76,25 @@ class CohortSlide:
         return self.name
 
 
+def slide_of(row: dict[str, str]) -> CohortSlide:
+    """A slide of an earlier run by its row, whatever patient it was taken for."""
+    path = Path(row["path"])
+    kin = frozenset([patient_of(row["slide"]), patient_of(path.name)])
+    return CohortSlide(row["slide"], path, stated=row["patient"], kin=kin)
+
+
 def find_slides(folder: Path) -> list[Path]:
     """Slides below a folder and the folders linked there, sorted by name, dead links too; hidden
     files are left out.
 
     Of the several files of one DICOM slide only the first is listed.
     """
-    found = [
-        path
-        for path in files_below(folder)
-        if path.suffix.lower() in SUFFIXES
-        and (path.is_file() or not path.exists())  # not a pipe or a socket
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    found = []
+    for path in files_below(folder):
+        hidden = "/." in f"/{path.relative_to(folder)}"
+        special = path.exists() and not path.is_file()  # a pipe or a socket
+        if path.suffix.lower() in SUFFIXES and not hidden and not special:
+            found.append(path)
     found.sort(key=_by_name)
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
     if len({path.parent for path in dicom}) < len(dicom):
@@ -189,7 +195,7 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[Cohor
     A link to another slide of the folder is left out; copies count as one patient's. Raises
     UserError where there is no slide, and where a name in the manifest fits several.
     """
-    every = find_slides(folder) if folder.is_dir() else []
+    every = find_slides(folder)
     paths = {os.path.realpath(path): path for path in reversed(every)}  # the first of each
     notes = [
         f"{path}: a link to {paths[os.path.realpath(path)]}, which is taken"
@@ -218,36 +224,45 @@ def _named_slides(
     """(slides that a manifest names, names that are not at hand)."""
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
-    for row in rows:  # a path, as it stands or below one of these folders
-        for place in (Path(), manifest.parent, folder, folder / row.id):
-            if (place / row.path).is_file():
-                row.path = Path(os.path.abspath(place / row.path))
-                places.setdefault(str(row.path), row.path)
-    named = name_slides(list(places.values()))
-    called: dict[str, set[str]] = defaultdict(set)
-    for name, path in named.items():
-        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
-            called[key].add(name)
+    for row in rows:
+        if path := _locate(row, (Path(), manifest.parent, folder, folder / row.id)):
+            row.path = path
+            places.setdefault(str(path), path)
+    named = name_slides(places.values())
+    called = _calls(named)
     slides, missing = {}, []
     for row in rows:
         keys = (str(row.path), row.path.name, slide_name(row.path))
-        found = next((called[key] for key in keys if key in called), set())
+        found = sorted(next((called[key] for key in keys if key in called), ()))
+        if len(found) > 1:
+            many = f"{len(found)} slides are called so: {', '.join(found)}"
+            raise UserError(f"{manifest}: {row.name}: {many}; name one of them, or its path")
+        for name in found:
+            size = row.size or size_of(named[name])
+            slides[name] = dataclasses.replace(row, name=name, path=named[name], size=size)
         if not found:
             missing.append(row.name)
-            continue
-        if len(found) > 1:
-            raise UserError(
-                f"{manifest}: {row.name}: {len(found)} slides are called so: "
-                f"{', '.join(sorted(found))}; name one of them, or its path"
-            )
-        (name,) = found
-        path = named[name]
-        size = row.size or size_of(path)
-        slides[name] = dataclasses.replace(row, name=name, path=path, size=size)
     if not slides:
         count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
         raise UserError(f"{manifest}: {count}", "slides")
     return list(slides.values()), missing
+
+
+def _locate(row: CohortSlide, folders: Iterable[Path]) -> Path | None:
+    """The absolute path of a slide in the first of the folders that has it."""
+    for folder in folders:
+        if (folder / row.path).is_file():
+            return Path(os.path.abspath(folder / row.path))
+    return None
+
+
+def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
+    """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
+    called: dict[str, set[str]] = defaultdict(set)
+    for name, path in named.items():
+        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
+            called[key].add(name)
+    return called
 
 
 def join_copies(slides: list[CohortSlide]) -> list[str]:
@@ -310,17 +325,13 @@ def select(
             reasons[slide.name] = SkippedSlide(f"a {kind} slide", "strategy")
         else:
             order = hashlib.sha256(f"{seed}:{slide.name}".encode()).hexdigest()
-            wanted.append((kind != "diagnostic", order, slide))
-    wanted.sort(key=_without_slide)
+            wanted.append((kind != "diagnostic", order, slide.name, slide))
+    wanted.sort()
     limit = limit or len(wanted)
     for *_, slide in wanted[limit:]:
         reasons[slide.name] = SkippedSlide(f"not in the sample of {limit}", "sample")
     chosen = [slide for *_, slide in wanted[:limit]]
     return sorted(chosen, key=str), reasons
-
-
-def _without_slide(draw: tuple[bool, str, CohortSlide]) -> tuple[bool, str]:
-    return draw[:2]
 
 
 PATIENT_COLUMNS = (
@@ -335,23 +346,31 @@ def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
     What names one of `slides` whose patient was stated, or this patient, stands for the patient
     stated.
     """
-    whole = {text for slide in slides for text in (slide.name, slide.stated, slide.path.name)}
-    lines = _table_text(path, "exclude").splitlines()
+    whole: set[str] = set()
+    stated: dict[str, set[str]] = defaultdict(set)
+    for slide in slides:
+        whole |= {slide.name, slide.stated, slide.path.name}
+        for key in (slide.stated, slide.name, slide_name(slide.path)):
+            stated[key] |= {slide.stated} - {""}
+    patients = set()
+    for cell in _cells_of_patients(_table_text(path, "exclude").splitlines(), whole) - {""}:
+        known = stated.get(cell) or stated.get(slide_name(cell))
+        patients |= known or {patient_of(cell)}
+    return patients
+
+
+def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
+    """What stands in the columns of slides and patients, or in the first where none has a
+    heading.
+    """
     table = [_cut(line.strip(" "), whole) for line in lines if line.strip()]
     header = table[0] if table else []
     columns = [number for number, cell in enumerate(header) if cell.lower() in PATIENT_COLUMNS]
-    stated: dict[str, set[str]] = defaultdict(set)
-    for slide in slides:
-        if slide.stated:
-            for key in {slide.stated, slide.name, slide_name(slide.path)}:
-                stated[key].add(slide.stated)
-    patients = set()
+    cells = set()
     for row in table[bool(columns) :]:
-        for cell in [row[column] for column in columns or [0] if column < len(row)]:
-            if cell:
-                known = stated.get(cell) or stated.get(slide_name(cell))
-                patients |= known or {patient_of(cell)}
-    return patients
+        for column in columns or [0]:
+            cells.update(row[column : column + 1])
+    return cells
 
 
 def _cut(line: str, whole: set[str]) -> list[str]:

@@ -86,8 +86,8 @@ def locked(path: Path, wait: bool = True):
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
     print(
-        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
-        "work there at once",
+        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
+        "processes work there at once",
         file=sys.stderr,
         flush=True,
     )
@@ -152,8 +152,8 @@ def read_table(
     missing = [name for name in needed if name not in head]
     if missing:
         raise UserError(
-            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed are "
-            f"{','.join(needed)}, separated by commas{why}"
+            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed "
+            f"are {','.join(needed)}, separated by commas{why}"
         )
     if not lines:
         raise UserError(f"{path}: holds no rows; one line per image is expected")
@@ -183,7 +183,9 @@ def files_below(root: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    print(f"note: {error.filename}: left out, cannot be read ({error.strerror})", file=sys.stderr)
+    if not isinstance(error, FileNotFoundError):
+        why = f"left out, cannot be read ({error.strerror})"
+        print(f"note: {error.filename}: {why}", file=sys.stderr, flush=True)
 
 
 def safe(name: str) -> str:

@@ -41,6 +41,8 @@ COLUMNS = (
     "path",  # of the slide's file
 )
 
+Rows = dict[str, dict[str, str]]  # by slide name; values as text by column
+
 NUMBER = r"\d+(\.\d+)?(e-\d+)?"
 # What the values of a finished slide look like.
 DONE = {
@@ -53,7 +55,7 @@ DONE = {
 }
 
 
-def read_rows(folder: Path, damaged: list[str] | None = None) -> dict[str, dict[str, str]]:
+def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     """The rows of slides.csv by slide name, all values text; empty when there is none yet.
 
     Reads what spreadsheets make of it, too: semicolons, tabs, UTF-16. Raises UserError for a table

@@ -119,14 +119,7 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         slide.name = source.name
         if slide.mpp is None and settings.assume_mpp:
             slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
-        row |= {
-            "width": slide.width,
-            "height": slide.height,
-            "mpp": slide.mpp or "",
-            "mpp_source": slide.mpp_source,
-            "objective": slide.objective or "",
-            "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else "",
-        }
+        row |= _facts(slide)
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
@@ -149,6 +142,18 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         "size0": tiling.size0,
         "unreadable": len(errors),
         "warnings": "; ".join(tiling.warnings),
+    }
+
+
+def _facts(slide: Slide) -> dict[str, Any]:
+    """What slides.csv tells of a slide that opens."""
+    return {
+        "width": slide.width,
+        "height": slide.height,
+        "mpp": slide.mpp or "",
+        "mpp_source": slide.mpp_source,
+        "objective": slide.objective or "",
+        "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else "",
     }
 
 
