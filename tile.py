@@ -55,7 +55,6 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "tissue": "see --min-tissue",
     "pen": "see --max-pen; 1 takes stains of the colour of ink",
     "blur": "see --max-blur",
-    "fold": "see --max-fold",
     "masks": "see --masks",
     "exclude": "see --exclude: slides or patients, one a line or a CSV",
     "strategy": "see --strategy",
@@ -206,9 +205,6 @@ def add_quality_arguments(group) -> None:
         metavar="PX",
         help="most blur, as the sigma of a "
         "Gaussian in patch pixels (measured up to 6); 6 keeps all",
-    )
-    group.add_argument(
-        "--max-fold", type=share, default=1.0, metavar="SHARE", help="most share of folded tissue"
     )
     group.add_argument(
         "--masks",

@@ -32,7 +32,6 @@ COLUMNS = (
     "tissue",  # share of the slide
     "pen",  # share of tissue and ink
     "blur",  # share of tissue patches dropped for it
-    "fold",  # mean share of a tissue patch
     "unreadable",  # patches left out
     "warnings",
     "seconds",

@@ -40,7 +40,6 @@ class Limits:
     min_tissue: float  # shares of a patch
     max_pen: float
     max_blur: float  # sigma in px of a patch
-    max_fold: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         write_coords(outputs.coords, slide, tiling, settings.limits.overlap, place)
     if errors:
         tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
-    row |= {key: f"{share:.4f}" for key, share in tiling.summary.items()}
+    row |= {name: f"{tiling.summary[name]:.4f}" for name in ("tissue", "pen", "blur")}
     row |= {
         "status": "done",
         "patches": len(tiling.coords),
@@ -171,7 +170,7 @@ def is_finished(source: CohortSlide, row: Mapping[str, str] | None, job: Job) ->
     return (
         is_whole_jpeg(outputs.thumbnail)
         and _ends_with(outputs.outline, b"}")
-        and _coords_fit(outputs, row, shard=bool(job.settings.jpeg_quality))
+        and _coords_fit(source.path, outputs, row, shard=bool(job.settings.jpeg_quality))
     )
 
 
@@ -190,7 +189,7 @@ def _ends_with(path: Path, end: bytes) -> bool:
         return False
 
 
-def _coords_fit(outputs: Outputs, row: Mapping[str, str], shard: bool) -> bool:
+def _coords_fit(slide: Path, outputs: Outputs, row: Mapping[str, str], shard: bool) -> bool:
     """Whether the coordinates are this slide's and lie in it, and so does a shard that they point
     to.
 
@@ -214,13 +213,17 @@ def _coords_fit(outputs: Outputs, row: Mapping[str, str], shard: bool) -> bool:
             ):
                 return False
             group = file.get("compressed")
-            if group is None or group.attrs["columns"]:  # pixels are the slide's
-                return not shard
-            if not outputs.shard.exists():
-                return not shard
+            own = group is None or group.attrs["columns"]  # pixels are the slide's
+            if own or not outputs.shard.exists():
+                return not shard and _time_fits(slide, facts.get("slide_mtime_ns"))
             return _shard_fits(outputs.shard, row["slide"], group["offset"][:], group["bytes"][:])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError):  # what HDF5 says of damage
         return False
+
+
+def _time_fits(slide: Path, then: int | None) -> bool:
+    """Whether a slide that is there is the one that was tiled, where that was written down."""
+    return then is None or not slide.exists() or slide.stat().st_mtime_ns == then
 
 
 def _shard_fits(path: Path, name: str, offsets: np.ndarray, sizes: np.ndarray) -> bool:

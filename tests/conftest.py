@@ -1,6 +1,4 @@
-"""What all tests share: the repository root, real inputs where present, and ways to run a script as
-a user does.
-"""
+"""What all tests share: the repository root, real inputs where present, and ways to run a script as a user does."""
 
 import os
 import socket
@@ -26,9 +24,7 @@ SHARED = (
 def run(
     script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run a script, or a module of g2l, from the repository root; the finished process, output as
-    text.
-    """
+    """Run a script, or a module of g2l, from the repository root; the finished process, output as text."""
     where = ["-m", script] if script.startswith("g2l.") else [str(ROOT / script)]
     command = [sys.executable, *where, *map(str, args)]
     return subprocess.run(
@@ -50,9 +46,7 @@ def torchrun(
     env: dict | None = None,
     options: tuple = (),
 ) -> subprocess.CompletedProcess:
-    """Run a script under real torchrun on this machine (gloo on CPU); `options` go to torchrun
-    itself.
-    """
+    """Run a script under real torchrun on this machine (gloo on CPU); `options` go to torchrun itself."""
     command = [
         sys.executable,
         "-m",
@@ -84,9 +78,8 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """This process as torchrun would start it for a job of one. A script must have left the job
-    when it returns: gloo's threads outlive it otherwise, and an exit in six or so aborts with
-    'terminate called'."""
+    """This process as torchrun would start it for a job of one. A script must have left the job when it returns:
+    gloo's threads outlive it otherwise, and an exit in six or so aborts with 'terminate called'."""
     import torch
 
     with socket.socket() as free:

@@ -5,16 +5,19 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from cohorts import put, rows, run
-from conftest import SHARED
+from conftest import ROOT, SHARED
 
 import tile
 from g2l.cohort import (
     CohortSlide,
     local_slides,
+    name_slides,
     patient_of,
     read_manifest,
     read_patients,
@@ -266,10 +269,10 @@ def test_two_settings_in_one_folder_are_refused(tmp_path, sound):
 @pytest.mark.parametrize(
     "data",
     [
-        "slide;mpp\nS1;0.25\nS2;0,5\n".encode(),
+        b"slide;mpp\nS1;0.25\nS2;0,5\n",
         "slide\tmpp\nS1\t0.25\nS2\t0.5\n".encode("utf-16"),
         "\ufeffslide,mpp\r\nS1,0.25\r\nS2,0.5\r\n".encode(),
-        "id\tfilename\tmd5\tsize\tmpp\n1\tS1\tx\t9\t0.25\n2\tS2\ty\t9\t0.5\n".encode(),
+        b"id\tfilename\tmd5\tsize\tmpp\n1\tS1\tx\t9\t0.25\n2\tS2\ty\t9\t0.5\n",
     ],
     ids=["semicolons", "utf-16", "mark", "gdc"],
 )
@@ -341,3 +344,54 @@ def test_text_from_outside_stays_text(tmp_path):
 def test_an_unknown_column_is_refused(tmp_path):
     with pytest.raises(ValueError, match="colour"):
         write_rows(tmp_path, [{"slide": "a", "colour": "red"}])
+
+
+# Names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("TCGA-A8-A06N-01Z-00-DX1.62649098-BD0B.svs", "TCGA-A8-A06N"),
+        ("tcga-a8-a06n-01", "TCGA-A8-A06N"),
+        ("arden-01_1.svs", "arden-01"),
+        ("slide.ome.tif", "slide"),
+        ("x/y/patient3_slide2_b.ndpi", "patient3"),
+        ("P1_a.svs", "P1"),
+        ("case_001.svs", "case_001"),
+        ("case_001_HE.svs", "case_001"),
+        ("BRACS_264.svs", "BRACS_264"),
+        ("patient_004_node_1.tif", "patient_004"),
+        ("HE_left.svs", "HE_left"),
+        ("_7_b.svs", "_7"),
+        ("_odd.svs", "_odd"),
+        ("TCGA-A8.svs", "TCGA-A8"),
+        ("d290-uuid_TCGA-A8-A06N-01Z-00-DX1.62", "TCGA-A8-A06N"),
+    ],
+)
+def test_patient_of(name, patient):
+    assert patient_of(name) == patient
+
+
+def test_slides_that_share_a_name_keep_apart():
+    paths = [
+        Path("s/p1/slide.svs"),
+        Path("s/p2/slide.svs"),
+        Path("s/other.svs"),
+        Path("s/other.tif"),
+    ]
+    names = name_slides(paths)
+    assert len(names) == 4 and set(names.values()) == set(paths) and names["p1_slide"] == paths[0]
+
+
+def test_import_is_light():
+    code = (
+        "import sys, tile; print([m for m in ('torch', 'timm', 'sklearn', 'scipy', 'matplotlib', "
+        "'pandas', 'h5py', 'tifffile', 'openslide', 'urllib.request') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
+    )
