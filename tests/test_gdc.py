@@ -2,16 +2,28 @@
 
 import hashlib
 import json
+import os
 import sys
 import threading
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from cohorts import rows
 
 import tile
 from g2l.patches import PatchIndex
+
+ANSWERS = {
+    "html": (200, b"<html>"),
+    "nothing": (200, b"{}"),
+    "no list": (200, b'{"data": {"hits": [1, "x"], "pagination": {"total": 2}}}'),
+    "infinite": (200, b'{"data": {"hits": [], "pagination": {"total": Infinity}}}'),
+    "many": (200, b'{"data": {"hits": [], "pagination": {"total": 1000000000}}}'),
+    "deep": (200, b"[" * 100_000),
+    "large": (200, b" " * 2_000_000),
+}
 
 
 class Gdc(BaseHTTPRequestHandler):
@@ -39,14 +51,13 @@ class Gdc(BaseHTTPRequestHandler):
 
     def do_POST(self):
         query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert query["sort"] == "file_id:asc", "pages of no order may overlap"
         fault = self.fault("files")
         if fault == "cut":
             self.close_connection = True
             return self.reply(200, b'{"data":', length=1000)
         if fault:
-            return self.reply(
-                *{"html": (200, b"<html>"), "nothing": (200, b"{}")}.get(fault, (fault, b""))
-            )
+            return self.reply(*ANSWERS.get(fault, (fault, b"")))
         hits = [
             {"file_id": key, "file_name": name, "file_size": len(body), "md5sum": md5}
             for key, (name, body, md5) in self.slides.items()
@@ -176,15 +187,17 @@ def test_download_survives(tmp_path, gdc, sound, fault):
     )
 
 
-@pytest.mark.parametrize("fault", ["cut", "html", "nothing", 503])
-def test_list_of_files_comes_broken(tmp_path, gdc, fault, capsys):
+@pytest.mark.parametrize("fault", ["cut", 503, *ANSWERS])
+def test_list_of_files_comes_broken(tmp_path, gdc, fault, capsys, monkeypatch):
     """A list cut short is asked for again; an answer that is no list is an error, not a
     traceback.
     """
+    monkeypatch.setattr("g2l.gdc.MOST_BYTES", 1_000_000)
     Gdc.faults = {"files": [fault]}
     passes = fault in ("cut", 503)
     assert download(tmp_path, gdc, "--yes") == (0 if passes else 1)
-    assert passes or "is it a GDC server?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert passes or "is it a GDC server?" in error or "an answer of more than" in error
 
 
 @pytest.mark.parametrize(
@@ -269,3 +282,67 @@ def test_only_tcga_projects_are_downloaded(tmp_path, gdc, capsys):
         == 1
     )
     assert "knows the TCGA projects" in capsys.readouterr().err
+
+
+def test_two_ids_of_one_file_name_are_kept_apart(tmp_path, gdc):
+    Gdc.slides["uuid-1"] = (Gdc.slides["uuid-0"][0], *Gdc.slides["uuid-1"][1:])
+    flat = tmp_path / "slides" / "ucs" / Gdc.slides["uuid-0"][0]
+    flat.parent.mkdir(parents=True)
+    flat.write_bytes(Gdc.slides["uuid-0"][1])  # whose it is, its name does not say
+    assert download(tmp_path, gdc, "--yes") == 0
+    table = rows(tmp_path, "ucs")
+    assert len(table) == 4 and len({row["path"] for row in table.values()}) == 4
+    assert sorted(name for name in table if "A4R0" in name) == [
+        "uuid-0_TCGA-N5-A4R0-01Z-00-DX1.0",
+        "uuid-1_TCGA-N5-A4R0-01Z-00-DX1.0",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["size", "md5"])
+def test_a_local_copy_that_is_another_file_is_told_and_kept(tmp_path, gdc, sound, kind, capsys):
+    own = tmp_path / "slides" / "ucs" / Gdc.slides["uuid-3"][0]
+    own.parent.mkdir(parents=True)
+    other = sound + b"more" if kind == "size" else sound[:-1] + b"!"
+    own.write_bytes(other)
+    assert download(tmp_path, gdc, "--yes") == 1 and own.read_bytes() == other
+    row = rows(tmp_path, "ucs")[own.stem]
+    assert (
+        row["status"] == "failed" and "size or md5 is not what the server states" in row["reason"]
+    )
+    assert "run without --download" in row["reason"]
+
+
+def test_a_slide_left_by_a_kill_is_discarded_by_the_next_run(tmp_path, gdc, monkeypatch):
+    flags = "--yes", "--save-patches", "--discard-slides"
+    with monkeypatch.context() as patch:
+        patch.setattr("tile.discard", lambda *_: None)  # killed between row and deletion
+        assert download(tmp_path, gdc, *flags) == 0
+    assert len(list((tmp_path / "slides").rglob("*.svs"))) == 4
+    assert download(tmp_path, gdc, *flags) == 0
+    assert not list((tmp_path / "slides").rglob("*.svs"))
+
+
+def test_what_a_slide_is_deleted_for_is_on_the_disk_first(tmp_path, gdc, monkeypatch):
+    events = []
+    sync, unlink = os.fsync, Path.unlink
+
+    def fsync(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def forget(path, missing_ok=False):
+        events.append(str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    flags = "--yes", "--save-patches", "--discard-slides"
+    with monkeypatch.context() as patch:
+        patch.setattr("tile.discard", lambda *_: None)
+        assert download(tmp_path, gdc, *flags) == 0
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(Path, "unlink", forget)
+    assert download(tmp_path, gdc, *flags) == 0
+    name = Gdc.slides["uuid-0"][0]
+    deleted = next(i for i, event in enumerate(events) if event.endswith(f"uuid-0/{name}"))
+    before = events[:deleted]
+    for file in (f"{name[:-4]}_patches.h5", f"{name[:-4]}.tar", "slides.csv", "/shards"):
+        assert any(event.endswith(file) for event in before), file

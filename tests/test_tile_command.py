@@ -24,9 +24,12 @@ from scipy import ndimage
 from synthetic import by_openslide, section, write_slide
 
 import tile
+from g2l.cohort import CohortSlide
 from g2l.grid import tile_slide
 from g2l.patches import PatchIndex
+from g2l.rows import read_rows
 from g2l.slides import Slide
+from g2l.tiling import Job, Limits, Settings, is_finished
 
 # What lies in slide folders ------------------------------------------------------------
 
@@ -269,6 +272,123 @@ def test_slides_without_patches_have_a_thumbnail_too(tmp_path):
         )
 
 
+# Finished is proven ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sound):
+    """Three slides with shards, tiled: (data, what the folder holds)."""
+    data = tmp_path_factory.mktemp("finished")
+    put(data, sound, "a.svs", "b.svs")
+    write_slide(data / "slides" / "mine" / "c.svs", section(1100, 1200, seed=1))
+    assert run(data, "--save-patches").returncode == 0
+    return data, tree(data / "tiles" / "mine")
+
+
+def empty(path, _):
+    path.write_bytes(b"")
+
+
+def cut(path, _):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def swap(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+def remove(path, _):
+    path.unlink()
+
+
+def zero(path, _):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+FILES = {
+    "patches": "{}_patches.h5",
+    "shards": "{}.tar",
+    "thumbnails": "{}.jpg",
+    "geojson": "{}.geojson",
+}
+HARMS = [
+    (kind, harm, other) for kind in FILES for harm in (empty, cut, remove, zero) for other in ("b",)
+] + [(kind, swap, other) for kind in ("patches", "shards") for other in "bc"]
+
+
+@pytest.mark.parametrize(("kind", "harm", "other"), HARMS)
+def test_harmed_files_are_mended_by_the_next_run(finished, kind, harm, other):
+    data, whole = finished
+    folder = data / "tiles" / "mine"
+    path = folder / kind / FILES[kind].format("a")
+    before = path.read_bytes()
+    harm(path, folder / kind / FILES[kind].format(other))
+    done = tile.main(["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"])
+    assert done == 0 and tree(folder) == whole
+    if kind != "patches":  # HDF5 writes times into its file
+        assert path.read_bytes() == before
+    index = PatchIndex(folder)
+    assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
+
+
+def test_no_flipped_bit_in_an_h5_file_gives_a_traceback(finished):
+    data, _ = finished
+    folder = data / "tiles" / "mine"
+    path, rng = folder / "patches" / "a_patches.h5", random.Random(0)
+    sound = path.read_bytes()
+    settings = Settings(Limits(0.25, 256, 0, False, 0.5, 0.1, 3.5), jpeg_quality=90)
+    job, row = Job(folder, settings, None, False), read_rows(folder)["a"]
+    slide = CohortSlide("a", data / "slides" / "mine" / "a.svs")
+    assert is_finished(slide, row, job)
+    for _ in range(200):
+        flipped = bytearray(sound)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        assert is_finished(slide, row, job) in (True, False)
+    path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("harm", [empty, cut, remove])
+def test_a_stale_contact_sheet_is_drawn_again(finished, harm, capsys):
+    data, _ = finished
+    sheet = data / "tiles" / "mine" / "contact.jpg"
+    before = sheet.read_bytes()
+    harm(sheet, None)
+    args = ["--cancer", "mine", "--data", str(data), "--save-patches"]
+    assert tile.main(args) == 0 and sheet.read_bytes() == before
+    assert "3 slides are finished, 0 to do" in capsys.readouterr().out
+    old = time.time() - 1000
+    os.utime(sheet, (old, old))
+    assert tile.main(args) == 0 and sheet.stat().st_mtime > old
+
+
+def test_damaged_rows_are_set_aside_and_done_anew(finished, capsys):
+    data, whole = finished
+    folder = data / "tiles" / "mine"
+    table = folder / "slides.csv"
+    lines = table.read_text().splitlines()
+    lines[2] = lines[2].replace("done", "d\x00ne")
+    table.write_text("\n".join(lines))
+    args = ["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"]
+    assert tile.main(args) == 0 and tree(folder) == whole
+    output = capsys.readouterr().out
+    assert "line 3: status" in output and "2 slides are finished, 1 to do" in output
+    assert (folder / "slides.csv.damaged").is_file()
+    sound = table.read_bytes()
+    table.write_bytes(sound.replace(b",settings,", b",sett,"))
+    assert tile.main(args) == 1
+    assert "no column settings" in capsys.readouterr().err and table.is_file()
+    table.write_bytes(sound)
+
+
+def test_another_run_with_other_settings_is_noticed(finished, monkeypatch, capsys):
+    data, _ = finished
+    monkeypatch.setattr(Settings, "digest", lambda *_: "0")  # never what the rows say
+    monkeypatch.setattr("tile.work_through", lambda *_: [])
+    assert tile.main(["--cancer", "mine", "--data", str(data)]) == 1
+    assert "otherwise meanwhile" in capsys.readouterr().err
+
+
 # Processes ------------------------------------------------------------
 
 
@@ -287,14 +407,16 @@ def test_two_runs_at_once_share_the_work(tmp_path, sound):
     assert len(rows(tmp_path)) == 8 and len(tree(tmp_path / "tiles" / "mine")[1]) == 8
 
 
-def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "kills"), [(0, 7), (1, 7)])
+def test_killed_at_any_moment_it_goes_on(tmp_path, sound, seed, kills):
     names = [f"s{n}.svs" for n in range(6)]
     put(tmp_path / "whole", sound, *names)
     put(tmp_path / "killed", sound, *names)
     assert run(tmp_path / "whole", "--save-patches").returncode == 0
-    rng = random.Random(0)
+    rng = random.Random(seed)
     finished = []
-    for _ in range(7):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(tmp_path / "killed", "--save-patches", "--workers", 2),
             stdout=subprocess.DEVNULL,
@@ -302,10 +424,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
             start_new_session=True,
         )
         deadline = time.time() + 60
-        while (
-            len(rows(tmp_path / "killed")) <= len(names) * len(finished) // 8
-            and process.poll() is None
-        ):
+        enough = len(names) * len(finished) // (kills + 1)
+        while len(rows(tmp_path / "killed")) <= enough and process.poll() is None:
             assert time.time() < deadline  # it is under way, however fast or slow the machine
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.15))
@@ -317,16 +437,24 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
         finished.append(len(rows(tmp_path / "killed")))
     assert finished == sorted(finished), "no row was lost"
     assert run(tmp_path / "killed", "--save-patches").returncode == 0
-    assert tree(tmp_path / "whole" / "tiles" / "mine") == tree(
-        tmp_path / "killed" / "tiles" / "mine"
-    )
-    for name in names:
-        shard = Path("tiles", "mine", "shards", name).with_suffix(".tar")
-        assert (tmp_path / "whole" / shard).stat().st_size == (
-            tmp_path / "killed" / shard
-        ).stat().st_size
-    assert not list((tmp_path / "killed" / "tiles" / "mine").glob("*/.*.tmp*"))
-    assert not list((tmp_path / "killed" / "tiles" / "mine").glob(".slides*.tmp*"))
+    whole, killed = (tmp_path / name / "tiles" / "mine" for name in ("whole", "killed"))
+    assert tree(whole) == tree(killed)
+    for shard in whole.glob("shards/*"):
+        assert shard.stat().st_size == (killed / "shards" / shard.name).stat().st_size
+    assert not list(killed.glob("*/.*.tmp*")) and not list(killed.glob(".slides*.tmp*"))
+
+
+def test_leftovers_are_cleared_by_exact_name(tmp_path, sound):
+    """B must not clear what another process is writing for B1 or B_2."""
+    put(tmp_path, sound, "B.svs")
+    folder = tmp_path / "tiles" / "mine" / "patches"
+    folder.mkdir(parents=True)
+    names = ".B_patches.12.0a1b2c.tmp.h5", ".B1_patches.12.0a1b2c.tmp.h5"
+    others = [*names[1:], ".B_2_patches.12.0a1b2c.tmp.h5", ".B_patches.1_patches.1.0a1b2c.tmp.h5"]
+    for name in (names[0], *others):
+        (folder / name).touch()
+    assert run(tmp_path).returncode == 0
+    assert sorted(path.name for path in folder.glob(".*")) == sorted(others)
 
 
 def test_workers_end_with_their_parent(tmp_path, sound):
