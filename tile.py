@@ -1,132 +1,108 @@
-"""Stage 1: slides to tissue patches. Owns slides (`Slide`) and the patch index (writer, and reader `PatchIndex`).
+"""Stage 1: slides to tissue patches.
 
-    python tile.py --cancer brca                        # slides in data/slides/brca -> data/tiles/brca
+    python tile.py --cancer brca                 # slides in data/slides/brca -> data/tiles/brca
     python tile.py --cancer mine --slides DIR --mpp 0.5
 
-Every slide gets one row in data/tiles/<cancer>/slides.csv: done, skipped or failed, and why. Run the command again
-at any time: it does only what is missing. Processes share a cohort by locks on single slides (the kernel frees them
-when a process dies), so workers, ranks under torchrun and several commands may work on one output folder.
+Every slide gets one row in data/tiles/<cancer>/slides.csv: done, skipped or failed, and why. Run
+the command again at any time: it does only what is missing. Processes share a cohort by locks on
+single slides (the kernel frees them when a process dies), so workers, ranks under torchrun and
+several commands may work on one output folder.
+
+Read on as it runs: the flags, then `run`, which finds the slides, chooses, downloads, tiles them in
+worker processes and sums up.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
-import multiprocessing.connection
+import dataclasses
+import functools
 import os
 import re
 import shutil
 import signal
 import sys
-import time
+from collections import Counter
 from pathlib import Path
+from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, pixel_size, positive, share
+from g2l.arguments import Help, directory, pixel_size, positive, share, whole
 from g2l.cohort import (
-    LIMITS,
     CohortSlide,
     find_slides,
-    local_sources,
-    patient_of,
+    local_slides,
     read_manifest,
     read_patients,
-    read_rows,
     select,
-    write_rows,
+    slide_of,
 )
-from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status
-from g2l.files import atomic, locked, size_of
-from g2l.gdc import ask_gdc, download, downloaded_mark
-from g2l.grid import tile_slide
-from g2l.overlays import write_contact_sheet, write_geojson, write_thumbnail
-from g2l.patches import magnification, tile_table, write_coords, write_shard
+from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status, explain
+from g2l.files import flush, locked, write_text
+from g2l.gdc import ask_gdc, check_own, download, downloaded_mark
+from g2l.overlays import write_contact_sheet
+from g2l.pool import Pool
 from g2l.progress import Progress
-from g2l.slides import Slide
-from g2l.tissue import find_mask
+from g2l.rows import Rows, read_rows, write_rows
+from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpeg, tile_one
+
+MANIFEST = "--manifest takes a GDC manifest (id, filename, md5, size, state; tabs) or a CSV"
+REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
+    "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
+    "magnification": "--resample rescales it, --mpp with its own value takes it as it is",
+    "tissue": "see --min-tissue",
+    "pen": "see --max-pen; 1 takes stains of the colour of ink",
+    "blur": "see --max-blur",
+    "masks": "see --masks",
+    "exclude": "see --exclude: slides or patients, one a line or a CSV",
+    "strategy": "see --strategy",
+    "sample": "see --max-slides and --seed",
+    "manifest": f"{MANIFEST} with the columns slide[,mpp][,patient]",
+    "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
+    "cancer": "name one with --cancer",
+    "own": "or run without --download, which takes it as it is",
+    "settings": "tile all slides of a folder alike, or give these another --cancer NAME",
+    "table": "mend it, or remove it and run tile.py, which tiles its slides anew",
+}
 
 
-def tile_one(source: CohortSlide, folder: Path, args: argparse.Namespace) -> dict:
-    """Tile one slide into `folder`; returns its row. A user's error or a broken slide becomes a row, never a raise.
-
-    A full disk does raise: every further slide would meet it.
-    """
-    start, name, path = time.perf_counter(), source.name, source.path
-    for leftover in folder.glob(
-        f"*/.{glob.escape(name)}*.tmp*"
-    ):  # of a run that was killed; the lock is ours
-        leftover.unlink(missing_ok=True)
-    row = {
-        "slide": name,
-        "patient": source.patient,
-        "patches": 0,
-        "path": os.path.abspath(path),
-        "settings": source.settings(args),
-        "patch_size": args.patch_size,
-        "target_mpp": args.mpp,
-    }
-    try:
-        mask = find_mask(args.masks, name) if args.masks else None
-        row["bytes"] = size_of(path)
-        with Slide(path, source.mpp) as slide:
-            slide.name = name
-            if slide.mpp is None and args.assume_mpp:
-                slide.mpp, slide.mpp_source = args.assume_mpp, "--assume-mpp"
-            row |= {
-                "width": slide.width,
-                "height": slide.height,
-                "mpp": slide.mpp or "",
-                "mpp_source": slide.mpp_source,
-                "objective": slide.objective or "",
-                "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else "",
-            }
-            try:
-                tiling = tile_slide(slide, mask=mask, **{key: getattr(args, key) for key in LIMITS})
-            except SkippedSlide:
-                if len(slide.drafts) > 1:  # another would have to be read whole
-                    write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide)
-                raise
-            place, errors = tile_table(slide, tiling), tiling.unreadable
-            if args.save_patches:
-                place, errors = write_shard(
-                    folder / "shards" / f"{name}.tar", slide, tiling, args.jpeg_quality
-                )
-            write_thumbnail(folder / "thumbnails" / f"{name}.jpg", slide, tiling)
-            write_geojson(folder / "geojson" / f"{name}.geojson", slide, tiling)
-            write_coords(
-                folder / "patches" / f"{name}_patches.h5", slide, tiling, args.overlap, place
-            )
-        if errors:
-            tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
-        row |= {
-            "status": "done",
-            "patches": len(tiling.coords),
-            "size0": tiling.size0,
-            "unreadable": len(errors),
-            "warnings": "; ".join(tiling.warnings),
-        } | {k: f"{v:.4f}" for k, v in tiling.summary.items()}
-    except SkippedSlide as error:
-        row |= {"status": "skipped", "reason": str(error)}
-    except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
-        if disk_full(error):
-            raise
-        row |= {"status": "failed", "reason": str(error) or type(error).__name__}
-    row["seconds"] = f"{time.perf_counter() - start:.2f}"
-    return row
+def plain_name(text: str) -> str:
+    """A flag's name that becomes a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a plain name such as brca")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags, in the order in which a user meets their questions."""
     parser = argparse.ArgumentParser(
         prog="tile.py",
         description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
         "Run the same command again at any time: it does only what is missing.",
         formatter_class=Help,
     )
-    group = parser.add_argument_group("cohort")
+    add_cohort_arguments(parser.add_argument_group("cohort"))
+    add_grid_arguments(parser.add_argument_group("magnification"))
+    add_quality_arguments(parser.add_argument_group("tissue and quality (of a patch)"))
+    add_output_arguments(parser.add_argument_group("patches on disk"))
+    add_download_arguments(parser.add_argument_group("download from the GDC"))
+    parser.add_argument_group("work").add_argument(
+        "--workers",
+        type=whole,
+        metavar="N",
+        help="processes, up to 1 GB each (default: one per CPU, "
+        "at most 16); for several machines start this script by torchrun on a shared disk",
+    )
+    return parser
+
+
+def add_cohort_arguments(group) -> None:
+    """Which slides."""
     group.add_argument(
         "--cancer",
+        type=plain_name,
         required=True,
         metavar="NAME",
         help="a TCGA project (brca, prad, ...) or any name; output goes to DATA/tiles/NAME",
@@ -136,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--slides",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="slides, flat or in folders (default: DATA/slides/NAME)",
     )
@@ -144,34 +120,36 @@ def build_parser() -> argparse.ArgumentParser:
         "--manifest",
         type=Path,
         metavar="FILE",
-        help="take only the slides named here: a GDC manifest, "
-        "or a CSV with slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its "
-        "TCGA barcode, else by all up to and with the first of its parts between _ that holds a digit "
+        help="take only the slides named here: a GDC manifest, or a CSV with "
+        "slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its TCGA "
+        "barcode, else by all up to and with the first of its parts between _ that holds a digit "
         "(P1 of P1_a, case_001 of case_001_HE)",
     )
     group.add_argument(
         "--strategy",
         choices=("diagnostic", "tissue", "both"),
-        help="of TCGA: paraffin sections (DX), "
-        "frozen ones (TS, BS, MS), or both, paraffin first (default: diagnostic for --download, both "
-        "for slides at hand)",
+        help="of TCGA: paraffin sections (DX), frozen ones (TS, BS, MS), or both, paraffin first "
+        "(default: diagnostic for --download, both for slides at hand)",
     )
     group.add_argument(
         "--exclude",
         type=Path,
         metavar="FILE",
-        help="hold out the patients named here (slides or "
-        "patients, one a line or a CSV), such as those of a benchmark",
+        help="hold out the patients named here (slides or patients, one a line or a CSV), such "
+        "as those of a benchmark",
     )
     group.add_argument(
         "--max-slides",
-        type=int,
+        type=functools.partial(whole, least=0),
         default=1000,
         metavar="N",
         help="a random sample of so many; 0: all",
     )
-    group.add_argument("--seed", type=int, default=0, help="of that sample")
-    group = parser.add_argument_group("magnification")
+    group.add_argument("--seed", type=int, default=0, help="draws another sample")
+
+
+def add_grid_arguments(group) -> None:
+    """How patches lie on a slide."""
     group.add_argument(
         "--mpp",
         type=pixel_size,
@@ -180,9 +158,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="µm per pixel wanted; slides within "
         "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)",
     )
-    group.add_argument("--patch-size", type=int, default=256, metavar="PX", help="side of a patch")
     group.add_argument(
-        "--overlap", type=int, default=0, metavar="PX", help="of neighbouring patches"
+        "--patch-size",
+        type=functools.partial(whole, least=16, most=4096),
+        default=256,
+        metavar="PX",
+        help="side of a patch",
+    )
+    group.add_argument(
+        "--overlap",
+        type=functools.partial(whole, least=0),
+        default=0,
+        metavar="PX",
+        help="of neighbouring patches",
     )
     group.add_argument(
         "--resample",
@@ -196,7 +184,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="UM",
         help="µm per pixel of slides that do not say (default: skip them)",
     )
-    group = parser.add_argument_group("tissue and quality (of a patch)")
+
+
+def add_quality_arguments(group) -> None:
+    """Which patches are kept."""
     group.add_argument(
         "--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue"
     )
@@ -217,12 +208,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--masks",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="your own tissue: <slide>.geojson (QuPath) or an "
         "image of the whole slide, not 0 in tissue",
     )
-    group = parser.add_argument_group("patches on disk")
+
+
+def add_output_arguments(group) -> None:
+    """What is written beside the coordinates."""
     group.add_argument(
         "--save-patches",
         action="store_true",
@@ -231,13 +225,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--jpeg-quality",
-        type=int,
+        type=functools.partial(whole, most=100),
         default=90,
-        choices=range(1, 101),
         metavar="Q",
         help="of patches that have to be encoded anew",
     )
-    group = parser.add_argument_group("download from the GDC")
+
+
+def add_download_arguments(group) -> None:
+    """Slides that are not at hand."""
     group.add_argument(
         "--download",
         action="store_true",
@@ -253,269 +249,262 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server"
     )
-    group = parser.add_argument_group("work")
-    group.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes, up to 1 GB each (default: one per CPU, "
-        "at most 16); for several machines start this script by torchrun on a shared disk",
-    )
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    """Complain about what argparse cannot see, and fill in defaults that depend on other arguments."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.cancer):
-        raise UserError(f"--cancer {args.cancer!r}: expected a plain name such as brca")
-    if not 16 <= args.patch_size <= 4096:
-        raise UserError(f"--patch-size {args.patch_size}: expected 16 to 4096 px")
-    if not 0 <= args.overlap < args.patch_size:
-        raise UserError(
-            f"--overlap {args.overlap}: expected 0 to less than --patch-size {args.patch_size}"
-        )
-    if args.max_slides < 0 or (args.workers is not None and args.workers < 1):
-        raise UserError("--max-slides: expected 0 or more; --workers: expected 1 or more")
-    if args.discard_slides and not (args.download and args.save_patches):
-        raise UserError(
-            "--discard-slides: only with --download (your own slides are never deleted) and --save-patches "
-            "(or nothing would be left)"
-        )
-    if args.masks and not args.masks.is_dir():
-        raise UserError(f"--masks {args.masks}: no such folder")
-    args.slides = args.slides or args.data / "slides" / args.cancer
-    if args.slides.is_file():
-        raise UserError(
-            f"--slides {args.slides}: is a file; give its folder (--manifest picks slides of it)"
-        )
-    args.strategy = args.strategy or ("diagnostic" if args.download else "both")
-    args.gdc_url = args.gdc_url.rstrip("/")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit status. Under torchrun rank 0 speaks for all."""
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: check_and_run(args))
-
-
-def check_and_run(args: argparse.Namespace) -> int:
-    """Check the flags and tile; under torchrun rank 0 speaks for all."""
-    check(args)
-    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
-        return run(args)
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.redirect_stdout(None if rank else sys.stdout):
+        return exit_status(functools.partial(run, args), REMEDIES)
 
 
 def run(args: argparse.Namespace) -> int:
+    """From flags to slides.csv; 1 where a slide failed or the download was declined."""
+    check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = args.data / "tiles" / args.cancer
-    if args.download:
-        listed = (
-            {Path(row["filename"]).name: row for row in read_manifest(args.manifest)}
-            if args.manifest
-            else {}
-        )
-        sources = ask_gdc(args, list(listed))
-        for source in sources:
-            if row := listed.get(source.path.name):
-                source.mpp, source.stated = row["mpp"], row["patient"]
-        if not sources:
-            raise UserError(
-                f"{args.gdc_url}: it has no such slides (see --cancer, --strategy, --manifest)"
-            )
-        if args.slides.is_dir():  # slides that are there already, wherever a client put them
-            there = {path.name: path for path in find_slides(args.slides)}
-            for source in sources:
-                source.path = there.get(source.path.name, source.path)
-    else:
-        sources = local_sources(args, args.slides)
-    patients = {source.name: source.patient for source in sources}
-    sources, left_out = select(sources, args)
-    known = read_rows(folder)
-    todo = [
-        source for source in sources if not is_done(source, known.get(source.name), folder, args)
-    ]
-    if args.download and not confirm_plan(todo, args):
+    job, workers = job_of(args), args.workers or cpu_share()
+    damaged: list[str] = []
+    known = read_rows(job.folder, damaged)
+    slides = list_gdc(args) if args.download else list_folder(args)
+    chosen, left_out = choose(args, slides, known, job)
+    todo = [slide for slide in chosen if not is_finished(slide, known.get(slide.name), job)]
+    if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
         return 1
     if rank == 0:
-        write_selection(folder, sources, left_out, known, patients, args)
-    print(
-        f"{len(sources) - len(todo)} slides are finished, {len(todo)} to do -> {folder}", flush=True
-    )
-    mine, others = (
-        todo[rank::world],
-        [source for number, source in enumerate(todo) if number % world != rank],
-    )
-    busy = work_through(mine + others, folder, args, wait=False)
+        set_aside(job.folder, damaged)
+        write_manifest(job.folder, chosen)
+        update_rows(job, slides, left_out, known)
+        for slide in chosen:
+            if slide not in todo:
+                discard(slide, job)  # left by a run that was killed
+    finished = len(chosen) - len(todo)
+    print(f"{finished} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
+    others = [slide for number, slide in enumerate(todo) if number % world != rank]
+    busy = work_through(todo[rank::world] + others, job, workers)
     if rank:
-        return (
-            0  # a rank that ends with an error would take the others down; rank 0 reports for all
+        return 0  # a rank that ends with an error would take the others down; rank 0 reports
+    # What other processes hold: wait for it, or do it if they died.
+    work_through(busy, dataclasses.replace(job, wait=True), workers)
+    return summarize(chosen, job)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Complain about flags that do not go together."""
+    if args.overlap >= args.patch_size:
+        raise UserError(f"--overlap {args.overlap}: not less than --patch-size {args.patch_size}")
+    if args.discard_slides and not (args.download and args.save_patches):
+        raise UserError(
+            "--discard-slides: only with --download (your own slides are never deleted) and "
+            "--save-patches (or nothing would be left)"
         )
-    work_through(
-        busy, folder, args, wait=True
-    )  # what other processes hold: wait for it, or do it if they died
-    return summarize(sources, folder, bool(todo))
+    if args.masks and not args.masks.is_dir():
+        raise UserError(f"--masks {args.masks}: no such folder")
 
 
-def is_done(source: CohortSlide, row: dict | None, folder: Path, args: argparse.Namespace) -> bool:
-    """Whether slides.csv and the files say that nothing is left to do for a slide; failed ones are tried again."""
-    if not row or row["status"] == "failed":
-        return False
-    settings = source.settings(args)
-    if row["settings"] != settings and (
-        args.save_patches or row["settings"].split("-")[0] != settings
-    ):
-        return False
-    if row["status"] == "skipped":
-        return row["bytes"] == str(source.size)
-    return (
-        (not source.size or row["bytes"] == str(source.size))
-        and (folder / "patches" / f"{source.name}_patches.h5").is_file()
-        and (not args.save_patches or (folder / "shards" / f"{source.name}.tar").is_file())
+def job_of(args: argparse.Namespace) -> Job:
+    """The flags that concern single slides; each field of Limits is a flag of the same name."""
+    names = [field.name for field in dataclasses.fields(Limits)]
+    settings = Settings(
+        Limits(**{name: getattr(args, name) for name in names}),
+        args.assume_mpp,
+        args.masks,
+        args.jpeg_quality if args.save_patches else None,
     )
+    url = args.gdc_url if args.download else None
+    return Job(args.data / "tiles" / args.cancer, settings, url, args.discard_slides)
 
 
-def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace) -> bool:
+def slides_folder(args: argparse.Namespace) -> Path:
+    """Where the slides lie or will lie."""
+    return args.slides or args.data / "slides" / args.cancer
+
+
+def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
+    """The slides in the folder, or those that the manifest names."""
+    slides, notes = local_slides(slides_folder(args), args.manifest)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return slides
+
+
+def list_gdc(args: argparse.Namespace) -> list[CohortSlide]:
+    """The slides that the GDC has, at the places of those that are here already."""
+    folder = slides_folder(args)
+    rows = read_manifest(args.manifest) if args.manifest else []
+    listed = {row.path.name: row for row in rows}
+    slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
+    if not slides:
+        raise UserError(f"{args.gdc_url}: no such slides; see --cancer, --strategy, --manifest")
+    names = Counter(slide.path.name for slide in slides)
+    there = {path.name: path for path in find_slides(folder)}  # wherever a client put them
+    for slide in slides:
+        file = slide.path.name
+        if row := listed.get(file):
+            slide.mpp, slide.stated = row.mpp, row.stated
+        if names[file] == 1 and not slide.path.is_file():
+            slide.path = there.get(file, slide.path)
+    return slides
+
+
+def choose(
+    args: argparse.Namespace, slides: list[CohortSlide], known: Rows, job: Job
+) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+    """(the slides to tile, why others are left out by name), of earlier runs too; tells of them."""
+    names = {slide.name for slide in slides}
+    earlier = [slide_of(row) for name, row in known.items() if name not in names]
+    held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
+    strategy = args.strategy or ("diagnostic" if args.download else "both")
+    chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
+    fewer = len(chosen) < args.max_slides
+    note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
+    held_out = sum(reason.mend == "exclude" for reason in left_out.values())
+    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
+    if args.exclude and not held_out:
+        print(f"note: {args.exclude}: none of its patients is in this cohort", flush=True)
+    if not chosen:
+        raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
+    return chosen, left_out | settle_earlier(earlier, slides, held, known, job)
+
+
+def settle_earlier(
+    earlier: list[CohortSlide], slides: list[CohortSlide], held: set[str], known: Rows, job: Job
+) -> dict[str, SkippedSlide]:
+    """Why slides of earlier runs are wanted no longer, by name; tells of those that stay.
+
+    Raises UserError where these were tiled into other patches.
+    """
+    now = {os.path.abspath(slide.path): slide.name for slide in slides}
+    reasons, stay = {}, []
+    for slide in earlier:
+        row, limits = known[slide.name], job.settings.limits
+        if str(slide.path) in now:
+            reasons[slide.name] = SkippedSlide(f"is {now[str(slide.path)]} now")
+        elif held & slide.patients:
+            reasons[slide.name] = SkippedSlide("held out", "exclude")
+        elif row["status"] == "done":
+            stay.append(slide.name)
+            size, mpp = int(row["patch_size"]), float(row["target_mpp"])
+            if (size, mpp) != (limits.patch_size, limits.mpp):
+                what = f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px"
+                raise UserError(f"{job.folder}: {what}", "settings")
+    if stay:
+        names = ", ".join(stay[:5]) + ", ..." * (len(stay) > 5)
+        print(
+            f"note: {len(stay)} slides of earlier runs stay in slides.csv, though they are not in "
+            f"the folder or manifest: {names}; --exclude takes them out"
+        )
+    return reasons
+
+
+def cpu_share() -> int:
+    """Processes that suit this rank: one per CPU."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int) -> bool:
     """Show what will be downloaded and whether it fits; True to go on."""
-    missing = [source for source in todo if not source.path.is_file()]
-    if not missing:
+    sizes = sorted((slide.size for slide in todo if not slide.path.is_file()), reverse=True)
+    if not sizes:
         return True
-    size = sum(source.size for source in missing)
-    held = sum(sorted((source.size for source in missing), reverse=True)[: worker_count(args)])
-    need = held if args.discard_slides else size
-    args.slides.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(args.slides).free
-    print(
-        f"to download: {len(missing)} slides, {size / 1e9:.2f} GB, to {args.slides} ({free / 1e9:.1f} GB free"
-        + (f"; at most {need / 1e9:.2f} GB are kept at a time)" if args.discard_slides else ")"),
-        flush=True,
-    )
+    folder, total = slides_folder(args), sum(sizes)
+    need = sum(sizes[:workers]) if args.discard_slides else total
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    kept = f"; at most {need / 1e9:.2f} GB are kept at a time" if args.discard_slides else ""
+    plan = f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder}"
+    print(f"{plan} ({free / 1e9:.1f} GB free{kept})", flush=True)
     if need > free:
         raise UserError(
-            f"{args.slides}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
+            f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
             f"--max-slides, another disk by --data, or --save-patches --discard-slides"
         )
     if args.yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError(
-            "--download: add --yes to go on with this plan (there is no terminal to ask on)"
-        )
+        raise UserError("--download: add --yes to go on with this plan (no terminal to ask on)")
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def write_selection(
-    folder: Path,
-    sources: list[CohortSlide],
-    left_out: dict[str, str],
-    known: dict,
-    patients: dict,
-    args: argparse.Namespace,
+def set_aside(folder: Path, damaged: list[str]) -> None:
+    """Keep a copy of a slides.csv with damaged rows; their slides are tiled anew."""
+    if damaged:
+        table = folder / "slides.csv"
+        shutil.copy(table, table.with_suffix(".csv.damaged"))
+        for fault in damaged:
+            print(f"note: {fault}: damaged, its slide is done anew (copy: {table}.damaged)")
+
+
+def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
+    """manifest.txt, the slides used, as the GDC's client reads it."""
+    lines = ["id\tfilename\tmd5\tsize\tstate"]
+    for slide in slides:
+        state = "released" if slide.id else "local"
+        key = slide.id or slide.name
+        lines.append(f"{key}\t{slide.path.name}\t{slide.md5}\t{slide.size}\t{state}")
+    write_text(folder / "manifest.txt", "\n".join([*lines, ""]))
+
+
+def update_rows(
+    job: Job, slides: list[CohortSlide], left_out: dict[str, SkippedSlide], known: Rows
 ) -> None:
-    """manifest.txt, the slides used, as the GDC's client reads it; rows of slides that are no longer wanted, and of
-    finished ones whose patient is another now."""
-    with atomic(folder / "manifest.txt") as temporary:
-        lines = ["id\tfilename\tmd5\tsize\tstate"]
-        lines += [
-            "\t".join(
-                (s.id or s.name, s.path.name, s.md5, str(s.size), "released" if s.id else "local")
-            )
-            for s in sources
-        ]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
-    names = {os.path.abspath(source.path): source.name for source in sources}
-    others = [
-        CohortSlide(name, Path(row["path"]), stated=row["patient"])
-        for name, row in known.items()
-        if name not in patients
-    ]
-    held = read_patients(args.exclude, others) if args.exclude else set()
-    gone = {
-        source.name: f"held out: {args.exclude} (--exclude)"
-        for source in others
-        if held & {source.patient, patient_of(source.name), patient_of(source.path)}
-    }
-    gone |= {
-        name: f"is {names[row['path']]} now, since others have its name"
-        for name, row in known.items()
-        if names.get(row["path"], name) != name
-    }
-    rows = [
-        row | {"patient": patients[name]}
-        for name, row in known.items()
-        if row["patient"] != patients.get(name, row["patient"])
-    ]
-    for name, reason in (gone | left_out).items():
-        row = known.get(name, {"slide": name})
-        row |= {"patient": patients.get(name, row.get("patient"))}
-        if row.get("reason") != reason and (name in known or not args.download):
-            rows.append(row | {"status": "skipped", "reason": reason, "patches": 0, "settings": ""})
-    if rows:
-        write_rows(folder, rows)
+    """Rows that the choice changes: of slides left out, or of another patient or place now."""
+    rows = {name: dict(row) for name, row in known.items()}
+    for name, error in left_out.items():
+        if name in rows or not job.gdc_url:
+            row = rows.setdefault(name, {"slide": name})
+            row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
+    for slide in slides:
+        if slide.name in rows:
+            path = os.path.abspath(slide.path)
+            rows[slide.name] |= {"patient": slide.patient, "path": path}
+    changed = [row for name, row in rows.items() if row != known.get(name)]
+    if changed:
+        write_rows(job.folder, changed)
 
 
-def worker_count(args: argparse.Namespace) -> int:
-    if args.workers:
-        return args.workers
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def reason_of(error: BaseException) -> str:
+    """What slides.csv says of an error, with what mends it."""
+    told = explain(error, REMEDIES) if isinstance(error, UserError) else str(error)
+    return told or type(error).__name__
 
 
-def do_slide(
-    source: CohortSlide, folder: Path, args: argparse.Namespace, wait: bool, report
-) -> dict | None:
-    """Fetch, tile and discard one slide under its lock; its row, or None when another process has it in hand."""
-    with locked(folder / ".locks" / source.name, wait) as mine:
-        if not mine:
-            return None
-        row = read_rows(folder).get(source.name)
-        if is_done(source, row, folder, args):  # by another process, since we looked
-            return row
-        try:
-            if source.id and args.download and not source.path.is_file():
-                download(source, args, report)
-        except UserError as error:
-            row = {
-                "slide": source.name,
-                "status": "failed",
-                "reason": str(error),
-                "patient": source.patient,
-                "patches": 0,
-                "path": os.path.abspath(source.path),
-            }
-        else:
-            row = tile_one(source, folder, args)
-        write_rows(folder, [row])
-        if (
-            args.discard_slides
-            and row["status"] != "failed"
-            and downloaded_mark(source.path).exists()
-        ):
-            source.path.unlink(missing_ok=True)
-            downloaded_mark(source.path).unlink()
-            with contextlib.suppress(OSError):  # its folder, if it had one of its own
-                source.path.parent.rmdir()
-        return row
+def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
+    """Do all slides in worker processes; returns those that other processes have in hand.
+
+    A slide whose reader takes the process down (some damaged files do) is recorded as failed.
+    """
+    busy, fetched = [], 0
+    shown = not int(os.environ.get("RANK", 0))
+    with (
+        Progress(len(slides), "slide", interval=60, shown=shown) as progress,
+        Pool(functools.partial(do_slide, job), workers) as pool,
+    ):
+        for slide, kind, content in pool.each(slides):
+            if kind == "told":
+                fetched += content
+                rate = fetched / 1e6 / progress.seconds
+                progress.step(0, f"{fetched / 1e9:.2f} GB fetched, {rate:.1f} MB/s")
+            elif kind == "died":
+                row = first_facts(slide, job) | {"reason": how_it_died(content)}
+                write_rows(job.folder, [row])
+                tell_slide(progress, row)
+            elif content is None:
+                busy.append(slide)
+            else:
+                tell_slide(progress, content)
+    return busy
 
 
-def worker(pipe, parents: list, folder: Path, args: argparse.Namespace, wait: bool) -> None:
-    """One process: slides come in through the pipe, rows, downloaded bytes and fatal errors go out."""
-    for end in parents:  # inherited; were they open here, nobody would notice the parent's death
-        end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    with contextlib.suppress(
-        EOFError, BrokenPipeError
-    ):  # the parent is gone: so are we, the slide in hand finished
-        while (source := pipe.recv()) is not None:
-            try:
-                answer = (
-                    "row",
-                    do_slide(source, folder, args, wait, lambda n: pipe.send(("bytes", n))),
-                )
-            except OSError as error:
-                if isinstance(error, BrokenPipeError):
-                    raise
-                answer = "fatal", OSError(error.errno, f"{source.name}: {error}")
-            pipe.send(answer)
+def how_it_died(code: int) -> str:
+    """Why a worker process ended without an answer."""
+    if code < 0:
+        why = f"({signal.Signals(-code).name}): damaged, or too little memory"
+    else:
+        why = "by an error of this program, printed above"
+    return f"its reader ended the process {why}"
 
 
 def tell_slide(progress: Progress, row: dict) -> None:
@@ -527,115 +516,101 @@ def tell_slide(progress: Progress, row: dict) -> None:
     progress.note(f"{place} {row['slide']}: {row['status']}, {what}{warned}")
 
 
-def work_through(
-    sources: list[CohortSlide], folder: Path, args: argparse.Namespace, wait: bool
-) -> list[CohortSlide]:
-    """Do all slides in worker processes; returns those that other processes have in hand.
-
-    A slide whose reader takes the process down (some damaged files do) is recorded as failed, and a new process goes
-    on with the rest. No slide is handed out after a fatal error; it is raised when the others are through.
+def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
+    """Fetch, tile and discard one slide under its lock; its row, or None when another process has
+    it in hand.
     """
-    queue, busy, fatal = list(reversed(sources)), [], None
-    context = multiprocessing.get_context("fork")
-    running: dict = {}  # pipe -> (process, slide in hand)
-    start_bytes = time.monotonic()
-    fetched = 0
-    shown = not int(os.environ.get("RANK", 0))
-    progress = Progress(len(sources), "slide", interval=60, shown=shown)
-
-    def start():
-        pipe, theirs = context.Pipe()
-        process = context.Process(
-            target=worker, args=(theirs, [pipe, *running], folder, args, wait), daemon=True
-        )
-        process.start()
-        theirs.close()
-        running[pipe] = process, None
-        hand_out(pipe)
-
-    def hand_out(pipe):
-        process, _ = running[pipe]
-        source = queue.pop() if queue and fatal is None else None
-        running[pipe] = process, source
-        pipe.send(source)
-        if source is None:
-            del running[pipe]
-            process.join()
-
-    try:
-        for _ in range(min(worker_count(args), len(queue))):
-            start()
-        while running:
-            for pipe in multiprocessing.connection.wait(list(running)):
-                process, source = running[pipe]
-                try:
-                    kind, content = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join()
-                    reason = "its reader ended the process " + (
-                        f"({signal.Signals(-process.exitcode).name}): damaged, or too little memory"
-                        if process.exitcode < 0
-                        else "by an error of this program, printed above"
-                    )
-                    row = {
-                        "slide": source.name,
-                        "status": "failed",
-                        "patient": source.patient,
-                        "patches": 0,
-                        "path": os.path.abspath(source.path),
-                        "settings": source.settings(args),
-                        "reason": reason,
-                    }
-                    write_rows(folder, [row])
-                    tell_slide(progress, row)
-                    del running[pipe]
-                    if queue:
-                        start()
-                    continue
-                if kind == "bytes":
-                    fetched += content
-                    rate = fetched / 1e6 / (time.monotonic() - start_bytes)
-                    progress.step(0, f"{fetched / 1e9:.2f} GB fetched, {rate:.1f} MB/s")
-                    continue
-                if kind == "fatal":
-                    fatal = content
-                elif content is None:
-                    busy.append(source)
+    with locked(job.folder / ".locks" / slide.name, job.wait) as mine:
+        if not mine:
+            return None
+        known = read_rows(job.folder, []).get(slide.name)
+        if is_finished(slide, known, job):  # by another, since we looked
+            return known
+        start = perf_counter()
+        row = first_facts(slide, job)
+        try:
+            if job.gdc_url and slide.id:
+                if slide.path.is_file():
+                    check_own(slide)
                 else:
-                    tell_slide(progress, content)
-                hand_out(pipe)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        progress.close()
-    if fatal:
-        raise fatal
-    return busy
+                    download(slide, job.gdc_url, tell)
+            tile_one(slide, job, row)
+        except SkippedSlide as error:
+            row |= {"status": "skipped", "reason": reason_of(error)}
+        except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
+            if disk_full(error):  # every further slide would meet it
+                raise
+            row["reason"] = reason_of(error)
+        row["seconds"] = f"{perf_counter() - start:.2f}"
+        write_rows(job.folder, [row])
+        if row["status"] != "failed":
+            discard(slide, job)
+        return row
 
 
-def summarize(sources: list[CohortSlide], folder: Path, news: bool) -> int:
-    """The contact sheet, the slides that failed, and the last line; the exit status."""
-    rows = read_rows(folder)
-    rows = [rows[source.name] for source in sources]
-    count = {
-        status: sum(row["status"] == status for row in rows)
-        for status in ("done", "skipped", "failed")
+def first_facts(slide: CohortSlide, job: Job) -> dict:
+    """The row of a slide that is not read yet: failed, unless it is filled in further."""
+    return {
+        "slide": slide.name,
+        "status": "failed",
+        "patient": slide.patient,
+        "patches": 0,
+        "path": os.path.abspath(slide.path),
+        "settings": job.settings.digest(slide),
+        "patch_size": job.settings.limits.patch_size,
+        "target_mpp": job.settings.limits.mpp,
     }
-    if count["done"] and (news or not (folder / "contact.jpg").is_file()):
+
+
+def discard(slide: CohortSlide, job: Job) -> None:
+    """Delete a slide that was downloaded here, if that is wanted, when what was made of it is safe
+    on disk.
+    """
+    mark = downloaded_mark(slide.path)
+    if not (job.discard and mark.exists()):
+        return
+    for path in (*Outputs.of(job.folder, slide.name), job.folder / "slides.csv"):
+        if path.exists():
+            flush(path)
+    slide.path.unlink(missing_ok=True)
+    mark.unlink()
+    with contextlib.suppress(OSError):  # its folder, if it had one of its own
+        slide.path.parent.rmdir()
+
+
+def renew_contact_sheet(folder: Path) -> None:
+    """Draw contact.jpg where it is not whole, or older than the last change of slides.csv."""
+    sheet, table = folder / "contact.jpg", folder / "slides.csv"
+    if not is_whole_jpeg(sheet) or sheet.stat().st_mtime_ns < table.stat().st_mtime_ns:
         write_contact_sheet(folder)
-    for row in [row for row in rows if row["status"] == "failed"][:10]:
+
+
+def summarize(slides: list[CohortSlide], job: Job) -> int:
+    """The contact sheet, the slides that failed, and the last line; the exit status."""
+    every = read_rows(job.folder)
+    rows, done = [], []
+    for slide in slides:
+        row = every[slide.name]
+        rows.append(row)
+        if row["status"] == "done":
+            done.append(row)
+            if not job.settings.made(row, slide):
+                text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
+                raise UserError(text, "settings")
+    if done:
+        renew_contact_sheet(job.folder)
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed[:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
+    patients = len({row["patient"] for row in done})
+    whose = f" of {patients} patients" * (patients < len(done))  # shows who was taken for one
     warned = sum(bool(row["warnings"]) for row in rows)
-    patients = len({row["patient"] for row in rows if row["status"] == "done"})
-    whose = (
-        f" of {patients} patients" if patients < count["done"] else ""
-    )  # shows who was taken for one
     print(
-        f"{count['done']} slides{whose} done{f' ({warned} with warnings)' if warned else ''}, "
-        f"{count['skipped']} skipped, {count['failed']} failed; "
-        f"{sum(int(row['patches']) for row in rows):,} patches; see {folder}/slides.csv"
+        f"{len(done)} slides{whose} done{f' ({warned} with warnings)' * bool(warned)}, "
+        f"{len(rows) - len(done) - len(failed)} skipped, {len(failed)} failed; "
+        f"{sum(int(row['patches']) for row in rows):,} patches; see {job.folder}/slides.csv"
     )
-    return 1 if count["failed"] else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

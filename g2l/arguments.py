@@ -55,7 +55,9 @@ def directory(text: str) -> Path:
 
 
 def add_running_arguments(where, run):
-    """Add the flags that evaluate.py and robustness.py share to two argument groups; returns the second."""
+    """Add the flags that evaluate.py and robustness.py share to two argument groups; returns the
+    second.
+    """
     where.add_argument(
         "--runs", default=Path("runs"), type=Path, help="looked through for students"
     )

@@ -1,117 +1,64 @@
-"""TODO."""
+"""Which slides a cohort has, whose they are, and which of them are taken.
+
+First a name and a patient for each slide, then the slides of a folder (`find_slides`), those that a
+manifest names (`local_slides`), and last the choice: patients held out, kind of section, a seeded
+sample (`select`).
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
+import dataclasses
 import hashlib
-import json
+import io
 import os
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from g2l.arguments import pixel_size
 from g2l.errors import SkippedSlide, UserError
-from g2l.files import atomic, locked, size_of
+from g2l.files import files_below, read_text, separator, size_of
+from g2l.rows import one_line
 from g2l.slides import SUFFIXES, slide_name
-from g2l.tissue import find_mask
 
 TCGA = (
-    "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso ov paad pcpg prad "
-    "read sarc skcm stad tgct thca thym ucec ucs uvm"
+    "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso "
+    "ov paad pcpg prad read sarc skcm stad tgct thca thym ucec ucs uvm"
 ).split()
 
 
 def patient_of(name: str) -> str:
-    """Patient of a slide or image by its name: the first 12 characters of a TCGA barcode; else the stem up to and with
-    the first of its parts between "_" that holds a digit ("P1_a" -> "P1", "case_001_HE" -> "case_001"); else the stem.
+    """Patient of a slide or image by its name: the first 12 characters of a TCGA barcode; else the
+    stem up to and with the first of its parts between "_" that holds a digit ("P1_a" -> "P1",
+    "case_001_HE" -> "case_001"); else the stem.
     """
     stem = slide_name(name)
     barcode = re.search(
         r"\bTCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", stem.replace("_", " "), flags=re.IGNORECASE
     )
-    return barcode[0].upper() if barcode else re.match(r"\D*\d[^_]*|.*", stem, flags=re.DOTALL)[0]
-
-
-COLUMNS = (
-    "slide",
-    "status",
-    "reason",
-    "patient",
-    "patches",
-    "width",
-    "height",
-    "mpp",
-    "mpp_source",
-    "objective",
-    "magnification",
-    "size0",
-    "patch_size",
-    "target_mpp",
-    "tissue",
-    "pen",
-    "blur",
-    "unreadable",
-    "warnings",
-    "seconds",
-    "settings",
-    "bytes",
-    "path",
-)
-
-
-def read_rows(folder: Path) -> dict[str, dict]:
-    """The rows of slides.csv by slide name; empty when there is none yet."""
-    try:
-        with open(
-            folder / "slides.csv", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file:
-            return {row["slide"]: row for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        return {}
-
-
-def write_rows(folder: Path, rows: list[dict]) -> None:
-    """Add rows to slides.csv or replace them, under a lock, so that processes do not lose each other's rows."""
-    with locked(folder / ".locks" / "slides.csv"):
-        for leftover in folder.glob(
-            ".slides.*.tmp.csv"
-        ):  # of a process that was killed while it held the lock
-            leftover.unlink()
-        merged = read_rows(folder) | {row["slide"]: row for row in rows}
-        with (
-            atomic(folder / "slides.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(merged[name] for name in sorted(merged))
-
-
-LIMITS = (
-    "mpp",
-    "patch_size",
-    "overlap",
-    "resample",
-    "min_tissue",
-    "max_pen",
-    "max_blur",
-)
+    if barcode:
+        return barcode[0].upper()
+    first = re.match(r"\D*\d[^_]*", stem)
+    return first[0] if first else stem
 
 
 @dataclass
 class CohortSlide:
-    """One slide of a cohort: where it is or will be, and what the manifest says about it."""
+    """One slide of a cohort: where it is or will be, and what a manifest or the GDC says about
+    it.
+    """
 
     name: str
     path: Path
-    mpp: float | None = None
+    mpp: float | None = None  # µm per pixel
     id: str = ""  # of the GDC, empty for a slide of the user's
     size: int = 0  # bytes
     md5: str = ""
     stated: str = ""  # its patient, where the manifest says
+    kin: frozenset[str] = frozenset()  # patients of its copies
 
     @property
     def patient(self) -> str:
@@ -119,259 +66,314 @@ class CohortSlide:
 
     @property
     def patients(self) -> set[str]:
-        """Whose it is, as stated, else by its name, or by the file's where another has the same: held out if any is."""
-        return {self.stated} if self.stated else {patient_of(self.name), patient_of(self.path)}
+        """Whose it is, as stated, else by its name, or by the file's where another has the same:
+        held out if any is.
+        """
+        own = {self.stated} if self.stated else {patient_of(self.name), patient_of(self.path.name)}
+        return own | self.kin
 
-    def settings(self, args: argparse.Namespace) -> str:
-        """Changes when the slide's patches would: another row in slides.csv with it is out of date."""
-        values = [getattr(args, key) for key in LIMITS] + [args.assume_mpp, self.mpp]
-        if args.masks:
-            values += [str(args.masks)]
-            with contextlib.suppress(SkippedSlide):  # it has none
-                mask = find_mask(args.masks, self.name).stat()
-                values += [mask.st_size, mask.st_mtime_ns]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8] + (
-            f"-q{args.jpeg_quality}" if args.save_patches else ""
-        )
+    def __str__(self) -> str:
+        return self.name
+
+
+def slide_of(row: dict[str, str]) -> CohortSlide:
+    """A slide of an earlier run by its row, whatever patient it was taken for."""
+    path = Path(row["path"])
+    kin = frozenset([patient_of(row["slide"]), patient_of(path.name)])
+    return CohortSlide(row["slide"], path, stated=row["patient"], kin=kin)
 
 
 def find_slides(folder: Path) -> list[Path]:
-    """Slides below a folder, flat or in folders per file id, sorted by name, dead links too; hidden files are left out.
+    """Slides below a folder and the folders linked there, sorted by name, dead links too; hidden
+    files are left out.
 
     Of the several files of one DICOM slide only the first is listed.
     """
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    found.sort(key=lambda path: (path.name, str(path)))
+    found = []
+    for path in files_below(folder):
+        hidden = "/." in f"/{path.relative_to(folder)}"
+        special = path.exists() and not path.is_file()  # a pipe or a socket
+        if path.suffix.lower() in SUFFIXES and not hidden and not special:
+            found.append(path)
+    found.sort(key=_by_name)
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
     if len({path.parent for path in dicom}) < len(dicom):
-        import openslide
-
-        seen = set()
-        for path in dicom:
-            with (
-                contextlib.suppress(openslide.OpenSlideError),
-                openslide.OpenSlide(str(path)) as slide,
-            ):
-                key = path.parent, slide.properties.get("openslide.quickhash-1", path)
-                if key in seen:
-                    found.remove(path)
-                seen.add(key)
+        further = _further_files(dicom)
+        found = [path for path in found if path not in further]
     return found
 
 
-def name_slides(paths: list[Path]) -> dict[str, Path]:
-    """A name for each slide: its stem; where several share it, with the folder or the suffix, until it is one's own."""
-    names: dict[str, Path] = {}
-    stems = [slide_name(path) for path in paths]
-    for path, stem in zip(paths, stems, strict=True):
-        for name in (
-            stem,
-            f"{path.parent.name}_{stem}",
-            path.name,
-            str(path).strip("/").replace("/", "_"),
+def _by_name(path: Path) -> tuple:
+    return path.name, path.is_symlink(), str(path)
+
+
+def _further_files(dicom: list[Path]) -> set[Path]:
+    """The files whose slide has another before them."""
+    import openslide
+
+    seen, further = set(), set()
+    for path in dicom:
+        with (
+            contextlib.suppress(openslide.OpenSlideError),
+            openslide.OpenSlide(str(path)) as slide,
         ):
-            if (name != stem or stems.count(stem) == 1) and name not in names:
+            key = path.parent, slide.properties.get("openslide.quickhash-1", path)
+            if key in seen:
+                further.add(path)
+            seen.add(key)
+    return further
+
+
+def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
+    """A name for each slide: its stem; where several share it, with the folder or the suffix, until
+    it is one's own.
+    """
+    names: dict[str, Path] = {}
+    stems = Counter(slide_name(path) for path in paths)
+    for path in paths:
+        stem = slide_name(path)
+        longer = (f"{path.parent.name}_{stem}", path.name, str(path).strip("/").replace("/", "_"))
+        for choice in (stem, *longer):
+            name = one_line(choice)
+            if (choice != stem or stems[stem] == 1) and name not in names:
                 names[name] = path
                 break
     return names
 
 
-def read_manifest(path: Path) -> list[dict]:
-    """Rows of a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient]; keys in lower case."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--manifest {path}: cannot be read ({error})") from error
-    lines = text.splitlines() or [""]
-    rows = [
-        {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
-        for row in csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")
-    ]
-    for row in rows:
+def read_manifest(path: Path) -> list[CohortSlide]:
+    """What a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient] names.
+
+    The path is as it stands there. Raises UserError where the file is neither.
+    """
+    text = _table_text(path, "manifest")
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
+    listed = []
+    for row in reader:
+        cells = {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
         columns = ("filename", "slide", "slide_id", "wsi", "path")
-        row["filename"] = next((row[column] for column in columns if row.get(column)), "")
-        try:
-            row["mpp"] = pixel_size(row["mpp"]) if row.get("mpp") else None
-            row["size"] = int(row.get("size") or 0)
-            row["patient"] = row.get("patient") or ""
-            if (
-                row["patient"].upper().startswith("TCGA-")
-            ):  # a sample's barcode: benchmarks name patients
-                row["patient"] = patient_of(row["patient"])
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UserError(
-                f"--manifest {path}: {error} in the row of {row['filename']}"
-            ) from error
-    if not any(row["filename"] for row in rows):
-        raise UserError(
-            f"--manifest {path}: expected a GDC manifest (id, filename, md5, size, state; tabs) or a CSV "
-            f"with the columns slide[,mpp][,patient]"
-        )
-    return [row for row in rows if row["filename"]]
+        name = next((cells[column] for column in columns if cells.get(column)), "")
+        if name:
+            listed.append(_listed(path, name, cells))
+    if not listed:
+        raise UserError(f"{path}: names no slides", "manifest")
+    return listed
 
 
-def local_sources(args: argparse.Namespace, folder: Path) -> list[CohortSlide]:
-    """The slides in a folder, or those of them that the manifest names."""
-    paths = find_slides(folder) if folder.is_dir() else []
-    if not args.manifest:
-        if not folder.is_dir():
-            hint = "; --download fetches them from the GDC" if args.cancer.lower() in TCGA else ""
-            raise UserError(
-                f"{folder}: no such folder; put slides there or name their folder with --slides{hint}"
-            )
-        if not paths:
-            raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})")
-        return [
-            CohortSlide(name, path, size=size_of(path)) for name, path in name_slides(paths).items()
-        ]
-    rows, there = read_manifest(args.manifest), {os.path.abspath(path): path for path in paths}
-    for row in rows:  # a path, as it stands or below one of these folders
-        for place in (Path(), args.manifest.parent, folder, folder / row.get("id", "")):
-            if (place / row["filename"]).is_file():
-                row["path"] = os.path.abspath(place / row["filename"])
-                there.setdefault(row["path"], Path(row["path"]))
-    named = name_slides(list(there.values()))
-    names = {os.path.abspath(path): name for name, path in named.items()}
-    known: dict[str, set[str]] = {}
-    for name, path in named.items():
-        for key in (name, path.name, slide_name(path)):
-            known.setdefault(key, set()).add(name)
-    sources, missing = {}, []
+def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
+    """One row of a manifest."""
+    size, mpp, patient = (cells.get(key, "") for key in ("size", "mpp", "patient"))
+    if size and not size.isdecimal():
+        raise UserError(f"{manifest}: {size}: expected bytes in the row of {name}", "manifest")
+    number = mpp.replace(",", ".")
+    if mpp and not (re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) and 0 < float(number) < 1e4):
+        what = "micrometres per pixel, such as 0.5 (20x)"
+        raise UserError(f"{manifest}: {mpp}: expected {what} in the row of {name}", "manifest")
+    if patient.upper().startswith("TCGA-"):  # a sample's barcode: benchmarks name patients
+        patient = patient_of(patient)
+    return CohortSlide(
+        name=name,
+        path=Path(name),
+        mpp=float(number) if mpp else None,
+        id=cells.get("id", ""),
+        size=int(size or 0),
+        md5=cells.get("md5", ""),
+        stated=patient,
+    )
+
+
+def _table_text(path: Path, mend: str) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})", mend) from error
+
+
+def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[CohortSlide], list[str]]:
+    """(the slides in a folder, or those that the manifest names; what a user should know of them).
+
+    A link to another slide of the folder is left out; copies count as one patient's. Raises
+    UserError where there is no slide, and where a name in the manifest fits several.
+    """
+    every = find_slides(folder)
+    paths = {os.path.realpath(path): path for path in reversed(every)}  # the first of each
+    notes = [
+        f"{path}: a link to {paths[os.path.realpath(path)]}, which is taken"
+        for path in every
+        if path not in paths.values()
+    ]
+    at_hand = sorted(paths.values(), key=_by_name)
+    if manifest:
+        slides, missing = _named_slides(folder, at_hand, manifest)
+        if missing:
+            more = f"{len(missing)} slides of {manifest} are not in {folder} (first: {missing[0]})"
+            notes.append(more)
+    elif at_hand:
+        named = name_slides(at_hand)
+        slides = [CohortSlide(name, path, size=size_of(path)) for name, path in named.items()]
+    elif folder.is_dir():
+        raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})", "slides")
+    else:
+        raise UserError(f"{folder}: no such folder", "slides")
+    return slides, notes + join_copies(slides)
+
+
+def _named_slides(
+    folder: Path, at_hand: list[Path], manifest: Path
+) -> tuple[list[CohortSlide], list[str]]:
+    """(slides that a manifest names, names that are not at hand)."""
+    rows = read_manifest(manifest)
+    places = {os.path.abspath(path): path for path in at_hand}
     for row in rows:
-        given = Path(row["filename"]).name
-        found = (
-            {names[row["path"]]}
-            if row.get("path") in names
-            else known.get(given) or known.get(slide_name(given))
-        )
-        if not found:
-            missing.append(row["filename"])
-            continue
+        if path := _locate(row, (Path(), manifest.parent, folder, folder / row.id)):
+            row.path = path
+            places.setdefault(str(path), path)
+    named = name_slides(places.values())
+    called = _calls(named)
+    slides, missing = {}, []
+    for row in rows:
+        keys = (str(row.path), row.path.name, slide_name(row.path))
+        found = sorted(next((called[key] for key in keys if key in called), ()))
         if len(found) > 1:
-            raise UserError(
-                f"--manifest {args.manifest}: {row['filename']}: {len(found)} slides are called so: "
-                f"{', '.join(sorted(found))}; name one of them, or its path"
-            )
-        (name,) = found
-        sources[name] = CohortSlide(
-            name,
-            named[name],
-            row["mpp"],
-            row.get("id", ""),
-            row["size"] or size_of(named[name]),
-            row.get("md5", ""),
-            row["patient"],
-        )
-    if not sources:
-        raise UserError(
-            f"--manifest {args.manifest}: none of its {len(missing)} slides is in {folder}, first "
-            f"{missing[0]}; name their folder with --slides, or fetch them with --download"
-        )
-    if missing:
-        print(
-            f"{len(missing)} slides of {args.manifest} are not in {folder} (first: {missing[0]}); "
-            f"--download fetches them",
-            flush=True,
-        )
-    return list(sources.values())
+            many = f"{len(found)} slides are called so: {', '.join(found)}"
+            raise UserError(f"{manifest}: {row.name}: {many}; name one of them, or its path")
+        for name in found:
+            size = row.size or size_of(named[name])
+            slides[name] = dataclasses.replace(row, name=name, path=named[name], size=size)
+        if not found:
+            missing.append(row.name)
+    if not slides:
+        count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
+        raise UserError(f"{manifest}: {count}", "slides")
+    return list(slides.values()), missing
+
+
+def _locate(row: CohortSlide, folders: Iterable[Path]) -> Path | None:
+    """The absolute path of a slide in the first of the folders that has it."""
+    for folder in folders:
+        if (folder / row.path).is_file():
+            return Path(os.path.abspath(folder / row.path))
+    return None
+
+
+def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
+    """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
+    called: dict[str, set[str]] = defaultdict(set)
+    for name, path in named.items():
+        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
+            called[key].add(name)
+    return called
+
+
+def join_copies(slides: list[CohortSlide]) -> list[str]:
+    """Make slides of the same content one patient's, so that none is held out of a set that has
+    another; tells which.
+
+    A patient that a manifest states stays.
+    """
+    sizes = Counter(slide.size for slide in slides)
+    groups: dict[str, list[CohortSlide]] = defaultdict(list)
+    for slide in slides:
+        if slide.size and sizes[slide.size] > 1 and slide.path.is_file():
+            groups[_fingerprint(slide.path)].append(slide)
+    notes = []
+    for first, *others in groups.values():
+        kin = frozenset().union(first.patients, *(other.patients for other in others))
+        patient = first.patient
+        for other in others:
+            other.stated = other.stated or patient
+            notes.append(f"{other.path}: a copy of {first.path}; both count as patient {patient}'s")
+        if others:
+            for slide in (first, *others):
+                slide.kin = kin
+    return notes
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a slide's content: 16 samples of its file, and the sizes of a MIRAX slide's data files."""
+    size, part = size_of(path), 1 << 16
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for number in range(16):
+            file.seek(max(0, size - part) * number // 15)
+            digest.update(file.read(part))
+    inner = files_below(path.with_suffix("")) if path.with_suffix("").is_dir() else []
+    digest.update(str([size_of(file) for file in inner]).encode())
+    return digest.hexdigest()
 
 
 def select(
-    sources: list[CohortSlide], args: argparse.Namespace
-) -> tuple[list[CohortSlide], dict[str, str]]:
-    """(slides chosen, reason of each other by name): kind of section, patients held out, then a seeded sample.
+    slides: list[CohortSlide],
+    held: set[str],
+    strategy: str = "both",
+    limit: int = 0,
+    seed: int = 0,
+) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+    """(slides chosen, reason of each other by name): patients held out, kind of section, then a
+    sample of `limit`.
 
-    The order is a hash of seed and name, so that a slide more or less does not change who else is drawn. Diagnostic
-    slides come first.
+    The order is a hash of seed and name, so that a slide more or less does not change who else is
+    drawn. Diagnostic slides come first. A limit of 0 takes all.
     """
-    held, reasons = set(), {}
-    if args.exclude:
-        held = read_patients(args.exclude, sources)
-        if not any(held & source.patients for source in sources):
-            print(
-                f"note: --exclude {args.exclude}: none of its {len(held)} patients is in this cohort",
-                flush=True,
-            )
-    wanted = []
-    for source in sources:
-        section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", source.name)
+    reasons, wanted = {}, []
+    for slide in slides:
+        section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", slide.name)
         kind = "diagnostic" if not section or section[1].startswith("DX") else "tissue"
-        if held & source.patients:
-            reasons[source.name] = f"held out: its patient is in {args.exclude} (--exclude)"
-        elif args.strategy not in ("both", kind):
-            reasons[source.name] = f"a {kind} slide (--strategy {args.strategy})"
+        if held & slide.patients:
+            reasons[slide.name] = SkippedSlide("held out", "exclude")
+        elif strategy not in ("both", kind):
+            reasons[slide.name] = SkippedSlide(f"a {kind} slide", "strategy")
         else:
-            order = hashlib.sha256(f"{args.seed}:{source.name}".encode()).hexdigest()
-            wanted.append((kind != "diagnostic", order, source))
-    wanted.sort(key=lambda item: item[:2])
-    limit = args.max_slides or len(wanted)
-    reasons |= {
-        source.name: f"not in the sample of {limit} (--max-slides, --seed)"
-        for *_, source in wanted[limit:]
-    }
-    chosen = [source for *_, source in wanted[:limit]]
-    held_out = sum(reason.startswith("held") for reason in reasons.values())
-    print(
-        f"{len(sources)} slides, {held_out} held out, {len(chosen)} taken"
-        + (f" (fewer than --max-slides {limit})" if len(chosen) < limit else ""),
-        flush=True,
-    )
-    if not chosen:
-        raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
-    return sorted(chosen, key=lambda source: source.name), reasons
+            order = hashlib.sha256(f"{seed}:{slide.name}".encode()).hexdigest()
+            wanted.append((kind != "diagnostic", order, slide.name, slide))
+    wanted.sort()
+    limit = limit or len(wanted)
+    for *_, slide in wanted[limit:]:
+        reasons[slide.name] = SkippedSlide(f"not in the sample of {limit}", "sample")
+    chosen = [slide for *_, slide in wanted[:limit]]
+    return sorted(chosen, key=str), reasons
 
 
-def read_patients(path: Path, sources: list[CohortSlide]) -> set[str]:
-    """Patients named in a file: one slide or patient a line, or a table with a column slide, patient or the like.
+PATIENT_COLUMNS = (
+    "slide slide_id patient patient_id case case_id group filename image barcode"
+).split()
 
-    What names one of `sources` whose patient was stated, or this patient, stands for the patient stated.
+
+def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
+    """Patients named in a file: one slide or patient a line, or a table with a column slide,
+    patient or the like.
+
+    What names one of `slides` whose patient was stated, or this patient, stands for the patient
+    stated.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--exclude {path}: cannot be read ({error})") from error
-    whole = {text for source in sources for text in (source.name, source.stated, source.path.name)}
+    whole: set[str] = set()
+    stated: dict[str, set[str]] = defaultdict(set)
+    for slide in slides:
+        whole |= {slide.name, slide.stated, slide.path.name}
+        for key in (slide.stated, slide.name, slide_name(slide.path)):
+            stated[key] |= {slide.stated} - {""}
+    patients = set()
+    for cell in _cells_of_patients(_table_text(path, "exclude").splitlines(), whole) - {""}:
+        known = stated.get(cell) or stated.get(slide_name(cell))
+        patients |= known or {patient_of(cell)}
+    return patients
 
-    def cut(line):  # at commas outside quotes, unless all of it is a name
-        parts = [line] if line in whole else re.split(r'[,;\t](?=(?:[^"]*"[^"]*")*[^"]*$)', line)
-        return [re.sub('^"(.*)"$', r"\1", part.strip()).replace('""', '"') for part in parts]
 
-    table = [cut(line.strip(" ")) for line in lines if line.strip()]
-    known = (
-        "slide",
-        "slide_id",
-        "patient",
-        "patient_id",
-        "case",
-        "case_id",
-        "group",
-        "filename",
-        "image",
-        "barcode",
-    )
-    columns = [
-        number for number, cell in enumerate(table[0] if table else []) if cell.lower() in known
-    ]
-    cells = [
-        row[column]
-        for row in table[bool(columns) :]
-        for column in columns or [0]
-        if column < len(row)
-    ]
-    stated: dict[str, set[str]] = {}
-    for source in sources:
-        for key in {source.stated, source.name, slide_name(source.path)} if source.stated else ():
-            stated.setdefault(key, set()).add(source.stated)
-    return set().union(
-        *(
-            stated.get(cell) or stated.get(slide_name(cell)) or {patient_of(cell)}
-            for cell in cells
-            if cell
-        )
-    )
+def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
+    """What stands in the columns of slides and patients, or in the first where none has a
+    heading.
+    """
+    table = [_cut(line.strip(" "), whole) for line in lines if line.strip()]
+    header = table[0] if table else []
+    columns = [number for number, cell in enumerate(header) if cell.lower() in PATIENT_COLUMNS]
+    cells = set()
+    for row in table[bool(columns) :]:
+        for column in columns or [0]:
+            cells.update(row[column : column + 1])
+    return cells
+
+
+def _cut(line: str, whole: set[str]) -> list[str]:
+    """The cells of a line: cut at separators outside quotes, unless all of it is a name."""
+    parts = [line] if line in whole else re.split(r'[,;\t](?=(?:[^"]*"[^"]*")*[^"]*$)', line)
+    return [re.sub('^"(.*)"$', r"\1", part.strip()).replace('""', '"') for part in parts]

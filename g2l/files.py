@@ -1,12 +1,18 @@
-"""TODO."""
+"""Whole files, locks, tables and texts, checksums: how anything of ours is written, and read back.
+
+First writing (`atomic`, `locked`), then reading, then names and digests.
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import fcntl
 import functools
+import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,9 +26,11 @@ from g2l.errors import UserError
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike):
-    """Yield a temporary path in the folder of `path`; rename it onto `path` on success, remove it on failure.
+    """Yield a temporary path in the folder of `path`; rename it onto `path` on success, remove it
+    on failure.
 
-    Its name is its own, so processes do not meet; a reader sees the old file or the new one, never a part.
+    Its name is its own, so processes do not meet; a reader sees the old file or the new one, never
+    a part.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +40,29 @@ def atomic(path: str | os.PathLike):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `path` under temporary names; the caller holds its
+    lock.
+    """
+    stem, suffix = path.stem, path.suffix
+    for found in path.parent.glob(f".{glob.escape(stem)}.*.tmp{suffix}"):
+        middle = found.name[len(stem) + 2 : -len(f".tmp{suffix}")]
+        if re.fullmatch(r"\d+\.[0-9a-f]{6}", middle):  # else of a file whose name begins alike
+            found.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """See to it that a file and its name outlive a loss of power; before something is deleted for
+    it.
+    """
+    for place in (path, path.parent):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -55,8 +86,8 @@ def locked(path: Path, wait: bool = True):
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
     print(
-        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two processes "
-        "work there at once",
+        f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
+        "processes work there at once",
         file=sys.stderr,
         flush=True,
     )
@@ -71,10 +102,25 @@ def size_of(path: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
+    """Write `text` whole or not at all; what a file name holds that is no UTF-8 stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, or in UTF-16 where it begins with that mark."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig", errors)
+
+
+def separator(header: str) -> str:
+    """What separates the columns of a table: comma, semicolon or tab, whichever its header has most
+    of.
+    """
+    return max(",;\t", key=header.count)
 
 
 def read_json(path: Path) -> dict:
@@ -91,16 +137,14 @@ def read_table(
 ) -> list[dict[str, str]]:
     """Rows of a CSV file with a header line, without blanks around names and values.
 
-    Raises UserError naming file and line where a column of `needed` lacks or has an empty cell, or one of `filled`,
-    which may lack, has one; `why` ends the text.
+    Raises UserError naming file and line where a column of `needed` lacks or has an empty cell, or
+    one of `filled`, which may lack, has one; `why` ends the text.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            head = [name.strip() for name in next(reader, [])]
-            lines = [
-                (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)
-            ]
+        text = read_text(path)
+        reader = csv.reader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
+        head = [name.strip() for name in next(reader, [])]
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f'{path}: no CSV file in UTF-8 ({error}); save it as "CSV UTF-8"'
@@ -108,8 +152,8 @@ def read_table(
     missing = [name for name in needed if name not in head]
     if missing:
         raise UserError(
-            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed are "
-            f"{','.join(needed)}, separated by commas{why}"
+            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed "
+            f"are {','.join(needed)}, separated by commas{why}"
         )
     if not lines:
         raise UserError(f"{path}: holds no rows; one line per image is expected")
@@ -128,20 +172,26 @@ def read_table(
 def files_below(root: Path) -> list[Path]:
     """All files below `root` in order, through links to folders too; not macOS's `._` twins."""
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, onerror=_unreadable, followlinks=True):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in seen:  # a link back
             inner.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
         found += [os.path.join(folder, name) for name in names if not name.startswith("._")]
-    return [
-        Path(name) for name in sorted(found)
-    ]  # half a million texts are sorted faster than paths
+    return [Path(name) for name in sorted(found)]  # texts are sorted faster than paths
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        why = f"left out, cannot be read ({error.strerror})"
+        print(f"note: {error.filename}: {why}", file=sys.stderr, flush=True)
 
 
 def safe(name: str) -> str:
-    """`name` as a file name: everything but letters, digits, dot, dash and underscore becomes an underscore."""
+    """`name` as a file name: everything but letters, digits, dot, dash and underscore becomes an
+    underscore.
+    """
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.") or "_"
 
 
@@ -151,7 +201,9 @@ def digest(*parts) -> str:
 
 
 def stamp(path: Path) -> list:
-    """What changes when a file (or a folder of files) changes: names, sizes and times of modification."""
+    """What changes when a file (or a folder of files) changes: names, sizes and times of
+    modification.
+    """
     try:
         found = os.stat(path)
     except OSError:  # a missing file is a state like any other

@@ -1,88 +1,103 @@
-"""TODO."""
+"""The Genomic Data Commons: which slides it has of a TCGA project, and fetching one whole.
+
+Its answers come from the network: names choose no path, sizes and numbers are bounded, every file
+is verified.
+"""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import os
 import re
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from g2l.cohort import TCGA, CohortSlide
+from g2l.cohort import TCGA, CohortSlide, name_slides
 from g2l.errors import UserError, disk_full
-from g2l.slides import SUFFIXES, slide_name
+from g2l.slides import SUFFIXES
+
+MOST_SLIDES = 100_000  # the GDC has 30,000 in all
+MOST_BYTES = 64 << 20  # of one answer; a page of 2,000 slides is 0.4 MB
 
 
-def ask_gdc(args: argparse.Namespace, names: list[str]) -> list[CohortSlide]:
-    """Slides of a TCGA project as the GDC lists them (only those named, if given), to become <id>/<file name>."""
-    code = args.cancer.lower().removeprefix("tcga-")
-    clauses = {
-        "cases.project.project_id": [f"TCGA-{code.upper()}"],
-        "data_type": ["Slide Image"],
-        "data_format": ["SVS"],
-        "access": ["open"],
-    }
+def ask_gdc(
+    url: str, project: str, strategy: str, folder: Path, names: Collection[str] = ()
+) -> list[CohortSlide]:
+    """Slides of a TCGA project as the GDC lists them, to become <folder>/<id>/<file name>.
+
+    `strategy`: "diagnostic", "tissue" or "both"; given `names`, only the files called so. What the
+    server names in an unsafe way is refused with a note. Raises UserError where there is no such
+    project, and for a wrong answer.
+    """
+    code = project.lower().removeprefix("tcga-")
     if names:
-        clauses = {"file_name": names}
-    elif code not in TCGA:
-        raise UserError(
-            f"--cancer {args.cancer}: --download knows the TCGA projects {', '.join(TCGA)}"
-        )
-    if args.strategy != "both" and not names:
-        clauses["experimental_strategy"] = [f"{args.strategy.capitalize()} Slide"]
+        clauses = {"file_name": list(names)}
+    elif code in TCGA:
+        clauses = {
+            "cases.project.project_id": [f"TCGA-{code.upper()}"],
+            "data_type": ["Slide Image"],
+            "data_format": ["SVS"],
+            "access": ["open"],
+        }
+        if strategy != "both":
+            clauses["experimental_strategy"] = [f"{strategy.capitalize()} Slide"]
+    else:
+        raise UserError(f"{project}: the GDC knows the TCGA projects {', '.join(TCGA)}", "cancer")
+    content = []
+    for field, values in clauses.items():
+        content.append({"op": "in", "content": {"field": field, "value": values}})
     query = {
-        "filters": {
-            "op": "and",
-            "content": [
-                {"op": "in", "content": {"field": field, "value": values}}
-                for field, values in clauses.items()
-            ],
-        },
+        "filters": {"op": "and", "content": content},
         "fields": "file_id,file_name,file_size,md5sum",
         "format": "JSON",
         "size": 2000,
-        "from": 0,
+        "sort": "file_id:asc",  # else pages may overlap
     }
-    hits = []
+    try:
+        hits = _all_pages(f"{url.rstrip('/')}/files", query)
+        slides = {hit["file_id"]: _as_slide(hit, folder) for hit in hits}
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{url}: unexpected answer ({error!r}); is it a GDC server?") from error
+    paths = {slide.path: slide for slide in slides.values() if slide}
+    for name, path in name_slides(paths).items():  # two ids may have one file name
+        paths[path].name = name
+    return list(paths.values())
+
+
+def _all_pages(url: str, query: dict) -> list[dict]:
+    """The hits of every page. Raises ValueError, KeyError or TypeError for what is no such list."""
+    hits: list[dict] = []
     while True:
-        try:
-            body = json.dumps(query).encode()
-            with ask(f"{args.gdc_url}/files", {"Content-Type": "application/json"}, body) as reply:
-                data = json.load(reply)["data"]
-            hits += data["hits"]
-            total = int(data["pagination"]["total"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{args.gdc_url}: unexpected answer ({error!r}); is it a GDC server?"
-            ) from error
+        body = json.dumps(query | {"from": len(hits)}).encode()
+        with ask(url, {"Content-Type": "application/json"}, body) as reply:
+            data = json.load(reply)["data"]
+        hits += data["hits"]
+        total = int(data["pagination"]["total"])
+        if max(total, len(hits)) > MOST_SLIDES:
+            raise ValueError(f"{total} slides")
         if len(hits) >= total or not data["hits"]:
-            break
-        query["from"] = len(hits)
-    sources = []
-    for hit in hits:
-        name, key, size, md5 = (
-            str(hit.get(field)) for field in ("file_name", "file_id", "file_size", "md5sum")
-        )
-        # Names come from the network: they may choose a file in our folder, never another path.
-        if (
-            not re.fullmatch(r"[A-Za-z0-9][\w.() +-]{0,200}", name)
-            or not name.lower().endswith(SUFFIXES)
-            or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", key)
-            or not re.fullmatch(r"[1-9]\d{0,14}", size)
-            or not re.fullmatch(r"[0-9a-f]{32}", md5)
-        ):
-            print(
-                f"note: the server names a slide {name!r} with id {key!r}, {size} bytes, md5 {md5!r}: refused",
-                flush=True,
-            )
-            continue
-        sources.append(
-            CohortSlide(slide_name(name), args.slides / key / name, None, key, int(size), md5)
-        )
-    return sources
+            return hits
+
+
+def _as_slide(hit: dict, folder: Path) -> CohortSlide | None:
+    """One hit; None, with a note, unless all it says is plain."""
+    patterns = {
+        "file_name": r"[A-Za-z0-9][\w.() +-]{0,200}",
+        "file_id": r"[A-Za-z0-9][A-Za-z0-9-]{0,63}",
+        "file_size": r"[1-9]\d{0,14}",
+        "md5sum": r"[0-9a-f]{32}",
+    }
+    values = {field: str(hit.get(field))[:300] for field in patterns}
+    plain = all(re.fullmatch(pattern, values[field]) for field, pattern in patterns.items())
+    name, key, size, md5 = values.values()
+    if not plain or not name.lower().endswith(SUFFIXES):
+        said = f"{name!r} with id {key!r}, {size!r} bytes, md5 {md5!r}"
+        print(f"note: the server names a slide {said}: refused", flush=True)
+        return None
+    return CohortSlide(name, folder / key / name, id=key, size=int(size), md5=md5)
 
 
 RETRY_SECONDS = 1.0  # first pause before another try; doubles each time
@@ -107,18 +122,23 @@ def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
         wait = ""
         try:
             answer = urllib.request.urlopen(request, timeout=60)
-            return io.BytesIO(answer.read()) if data else answer
+            if data is None:
+                return answer
+            text = answer.read(MOST_BYTES + 1)
+            if len(text) > MOST_BYTES:
+                raise UserError(f"{url}: an answer of more than {MOST_BYTES >> 20} MB")
+            if len(text) < int(answer.headers.get("Content-Length", 0)):
+                raise http.client.IncompleteRead(text)
+            return io.BytesIO(text)
         except urllib.error.HTTPError as error:
-            reason, wait = (
-                f"the server answers {error.code} {error.reason}",
-                error.headers.get("Retry-After", ""),
-            )
+            reason = f"the server answers {error.code} {error.reason}"
+            wait = error.headers.get("Retry-After", "")
             if error.code < 500 and error.code != 429:
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = f"no connection ({error})"
         if attempt < tries - 1:
-            pause(attempt, int(wait) if wait.isdigit() else 0)
+            pause(attempt, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
     raise UserError(f"{url}: {reason}; the same command goes on from here later")
 
 
@@ -127,54 +147,68 @@ def downloaded_mark(path: Path) -> Path:
     return path.with_name(f".{path.name}.downloaded")
 
 
-def download(source: CohortSlide, args: argparse.Namespace, report) -> None:
-    """Fetch one slide to its path by way of a .partial file that goes on where it was; size and md5 are verified.
+def verify(path: Path, size: int, md5: str) -> bool:
+    """Whether a file is what the server states."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size == size and (
+            hashlib.file_digest(file, "md5").hexdigest() == md5
+        )
 
-    `report(n)` is called with the bytes as they come. Raises UserError with the reason when it cannot be had.
+
+def check_own(source: CohortSlide) -> None:
+    """Raises UserError where a slide that was there before is not the one that the server has."""
+    path = source.path
+    if not downloaded_mark(path).exists() and not verify(path, source.size, source.md5):
+        raise UserError(f"{path}: size or md5 is not what the server states; move it away", "own")
+
+
+def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> None:
+    """Fetch a slide to its path, by a .partial file that goes on where it was; size and md5 are
+    verified.
+
+    `report(n)` is called with the bytes as they come. Raises UserError with the reason when it
+    cannot be had.
     """
-    import http.client
-
     partial = source.path.with_name(source.path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    url, failures = f"{args.gdc_url}/data/{source.id}", 0
+    url, failures = f"{url.rstrip('/')}/data/{source.id}", 0
     while failures < 6:
-        have = partial.stat().st_size if partial.exists() else 0
-        reason = "the connection ended early"
-        if have < source.size:
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            try:
-                with ask(url, headers) as answer:
-                    goes_on = have and answer.headers.get("Content-Range", "").startswith(
-                        f"bytes {have}-"
-                    )
-                    with open(partial, "ab" if answer.status == 206 and goes_on else "wb") as file:
-                        while file.tell() <= source.size and (chunk := answer.read(1 << 20)):
-                            file.write(chunk)
-                            report(len(chunk))
-            except (OSError, http.client.HTTPException) as error:
-                if disk_full(error):
-                    raise
-                reason = f"the connection was lost ({error})"
-            except UserError as error:
-                if not have or " 416 " not in str(error):
-                    raise
-                partial.unlink()  # what is there cannot be gone on with: from the beginning
+        before = partial.stat().st_size if partial.exists() else 0
+        reason = _fetch(url, partial, before, source.size, report) if before < source.size else ""
         now = partial.stat().st_size if partial.exists() else 0
         if now >= source.size:
-            with open(partial, "rb") as file:
-                if (
-                    now == source.size
-                    and hashlib.file_digest(file, "md5").hexdigest() == source.md5
-                ):
-                    downloaded_mark(source.path).touch()
-                    os.replace(partial, source.path)
-                    return
+            if verify(partial, source.size, source.md5):
+                downloaded_mark(source.path).touch()
+                os.replace(partial, source.path)
+                return
             reason = f"size ({now} of {source.size} bytes) or md5 is not what the server states"
             partial.unlink()
-        failures = (
-            0 if have < now < source.size else failures + 1
-        )  # progress does not count as failure
+        progressed = before < now < source.size
+        failures = 0 if progressed else failures + 1
         pause(failures)
-    raise UserError(
-        f"{url}: not fetched after {failures} tries: {reason}; the same command goes on from here later"
-    )
+    why = f"not fetched after {failures} tries: {reason}"
+    raise UserError(f"{url}: {why}; the same command goes on from here later")
+
+
+def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
+    """Add to a .partial file of `have` bytes what the server sends; why it ended."""
+    import http.client
+
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        with ask(url, headers) as answer:
+            span = answer.headers.get("Content-Range", "")
+            goes_on = answer.status == 206 and have and span.startswith(f"bytes {have}-")
+            with open(partial, "ab" if goes_on else "wb") as file:
+                while file.tell() <= size and (chunk := answer.read(1 << 20)):
+                    file.write(chunk)
+                    report(len(chunk))
+    except (OSError, http.client.HTTPException) as error:
+        if disk_full(error):
+            raise
+        return f"the connection was lost ({error})"
+    except UserError as error:
+        if not have or " 416 " not in str(error):
+            raise
+        partial.unlink()  # what is there cannot be gone on with: from the beginning
+    return "the connection ended early"

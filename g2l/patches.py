@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from g2l.cohort import find_slides, read_rows
+from g2l.cohort import find_slides
 from g2l.errors import PatchError, UserError
 from g2l.files import atomic
 from g2l.grid import Tiling
+from g2l.rows import read_rows
 from g2l.slides import Slide
 from g2l.tiff import Codec, Recent, assemble, read_bytes
 

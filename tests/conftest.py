@@ -71,6 +71,15 @@ def torchrun(
     )
 
 
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """One sound slide as bytes: tests copy it under many names."""
+    from synthetic import section, write_slide
+
+    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(1024, 1024))
+    return path.read_bytes()
+
+
 @pytest.fixture
 def one_rank(monkeypatch):
     """This process as torchrun would start it for a job of one. A script must have left the job

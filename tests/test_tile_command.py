@@ -1,8 +1,7 @@
-"""The command: cohorts, selection, faults, resuming, processes side by side, and the GDC on a local server."""
+"""The command tile.py: faults, resuming, proof that work is finished, processes side by side."""
 
 import csv
 import faulthandler
-import hashlib
 import json
 import os
 import random
@@ -10,11 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
-from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
@@ -22,63 +17,28 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from cohorts import command, put, rows, run, tree
 from conftest import SHARED, torchrun
 from PIL import Image
 from scipy import ndimage
 from synthetic import by_openslide, section, write_slide
 
 import tile
-from g2l.cohort import CohortSlide, patient_of, read_manifest, read_rows, select
+from g2l.cohort import CohortSlide
 from g2l.grid import tile_slide
 from g2l.patches import PatchIndex
-from g2l.slides import Slide, slide_name
+from g2l.rows import read_rows
+from g2l.slides import Slide
+from g2l.tiling import Job, Limits, Settings, is_finished
 
-ROOT = Path(tile.__file__).parent
-
-
-def command(data, *args, name="mine"):
-    return [
-        sys.executable,
-        str(ROOT / "tile.py"),
-        "--cancer",
-        name,
-        "--data",
-        str(data),
-        *map(str, args),
-    ]
-
-
-def run(data, *args, **options):
-    return subprocess.run(
-        command(data, *args), capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def rows(data, name="mine"):
-    return read_rows(data / "tiles" / name)
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """One sound slide as bytes: tests copy it under many names."""
-    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(1024, 1024))
-    return path.read_bytes()
-
-
-def put(data, sound, *names):
-    folder = data / "slides" / "mine"
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(sound)
-    return folder
-
-
-# What lies in slide folders ------------------------------------------------------------------------------------------
+# What lies in slide folders ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory, sound):
-    """One folder with everything that slide folders hold in the wild, tiled once; returns (data, finished process)."""
+    """One folder with everything that slide folders hold in the wild, tiled once; returns (data,
+    finished process).
+    """
     data = tmp_path_factory.mktemp("zoo")
     folder = put(
         data,
@@ -218,14 +178,11 @@ def test_other_settings_are_done_again(tmp_path, sound):
     ("args", "text"),
     [
         (["--slides", "/nowhere"], "no such folder"),
-        (["--patch-size", "4"], "--patch-size"),
         (["--overlap", "256"], "--overlap"),
         (["--discard-slides"], "--download"),
         (["--exclude", "/nowhere"], "--exclude"),
         (["--manifest", "/nowhere"], "--manifest"),
         (["--masks", "/nowhere"], "--masks"),
-        (["--cancer", "../x"], "--cancer"),
-        (["--slides", str(ROOT / "tile.py")], "is a file; give its folder"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, text):
@@ -235,13 +192,22 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, t
     assert error.startswith("error: ") and text in error
 
 
-@pytest.mark.parametrize("flag", ["--mpp", "--assume-mpp"])
-def test_a_magnification_where_a_pixel_size_belongs(capsys, flag):
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("--mpp", "20x", "20x: expected micrometres per pixel, such as 0.5 (20x)"),
+        ("--assume-mpp", "20x", "20x: expected micrometres per pixel, such as 0.5 (20x)"),
+        ("--patch-size", "4", "4: expected a whole number from 16 to 4096"),
+        ("--max-slides", "-1", "-1: expected a whole number from 0"),
+        ("--workers", "0", "0: expected a whole number from 1"),
+        ("--cancer", "../x", "'../x': expected a plain name such as brca"),
+        ("--slides", __file__, f"{__file__} is a file; give its folder"),
+    ],
+)
+def test_impossible_values_are_named_with_their_flag(capsys, flag, value, text):
     with pytest.raises(SystemExit):
-        tile.main(["--cancer", "mine", flag, "20x"])
-    assert (
-        f"{flag}: 20x: expected micrometres per pixel, such as 0.5 (20x)" in capsys.readouterr().err
-    )
+        tile.main(["--cancer", "mine", f"{flag}={value}"])
+    assert f"{flag}: {text}" in capsys.readouterr().err
 
 
 def test_masks_and_mpp_of_the_user(tmp_path, sound):
@@ -280,38 +246,6 @@ def test_masks_and_mpp_of_the_user(tmp_path, sound):
     )
 
 
-@pytest.mark.parametrize("mpp", ["nan", "-0.25", "0", "inf", "fast"])
-def test_impossible_mpp_in_a_table(tmp_path, sound, capsys, mpp):
-    put(tmp_path, sound, "a.svs")
-    (tmp_path / "list.csv").write_text(f"slide,mpp\na.svs,{mpp}\n")
-    args = ["--cancer", "mine", "--data", str(tmp_path), "--manifest", str(tmp_path / "list.csv")]
-    assert tile.main(args) == 1
-    error = capsys.readouterr().err
-    assert "list.csv" in error and f"{mpp}: expected micrometres" in error and "a.svs" in error
-
-
-def test_slides_of_one_name_in_a_table(tmp_path, sound):
-    """Each row is its own slide, also where two differ in the folder only."""
-    put(tmp_path, sound, "p1/same.svs", "p2/same.svs", "p3/same.svs")
-    (tmp_path / "list.csv").write_text("slide,mpp\np1/same.svs,\np3/same.svs,0.26\n")
-    assert run(tmp_path, "--manifest", tmp_path / "list.csv").returncode == 0
-    assert {name: row["mpp"] for name, row in rows(tmp_path).items()} == {
-        "p1_same": "0.25",
-        "p3_same": "0.26",
-    }
-    (tmp_path / "list.csv").write_text("slide\nsame\n")
-    done = run(tmp_path, "--manifest", tmp_path / "list.csv")
-    assert done.returncode == 1 and "same: 3 slides" in done.stderr
-
-
-def test_a_name_that_changes_leaves_no_second_copy(tmp_path, sound):
-    put(tmp_path, sound, "p1/same.svs")
-    assert run(tmp_path).returncode == 0
-    put(tmp_path, sound, "p2/same.svs")
-    assert run(tmp_path).returncode == 0
-    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["p1_same", "p2_same"]
-
-
 def test_a_folder_that_cannot_be_written_is_an_error_without_a_traceback(tmp_path, sound, capsys):
     put(tmp_path, sound, "a.svs")
     (tmp_path / "tiles").write_text("a file where a folder should be")
@@ -338,158 +272,124 @@ def test_slides_without_patches_have_a_thumbnail_too(tmp_path):
         )
 
 
-# Selection -----------------------------------------------------------------------------------------------------------
+# Finished is proven ----------------------------------------------------------------------
 
 
-def tcga(number, kind="DX1"):
-    return CohortSlide(
-        f"TCGA-A{number % 7}-{number:04d}-01{'Z' if kind == 'DX1' else 'A'}-00-{kind}.UUID",
-        Path("x"),
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sound):
+    """Three slides with shards, tiled: (data, what the folder holds)."""
+    data = tmp_path_factory.mktemp("finished")
+    put(data, sound, "a.svs", "b.svs")
+    write_slide(data / "slides" / "mine" / "c.svs", section(1100, 1200, seed=1))
+    assert run(data, "--save-patches").returncode == 0
+    return data, tree(data / "tiles" / "mine")
 
 
-def choose(sources, **args):
-    return select(
-        sources,
-        Namespace(**{"exclude": None, "strategy": "both", "max_slides": 0, "seed": 0} | args),
-    )
+def empty(path, _):
+    path.write_bytes(b"")
 
 
-def test_sample_is_seeded_and_stable(capsys):
-    sources = [tcga(n) for n in range(100)]
-    chosen = [source.name for source in choose(sources, max_slides=30)[0]]
-    assert len(chosen) == 30 and chosen == [s.name for s in choose(sources[::-1], max_slides=30)[0]]
-    assert chosen != [s.name for s in choose(sources, max_slides=30, seed=1)[0]]
-    fewer = [source.name for source in choose(sources[:-1], max_slides=30)[0]]
-    assert len(set(chosen) & set(fewer)) >= 29, (
-        "one slide less does not change the rest of the sample"
-    )
-    choose(sources, max_slides=200)
-    assert "100 taken (fewer than --max-slides 200)" in capsys.readouterr().out
+def cut(path, _):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-def test_strategy_takes_diagnostic_slides_first():
-    sources = [tcga(n) for n in range(10)] + [tcga(n, "TS1") for n in range(10)]
-    assert (
-        len(choose(sources, strategy="diagnostic")[0])
-        == len(choose(sources, strategy="tissue")[0])
-        == 10
-    )
-    both = choose(sources, max_slides=13)[0]
-    assert sum("DX1" in source.name for source in both) == 10
+def swap(path, other):
+    path.write_bytes(other.read_bytes())
 
 
-def test_exclusion_is_by_patient(tmp_path, capsys):
-    sources = [tcga(n, kind) for n in range(20) for kind in ("DX1", "TS1")]
-    (tmp_path / "a.csv").write_text(f"slide_id,patient,label\n{sources[4].name},TCGA-XX-0000,MUT\n")
-    (tmp_path / "b.txt").write_text("TCGA-A3-0003\n")
-    for name, patient in (("a.csv", "TCGA-A2-0002"), ("b.txt", "TCGA-A3-0003")):
-        chosen, reasons = choose(sources, exclude=tmp_path / name)
-        assert len(chosen) == 38 and not [s for s in chosen if s.name.startswith(patient)]
-        assert sum("held out" in reason for reason in reasons.values()) == 2
-    double = [CohortSlide(f"p{n}_same", Path(f"p{n}/same.svs")) for n in (1, 2)]
-    (tmp_path / "d.txt").write_text("# held out\r\nsame.svs\r\n", encoding="utf-8-sig")
-    assert not choose([*double, sources[0]], exclude=tmp_path / "d.txt")[0][1:], (
-        "named as the file is"
-    )
-    named = [
-        CohortSlide('a, "b" 1', Path("x")),
-        CohortSlide("c", Path("y"), stated="Doe, J."),
-        sources[0],
-    ]
-    for text in ('slide,label\n"a, ""b"" 1",x\n', 'a, "b" 1\n'):
-        (tmp_path / "e.txt").write_text(text)
-        assert choose(named, exclude=tmp_path / "e.txt")[0] == [sources[0], named[1]], (
-            "a comma in a name"
-        )
-    for text in ('patient;label\n"Doe, J.";x\n', "Doe, J.\n"):
-        (tmp_path / "f.txt").write_text(text)
-        assert choose(named, exclude=tmp_path / "f.txt")[0] == [sources[0], named[0]]
-    (tmp_path / "c.txt").write_text("somebody\n")
-    choose(sources, exclude=tmp_path / "c.txt")
-    assert "none of its 1 patients is in this cohort" in capsys.readouterr().out
+def remove(path, _):
+    path.unlink()
 
 
-@pytest.mark.skipif(SHARED is None, reason="needs the shared tables")
-def test_real_manifest_and_benchmark_table(capsys):
-    listed = read_manifest(SHARED / "tables" / "gdc_manifest.tcga-brca-diagnostic.txt")
-    sources = [CohortSlide(slide_name(row["filename"]), Path(row["filename"])) for row in listed]
-    held = SHARED / "tables" / "tcga-brca-tp53.csv"
-    chosen, _ = choose(sources, exclude=held, strategy="diagnostic")
-    patients = {line.split(",")[1] for line in held.read_text().splitlines()[1:]}
-    assert len(listed) == 1134 and len(chosen) < 200
-    assert not {patient_of(source.name) for source in chosen} & patients
+def zero(path, _):
+    path.write_bytes(bytes(path.stat().st_size))
 
 
-def test_patients_held_out_later_leave_the_index(tmp_path, sound):
-    put(tmp_path, sound, "p1_a.svs", "p1_b.svs", "p2_a.svs")
-    assert run(tmp_path).returncode == 0
-    (tmp_path / "held.txt").write_text("p1\n")
-    assert run(tmp_path, "--exclude", tmp_path / "held.txt").returncode == 0
-    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["p2_a"]
-    manifest = (tmp_path / "tiles" / "mine" / "manifest.txt").read_text().splitlines()
-    assert (
-        manifest[0] == "id\tfilename\tmd5\tsize\tstate"
-        and len(manifest) == 2
-        and "p2_a.svs" in manifest[1]
-    )
-    assert run(tmp_path).returncode == 0
-    assert len(PatchIndex(tmp_path / "tiles" / "mine").slides) == 3, "wanted again"
+FILES = {
+    "patches": "{}_patches.h5",
+    "shards": "{}.tar",
+    "thumbnails": "{}.jpg",
+    "geojson": "{}.geojson",
+}
+HARMS = [
+    (kind, harm, other) for kind in FILES for harm in (empty, cut, remove, zero) for other in ("b",)
+] + [(kind, swap, other) for kind in ("patches", "shards") for other in "bc"]
 
 
-def test_the_patient_that_the_manifest_states_wins(tmp_path, sound):
-    put(tmp_path, sound, "case_a.svs", "case_b.svs", "P1_a.svs", "P2_a.svs", "z_1.svs")
-    folder, listed = tmp_path / "tiles" / "mine", tmp_path / "list.csv"
-    done = run(tmp_path)
-    assert done.stdout.splitlines()[-1].startswith("5 slides done,")
-    listed.write_text(
-        "slide,patient\ncase_a.svs,Ann_1_x\ncase_b.svs,Ann_1_x\nP1_a,Bea\nP2_a,\nz_1,TCGA-A8-A06N-01Z\n"
-    )
-    done = run(tmp_path, "--manifest", listed)
-    assert "5 slides are finished, 0 to do" in done.stdout, "another patient is no other tiling"
-    assert done.stdout.splitlines()[-1].startswith("5 slides of 4 patients done,")
+@pytest.mark.parametrize(("kind", "harm", "other"), HARMS)
+def test_harmed_files_are_mended_by_the_next_run(finished, kind, harm, other):
+    data, whole = finished
+    folder = data / "tiles" / "mine"
+    path = folder / kind / FILES[kind].format("a")
+    before = path.read_bytes()
+    harm(path, folder / kind / FILES[kind].format(other))
+    done = tile.main(["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"])
+    assert done == 0 and tree(folder) == whole
+    if kind != "patches":  # HDF5 writes times into its file
+        assert path.read_bytes() == before
     index = PatchIndex(folder)
-    assert dict(zip(index.slides, index.patient, strict=True)) == {
-        "case_a": "Ann_1_x",
-        "case_b": "Ann_1_x",
-        "P1_a": "Bea",
-        "P2_a": "P2",
-        "z_1": "TCGA-A8-A06N",
-    }
-    assert index.patients == ["Ann_1_x", "Bea", "P2", "TCGA-A8-A06N"]
-    held = tmp_path / "held.txt"
-    for text, left in (
-        ("Ann_1_x", ["P1_a", "P2_a", "z_1"]),
-        ("case_a.svs", ["P1_a", "P2_a", "z_1"]),
-        ("P1", ["P1_a", "P2_a", "case_a", "case_b", "z_1"]),
-        ("P1_a\nP2_b", ["case_a", "case_b", "z_1"]),
-        ("TCGA-A8-A06N-01Z-00-DX1", ["P1_a", "P2_a", "case_a", "case_b"]),
-    ):
-        held.write_text(f"{text}\n")
-        assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
-        assert PatchIndex(folder).slides == left, text
-    listed.write_text("slide\nP2_a\n")
-    held.write_text("Ann_1_x\n")
-    assert run(tmp_path, "--manifest", listed, "--exclude", held).returncode == 0
-    assert "case_a" not in PatchIndex(folder).slides, (
-        "held out by what slides.csv holds of an earlier run"
-    )
+    assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
 
 
-# Processes -----------------------------------------------------------------------------------------------------------
+def test_no_flipped_bit_in_an_h5_file_gives_a_traceback(finished):
+    data, _ = finished
+    folder = data / "tiles" / "mine"
+    path, rng = folder / "patches" / "a_patches.h5", random.Random(0)
+    sound = path.read_bytes()
+    settings = Settings(Limits(0.25, 256, 0, False, 0.5, 0.1, 3.5), jpeg_quality=90)
+    job, row = Job(folder, settings, None, False), read_rows(folder)["a"]
+    slide = CohortSlide("a", data / "slides" / "mine" / "a.svs")
+    assert is_finished(slide, row, job)
+    for _ in range(200):
+        flipped = bytearray(sound)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        assert is_finished(slide, row, job) in (True, False)
+    path.write_bytes(sound)
 
 
-def tree(folder):
-    """What a finished cohort holds, without times: the rows and every patch's place."""
-    table = {
-        name: {key: row[key] for key in ("status", "patches", "settings")}
-        for name, row in read_rows(folder).items()
-    }
-    coords = {}
-    for path in sorted(folder.glob("patches/*.h5")):
-        with h5py.File(path) as file:
-            coords[path.name] = file["coords"][:].tolist()
-    return table, coords
+@pytest.mark.parametrize("harm", [empty, cut, remove])
+def test_a_stale_contact_sheet_is_drawn_again(finished, harm, capsys):
+    data, _ = finished
+    sheet = data / "tiles" / "mine" / "contact.jpg"
+    before = sheet.read_bytes()
+    harm(sheet, None)
+    args = ["--cancer", "mine", "--data", str(data), "--save-patches"]
+    assert tile.main(args) == 0 and sheet.read_bytes() == before
+    assert "3 slides are finished, 0 to do" in capsys.readouterr().out
+    old = time.time() - 1000
+    os.utime(sheet, (old, old))
+    assert tile.main(args) == 0 and sheet.stat().st_mtime > old
+
+
+def test_damaged_rows_are_set_aside_and_done_anew(finished, capsys):
+    data, whole = finished
+    folder = data / "tiles" / "mine"
+    table = folder / "slides.csv"
+    lines = table.read_text().splitlines()
+    lines[2] = lines[2].replace("done", "d\x00ne")
+    table.write_text("\n".join(lines))
+    args = ["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"]
+    assert tile.main(args) == 0 and tree(folder) == whole
+    output = capsys.readouterr().out
+    assert "line 3: status" in output and "2 slides are finished, 1 to do" in output
+    assert (folder / "slides.csv.damaged").is_file()
+    sound = table.read_bytes()
+    table.write_bytes(sound.replace(b",settings,", b",sett,"))
+    assert tile.main(args) == 1
+    assert "no column settings" in capsys.readouterr().err and table.is_file()
+    table.write_bytes(sound)
+
+
+def test_another_run_with_other_settings_is_noticed(finished, monkeypatch, capsys):
+    data, _ = finished
+    monkeypatch.setattr(Settings, "digest", lambda *_: "0")  # never what the rows say
+    monkeypatch.setattr("tile.work_through", lambda *_: [])
+    assert tile.main(["--cancer", "mine", "--data", str(data)]) == 1
+    assert "otherwise meanwhile" in capsys.readouterr().err
+
+
+# Processes ------------------------------------------------------------
 
 
 def test_two_runs_at_once_share_the_work(tmp_path, sound):
@@ -507,14 +407,16 @@ def test_two_runs_at_once_share_the_work(tmp_path, sound):
     assert len(rows(tmp_path)) == 8 and len(tree(tmp_path / "tiles" / "mine")[1]) == 8
 
 
-def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "kills"), [(0, 7), (1, 7)])
+def test_killed_at_any_moment_it_goes_on(tmp_path, sound, seed, kills):
     names = [f"s{n}.svs" for n in range(6)]
     put(tmp_path / "whole", sound, *names)
     put(tmp_path / "killed", sound, *names)
     assert run(tmp_path / "whole", "--save-patches").returncode == 0
-    rng = random.Random(0)
+    rng = random.Random(seed)
     finished = []
-    for _ in range(7):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(tmp_path / "killed", "--save-patches", "--workers", 2),
             stdout=subprocess.DEVNULL,
@@ -522,10 +424,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
             start_new_session=True,
         )
         deadline = time.time() + 60
-        while (
-            len(rows(tmp_path / "killed")) <= len(names) * len(finished) // 8
-            and process.poll() is None
-        ):
+        enough = len(names) * len(finished) // (kills + 1)
+        while len(rows(tmp_path / "killed")) <= enough and process.poll() is None:
             assert time.time() < deadline  # it is under way, however fast or slow the machine
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.15))
@@ -537,16 +437,24 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, sound):
         finished.append(len(rows(tmp_path / "killed")))
     assert finished == sorted(finished), "no row was lost"
     assert run(tmp_path / "killed", "--save-patches").returncode == 0
-    assert tree(tmp_path / "whole" / "tiles" / "mine") == tree(
-        tmp_path / "killed" / "tiles" / "mine"
-    )
-    for name in names:
-        shard = Path("tiles", "mine", "shards", name).with_suffix(".tar")
-        assert (tmp_path / "whole" / shard).stat().st_size == (
-            tmp_path / "killed" / shard
-        ).stat().st_size
-    assert not list((tmp_path / "killed" / "tiles" / "mine").glob("*/.*.tmp*"))
-    assert not list((tmp_path / "killed" / "tiles" / "mine").glob(".slides*.tmp*"))
+    whole, killed = (tmp_path / name / "tiles" / "mine" for name in ("whole", "killed"))
+    assert tree(whole) == tree(killed)
+    for shard in whole.glob("shards/*"):
+        assert shard.stat().st_size == (killed / "shards" / shard.name).stat().st_size
+    assert not list(killed.glob("*/.*.tmp*")) and not list(killed.glob(".slides*.tmp*"))
+
+
+def test_leftovers_are_cleared_by_exact_name(tmp_path, sound):
+    """B must not clear what another process is writing for B1 or B_2."""
+    put(tmp_path, sound, "B.svs")
+    folder = tmp_path / "tiles" / "mine" / "patches"
+    folder.mkdir(parents=True)
+    names = ".B_patches.12.0a1b2c.tmp.h5", ".B1_patches.12.0a1b2c.tmp.h5"
+    others = [*names[1:], ".B_2_patches.12.0a1b2c.tmp.h5", ".B_patches.1_patches.1.0a1b2c.tmp.h5"]
+    for name in (names[0], *others):
+        (folder / name).touch()
+    assert run(tmp_path).returncode == 0
+    assert sorted(path.name for path in folder.glob(".*")) == sorted(others)
 
 
 def test_workers_end_with_their_parent(tmp_path, sound):
@@ -585,11 +493,11 @@ def test_a_slide_that_crashes_its_reader_is_recorded(tmp_path, sound, monkeypatc
 
     def crash(slide, **options):
         if slide.name == "b":
-            faulthandler.disable()  # pytest's, whose report of this death would look like a real one
+            faulthandler.disable()  # pytest's, whose report would look like a real one's
             os.kill(os.getpid(), signal.SIGSEGV)
         return whole(slide, **options)
 
-    monkeypatch.setattr("tile.tile_slide", crash)
+    monkeypatch.setattr("g2l.tiling.tile_slide", crash)
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), "--workers", "1"]) == 1
     table = rows(tmp_path)
     assert [table[name]["status"] for name in "abc"] == [
@@ -608,272 +516,16 @@ def test_full_disk_stops_the_run_and_loses_nothing(tmp_path, sound):
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     done = run(tmp_path, "--workers", 2, preexec_fn=little_room)
-    assert (
-        done.returncode == 1 and "free some space and run the same command again" in done.stderr
-    ), done.stderr
+    assert done.returncode == 1 and "make room and run the same command again" in done.stderr, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
     after = tree(tmp_path / "tiles" / "mine")[1]
     assert all(after[name] == coords for name, coords in before.items())
     assert run(tmp_path).returncode == 0 and len(tree(tmp_path / "tiles" / "mine")[1]) == 4
 
 
-# The GDC -------------------------------------------------------------------------------------------------------------
-
-
-class Gdc(BaseHTTPRequestHandler):
-    """The part of the GDC's interface that is used, with faults to order: {id or "files": [fault, ...]}."""
-
-    protocol_version = "HTTP/1.1"
-    slides, faults, changes, log = {}, {}, {}, []  # set anew by the fixture
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, body, headers=(), length=None):
-        self.send_response(status)
-        for key, value in headers:
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def fault(self, key):
-        waiting = self.faults.get(key, [])
-        return waiting.pop(0) if waiting else None
-
-    def do_POST(self):
-        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault = self.fault("files")
-        if fault == "cut":
-            self.close_connection = True
-            return self.reply(200, b'{"data":', length=1000)
-        if fault:
-            return self.reply(
-                *{"html": (200, b"<html>"), "nothing": (200, b"{}")}.get(fault, (fault, b""))
-            )
-        hits = [
-            {"file_id": key, "file_name": name, "file_size": len(body), "md5sum": md5}
-            for key, (name, body, md5) in self.slides.items()
-        ]
-        hits = [hit | self.changes.get(hit["file_id"], {}) for hit in hits]
-        for clause in query["filters"]["content"]:
-            field, values = clause["content"]["field"], clause["content"]["value"]
-            if field == "file_name":
-                hits = [hit for hit in hits if hit["file_name"] in values]
-            if field == "cases.project.project_id":
-                assert values == ["TCGA-UCS"]
-        page = hits[
-            query["from"] : query["from"] + min(query["size"], 2)
-        ]  # this server gives two a page
-        self.reply(
-            200, json.dumps({"data": {"hits": page, "pagination": {"total": len(hits)}}}).encode()
-        )
-
-    def do_GET(self):
-        key = self.path.removeprefix("/data/")
-        fault = self.fault(key)
-        self.log.append((key, self.headers.get("Range"), fault))
-        if key not in self.slides:
-            return self.reply(404, b"")
-        if isinstance(fault, int):
-            return self.reply(fault, b"", [("Retry-After", "1")])
-        body = self.slides[key][1]
-        total, start = len(body), 0
-        if self.headers.get("Range") and fault != "norange":
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-        headers = [("Content-Disposition", 'attachment; filename="../../evil.svs"')]
-        if start:
-            headers.append(("Content-Range", f"bytes {start}-{total - 1}/{total}"))
-        part = body[start:]
-        if fault == "corrupt":
-            part = bytes(len(part))
-        if fault == "long":
-            part += b"more"
-        if fault == "short":
-            part = part[: len(part) // 2]
-        if fault == "cut":
-            self.reply(206 if start else 200, part[: len(part) // 2], headers, len(part))
-            self.close_connection = True
-            return None
-        return self.reply(206 if start else 200, part, headers)
-
-
-@pytest.fixture
-def gdc(sound, monkeypatch):
-    """A server with four slides; its address."""
-    md5 = hashlib.md5(sound).hexdigest()
-    Gdc.slides = {f"uuid-{n}": (f"TCGA-N5-A4R{n}-01Z-00-DX1.{n}.svs", sound, md5) for n in range(4)}
-    Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
-    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def download(data, gdc, *args):
-    return tile.main(
-        [
-            "--cancer",
-            "ucs",
-            "--data",
-            str(data),
-            "--download",
-            "--gdc-url",
-            gdc,
-            "--workers",
-            "2",
-            *args,
-        ]
-    )
-
-
-def test_download_plans_first(tmp_path, gdc, capsys):
-    assert download(tmp_path, gdc) == 1
-    captured = capsys.readouterr()
-    assert (
-        "to download: 4 slides, 0.00 GB" in captured.out
-        and "GB free" in captured.out
-        and "--yes" in captured.err
-    )
-    assert not Gdc.log
-
-
-@pytest.mark.parametrize(("typed", "status"), [("no", 1), ("", 1), ("yes", 0)])
-def test_download_goes_on_with_a_typed_yes(tmp_path, gdc, monkeypatch, typed, status):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda _: typed)
-    assert download(tmp_path, gdc) == status and bool(Gdc.log) == (status == 0)
-
-
-def test_download_needs_room(tmp_path, gdc, monkeypatch, capsys):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=1000))
-    assert download(tmp_path, gdc, "--yes") == 1 and not Gdc.log
-    assert "--save-patches --discard-slides" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "fault", ["cut", "short", "corrupt", "long", "norange", 416, 429, 503, 500]
-)
-def test_download_survives(tmp_path, gdc, sound, fault):
-    Gdc.faults = {
-        "uuid-1": ["cut", fault] + [fault] * (fault != 416),
-        "files": [503],
-    }  # 416 answers a range only
-    assert download(tmp_path, gdc, "--yes") == 0
-    table = rows(tmp_path, "ucs")
-    assert len(table) == 4 and all(row["status"] == "done" for row in table.values())
-    slide = tmp_path / "slides" / "ucs" / "uuid-1" / "TCGA-N5-A4R1-01Z-00-DX1.1.svs"
-    assert (
-        slide.read_bytes() == sound
-        and not list(tmp_path.rglob("*.partial"))
-        and not list(tmp_path.rglob("evil*"))
-    )
-    ranges = [span for key, span, _ in Gdc.log if key == "uuid-1"]
-    assert ranges[0] is None and ranges[1] == f"bytes={len(sound) // 2}-", (
-        "it went on where it was cut"
-    )
-    requests = len(Gdc.log)
-    assert download(tmp_path, gdc, "--yes") == 0 and len(Gdc.log) == requests, (
-        "nothing is fetched twice"
-    )
-
-
-@pytest.mark.parametrize("fault", ["cut", "html", "nothing", 503])
-def test_list_of_files_comes_broken(tmp_path, gdc, fault, capsys):
-    """A list cut short is asked for again; an answer that is no list is an error, not a traceback."""
-    Gdc.faults = {"files": [fault]}
-    passes = fault in ("cut", 503)
-    assert download(tmp_path, gdc, "--yes") == (0 if passes else 1)
-    assert passes or "is it a GDC server?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "change", [{"file_size": None}, {"file_size": 0}, {"file_size": "x"}, {"md5sum": None}]
-)
-def test_hostile_entries_of_the_list(tmp_path, gdc, change, capsys):
-    Gdc.changes = {"uuid-1": change}
-    assert download(tmp_path, gdc, "--yes") == 0
-    assert len(rows(tmp_path, "ucs")) == 3 and "refused" in capsys.readouterr().out
-
-
-def test_download_gives_up_on_one_slide_only(tmp_path, gdc, capsys):
-    Gdc.faults = {"uuid-2": ["corrupt"] * 99, "uuid-3": [404] * 99}
-    assert download(tmp_path, gdc, "--yes") == 1
-    table = rows(tmp_path, "ucs")
-    assert sorted(row["status"] for row in table.values()) == ["done", "done", "failed", "failed"]
-    reasons = [row["reason"] for row in table.values() if row["status"] == "failed"]
-    assert "md5" in reasons[0] and "404" in reasons[1]
-    Gdc.faults = {}
-    assert download(tmp_path, gdc, "--yes") == 0
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../../evil.svs",
-        "/etc/evil.svs",
-        "a/b.svs",
-        "..\\evil.svs",
-        ".svs",
-        "evil.sh",
-        "-rf.svs",
-        "a\nb.svs",
-        "",
-    ],
-)
-def test_names_from_the_network_never_choose_a_path(tmp_path, gdc, name, capsys):
-    Gdc.slides["uuid-0"] = (name, *Gdc.slides["uuid-0"][1:])
-    Gdc.slides["../../up"] = Gdc.slides["uuid-1"]
-    assert download(tmp_path / "data", gdc, "--yes") == 0
-    assert (
-        len(rows(tmp_path / "data", "ucs")) == 3 and capsys.readouterr().out.count("refused") == 2
-    )
-    folders = sorted(path.name for path in (tmp_path / "data" / "slides" / "ucs").iterdir())
-    assert folders == ["uuid-1", "uuid-2", "uuid-3"]
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_discarded_slides_leave_their_patches(tmp_path, gdc):
-    own = tmp_path / "slides" / "ucs" / "uuid-3" / Gdc.slides["uuid-3"][0]
-    own.parent.mkdir(parents=True)
-    own.write_bytes(Gdc.slides["uuid-3"][1])
-    assert download(tmp_path, gdc, "--yes", "--save-patches", "--discard-slides") == 0
-    assert list((tmp_path / "slides").rglob("*.svs")) == [own], (
-        "a slide that was there before is not ours to delete"
-    )
-    index = PatchIndex(tmp_path / "tiles" / "ucs")
-    assert len(index.slides) == 4 and index.read(0).shape == (256, 256, 3)
-    requests = len(Gdc.log)
-    assert download(tmp_path, gdc, "--yes", "--save-patches", "--discard-slides") == 0
-    assert len(Gdc.log) == requests, "finished slides are not fetched again"
-
-
-def test_manifest_is_matched_by_name_and_slides_at_hand_are_used(tmp_path, gdc, sound):
-    """Ids of before Data Release 31 are dead; names and md5 hold."""
-    lines = ["id\tfilename\tmd5\tsize\tstate"]
-    lines += [f"dead-{n}\t{Gdc.slides[f'uuid-{n}'][0]}\tx\t1\treleased" for n in (1, 2)]
-    (tmp_path / "manifest.txt").write_text("\n".join(lines))
-    flat = tmp_path / "slides" / "ucs" / Gdc.slides["uuid-2"][0]
-    flat.parent.mkdir(parents=True)
-    flat.write_bytes(sound)
-    assert download(tmp_path, gdc, "--yes", "--manifest", str(tmp_path / "manifest.txt")) == 0
-    assert [key for key, *_ in Gdc.log] == ["uuid-1"] and len(rows(tmp_path, "ucs")) == 2
-    (tmp_path / "own.csv").write_text(f"slide,patient\n{Gdc.slides['uuid-1'][0]},Ann\n")
-    assert download(tmp_path, gdc, "--yes", "--manifest", str(tmp_path / "own.csv")) == 0
-    assert [row["patient"] for row in rows(tmp_path, "ucs").values()].count("Ann") == 1
-
-
-def test_only_tcga_projects_are_downloaded(tmp_path, gdc, capsys):
-    assert (
-        tile.main(["--cancer", "mine", "--data", str(tmp_path), "--download", "--gdc-url", gdc])
-        == 1
-    )
-    assert "knows the TCGA projects" in capsys.readouterr().err
-
-
-# Real slides ---------------------------------------------------------------------------------------------------------
+# Real slides ------------------------------------------------------------
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the shared slides")
@@ -903,7 +555,9 @@ def test_real_slides(tmp_path):
 
 
 def test_unused_imports_are_not_paid_for(tmp_path, sound):
-    """From start to exit for one slide: about 1 s of CPU on a quiet machine; torch alone would add 2."""
+    """From start to exit for one slide: about 1 s of CPU on a quiet machine; torch alone would add
+    2.
+    """
     put(tmp_path, sound, "a.svs")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run(tmp_path, "--workers", 1).returncode == 0

@@ -1,0 +1,145 @@
+"""slides.csv: one row for each slide seen, the only list of what a cohort holds and why the rest
+was left out.
+
+COLUMNS say what a row holds, `read_rows` and `write_rows` are the only ways in and out. The table
+is checked when it is read back, since people open it in spreadsheets and disks decay.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from g2l.errors import UserError
+from g2l.files import atomic, clear_leftovers, locked, read_text, separator
+
+COLUMNS = (
+    "slide",  # its name, and that of its files
+    "status",  # done, skipped or failed
+    "reason",  # why it was skipped or failed
+    "patient",
+    "patches",  # how many were kept
+    "width",  # px of level 0
+    "height",
+    "mpp",  # µm per pixel of level 0
+    "mpp_source",
+    "objective",  # as the file states it
+    "magnification",  # customary name of mpp: 40x
+    "size0",  # side of a patch in px of level 0
+    "patch_size",  # side of a patch in output px
+    "target_mpp",  # µm per pixel wanted
+    "tissue",  # share of the slide
+    "pen",  # share of tissue and ink
+    "blur",  # share of tissue patches dropped for it
+    "unreadable",  # patches left out
+    "warnings",
+    "seconds",
+    "settings",  # digest of all that decides on the patches
+    "bytes",  # of the slide's file
+    "path",  # of the slide's file
+)
+
+Rows = dict[str, dict[str, str]]  # by slide name; values as text by column
+
+NUMBER = r"\d+(\.\d+)?(e-\d+)?"
+# What the values of a finished slide look like.
+DONE = {
+    "patches": r"\d+",
+    "size0": r"\d+",
+    "patch_size": r"\d+",
+    "mpp": NUMBER,
+    "target_mpp": NUMBER,
+    "path": ".+",
+}
+
+
+def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
+    """The rows of slides.csv by slide name, all values text; empty when there is none yet.
+
+    Reads what spreadsheets make of it, too: semicolons, tabs, UTF-16. Raises UserError for a table
+    without all columns and for a damaged row; given a list `damaged`, such a row is left out and
+    told of there.
+    """
+    path = folder / "slides.csv"
+    try:
+        lines = read_text(path, "surrogateescape").split("\n")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: neither UTF-8 nor UTF-16 ({error})", "table") from error
+    if not any(lines):
+        return {}
+    mark = separator(lines[0])
+    header = _cells(lines[0], mark)
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)} in its first line", "table")
+    rows = {}
+    for number, line in enumerate(lines[1:], 2):
+        cells = _cells(line, mark)
+        if not any(cells):
+            continue
+        row = dict(zip(header, cells, strict=False))
+        fault = _fault(row) if len(cells) == len(header) else f"{len(cells)} values"
+        if not fault:
+            rows[row["slide"]] = {column: row[column] for column in COLUMNS}
+        elif damaged is None:
+            raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
+        else:
+            damaged.append(f"{path}, line {number}: {fault}")
+    return rows
+
+
+def _cells(line: str, mark: str) -> list[str]:
+    """The values of one line; "'" before a sign that a spreadsheet would take for a formula is
+    ours.
+    """
+    try:
+        cells = next(csv.reader([line.rstrip("\r")], delimiter=mark), [])
+    except csv.Error:
+        return ["?"]
+    return [cell.removeprefix("'") for cell in cells]
+
+
+def _fault(row: dict[str, str]) -> str:
+    """What is wrong with a row; empty for a sound one."""
+    if row["status"] not in ("done", "skipped", "failed"):
+        return f"status {row['status']!r}"
+    if not row["slide"] or re.search("[\ud800-\udfff]", row["slide"]):
+        return f"slide {row['slide']!r} is no name in UTF-8"
+    for column, pattern in DONE.items() if row["status"] == "done" else ():
+        if not re.fullmatch(pattern, row[column]):
+            return f"{column} {row[column]!r}"
+    return ""
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    """Add rows to slides.csv or replace them, under a lock, so that processes do not lose each
+    other's rows.
+    """
+    path = folder / "slides.csv"
+    with locked(folder / ".locks" / "slides.csv"):
+        clear_leftovers(path)
+        merged = read_rows(folder, []) | {row["slide"]: row for row in rows}
+        with (
+            atomic(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            writer = csv.DictWriter(file, COLUMNS)  # refuses a column that it does not know
+            writer.writeheader()
+            for name in sorted(merged):
+                writer.writerow({key: _plain(value) for key, value in merged[name].items()})
+
+
+def _plain(value: object) -> str:
+    """A value as one line of text that no spreadsheet takes for a formula."""
+    text = one_line(str(value))
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
+
+
+def one_line(text: str) -> str:
+    """`text` with a replacement character for each control character: escapes of a terminal, ends
+    of lines.
+    """
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)

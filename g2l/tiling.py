@@ -1,0 +1,243 @@
+"""One slide, from its file to its patches on disk: the settings, the work, and the proof that it is
+finished.
+
+`tile_one` writes the files of `Outputs` and fills in the slide's row; `is_finished` believes a row
+of slides.csv only if the files are there and are what it says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from g2l.cohort import CohortSlide
+from g2l.errors import SkippedSlide, UserError
+from g2l.files import clear_leftovers, size_of
+from g2l.grid import tile_slide
+from g2l.overlays import write_geojson, write_thumbnail
+from g2l.patches import magnification, tile_table, write_coords, write_shard
+from g2l.rows import one_line
+from g2l.slides import Slide
+from g2l.tissue import find_mask
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What patches a slide is cut into: the arguments of `tile_slide` by their names."""
+
+    mpp: float  # µm per pixel
+    patch_size: int  # px
+    overlap: int  # px
+    resample: bool
+    min_tissue: float  # shares of a patch
+    max_pen: float
+    max_blur: float  # sigma in px of a patch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides on the patches of a slide, so that its digest cannot forget any of it."""
+
+    limits: Limits
+    assume_mpp: float | None = None  # of slides that do not say
+    masks: Path | None = None  # folder of the user's own tissue
+    jpeg_quality: int | None = None  # of patches in shards; None: none are written
+
+    def digest(self, slide: CohortSlide) -> str:
+        """Changes when the slide's patches would: another row in slides.csv with it is out of
+        date.
+        """
+        values = [*dataclasses.astuple(self.limits), self.assume_mpp, slide.mpp]
+        if self.masks:
+            values.append(str(self.masks))
+            with contextlib.suppress(SkippedSlide):  # it has none
+                mask = find_mask(self.masks, slide.name).stat()
+                values += [mask.st_size, mask.st_mtime_ns]
+        base = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+        return f"{base}-q{self.jpeg_quality}" if self.jpeg_quality else base
+
+    def made(self, row: Mapping[str, str], slide: CohortSlide) -> bool:
+        """Whether the patches of a row are these; shards beyond what is asked for do no harm."""
+        digest = row["settings"]
+        return self.digest(slide) == (digest if self.jpeg_quality else digest.split("-")[0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cohort's work, as each worker process needs to know it."""
+
+    folder: Path  # data/tiles/<cancer>
+    settings: Settings
+    gdc_url: str | None  # where slides come from that are not at hand; None: nowhere
+    discard: bool  # slides that were downloaded, once they are tiled
+    wait: bool = False  # for slides that other processes have in hand
+
+
+class Outputs(NamedTuple):
+    """The files of one slide."""
+
+    coords: Path
+    shard: Path
+    thumbnail: Path
+    outline: Path
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> Outputs:
+        return cls(
+            folder / "patches" / f"{name}_patches.h5",
+            folder / "shards" / f"{name}.tar",
+            folder / "thumbnails" / f"{name}.jpg",
+            folder / "geojson" / f"{name}.geojson",
+        )
+
+
+def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
+    """Tile one slide, whose lock the caller holds; fills in `row` as facts become
+    known.
+
+    Raises SkippedSlide for a slide that is not wanted, UserError, PatchError or OSError for one
+    that cannot be read.
+    """
+    path, settings = source.path, job.settings
+    outputs = Outputs.of(job.folder, source.name)
+    for output in outputs:
+        clear_leftovers(output)
+    if one_line(str(path)) != str(path):
+        raise UserError(f"{path}: control characters in its name; give it a plain one")
+    mask = find_mask(settings.masks, source.name) if settings.masks else None
+    row["bytes"] = size_of(path)
+    with Slide(path, source.mpp) as slide:
+        slide.name = source.name
+        if slide.mpp is None and settings.assume_mpp:
+            slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
+        row |= _facts(slide)
+        try:
+            tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
+        except SkippedSlide:
+            if len(slide.drafts) > 1:  # another would have to be read whole
+                write_thumbnail(outputs.thumbnail, slide)
+            raise
+        place = tile_table(slide, tiling)
+        errors = tiling.unreadable
+        if settings.jpeg_quality:
+            place, errors = write_shard(outputs.shard, slide, tiling, settings.jpeg_quality)
+        write_thumbnail(outputs.thumbnail, slide, tiling)
+        write_geojson(outputs.outline, slide, tiling)
+        write_coords(outputs.coords, slide, tiling, settings.limits.overlap, place)
+    if errors:
+        tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
+    row |= {name: f"{tiling.summary[name]:.4f}" for name in ("tissue", "pen", "blur")}
+    row |= {
+        "status": "done",
+        "patches": len(tiling.coords),
+        "size0": tiling.size0,
+        "unreadable": len(errors),
+        "warnings": "; ".join(tiling.warnings),
+    }
+
+
+def _facts(slide: Slide) -> dict[str, Any]:
+    """What slides.csv tells of a slide that opens."""
+    return {
+        "width": slide.width,
+        "height": slide.height,
+        "mpp": slide.mpp or "",
+        "mpp_source": slide.mpp_source,
+        "objective": slide.objective or "",
+        "magnification": f"{magnification(slide.mpp)}x" if slide.mpp else "",
+    }
+
+
+def is_finished(source: CohortSlide, row: Mapping[str, str] | None, job: Job) -> bool:
+    """Whether nothing is left to do for a slide: its row fits, and its files are whole; failed ones
+    are tried again.
+    """
+    if not row or row["status"] == "failed" or not job.settings.made(row, source):
+        return False
+    if row["status"] == "skipped":
+        return row["bytes"] == str(source.size)
+    if source.size and row["bytes"] != str(source.size):
+        return False
+    outputs = Outputs.of(job.folder, source.name)
+    return (
+        is_whole_jpeg(outputs.thumbnail)
+        and _ends_with(outputs.outline, b"}")
+        and _coords_fit(source.path, outputs, row, shard=bool(job.settings.jpeg_quality))
+    )
+
+
+def is_whole_jpeg(path: Path) -> bool:
+    """Whether a JPEG file is there and was not cut."""
+    return _ends_with(path, b"\xff\xd9")
+
+
+def _ends_with(path: Path, end: bytes) -> bool:
+    """Whether a file is there and was not cut."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, size_of(path) - len(end)))
+            return file.read() == end
+    except OSError:
+        return False
+
+
+def _coords_fit(slide: Path, outputs: Outputs, row: Mapping[str, str], shard: bool) -> bool:
+    """Whether the coordinates are this slide's and lie in it, and so does a shard that they point
+    to.
+
+    A lost shard passes unless `shard`: the slide is read instead.
+    """
+    import h5py
+
+    try:
+        with h5py.File(outputs.coords, "r", locking=False) as file:
+            coords = file["coords"]
+            places, facts = coords[:], coords.attrs
+            size0 = int(row["size0"])
+            room = np.array([int(row["width"]), int(row["height"])]) - size0
+            if (
+                facts["name"] != row["slide"]
+                or facts["patch_size_level0"] != size0
+                or facts["patch_size"] != int(row["patch_size"])
+                or places.dtype != np.int64
+                or places.shape != (int(row["patches"]), 2)
+                or not ((places >= 0) & (places <= room)).all()
+            ):
+                return False
+            group = file.get("compressed")
+            own = group is None or group.attrs["columns"]  # pixels are the slide's
+            if own or not outputs.shard.exists():
+                return not shard and _time_fits(slide, facts.get("slide_mtime_ns"))
+            return _shard_fits(outputs.shard, row["slide"], group["offset"][:], group["bytes"][:])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError):  # what HDF5 says of damage
+        return False
+
+
+def _time_fits(slide: Path, then: int | None) -> bool:
+    """Whether a slide that is there is the one that was tiled, where that was written down."""
+    return then is None or not slide.exists() or slide.stat().st_mtime_ns == then
+
+
+def _shard_fits(path: Path, name: str, offsets: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether a tar has the size that its last patch implies, and its first and last patch are this
+    slide's.
+    """
+    block, record = 512, 10240  # of every tar
+    end = int(offsets[-1]) + -(-int(sizes[-1]) // block) * block + 2 * block
+    if size_of(path) != -(-end // record) * record:
+        return False
+    key = name.replace(".", "_").encode()[:100]
+    with open(path, "rb") as file:
+        for offset in (int(offsets[0]), int(offsets[-1])):
+            file.seek(offset - block)
+            if not file.read(block).startswith(key):
+                return False
+    return True
