@@ -33,7 +33,7 @@ from g2l.arguments import Help
 from g2l.augment import BLUR_SIZE, augment
 from g2l.devices import add_model_arguments, default_workers, describe_device, pick_precision
 from g2l.errors import UserError, exit_status
-from g2l.models import Model, load_model, matmul_ceiling, save_student
+from g2l.models import Model, load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.progress import Progress
 from g2l.ranks import (
@@ -47,6 +47,7 @@ from g2l.ranks import (
 )
 from g2l.recipe import LOSSES, Distiller, StopRule, cosine, param_groups, token_rows
 from g2l.runs import FREE, Readings, Run, describe_setting, refuse_changes
+from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, feature_spread, hold_out
 from g2l.weights import parse_weights
 

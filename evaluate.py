@@ -64,7 +64,7 @@ def name_models(args: argparse.Namespace) -> tuple[list[str], str | None, str | 
     """The models to compare, teacher and baseline among them; --all takes those at hand."""
     models, teacher, baseline = args.models, args.teacher, args.baseline
     if args.all and not models:
-        models = models_at_hand(args)
+        models = models_at_hand(args.weights or (), args.runs)
         if "h-optimus-0" in models:
             teacher = teacher or "h-optimus-0"
         if "hibou-l" in models:

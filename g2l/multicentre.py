@@ -1,10 +1,15 @@
-"""TODO."""
+"""Patches from several hospitals, in three published layouts: labels.csv, PathoROB, TIGER.
+
+`load_multicentre` finds which lies in a folder and gives a Benchmark and the slide of each patch.
+Most of the room is TIGER: regions of slides with masks of tissue classes, cut into patches here.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,9 +30,8 @@ TIGER_CLASSES = {
 }
 
 
-decoded = lru_cache(maxsize=2)(
-    read_image
-)  # patches come ordered by file, so each file is decoded once
+# Patches come ordered by file, so each file is decoded once.
+decoded = lru_cache(maxsize=2)(read_image)
 
 
 def cut_out(patch: tuple[Path, int, int], size: int) -> np.ndarray:
@@ -37,7 +41,9 @@ def cut_out(patch: tuple[Path, int, int], size: int) -> np.ndarray:
 
 
 def tiger_origin(slide: str) -> tuple[str, str]:
-    """(patient, centre) from the name of a TIGER slide: TCGA barcode, Radboudumc or Jules Bordet; else UserError."""
+    """(patient, centre) from the name of a TIGER slide: TCGA barcode, Radboudumc or Jules Bordet;
+    else UserError.
+    """
     if match := re.match(r"(TCGA-(\w\w)-\w{4})", slide):
         return match[1], f"TCGA-{match[2]}"  # the tissue source site
     if match := re.match(r"(TC_S01_P\d+)", slide):
@@ -45,170 +51,191 @@ def tiger_origin(slide: str) -> tuple[str, str]:
     if match := re.match(r"(\d+)[BS]", slide):  # biopsy and surgical specimen of one patient
         return f"JB-{match[1]}", "JB"
     raise UserError(
-        f"{slide}: no name of a TIGER slide; expected TCGA-XX-..., TC_S01_P... or digits with B or S"
+        f"{slide}: no name of a TIGER slide; expected TCGA-XX-..., TC_S01_P... or digits, B or S"
     )
+
+
+@dataclass
+class Region:
+    """An annotated rectangle of a TIGER slide: its image, and its corners in level-0 pixels."""
+
+    path: Path
+    slide: str
+    box: tuple[int, ...]  # x and y of the first and of the last corner
+
+    def overlaps(self, other: Region) -> bool:
+        """Whether the two share a place of one slide."""
+        (left, top, right, bottom), (x0, y0, x1, y1) = self.box, other.box
+        apart = left >= x1 or x0 >= right or top >= y1 or y0 >= bottom
+        return self.slide == other.slide and not apart
+
+    def mask(self) -> np.ndarray | None:
+        """Class values (H, W) of the region's pixels; None where image or mask cannot be used."""
+        from PIL import Image
+
+        path = self.path.parent.parent / "masks" / self.path.name
+        try:
+            with Image.open(self.path) as region, Image.open(path) as image:
+                mask, fits = np.asarray(image), image.size == region.size
+        except (OSError, SyntaxError):
+            return None
+        if mask.ndim != 2:
+            raise UserError(
+                f"{path}: expected one channel of class values 0 to 7, found shape {mask.shape}"
+            )
+        return mask if fits else None
+
+
+def tiger_regions(folder: Path) -> list[Region]:
+    """The regions below a folder, tissue-bcss first; a region that is there twice counts once."""
+    regions, found = [], {}
+    for path in files_below(folder):
+        match = re.search(
+            r"(tissue-bcss|tissue-cells)/images/[^/]+\.png$",
+            path.relative_to(folder).as_posix(),
+            re.I,
+        )
+        if match:
+            found[match[0]] = path
+    for path in (found[place] for place in sorted(found)):
+        match = re.fullmatch(r"(.+)_\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", path.stem)
+        if not match:
+            raise UserError(f"{path}: expected a name such as SLIDE_[xmin, ymin, xmax, ymax].png")
+        slide, *box = match.groups()
+        regions.append(Region(path, slide, tuple(map(int, box))))
+    return regions
+
+
+def tissue_squares(mask: np.ndarray, size: int, least: float) -> Iterator[tuple[int, int, int]]:
+    """x, y and index in TIGER_CLASSES of the squares of a grid that one class covers to `least`."""
+    rows, columns = mask.shape[0] // size, mask.shape[1] // size
+    cells = mask[: rows * size, : columns * size].reshape(rows, size, columns, size)
+    covered = np.stack([(cells == value).mean((1, 3)) for value in TIGER_CLASSES], -1)
+    for row, column in np.argwhere(covered.max(-1) >= least):
+        yield int(column) * size, int(row) * size, int(covered[row, column].argmax())
 
 
 def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark, list[str]]:
     """Patches of TIGER's five tissue classes, and the slide of each, from `wsirois` as it unpacks.
 
-    Region images are cut into a grid of `size` px (0.5 µm each); a patch belongs to the class that covers at least
-    `min_fraction` of it. Regions of tissue-cells that overlap one of tissue-bcss are passed over.
+    Region images are cut into a grid of `size` px (0.5 µm each); a patch belongs to the class that
+    covers at least `min_fraction` of it. Regions of tissue-cells that overlap one of tissue-bcss
+    are passed over.
     """
-    from PIL import Image
-
-    values, patches, labels, slides, boxes = np.array(list(TIGER_CLASSES)), [], [], [], {}
-    passed: dict[str, list[Path]] = {
-        "have no mask": [],
-        "or their masks cannot be read, or differ in size": [],
-        f"are smaller than {size} px (--patch-size)": [],
-    }
-    no_mask, unreadable, small = passed.values()
-    below = {path: path.relative_to(folder).parts[-3:] for path in files_below(folder)}
-    found = {
-        place: path
-        for path, place in below.items()
-        if path.suffix.lower() == ".png"  # a copy counts once
-        and place[:2] in (("tissue-bcss", "images"), ("tissue-cells", "images"))
-    }
-    if not found:
+    regions = tiger_regions(folder)
+    if not regions:
         raise UserError(
-            f"{folder}: holds neither labels.csv, PathoROB's metadata nor TIGER's roi-level-annotations "
-            f"(tissue-bcss or tissue-cells); get TIGER by {tiger_source(folder)}"
+            f"{folder}: holds neither labels.csv, PathoROB's metadata nor TIGER's roi-level-"
+            f"annotations (tissue-bcss or tissue-cells); get TIGER by {tiger_source(folder)}"
         )
-    for (kind, *_), path in sorted(found.items()):
-        name = re.fullmatch(r"(.+)_\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", path.stem)
-        if not name:
-            raise UserError(f"{path}: expected a name such as SLIDE_[xmin, ymin, xmax, ymax].png")
-        box = tuple(int(value) for value in name.groups()[1:])
-        mask_path = path.parent.parent / "masks" / path.name
-        if any(
-            box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3]
-            for b in boxes.get(name[1], ())
-        ):
+    used: list[Region] = []
+    passed: dict[str, list[str]] = {}
+    patches, labels, slides = [], [], []
+    for region in regions:
+        if any(region.overlaps(other) for other in used):
             continue
-        if not mask_path.is_file():
-            no_mask.append(path)
+        mask = region.mask()
+        if mask is None:
+            passed.setdefault("have no mask that can be read and fits", []).append(region.path.name)
             continue
-        try:
-            with Image.open(path) as region, Image.open(mask_path) as image:
-                mask, fits = np.asarray(image), image.size == region.size
-        except (OSError, SyntaxError):
-            mask, fits = np.zeros((0, 0)), False
-        if mask.ndim != 2:
-            raise UserError(
-                f"{mask_path}: expected one channel of class values 0 to 7, found shape {mask.shape}"
-            )
-        if not fits:
-            unreadable.append(path)
+        if region.path.parts[-3] == "tissue-bcss":
+            used.append(region)
+        if min(mask.shape) < size:
+            passed.setdefault(f"are smaller than {size} px", []).append(region.path.name)
             continue
-        if kind == "tissue-bcss":
-            boxes.setdefault(name[1], []).append(box)
-        rows, columns = mask.shape[0] // size, mask.shape[1] // size
-        if not rows * columns:
-            small.append(path)
-            continue
-        cells = mask[: rows * size, : columns * size].reshape(rows, size, columns, size)
-        covered = np.stack([(cells == value).mean((1, 3)) for value in values], -1)
-        for row, column in np.argwhere(covered.max(-1) >= min_fraction):
-            patches.append((path, int(column) * size, int(row) * size))
-            labels.append(int(covered[row, column].argmax()))
-            slides.append(name[1])
-    for why, paths in passed.items():
-        if paths:
-            print(
-                f"{folder}: {len(paths)} regions {why} and were passed over, first {paths[0].name}",
-                file=sys.stderr,
-            )
+        for x, y, label in tissue_squares(mask, size, min_fraction):
+            patches.append((region.path, x, y))
+            labels.append(label)
+            slides.append(region.slide)
+    tell_passed(folder, passed)
     if not patches:
         raise UserError(
-            f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class in the "
-            f"{len(found)} regions of TIGER's roi-level-annotations; lower --min-fraction or --patch-size"
+            f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class "
+            f"in the {len(regions)} regions of TIGER's roi-level-annotations",
+            mend="coverage",
         )
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
-    images = ImageSource(
-        patches, partial(cut_out, size=size), [path for path, _, _ in patches], f"{size} px"
-    )
+    cut, files = partial(cut_out, size=size), [path for path, _, _ in patches]
+    images = ImageSource(patches, cut, files, f"{size} px")
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]
-    return Benchmark(
-        "tiger",
-        "patch",
-        images,
-        ids,
-        np.array(labels),
-        list(TIGER_CLASSES.values()),
-        list(patients),
-        list(centers),
-    ), slides
+    classes, kinds = list(TIGER_CLASSES.values()), np.array(labels)
+    found = Benchmark("tiger", "patch", images, ids, kinds, classes, list(patients), list(centers))
+    return found, slides
+
+
+def tell_passed(folder: Path, passed: dict[str, list[str]]) -> None:
+    """Say which regions were passed over; by reason, their names."""
+    for why, names in passed.items():
+        text = f"{len(names)} regions {why} and were passed over, first {names[0]}"
+        print(f"{folder}: {text}", file=sys.stderr)
 
 
 PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")
 
 
+def is_pathorob(table: Path) -> bool:
+    """Whether a file has the columns of PathoROB's metadata."""
+    with open(table, encoding="utf-8-sig", errors="replace") as file:
+        return set(PATHOROB) <= {name.strip() for name in file.readline().split(",")}
+
+
 def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
-    """PathoROB's metadata (slide_id, patch_id, biological_class, medical_center), and the slide of each patch; images
-    SLIDE-PATCH, SLIDE/PATCH or PATCH with any suffix lie below the folder. A patch in several subsets counts once."""
+    """Patches that PathoROB's metadata list, and the slide of each; in several subsets they count
+    once.
+
+    Images SLIDE-PATCH, SLIDE/PATCH or PATCH with any suffix lie below the folder.
+    """
     rows = {(row["slide_id"], row["patch_id"]): row for row in read_table(table, PATHOROB)}
-    paths = [p for p in files_below(folder) if p != table]
-    known = (
-        {p.name: p for p in paths}
-        | {p.stem: p for p in paths}
-        | {f"{p.parent.name}/{p.stem}": p for p in paths}
-    )
-    files = [
-        next(
-            (known[n] for n in (f"{slide}/{patch}", f"{slide}-{patch}", patch) if n in known), None
-        )
-        for slide, patch in rows
-    ]
-    if None in files:
+    known: dict[str, Path] = {}
+    for path in files_below(folder):
+        if path != table:
+            known |= {path.name: path, path.stem: path, f"{path.parent.name}/{path.stem}": path}
+    files, lacking = [], []
+    for slide, patch in rows:
+        names = [n for n in (f"{slide}/{patch}", f"{slide}-{patch}", patch) if n in known]
+        if names:
+            files.append(known[names[0]])
+        else:
+            lacking.append(f"{slide}-{patch}.png")
+    if lacking:
         raise UserError(
-            f"{table}: {files.count(None)} of its {len(rows)} patches have no image below {folder}, first "
-            f"{'-'.join(list(rows)[files.index(None)])}.png; save the images as SLIDE_ID-PATCH_ID.png"
+            f"{table}: {len(lacking)} of its {len(rows)} patches have no image below {folder}, "
+            f"first {lacking[0]}; save the images as SLIDE_ID-PATCH_ID.png"
         )
-    slides, classes = (
-        [slide for slide, _ in rows],
-        sorted({row["biological_class"] for row in rows.values()}),
-    )
-    return Benchmark(
-        folder.resolve().name,
-        "patch",
-        ImageFiles(files),
-        ["-".join(key) for key in rows],
-        np.array([classes.index(row["biological_class"]) for row in rows.values()]),
-        classes,
-        slides,
-        [row["medical_center"] for row in rows.values()],
-    ), slides
+    slides = [slide for slide, _ in rows]
+    kinds = [row["biological_class"] for row in rows.values()]
+    centers = [row["medical_center"] for row in rows.values()]
+    classes, labels = np.unique(kinds, return_inverse=True)
+    ids = ["-".join(key) for key in rows]
+    name, images = folder.resolve().name, ImageFiles(files)
+    found = Benchmark(name, "patch", images, ids, labels, classes.tolist(), slides, centers)
+    return found, slides
 
 
 def load_multicentre(
     folder: Path, size: int, min_fraction: float, bare: bool = False
 ) -> tuple[Benchmark, list[str]]:
-    """Whichever form lies in the folder (labels.csv, PathoROB, TIGER; if `bare` also images and nothing else), and the
-    slide of each patch. Without a column `slide` in labels.csv the group stands for it: that excludes more, never less.
+    """Whichever form lies in the folder (labels.csv, PathoROB, TIGER), and the slide of each patch.
+
+    Without a column `slide` in labels.csv the group stands for it: that excludes more, never less.
+    If `bare`, images and nothing else will do, of which nothing is known.
     """
-    if (folder / "labels.csv").is_file():
-        benchmark = load_folder(folder)
-        return benchmark, [
-            row.get("slide") or row["group"]
-            for row in read_table(folder / "labels.csv", ("image",))
-        ]
+    labels = folder / "labels.csv"
+    if labels.is_file():
+        rows = read_table(labels, ("image",))
+        return load_folder(folder), [row.get("slide") or row["group"] for row in rows]
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; --benchmark takes one with labels.csv (image,label,group,center), "
-            f"PathoROB's metadata, or TIGER: {tiger_source(folder)}"
+            f"{folder}: no such folder; expected is one with labels.csv (image,label,group,center),"
+            f" PathoROB's metadata, or TIGER: {tiger_source(folder)}"
         )
-    for table in sorted(folder.glob("*.csv")):
-        with open(table, encoding="utf-8-sig", errors="replace") as file:
-            if set(PATHOROB) <= {name.strip() for name in file.readline().split(",")}:
-                return load_pathorob(folder, table)
-    files = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES] if bare else []
-    if files and not any(
-        part.startswith("tissue-") for p in files for part in p.relative_to(folder).parts
-    ):
-        names = [path.relative_to(folder).as_posix() for path in files]
-        return unlabelled(folder.resolve().name, ImageFiles(files), names), names
+    for table in filter(is_pathorob, sorted(folder.glob("*.csv"))):
+        return load_pathorob(folder, table)
+    if bare and not any(folder.rglob("tissue-*")):
+        files = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
+        if files:
+            names = [path.relative_to(folder).as_posix() for path in files]
+            return unlabelled(folder.resolve().name, ImageFiles(files), names), names
     return load_tiger(folder, size, min_fraction)
 
 

@@ -1,9 +1,16 @@
-"""TODO."""
+"""Pictures of the evaluation, and what all pictures share: figures, sheets of images, colours.
+
+Figure 1 sets accuracy against size and time. Each benchmark has its confusion matrices, the CKA of
+every pair of models, and a gallery for each model: queries with the neighbours that voted. A
+picture carries the key of what it shows, so that one which is missing or shows something else is
+drawn again.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,259 +19,240 @@ from g2l.features import display
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
 from g2l.report import means, role
-from g2l.results import Study, read_metrics
+from g2l.results import Study
+
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c564b", "#7f7f7f")
+FRAMES = {"query": "black", "the query's class": "#2a9d3a", "another class": "#d62728"}
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
 
 
-def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure whole or not at all, and let go of it."""
-    import matplotlib.pyplot as plt
+def canvas(rows: int, columns: int, width: float, height: float, **more: Any):
+    """A figure and its axes (rows, columns), each `width` x `height` inches; no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
+    from matplotlib import pyplot
+
+    size = (width * columns, height * rows)
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **more)
+
+
+def save_figure(figure, path: Path, key: str = "") -> None:
+    """Write a matplotlib figure whole or not at all, with the key of what it shows; let go of it."""
+    from matplotlib import pyplot
 
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+        figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Comment": key})
+    pyplot.close(figure)
 
 
-def draw_figure1(args: Study) -> None:
-    """figure1.png: kNN accuracy, mean of the benchmarks that every model has, against parameters and time per image."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def is_drawn(path: Path, key: str) -> bool:
+    """Whether a picture is there, whole, and shows what `key` stands for."""
+    from PIL import Image
 
-    mean = means(args.results)
-    score = lambda n, b: mean.get(("knn", "accuracy", display(n), b), (None,))[0]  # noqa: E731
-    names = [b.name for b in args.found if all(score(n, b.name) is not None for n in args.models)]
-    if not names:
-        print(
-            "figure1.png: no benchmark has all models, so there is nothing to compare",
-            file=sys.stderr,
-        )
+    try:
+        with Image.open(path) as image:
+            return key != "" and image.info.get("Comment") == key
+    except OSError:
+        return False
+
+
+def draw_figure1(study: Study, on: str = "tp53") -> None:
+    """figure1.png: kNN accuracy with its 95 % interval against parameters and time per image.
+
+    on: the benchmark; the first that every model has if it was not measured, "mean" for all of
+    these. Intervals are Student's over the folds.
+    """
+    mean = means(study.results)
+    scores = {}
+    for benchmark in study.found:
+        keys = [("knn", "accuracy", display(n), benchmark.name) for n in study.models]
+        if all(key in mean for key in keys):
+            scores[benchmark.name] = np.array([mean[key] for key in keys])
+    if not scores:
+        text = "no benchmark has all models, so there is nothing to compare"
+        print(f"figure1.png: {text}", file=sys.stderr)
         return
-    points = [
-        (
-            n,
-            np.mean([score(n, b) for b in names]),
-            args.cards[n]["parameters"] / 1e6,
-            args.cards[n]["ms_per_image"],
-        )
-        for n in args.models
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2 + 0.18 * len(points)), sharey=True)
-    handles = []
-    for i, (name, y, *sizes) in enumerate(points):
-        part = role(name, args)
-        marker = (
-            "^"
-            if part == "teacher"
-            else "s"
-            if part == "before distillation"
-            else "*"
-            if part
-            else "o"
-        )
-        for axis, x in zip(axes, sizes, strict=True):
-            dot = axis.scatter(
-                x,
-                y,
-                s=210 if marker == "*" else 110,
-                color=f"C{i % 10}",
-                marker=marker,
-                zorder=3,
-                edgecolor="white",
-                label=f"{display(name)}, {part}" if part else display(name),
-            )
-        handles.append(dot)
-    for axis, label, column in zip(
-        axes,
-        ("parameters (millions)", f"time per image (ms, {args.device_used})"),
-        (2, 3),
-        strict=True,
+    name = on if on in scores else next(iter(scores))
+    if on == "mean":
+        name = f"mean of {len(scores)} benchmarks"
+        scores[name] = np.array(list(scores.values()))
+    heights, margins = with_margins(scores[name])
+    figure, axes = canvas(1, 2, 4.5, 4.2 + 0.18 * len(heights), sharey=True)
+    for axis, field, unit, label in (
+        (axes[0, 0], "parameters", 1e6, "parameters (millions)"),
+        (axes[0, 1], "ms_per_image", 1, f"time per image (ms, {study.device_used})"),
     ):
-        x = [p[column] for p in points]
-        if max(x) > 5 * min(x):
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            axis.set_xlim(0, 1.2 * max(x))
+        sizes = [study.cards[model][field] / unit for model in study.models]
+        against(axis, sizes, heights, margins, study)
         axis.set_xlabel(label)
-        axis.margins(0.15)
-        axis.grid(alpha=0.3)
-    low, high = (f(p[1] for p in points) for f in (min, max))
-    gap = max(
-        0.15 * (high - low), 0.05 - (high - low) / 2
-    )  # a span of 0.1 at least: noise is not to look like news
-    axes[0].set_ylim(low - gap, high + gap)
-    axes[0].set_ylabel(
-        "kNN accuracy"
-        + (f", mean of {len(names)} benchmarks" if len(names) > 1 else f" on {names[0]}")
+    axes[0, 0].set_ylabel(f"kNN accuracy, {name}, with 95 % interval over folds")
+    middle = (heights.max() + heights.min()) / 2
+    reach = max(0.05, 1.15 * np.abs([heights - margins - middle, heights + margins - middle]).max())
+    axes[0, 0].set_ylim(middle - reach, middle + reach)  # 0.1 at least: noise is no news
+    handles = axes[0, 1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=1 + (len(heights) > 3))
+    save_figure(figure, Path(study.results) / "figure1.png")
+
+
+def with_margins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and half its 95 % interval of scores ([benchmarks,] models, 3): mean, sd and folds."""
+    from scipy.stats import t
+
+    value, sd, folds = np.moveaxis(scores.reshape(-1, *scores.shape[-2:]), -1, 0)
+    margins = t.ppf(0.975, np.maximum(folds - 1, 1)) * sd / np.sqrt(folds)
+    return value.mean(0), np.sqrt((margins**2).sum(0)) / len(value)
+
+
+def against(axis, x: list[float], y: np.ndarray, margins: np.ndarray, study: Study) -> None:
+    """One half of Figure 1: a mark per model; the axis is logarithmic where x spans a factor of 5."""
+    marks = {"teacher": "^", "before distillation": "s", "": "o"}
+    for i, name in enumerate(study.models):
+        part = role(name, study)
+        mark, label = marks.get(part, "*"), f"{display(name)}, {part}" if part else display(name)
+        axis.errorbar(x[i], y[i], margins[i], fmt=mark, ms=9, capsize=4, color=f"C{i}", label=label)
+    if max(x) > 5 * min(x):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+    else:
+        axis.set_xlim(0, 1.2 * max(x))
+    axis.margins(0.15)
+    axis.grid()
+
+
+def draw_benchmark(
+    benchmark: Benchmark, predictions: dict[str, dict], study: Study, key: str = ""
+) -> None:
+    """Below results/pictures: confusion and CKA matrices of all models, and a gallery for each.
+
+    key: of what the pictures show; those that are there with it stay as they are.
+    """
+    folder, mean = Path(study.results) / "pictures", means(study.results)
+    draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
+    for kind, draw in draws.items():
+        path = folder / f"{kind}-{safe(benchmark.name)}.png"
+        if not is_drawn(path, key) and (kind != "cka" or len(predictions) > 1):
+            save_figure(draw(benchmark, predictions, mean), path, key)
+    for name, predicted in predictions.items():
+        path = folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png"
+        if not is_drawn(path, key):
+            save_figure(draw_gallery(benchmark, name, predicted), path, key)
+
+
+def draw_confusion(benchmark: Benchmark, predictions: dict[str, dict], _: dict):
+    """The confusion matrix of each model's kNN, in percent of each true class."""
+    n = len(benchmark.classes)
+    side = max(2.6, 0.55 * n + 1.3)
+    figure, axes = canvas(1, len(predictions), side, side, sharey=True)
+    for axis, (name, predicted) in zip(axes[0], predictions.items(), strict=True):
+        table = np.zeros((n, n))
+        np.add.at(table, (benchmark.labels, predicted["knn"]), 1)
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+        heat(axis, 100 * share, 100, "{:.0f}", benchmark.classes)
+        axis.set(title=display(name), xlabel="predicted class")
+    axes[0, 0].set_ylabel("true class")
+    figure.suptitle(f"{benchmark.name}: kNN, percent of each true class")
+    return figure
+
+
+def draw_cka(benchmark: Benchmark, predictions: dict[str, dict], mean: dict):
+    """The unbiased CKA of every pair of models."""
+    names = [display(name) for name in predictions]
+    keys = [[("cka", "unbiased", a, benchmark.name, b) for b in names] for a in names]
+    matrix = np.array([[mean.get(key, (1.0,))[0] for key in row] for row in keys])
+    side = 1.1 * len(names) + 2
+    figure, axes = canvas(1, 1, side, side)
+    heat(axes[0, 0], matrix, 1, "{:.2f}", names)
+    figure.suptitle(f"{benchmark.name}: unbiased CKA of every pair of models")
+    return figure
+
+
+def heat(axis, values: np.ndarray, top: float, form: str, names: list[str]) -> None:
+    """A matrix of numbers from 0 to `top` as colours, each with its text; rows and columns have
+    names.
+    """
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=top)
+    for (i, j), value in np.ndenumerate(values):
+        ink = "white" if value > 0.6 * top else "black"
+        if value >= 0.005 * top:
+            axis.text(j, i, form.format(value), ha="center", va="center", color=ink)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), names)
+
+
+def draw_gallery(benchmark: Benchmark, name: str, predicted: dict):
+    """Three queries that kNN got right and three that it got wrong, each with its neighbours."""
+    labels, guess, neighbors = benchmark.labels, predicted["knn"], predicted["neighbors"]
+    lines = []
+    for row in worth_seeing(labels, guess, neighbors):
+        told = (
+            "right" if guess[row] == labels[row] else f"predicted {benchmark.classes[guess[row]]}"
+        )
+        line = [(picture(benchmark, row), f"{benchmark.classes[labels[row]]}\n{told}", "query")]
+        for i in neighbors[row, :6][neighbors[row, :6] >= 0]:
+            frame = "the query's class" if labels[i] == labels[row] else "another class"
+            line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))
+        lines.append(line)
+    title = (
+        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds"
     )
-    columns = 2 if len(handles) > 3 else 1
-    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.05 * -(-len(handles) // columns), 1, 1))
-    save_figure(figure, Path(args.results) / "figure1.png")
+    return draw_sheet(title, FRAMES, lines)
+
+
+def worth_seeing(labels: np.ndarray, guess: np.ndarray, neighbors: np.ndarray) -> list[int]:
+    """Three rows predicted right, at random, and three wrong, by the surest vote, of many classes.
+
+    Rows of neighbours (N, k) are those that voted for `guess` (N,).
+    """
+    luck = np.random.default_rng(0).random(len(labels))
+    sure = (labels[neighbors] == guess[:, None]).mean(1)
+    rows: list[int] = []
+    for order, hits in ((luck, guess == labels), (luck - sure * neighbors.size, guess != labels)):
+        pool = np.flatnonzero(hits)
+        pool = pool[np.argsort(order[pool])]
+        first = pool[np.sort(np.unique(labels[pool], return_index=True)[1])]
+        rows += list(dict.fromkeys([*first.tolist(), *pool.tolist()]))[:3]
+    return rows
 
 
 def picture(benchmark: Benchmark, i: int) -> np.ndarray:
     """One (H, W, 3) picture of item i: the image, the whole region, or the slide's thumbnail."""
+    source: Any = benchmark.images
     if benchmark.level == "slide":
-        with open_slide(benchmark.images.files[i]) as slide:
+        with open_slide(source.files[i]) as slide:
             return slide.thumbnail(256)
-    return (
-        read_image(benchmark.images.files[i])
-        if benchmark.level == "region"
-        else benchmark.images[i]
-    )
+    return read_image(source.files[i]) if benchmark.level == "region" else source[i]
 
 
-def draw_benchmark(
-    benchmark: Benchmark, predictions: dict[str, dict], args: Study
-) -> None:
-    """Below results/pictures: confusion matrices and CKA matrix of all models, and for each model a kNN gallery."""
-    import matplotlib.pyplot as plt
-
-    folder, classes, labels = Path(args.results) / "pictures", benchmark.classes, benchmark.labels
-    names, n = list(predictions), len(benchmark.classes)
-    side = max(2.6, 0.55 * n + 1.3)
-    figure, axes = plt.subplots(
-        1,
-        len(names),
-        figsize=(side * len(names), side),
-        squeeze=False,
-        sharey=True,
-        constrained_layout=True,
-    )
-    for axis, name in zip(axes[0], names, strict=True):
-        table = np.zeros((n, n))
-        np.add.at(table, (labels, predictions[name]["knn"]), 1)
-        share = table / np.maximum(table.sum(1, keepdims=True), 1)
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), value in np.ndenumerate(share):
-            if value >= 0.005:
-                axis.text(
-                    j,
-                    i,
-                    f"{100 * value:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if value > 0.6 else "black",
-                )
-        axis.set_title(display(name), fontsize=9)
-        axis.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(n), classes, fontsize=8)
-        axis.set_xlabel("said")
-    axes[0, 0].set_ylabel("true class")
-    figure.suptitle(f"{benchmark.name}: kNN, percent of each true class", fontsize=10)
-    save_figure(figure, folder / f"confusion-{safe(benchmark.name)}.png")
-
-    pairs = {
-        (r["model"], r["other"]): r["value"]
-        for r in read_metrics(args.results)
-        if r["protocol"] == "cka" and r["metric"] == "unbiased" and r["benchmark"] == benchmark.name
-    }
-    shown = [display(name) for name in names]
-    if len(shown) > 1:
-        matrix = np.array([[pairs.get((a, b), 1.0) for b in shown] for a in shown])
-        figure, axis = plt.subplots(
-            figsize=(1.1 * len(shown) + 2.4, 1.0 * len(shown) + 1.6), constrained_layout=True
-        )
-        axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
-        for (i, j), value in np.ndenumerate(matrix):
-            axis.text(
-                j,
-                i,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                color="black" if value > 0.6 else "white",
-            )
-        axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right", fontsize=8)
-        axis.set_yticks(range(len(shown)), shown, fontsize=8)
-        axis.set_title(f"{benchmark.name}: unbiased CKA of every pair of models", fontsize=10)
-        save_figure(figure, folder / f"cka-{safe(benchmark.name)}.png")
-
-    for name in names:
-        path = folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png"
-        draw_gallery(benchmark, name, predictions[name], path)
-
-
-def draw_gallery(benchmark: Benchmark, name: str, predicted: dict, path: Path) -> None:
-    """Three queries that kNN got right and three that it got wrong, each with its neighbours from other folds."""
-    labels, classes, guess, neighbors = (
-        benchmark.labels,
-        benchmark.classes,
-        predicted["knn"],
-        predicted["neighbors"],
-    )
-    certain, rng, rows = (labels[neighbors] == guess[:, None]).mean(1), np.random.default_rng(0), []
-    for hit in (
-        True,
-        False,
-    ):  # right ones at random, wrong ones with the surest vote: they are worth looking at
-        pool = np.flatnonzero((guess == labels) == hit)
-        pool = rng.permutation(pool) if hit else pool[np.argsort(-certain[pool], kind="stable")]
-        first = [
-            pool[labels[pool] == c][:1] for c in rng.permutation(len(classes))
-        ]  # differ in class
-        rows += list(dict.fromkeys(np.concatenate([*first, pool]).astype(int).tolist()))[:3]
-    colors, lines = {"query": "black", "the query's class": "#2a9d3a", "another": "#d62728"}, []
-    for row in rows:
-        said = "right" if guess[row] == labels[row] else f"said {classes[guess[row]]}"
-        lines.append([(picture(benchmark, row), f"{classes[labels[row]]}\n{said}", "black")])
-        lines[-1] += [
-            (
-                picture(benchmark, i),
-                classes[labels[i]],
-                colors["the query's class" if labels[i] == labels[row] else "another"],
-            )
-            for i in neighbors[row, :6]
-            if i >= 0
-        ]
-    draw_sheet(
-        path,
-        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds",
-        colors,
-        lines,
-    )
-
-
-def draw_sheet(
-    path: Path,
-    title: str,
-    colors: dict[str, str],
-    lines: list[list[tuple[np.ndarray, str, str]]],
-    side: int = 112,
-) -> None:
-    """A picture of lines of images (pixels, caption of one or two lines, frame colour), the first one set apart.
-
-    colors: what each frame colour means.
+def draw_sheet(title: str, colors: dict[str, str], lines: list[list[tuple]]):
+    """A figure of lines of images, each (pixels (H, W, 3), caption, a key of `colors` for its
+    frame).
     """
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    from matplotlib.patches import Patch
 
-    small, large, cell = ImageFont.load_default(13), ImageFont.load_default(15), side + 56
-    widths = [
-        36 + max(map(len, lines), default=1) * (side + 12),
-        24 + int(large.getlength(title)),
-        12 + sum(36 + int(small.getlength(meaning)) for meaning in colors),
-    ]
-    sheet = Image.new("RGB", (max(widths), 64 + len(lines) * cell), "white")
-    draw, x = ImageDraw.Draw(sheet), 12
-    draw.text((12, 8), title, "black", large)
-    for meaning, color in colors.items():
-        draw.rectangle((x, 36, x + 12, 48), fill=color)
-        draw.text((x + 18, 34), meaning, "#555555", small)
-        x += 36 + int(small.getlength(meaning))
-    for y, line in zip(range(64, 64 + len(lines) * cell, cell), lines, strict=True):
-        for j, (pixels, caption, color) in enumerate(line):
-            x = 12 + j * (side + 12) + (12 if j else 0)
-            for row, text in enumerate(caption.split("\n")):
-                while small.getlength(text) > side + 8:
-                    text = text[:-2] + "…"
-                draw.text((x - 4, y + 16 * row), text, "black", small)
-            draw.rectangle((x - 4, y + 36, x + side + 3, y + 36 + side + 7), fill=color)
-            sheet.paste(
-                ImageOps.pad(Image.fromarray(pixels), (side, side), color="white"), (x, y + 40)
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
-        sheet.save(temporary)
+    figure, axes = canvas(max(1, len(lines)), max(map(len, lines), default=1), 1.25, 1.6)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, line in zip(axes, lines, strict=False):
+        for axis, (pixels, caption, frame) in zip(row, line, strict=False):
+            axis.axis("on")
+            axis.imshow(pixels)
+            axis.set(xticks=[], yticks=[])
+            short = [text if len(text) < 22 else f"{text[:20]}…" for text in caption.split("\n")]
+            axis.set_title("\n".join(short), loc="left", fontsize=7)
+            axis.spines[:].set(visible=True, color=colors[frame], linewidth=3)
+    key = [Patch(color=color, label=meaning) for meaning, color in colors.items()]
+    figure.legend(handles=key, loc="outside lower center", ncols=len(key))
+    figure.suptitle(title)
+    return figure

@@ -1,7 +1,13 @@
-"""TODO."""
+"""Tables 1 and 2, the summary on the screen and report.md, drawn from recorded measurements alone.
+
+`study` names what is compared: found (benchmarks), models, teacher, baseline, cards (by model),
+results (folder) and the settings shown. `means` gathers the rows of metrics.jsonl, `Tables` makes
+tables of them, and `write_report` puts these beside what one must know to read them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,468 +16,333 @@ import numpy as np
 
 from g2l.features import display
 from g2l.files import safe, write_text
+from g2l.paper import paper_figure
 from g2l.protocols import FEW
 from g2l.results import Study, read_metrics
 
-# Tables 1 and 2 of arXiv 2510.11176, as far as a public digest of the paper (papernotes, AAAI 2026) gives them; where
-# our reference notes hold the same figure they agree. What is not here was not seen.
-PAPER_TABLES = {
-    protocol: {
-        row.split()[0]: {
-            model: float(value)
-            for model, value in zip(models, row.split()[1:], strict=True)
-            if value != "-"
-        }
-        for row in rows
-    }
-    for protocol, models, rows in [
-        (
-            "cka",
-            ("hibou-l", "G2L"),
-            [
-                "bracs 0.7594 0.9683",
-                "breakhis-40x 0.8909 0.9558",
-                "breakhis-100x 0.9147 0.9686",
-                "breakhis-200x 0.9230 0.9734",
-                "breakhis-400x 0.8995 0.9575",
-            ],
-        ),
-        (
-            "knn",
-            ("G2L", "h-optimus-0", "uni2-h", "hibou-l"),
-            [
-                "tils 0.9362 0.9344 0.9291 0.9214",
-                "tp53 0.6904 0.6598 0.6542 0.6504",
-                "idc 0.9232 0.9141 0.9165 0.9074",
-                "gleason 0.8988 0.8994 0.8678 0.8124",
-                "aggc 0.9243 0.9226 0.9170 0.8788",
-                "chimera 0.7657 0.7663 0.7605 0.7184",
-            ],
-        ),
-        (
-            "probe",
-            ("G2L", "h-optimus-0", "uni2-h", "hibou-l", "uni"),
-            [
-                "tils 0.9838 0.9822 0.9788 0.9827 -",
-                "tp53 0.8046 0.7603 0.6795 0.7085 -",
-                "idc 0.9796 0.9778 0.9756 0.9488 -",
-                "gleason 0.9841 0.9846 0.9790 0.9708 -",
-                "aggc 0.9958 0.9955 0.9956 0.9921 -",
-                "chimera 0.852 - 0.865 - 0.857",
-            ],
-        ),
-    ]
-}
-
-
-def paired_rows(
-    rows: list[dict], benchmarks: Sequence[str], args: Study
-) -> list[dict]:
-    """The paired differences between this run's models and its teacher and baseline, in their order."""
-    models = [display(n) for n in args.models]
-    ends = [display(n) for n in (args.teacher, args.baseline) if n in args.models]
-    found = [
-        r
-        for r in rows
-        if r["protocol"] == "paired"
-        and r["benchmark"] in benchmarks
-        and r["model"] in models
-        and r["other"] in ends
-        and not (args.teacher and r["model"] == display(args.teacher))
-    ]
-    return sorted(
-        found,
-        key=lambda r: (
-            benchmarks.index(r["benchmark"]),
-            models.index(r["model"]),
-            models.index(r["other"]),
-            list(WORDS).index(r["metric"]),
-        ),
-    )
+PAIRED = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}
 
 
 def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
-    """(protocol, metric, model, benchmark[, other]) -> mean, standard deviation and number over folds or seeds."""
+    """(protocol, metric, model, benchmark[, other]) -> mean, sd and number of folds or seeds."""
     found: dict[tuple, list[float]] = {}
     for row in read_metrics(results):
-        key = (row["protocol"], row["metric"], row["model"], row["benchmark"])
+        fields = ("protocol", "metric", "model", "benchmark", "other")
+        key = tuple(row[field] for field in fields if field in row)
         if row["value"] is not None:
-            found.setdefault((*key, row["other"]) if "other" in row else key, []).append(
-                row["value"]
-            )
+            found.setdefault(key, []).append(row["value"])
     return {
         key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
         for key, v in found.items()
     }
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    table = [head, ["---"] * len(head), *rows]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in table]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def ranked(values: Sequence[float | None], texts: list[str]) -> list[str]:
+    """The best text bold, the second underlined, as the paper prints."""
+    rounded = [None if v is None else round(v, 4) for v in values]
+    order = sorted({v for v in rounded if v is not None}, reverse=True)
+    marks: dict[float | None, str] = {
+        v: mark for v, mark in zip(order, ("**{}**", "<u>{}</u>"), strict=False)
+    }
+    return [marks.get(v, "{}").format(t) for v, t in zip(rounded, texts, strict=True)]
+
+
 def families(names: Sequence[str]) -> dict[str, list[str]]:
-    """Rows of a table: each benchmark, and before the magnifications of one (NAME-40x ...) their average."""
+    """Rows of a table: each benchmark, and before magnifications (NAME-40x ...) their mean."""
+    stems = [re.sub(r"-\d+x$", "", name) for name in names]
     rows: dict[str, list[str]] = {}
-    for name in names:
-        stem = re.sub(r"-\d+x$", "", name)
-        same = [n for n in names if n != name and re.sub(r"-\d+x$", "", n) == stem]
-        if stem != name and same:
-            rows.setdefault(
-                f"{stem} (mean of {len(same) + 1})", sorted([name, *same], key=list(names).index)
-            )
+    for name, stem in zip(names, stems, strict=True):
+        members = [n for n, other in zip(names, stems, strict=True) if other == stem]
+        if stem != name and len(members) > 1:
+            rows.setdefault(f"{stem} (mean of {len(members)})", members)
         rows[name] = [name]
     return rows
 
 
-def ranked(values: list[float | None], texts: list[str]) -> list[str]:
-    """The best text bold, the second underlined, as the paper prints."""
-    order = sorted({round(v, 4) for v in values if v is not None}, reverse=True)
-    place = [order.index(round(v, 4)) if v is not None else 9 for v in values]
-    return [
-        f"**{t}**" if p == 0 else f"<u>{t}</u>" if p == 1 else t
-        for p, t in zip(place, texts, strict=True)
-    ]
+class Tables:
+    """What Tables 1 and 2 of a study are made of."""
 
+    def __init__(self, study: Study):
+        self.study = study
+        self.rows = read_metrics(study.results)
+        self.mean = means(study.results)
+        self.models = [display(n) for n in study.models]
+        self.teacher = display(study.teacher) if study.teacher in study.models else None
+        self.metadata = {r["model"]: r["metadata"] for r in self.rows if r["protocol"] == "model"}
+        self.data = {r["benchmark"]: r for r in self.rows if r["protocol"] == "data"}
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [
-        [cell.replace("|", "\\|") for cell in row] for row in [head, ["---"] * len(head), *rows]
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    def average(self, members: list[str], protocol: str, metric: str, model: str, *other):
+        """Mean and standard deviation, averaged over benchmarks; None unless each has them."""
+        keys = [(protocol, metric, model, benchmark, *other) for benchmark in members]
+        if any(key not in self.mean for key in keys):
+            return None, None
+        return np.mean([self.mean[key][:2] for key in keys], 0).tolist()
 
+    def body(self, names: Sequence[str], models: list[str], cell: Callable, paper: str = ""):
+        """Label, benchmarks and ranked cells of each row.
 
-def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
-    """The paper's own figure for this model and benchmark, or an empty string where none was found."""
-    meta = about.get(model, {})
-    name = (
-        "G2L"
-        if meta.get("teacher") == "h-optimus-0" and meta.get("student") == "hibou-l"
-        else model
-    )
-    value = (
-        PAPER_TABLES.get(protocol, {})
-        .get(benchmark.replace("breakhis-binary", "breakhis"), {})
-        .get(name)
-    )
-    return f" (paper {value:.3f})" if value else ""
+        cell(benchmarks, model) gives value and text; `paper` names the paper's measure beside it.
+        """
+        for label, members in families(names).items():
+            values, texts = [], []
+            for model in models:
+                value, text = cell(members, model)
+                if value is not None:
+                    row = label.removesuffix(" (mean of 4)")
+                    if paper == "cka":
+                        row = row.replace("-binary", "")
+                    text += paper_figure(paper, row, model, self.metadata.get(model, {}))
+                    marked = any(model in self.data[b]["marked"] for b in members)
+                    text += " ⚠" if marked else ""
+                values.append(value)
+                texts.append(text)
+            yield label, members, ranked(values, texts)
 
-
-def write_tables(args: Study) -> str:
-    """table1.md and table2.md from metrics.jsonl alone; returns their text."""
-    rows, mean, models = (
-        read_metrics(args.results),
-        means(args.results),
-        [display(n) for n in args.models],
-    )
-    about = {r["model"]: r["metadata"] for r in rows if r["protocol"] == "model"}
-    data = {r["benchmark"]: r for r in rows if r["protocol"] == "data"}
-    sources = {
-        b.name: [o.source for o in args.found[:i] if o.source] for i, b in enumerate(args.found)
-    }
-    names, teacher = (
-        [b.name for b in args.found],
-        display(args.teacher) if args.teacher in args.models else None,
-    )
-
-    def average(members: list[str], *key: str, column: int = 0) -> float | None:
-        """Mean over benchmarks of mean (column 0) or standard deviation (1); key: protocol, metric, model[, other]."""
-        keys = [(*key[:3], b, *key[3:]) for b in members]
+    def table1(self) -> str:
+        """Table 1: CKA of every other model to the teacher; empty without a teacher or others."""
+        others = [m for m in self.models if m != self.teacher]
+        if not self.teacher or not others:
+            return ""
+        names, sources = [], set()
+        for benchmark in self.study.found:  # several tasks may share their images
+            if not benchmark.source or benchmark.source not in sources:
+                names.append(benchmark.name)
+            sources.add(benchmark.source)
+        rows = []
+        for label, members, cells in self.body(names, others, self.alignment, "cka"):
+            images = sum(self.data[b]["value"] for b in members)
+            rows.append([label.replace("-binary", ""), str(images), *cells])
         return (
-            float(np.mean([mean[k][column] for k in keys]))
-            if all(k in mean for k in keys)
-            else None
+            f"# Table 1: CKA to {self.teacher}\n\nUnbiased CKA ± its standard error (jackknife "
+            "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows of "
+            "one side shuffled: its chance level]. Unrelated features have an unbiased CKA of 0. The "
+            "embeddings are those used downstream, before the projector. Bold: best, underlined: "
+            "second."
+            "\n\n" + markdown(["benchmark", "images", *others], rows)
         )
 
-    def lines(
-        protocol: str, columns: list[str], chance: Callable, cell: Callable
-    ) -> list[list[str]]:
-        """A row per benchmark: name, chance, and the ranked cells (value, text) of the models."""
-        table = []
-        kept = [
-            b.name
-            for b in args.found
-            if protocol != "cka" or b.source not in sources.get(b.name, ())
-        ]
-        for label, members in families(kept).items():
-            cells = [cell(members, m) for m in columns]
-            texts = [
-                "–"
-                if v is None
-                else t
-                + (paper_value(protocol, m, label, about) if len(members) == 1 else "")
-                + (" ⚠" if any(m in data[b]["marked"] for b in members) else "")
-                for m, (v, t) in zip(columns, cells, strict=True)
-            ]
-            label = (
-                label.replace("-binary", "") if protocol == "cka" else label
-            )  # the same images for both tasks
-            table.append([label, chance(members), *ranked([v for v, _ in cells], texts)])
-        return table
-
-    def alignment(members: list[str], m: str) -> tuple[float | None, str]:
+    def alignment(self, members: list[str], model: str) -> tuple[float | None, str]:
+        """A cell of Table 1."""
         value, se, biased, floor = (
-            average(members, "cka", part, m, teacher)
+            self.average(members, "cka", part, model, self.teacher)[0]
             for part in ("unbiased", "se", "biased", "floor")
         )
-        return value, "" if value is None else (
-            f"{value:.3f}"
-            + ("" if se is None else f" ± {se:.3f}")
-            + f" · {biased:.3f} [{floor:.3f}]"
-        )
+        if value is None:
+            return None, "–"
+        error = "" if se is None else f" ± {se:.3f}"
+        return value, f"{value:.3f}{error} · {biased:.3f} [{floor:.3f}]"
 
-    one, others = "", [m for m in models if m != teacher]
-    if teacher and others:
-        table = lines(
-            "cka", others, lambda members: str(sum(data[b]["value"] for b in members)), alignment
-        )
-        one = (
-            f"# Table 1: CKA to {teacher}\n\nUnbiased CKA ± its standard error (jackknife over up to ten parts of "
-            "whole groups) · biased CKA [what is left of it with the rows of one side shuffled: its chance level]. "
-            "Unrelated features have an unbiased CKA of 0. Embeddings as used downstream, before the projector. "
-            "Bold: best, underlined: second.\n\n"
-            + markdown(["benchmark", "images", *others], table)
-        )
-        write_text(Path(args.results) / "table1.md", one)
-
-    two = [
-        "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or the data set's best "
-        "proxy) on one side. Bold: best, underlined: second; a difference counts only where the paired comparison "
-        "below says so."
-        + (
-            " ⚠: the student has seen some of the patients."
-            if any(data[b]["marked"] for b in names)
-            else ""
-        )
-    ]
-    knn = f"kNN (PCA {args.pca_dims}, k = {args.k}, majority vote)"
-    kinds = [
-        ("knn", "accuracy", f"{knn}: accuracy, mean ± sd over folds"),
-        ("knn", "balanced accuracy", f"{knn}: balanced accuracy of all folds together"),
-        ("probe", "auc", "Linear probe (6:2:2): AUC (macro one-vs-rest), mean ± sd over seeds"),
-        (
-            "probe",
-            "balanced accuracy",
-            "Linear probe (6:2:2): balanced accuracy, mean ± sd over seeds",
-        ),
-    ]
-    if args.paper_splits:
-        kinds += [
-            (
-                f"{protocol}-ungrouped",
-                metric,
-                f"{title}, ungrouped: a patient on both sides (leaks; only to "
-                "compare with published numbers)",
-            )
-            for protocol, metric, title in (kinds[0], kinds[2])
+    def table2(self) -> str:
+        """Table 2: kNN and linear probe of every model, then the paired differences."""
+        study = self.study
+        knn = f"kNN (PCA {study.pca_dims}, k = {study.k}, majority vote)"
+        probe = "Linear probe (6:2:2)"
+        kinds = [
+            ("knn", "accuracy", f"{knn}: accuracy, mean ± sd over folds"),
+            ("knn", "balanced accuracy", f"{knn}: balanced accuracy of all folds together"),
+            ("probe", "auc", f"{probe}: AUC (macro one-vs-rest), mean ± sd over seeds"),
+            ("probe", "balanced accuracy", f"{probe}: balanced accuracy, mean ± sd over seeds"),
         ]
-    for protocol, metric, title in kinds:
-
-        def chance(members: list[str], protocol: str = protocol, metric: str = metric) -> str:
-            common = (
-                average(members, protocol, "majority", m) for m in models
-            )  # the same for each that has it
-            value = (
-                next((v for v in common if v is not None), None)
-                if metric == "accuracy"
-                else 0.5
-                if metric == "auc"
-                else np.mean([1 / np.count_nonzero(data[b]["counts"]) for b in members])
+        if study.paper_splits:
+            for protocol, metric, title in (kinds[0], kinds[2]):
+                leaky = "ungrouped: a patient may be on both sides, which leaks (only to compare)"
+                kinds.append((f"{protocol}-ungrouped", metric, f"{title}, {leaky}"))
+        marked = any(self.data[b.name]["marked"] for b in study.found)
+        text = [
+            "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
+            "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
+            "counts only where the paired comparison below says so."
+            + (" ⚠: the student has seen some of the patients." if marked else "")
+        ]
+        text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
+        rows = [
+            [
+                *(row["benchmark"], row["model"], row["other"]),
+                *(PAIRED[row["metric"]], with_interval(row), verdict(row)),
+            ]
+            for row in self.paired([b.name for b in study.found])
+        ]
+        if rows:
+            head = ["benchmark", "model", "other", "measure", "difference", "reading"]
+            text.append(
+                "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 "
+                "resamplings of whole groups; for CKA by the jackknife. Fewer than "
+                f"{FEW} groups allow none.\n\n" + markdown(head, rows)
             )
-            return "–" if value is None else f"{value:.3f}"
+        return "\n\n".join(text)
 
-        def cell(
-            members: list[str], m: str, protocol: str = protocol, metric: str = metric
-        ) -> tuple:
-            value, sd = (average(members, protocol, metric, m, column=column) for column in (0, 1))
-            return value, "" if value is None else f"{value:.3f}" + (f" ± {sd:.3f}" if sd else "")
+    def scores(self, protocol: str, metric: str) -> str:
+        """One measure of Table 2, every benchmark and model."""
 
-        table = lines(protocol if metric in ("accuracy", "auc") else "", models, chance, cell)
-        two.append(
-            f"## {title}\n\n"
-            + markdown(
-                ["benchmark", "majority class" if metric == "accuracy" else "chance", *models],
-                table,
+        def cell(members: list[str], model: str) -> tuple[float | None, str]:
+            value, sd = self.average(members, protocol, metric, model)
+            return value, score(value, sd)
+
+        paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
+        rows = [
+            [label, self.chance(members, protocol, metric), *cells]
+            for label, members, cells in self.body(
+                [b.name for b in self.study.found], self.models, cell, paper
             )
-        )
-    table = [
-        [r["benchmark"], r["model"], r["other"], WORDS[r["metric"]], with_interval(r), verdict(r)]
-        for r in paired_rows(rows, names, args)
-    ]
-    if table:
-        two.append(
-            "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 resamplings of whole "
-            f"groups; for CKA by the jackknife. Fewer than {FEW} groups allow none.\n\n"
-            + markdown(["benchmark", "model", "other", "measure", "difference", "reading"], table)
-        )
-    two = "\n\n".join(two)
-    write_text(Path(args.results) / "table2.md", two)
-    return one + "\n\n" + two
+        ]
+        blind = "majority class" if metric == "accuracy" else "chance"
+        return markdown(["benchmark", blind, *self.models], rows)
+
+    def chance(self, members: list[str], protocol: str, metric: str) -> str:
+        """What a guess scores: the commonest class, half the area, or one class of all."""
+        if metric == "accuracy":
+            known = [self.average(members, protocol, "majority", m)[0] for m in self.models]
+            value = next((v for v in known if v is not None), None)  # the same for all that have it
+        elif metric == "auc":
+            value = 0.5
+        else:
+            value = np.mean([1 / np.count_nonzero(self.data[b]["counts"]) for b in members])
+        return score(value)
+
+    def paired(self, benchmarks: list[str]) -> list[dict]:
+        """The paired differences of the models to the teacher and the baseline, in their order."""
+        ends = [display(n) for n in (self.study.teacher, self.study.baseline)]
+        rows = {
+            (r["benchmark"], r["model"], r["other"], r["metric"]): r
+            for r in self.rows
+            if r["protocol"] == "paired" and r["other"] in self.models
+        }
+        order = itertools.product(benchmarks, self.models, self.models, PAIRED)
+        return [
+            rows[key] for key in order if key in rows and key[2] in ends and key[1] != self.teacher
+        ]
+
+    def summary(self, benchmark: str) -> list[str]:
+        """Lines about one benchmark for the screen."""
+        data, width = self.data[benchmark], max(map(len, self.models)) + 2
+        lines = [
+            "",
+            f"{benchmark}: {data['value']} images, {np.count_nonzero(data['counts'])} classes, "
+            f"{data['groups']} groups (never on both sides of a split)",
+            f"{'':{width}}{'params':>9}{'ms/img':>8}   {'CKA to teacher':<16}{'kNN accuracy':<16}"
+            "probe AUC",
+        ]
+        for model, about in zip(self.models, self.study.cards.values(), strict=True):
+            value = self.average([benchmark], "cka", "unbiased", model, self.teacher)[0]
+            se = self.average([benchmark], "cka", "se", model, self.teacher)[0]
+            cka = "teacher" if model == self.teacher else score(value, se)
+            knn = score(*self.average([benchmark], "knn", "accuracy", model))
+            probe = score(*self.average([benchmark], "probe", "auc", model))
+            lines.append(
+                f"{model:{width}}{about['parameters'] / 1e6:>7.1f} M"
+                f"{about['ms_per_image']:>8.1f}   {cka:<16}{knn:<16}{probe}"
+            )
+        majority = self.chance([benchmark], "knn", "accuracy")
+        lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}{majority:<16}0.500")
+        for row in self.paired([benchmark]):
+            lines.append(
+                f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
+                f"{with_interval(row)}, {verdict(row)}"
+            )
+        return lines + [f"  note: {note}" for note in data["notes"]]
 
 
-WORDS = {
-    "cka": "CKA to teacher",
-    "knn": "kNN accuracy",
-    "probe": "probe AUC",
-}  # of paired differences
+def score(value: float | None, spread: float | None = None) -> str:
+    """Three decimals, with the spread where there is one; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + (f" ± {spread:.3f}" if spread else "")
 
 
 def verdict(row: dict) -> str:
     """A paired difference in a word: better, worse, or no difference that the data can show."""
     if row["low"] is None:
         return "too few groups to tell"
-    return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "within noise"
+    if row["low"] > 0:
+        return "better"
+    return "worse" if row["high"] < 0 else "within noise"
 
 
 def with_interval(row: dict) -> str:
     """A paired difference with its interval, where there is one."""
-    return f"{row['value']:+.3f}" + (
-        "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
-    )
+    known = row["low"] is not None
+    return f"{row['value']:+.3f}" + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if known else "")
 
 
-def role(name: str, args: Study) -> str:
+def write_tables(study: Study) -> str:
+    """table1.md and table2.md from metrics.jsonl alone; returns their text."""
+    tables = Tables(study)
+    one, two = tables.table1(), tables.table2()
+    if one:
+        write_text(Path(study.results) / "table1.md", one)
+    write_text(Path(study.results) / "table2.md", two)
+    return one + "\n\n" + two
+
+
+def summarize(study: Study) -> str:
+    """One screen: per benchmark and model CKA, kNN and probe beside chance, and the verdicts."""
+    tables = Tables(study)
+    return "\n".join(line for b in study.found for line in tables.summary(b.name))
+
+
+def role(name: str, study: Study) -> str:
     """What a model is in this comparison: teacher, before or after distillation, or nothing."""
-    origin = args.cards[name]["metadata"].get("teacher")
-    return (
-        "teacher"
-        if name == args.teacher
-        else "before distillation"
-        if name == args.baseline
-        else f"distilled from {display(origin)}"
-        if origin
-        else ""
-    )
+    if name == study.teacher:
+        return "teacher"
+    if name == study.baseline:
+        return "before distillation"
+    origin = study.cards[name]["metadata"].get("teacher")
+    return f"distilled from {display(origin)}" if origin else ""
 
 
-def write_report(args: Study, tables: str, failures: list[str]) -> None:
+def write_report(study: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
-    names = [b.name for b in args.found if b.name in data]
-    models = [
-        [
-            display(n),
-            role(n, args),
-            f"{c['parameters'] / 1e6:,.1f} M",
-            str(c["dim"]),
-            c["embedding"],
-            str(c["input_size"]),
-            f"{c['ms_per_image']:.1f}",
-            str(c["weights"]),
-        ]
-        for n, c in args.cards.items()
+    command = " ".join(["python evaluate.py", *study.argv])
+    text = ["# Evaluation", f"Written by `{command}` on {study.device_used}."]
+    if failures:
+        text.append("**Not evaluated:** " + "; ".join(failures))
+    shown = not study.no_pictures
+    if shown and (Path(study.results) / "figure1.png").is_file():
+        text.append("![accuracy against size and time](figure1.png)")
+    text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
+    text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
+    if shown:
+        text += [f"## {b.name}\n\n" + picture_links(study, b.name) for b in study.found]
+    write_text(Path(study.results) / "report.md", "\n\n".join(text))
+
+
+def model_table(study: Study) -> str:
+    """What each model is, with its size and speed."""
+    head = ["model", "role", "parameters", "width", "embedding", "input px"]
+    rows = []
+    for name, card in study.cards.items():
+        size, speed = f"{card['parameters'] / 1e6:,.1f} M", f"{card['ms_per_image']:.1f}"
+        rows.append([display(name), role(name, study), size, str(card["dim"]), card["embedding"]])
+        rows[-1] += [str(card["input_size"]), speed, str(card["weights"])]
+    return markdown([*head, f"ms per image ({study.device_used})", "weights"], rows)
+
+
+def benchmark_table(study: Study) -> str:
+    """What each benchmark holds, and what is to be known of it."""
+    rows, data = [], Tables(study).data
+    for about in (data[b.name] for b in study.found):
+        counts = zip(about["classes"], about["counts"], strict=True)
+        rows.append([about["benchmark"], about["level"], str(about["value"]), str(about["groups"])])
+        rows[-1].append(", ".join(f"{kind} {count}" for kind, count in counts))
+        rows[-1].append("; ".join(about["notes"]) or "–")
+    return markdown(["benchmark", "level", "images", "groups", "classes", "notes"], rows)
+
+
+def picture_links(study: Study, benchmark: str) -> str:
+    """Links to the pictures of a benchmark that are there."""
+    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in ("confusion", "cka")]
+    names += [
+        ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]
-    benchmarks = [
-        [
-            b,
-            data[b]["level"],
-            str(data[b]["value"]),
-            str(data[b]["groups"]),
-            ", ".join(
-                f"{c} {n}" for c, n in zip(data[b]["classes"], data[b]["counts"], strict=True)
-            ),
-            "; ".join(data[b]["notes"]) or "–",
-        ]
-        for b in names
-    ]
-    pictures = [
-        f"## {b}\n\n"
-        + "\n\n".join(
-            f"![{kind} of {b}](pictures/{kind}-{safe(b)}{tail}.png)"
-            for kind, tail in [
-                ("confusion", ""),
-                ("cka", ""),
-                *(("gallery", f"-{safe(display(n))}") for n in args.models),
-            ]
-            if (Path(args.results) / "pictures" / f"{kind}-{safe(b)}{tail}.png").is_file()
-        )
-        for b in names
-    ]
-    if args.no_pictures:
-        pictures = []
-    write_text(
-        Path(args.results) / "report.md",
-        "\n\n".join(
-            [
-                "# Evaluation",
-                "Written by `"
-                + " ".join(["python evaluate.py", *args.argv])
-                + f"` on {args.device_used}.",
-                *(["**Not evaluated:** " + "; ".join(failures)] if failures else []),
-                *(
-                    ["![accuracy against size and time](figure1.png)"]
-                    if (Path(args.results) / "figure1.png").is_file() and not args.no_pictures
-                    else []
-                ),
-                "## Models\n\n"
-                + markdown(
-                    [
-                        "model",
-                        "role",
-                        "parameters",
-                        "width",
-                        "embedding",
-                        "input px",
-                        f"ms per image ({args.device_used})",
-                        "weights",
-                    ],
-                    models,
-                ),
-                "## Benchmarks\n\n"
-                + markdown(
-                    ["benchmark", "level", "images", "groups", "classes", "notes"], benchmarks
-                ),
-                tables.replace("\n## ", "\n### ").replace("# Table", "## Table"),
-                *pictures,
-            ]
-        ),
+    return "\n\n".join(
+        f"![{kind} of {benchmark}](pictures/{name}.png)"
+        for kind, name in names
+        if (Path(study.results) / "pictures" / f"{name}.png").is_file()
     )
-
-
-def summarize(args: Study) -> str:
-    """One screen: per benchmark and model CKA, kNN and probe beside chance, and what the paired comparison allows."""
-    mean, rows, shown = (
-        means(args.results),
-        read_metrics(args.results),
-        [display(n) for n in args.models],
-    )
-    width, teacher, lines = (
-        max(map(len, shown)) + 2,
-        display(args.teacher) if args.teacher else None,
-        [],
-    )
-
-    def form(*key: str, spread: float | None = None) -> str:
-        if key not in mean:
-            return "–"
-        spread = mean[key][1] if spread is None else spread
-        return f"{mean[key][0]:.3f}" + (f" ± {spread:.3f}" if spread else "")
-
-    for b, d in [
-        (b.name, r)
-        for b in args.found
-        for r in rows
-        if r["protocol"] == "data" and r["benchmark"] == b.name
-    ]:
-        lines += [
-            "",
-            f"{b}: {d['value']} images, {np.count_nonzero(d['counts'])} classes, {d['groups']} groups (never "
-            "on both sides of a split)",
-            f"{'':{width}}{'params':>9}{'ms/img':>8}   {'CKA to teacher':<16}{'kNN accuracy':<16}probe AUC",
-        ]
-        for m, about in zip(shown, args.cards.values(), strict=True):
-            se = mean.get(("cka", "se", m, b, teacher), (0,))[0]
-            cka = "teacher" if m == teacher else form("cka", "unbiased", m, b, teacher, spread=se)
-            lines.append(
-                f"{m:{width}}{about['parameters'] / 1e6:>7.1f} M{about['ms_per_image']:>8.1f}   {cka:<16}"
-                f"{form('knn', 'accuracy', m, b):<16}{form('probe', 'auc', m, b)}"
-            )
-        common = next(
-            (m for m in shown if ("knn", "majority", m, b) in mean), ""
-        )  # the same for each that has it
-        lines.append(
-            f"{'majority class / chance':{width + 20}}{'0.000':<16}"
-            f"{form('knn', 'majority', common, b, spread=0):<16}0.500"
-        )
-        lines += [
-            f"  {r['model']} against {r['other']}: {WORDS[r['metric']]} {with_interval(r)}, {verdict(r)}"
-            for r in paired_rows(rows, [b], args)
-        ]
-        lines += [f"  note: {note}" for note in d["notes"]]
-    return "\n".join(lines)

@@ -1,4 +1,10 @@
-"""TODO."""
+"""The robustness index: which neighbours count, what chance gives, and how sure one may be.
+
+For every patch `neighbors` finds the nearest others, `tally` counts them by class and centre (SS,
+SO, OS, OO), and the indices are ratios of the totals. `chance` gives the same counts for blind
+features. `measure` puts this beside kNN and linear probes for class and centre, and `intervals`
+resamples patients.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,9 @@ import numpy as np
 from g2l.protocols import FEW, recall, vote
 
 DRAWS = 1000  # bootstrap resamples of the patients
-
-
 KS = (3, 5, 10, 20)
+BLIND_WIDTH = 32  # of random features
+DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
 
 
 def codes(values: Sequence) -> np.ndarray:
@@ -23,7 +29,9 @@ def codes(values: Sequence) -> np.ndarray:
 
 
 def alike(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For integer labels (n,): of each row the number and the size of the group of rows that agree in all `parts`."""
+    """Of each row the number and the size of the group of rows that agree in all `parts`, (n,)
+    ints.
+    """
     _, group, counts = np.unique(np.stack(parts), axis=1, return_inverse=True, return_counts=True)
     return group.ravel(), counts[group.ravel()]
 
@@ -45,16 +53,15 @@ def draw_sample(
     per_center: bool,
     seed: int,
 ) -> np.ndarray:
-    """Sorted rows of one sample: `count` patches of each class (each class and centre if `per_center`); 0 takes all.
+    """Sorted rows of a sample: `count` patches of each class, or of each class and centre; 0 takes
+    all.
 
-    Centres take turns within a class, and slides within a centre, so the sample is spread as evenly as the data allow;
-    a centre that has run out leaves its turns to the others.
+    Centres take turns within a class, and slides within a centre, so the sample is spread as evenly
+    as the data allow; a centre that has run out leaves its turns to the others.
     """
     if not count:
         return np.arange(len(labels))
-    luck = np.random.default_rng(seed).random(
-        len(labels)
-    )  # below 1: decides between equal turns only
+    luck = np.random.default_rng(seed).random(len(labels))  # below 1: decides between equal turns
     turn = rank_within(rank_within(luck, labels, centers, slides) + luck, labels, centers)
     return np.flatnonzero((turn if per_center else rank_within(turn + luck, labels)) < count)
 
@@ -62,8 +69,11 @@ def draw_sample(
 def neighbors(
     x: np.ndarray, k: int, slides: np.ndarray | None, normalize: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D), itself and its own
-    slide left out (`slides` None: only itself); -1 where no candidate is left."""
+    """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D).
+
+    Itself and its own slide are left out (`slides` None: only itself); -1 where no candidate is
+    left.
+    """
     import torch
 
     from kernels import knn
@@ -80,33 +90,43 @@ def neighbors(
 
 
 def tally(rows: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k) of each patch."""
+    """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
     tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
-    return (
-        np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place]) & (rows >= 0)
-    ).cumsum(-1)
+    kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
+    return (kinds & (rows >= 0)).cumsum(-1)
 
 
 def candidates(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | None) -> np.ndarray:
-    """How many SS, SO, OS, OO each patch can choose its neighbours from: (4, n), itself and its own slide left out."""
+    """How many SS, SO, OS, OO each patch may choose from: (4, n), itself and its own slide left
+    out.
+    """
     slides = np.arange(len(labels)) if slides is None else slides
-    left = lambda *parts: alike(*parts)[1] - alike(*parts, slides)[1]  # noqa: E731
-    both, tissue, place = left(labels, centers), left(labels), left(centers)
-    return np.stack(
-        [both, tissue - both, place - both, left(np.zeros_like(labels)) - tissue - place + both]
+    both, tissue, place, every = (
+        alike(*parts)[1] - alike(*parts, slides)[1]
+        for parts in ((labels, centers), (labels,), (centers,), (np.zeros_like(labels),))
     )
+    return np.stack([both, tissue - both, place - both, every - tissue - place + both])
+
+
+def deciding(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | None) -> float:
+    """Share of the patches that can choose between their class elsewhere (SO) and their centre
+    (OS).
+    """
+    pool = candidates(labels, centers, slides)
+    return float((pool[1:3] > 0).all(0).mean())
 
 
 def chance(pool: np.ndarray, k: int) -> np.ndarray:
-    """What `tally` gives in expectation when neighbours are drawn blindly from `pool` (4, n): (4, n, k)."""
+    """What `tally` gives in expectation for neighbours drawn blindly from `pool` (4, n): (4, n, k)."""
     total = pool.sum(0)
-    return (pool / np.maximum(total, 1))[..., None] * np.minimum(
-        total[:, None], np.arange(1, k + 1)
-    )
+    drawn = np.minimum(total[:, None], np.arange(1, k + 1))
+    return (pool / np.maximum(total, 1))[..., None] * drawn
 
 
 def index_of(counts: np.ndarray) -> np.ndarray:
-    """Robustness index (SS + SO) / (SS + OS) of counts (4, ...); nan where no neighbour shares the centre."""
+    """Robustness index (SS + SO) / (SS + OS) of counts (4, ...); nan where no neighbour shares the
+    centre.
+    """
     return ratio(counts[0] + counts[1], counts[0] + counts[2])
 
 
@@ -123,8 +143,9 @@ def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
 def target_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
-    Ridge classifier on standardised features, strength by leave-one-out on the training part, five folds by patient,
-    on at most 1,000 patches. Targets of a single patient cannot be tested; nan if fewer than two others remain.
+    Ridge classifier on standardised features, strength by leave-one-out on the training part, five
+    folds by patient, on at most 1,000 patches. Targets of a single patient cannot be tested; nan if
+    fewer than two others remain.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -138,18 +159,15 @@ def target_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: in
     count = min(5, len(np.unique(groups)), np.bincount(target).max())
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7)))
-    with (
-        warnings.catch_warnings()
-    ):  # a rare centre is not in every fold: known, and it lowers the score
+    with warnings.catch_warnings():  # a rare centre is not in every fold, which lowers the score
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         return recall(cross_val_predict(model, x, target, groups=groups, cv=folds), target)
 
 
 def testable(target: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Rows (n,) whose target occurs in more than one patient."""
-    return np.isin(
-        target, [t for t in np.unique(target) if len(np.unique(groups[target == t])) > 1]
-    )
+    several = [t for t in np.unique(target) if len(np.unique(groups[target == t])) > 1]
+    return np.isin(target, several)
 
 
 def measure(
@@ -163,101 +181,79 @@ def measure(
     normalize: bool = True,
     k_max: int = 20,
 ) -> tuple[np.ndarray, dict]:
-    """Counts (4, n, k_max) and {(metric, k): value} of features x (n, D) on one sample; with x None what chance gives.
+    """Counts (4, n, k_max) and {(metric, k): value} of features x (n, D) on one sample.
 
-    kNN votes and probes are scored by balanced accuracy; the centre only where a patch has a candidate of its own.
+    With x None the indices are those that chance gives, and kNN and probes are measured on random
+    features, one draw a seed. They are scored by balanced accuracy; the centre only where a patch
+    has a candidate of its own.
     """
     pool = candidates(labels, centers, slides)
-    found, values = pool[0] + pool[2] > 0, {}
-    if x is None:
-        counts = chance(pool, k_max)
-    else:
-        distances, rows = neighbors(x, k_max, slides, normalize)
-        counts = tally(rows, labels, centers)
-    for k in (k for k in KS if k <= counts.shape[-1]):
+    blind = np.random.default_rng(seed).normal(size=(len(labels), BLIND_WIDTH))
+    features = blind if x is None else x
+    distances, rows = neighbors(features, k_max, slides, normalize)
+    counts = chance(pool, k_max) if x is None else tally(rows, labels, centers)
+    targets = {
+        "class": (labels, np.full(len(labels), True)),
+        "center": (centers, pool[0] + pool[2] > 0),
+    }
+    values: dict[tuple[str, int | None], float] = {}
+    for name, (target, found) in targets.items():
+        known = np.where(rows < 0, -1, target[rows])
+        for k in fitting(k_max):
+            guess = vote(known[:, :k], distances[:, :k], target.max() + 1)
+            values[f"knn_{name}", k] = recall(guess[found], target[found])
+        values[f"probe_{name}", None] = target_probe(features, target, groups, seed)
+    for k in fitting(k_max):
         total = counts[:, :, k - 1].sum(1)
-        values["index", k], values["bounded", k] = float(index_of(total)), float(bounded_of(total))
-        for metric, target, keep in (
-            ("knn_class", labels, slice(None)),
-            ("knn_center", centers, found),
-        ):
-            values[metric, k] = (
-                guess(target[keep])
-                if x is None
-                else recall(
-                    vote(
-                        np.where(rows[:, :k] < 0, -1, target[rows[:, :k]]),
-                        distances[:, :k],
-                        target.max() + 1,
-                    )[keep],
-                    target[keep],
-                )
-            )
-    for metric, target in (("probe_class", labels), ("probe_center", centers)):
-        values[metric, None] = (
-            guess(target[testable(target, groups)])
-            if x is None
-            else target_probe(x, target, groups, seed)
-        )
+        values["index", k] = float(index_of(total))
+        values["bounded", k] = float(bounded_of(total))
     return counts, values
 
 
-def guess(target: np.ndarray) -> float:
-    """Balanced accuracy of blind guessing; nan if there is nothing to choose between."""
-    kinds = len(np.unique(target))
-    return 1 / kinds if kinds > 1 else math.nan
+def fitting(k_max: int) -> list[int]:
+    """Those of KS that a sample allows."""
+    return [k for k in KS if k <= k_max]
 
 
 def bootstrap(counts: list[np.ndarray], groups: list[np.ndarray], seed: int = 0) -> np.ndarray:
-    """Index (DRAWS, k) of resampled patients, averaged over samples; counts (4, n, k) and patient numbers (n,) of each.
+    """Index (DRAWS, k) of resampled patients, averaged over samples.
 
-    The same seed draws the same patients, so differences between models are paired. Queries are resampled, their
-    neighbours stay: a patient drawn twice has its patches counted twice.
+    counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
+    same patients, so differences between models are paired. Queries are resampled, their neighbours
+    stay: a patient drawn twice has its patches counted twice.
     """
     patients = 1 + max(int(g.max()) for g in groups)
-    weights = np.random.default_rng(seed).multinomial(
-        patients, np.full(patients, 1 / patients), DRAWS
-    )
+    even = np.full(patients, 1 / patients)
+    weights = np.random.default_rng(seed).multinomial(patients, even, DRAWS)
     values = []
     for count, group in zip(counts, groups, strict=True):
         sums = np.zeros((patients, 4, count.shape[-1]))
         np.add.at(sums, group, count.transpose(1, 0, 2))
-        values.append(
-            index_of(
-                (weights @ sums.reshape(patients, -1)).reshape(DRAWS, 4, -1).transpose(1, 0, 2)
-            )
-        )
+        drawn = (weights @ sums.reshape(patients, -1)).reshape(DRAWS, 4, -1)
+        values.append(index_of(drawn.transpose(1, 0, 2)))
     return np.mean(values, 0)
 
 
 def intervals(
     base: dict, counts: dict[str, list[np.ndarray]], groups: list[np.ndarray]
 ) -> list[dict]:
-    """95 % bootstrap intervals over patients of each model's index, and of the difference of each pair of models."""
-    models, patients = [n for n in counts if n != "chance"], len(np.unique(np.concatenate(groups)))
-    draws = {n: bootstrap(counts[n], groups) for n in models}
-    point = {n: np.mean([index_of(c.sum(1)) for c in counts[n]], 0) for n in models}
+    """95 % intervals over patients of each model's index, and of the difference of each pair of
+    models.
+
+    nan where there are fewer than FEW patients, or where a resample has no ratio.
+    """
+    models = [name for name in counts if name != "chance"]
+    draws = {name: bootstrap(counts[name], groups) for name in models}
+    point = {name: np.mean([index_of(c.sum(1)) for c in counts[name]], 0) for name in models}
+    enough = len(np.unique(np.concatenate(groups))) >= FEW
     rows = []
-    for one, other in [(n, None) for n in models] + list(itertools.combinations(models, 2)):
-        for k in (k for k in KS if k <= len(point[one])):
-            value, spread = (
-                v[one][..., k - 1] - (v[other][..., k - 1] if other else 0) for v in (point, draws)
-            )
-            # not known if a resample has no ratio, nor from a handful of patients
-            low, high = (
-                np.percentile(spread, [2.5, 97.5]) if patients >= FEW else (math.nan, math.nan)
-            )
-            metric = "index_difference" if other else "index_interval"
-            rows.append(
-                base
-                | {
-                    "model": one,
-                    "other": other,
-                    "metric": metric,
-                    "k": k,
-                    "value": float(value),
-                    "low": float(low),
-                    "high": float(high),
-                }
-            )
+    for one, other in [*((name, None) for name in models), *itertools.combinations(models, 2)]:
+        value, spread = point[one], draws[one]
+        if other:
+            value, spread = value - point[other], spread - draws[other]
+        for k in fitting(len(value)):
+            low, high = np.percentile(spread[:, k - 1], [2.5, 97.5]) if enough else (np.nan, np.nan)
+            row = {"model": one, "other": other, "k": k, "value": float(value[k - 1])}
+            row |= {"metric": "index_difference" if other else "index_interval"}
+            rows.append(base | row | {"low": float(low), "high": float(high)})
     return rows

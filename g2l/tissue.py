@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Slide
 
-
 # Classes of annotations that are not tissue.
 NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 

@@ -28,9 +28,9 @@ from g2l.arguments import whole
 from g2l.augment import BLUR_P, BLUR_SIGMA, BLUR_SIZE, FLIP_P, JITTER, JITTER_P
 from g2l.devices import default_workers, describe_device, pick_precision
 from g2l.errors import UserError
-from g2l.models import matmul_ceiling
 from g2l.ranks import end_workers, quiet_worker, setup_distributed
 from g2l.recipe import Distiller
+from g2l.speed import matmul_ceiling
 from g2l.stream import Batches
 
 

@@ -643,7 +643,7 @@ def test_a_wrong_flag_is_named_with_what_is_allowed(folder, capsys, monkeypatch,
 
 
 def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evaluate.models_at_hand", lambda args: [])
+    monkeypatch.setattr("evaluate.models_at_hand", lambda given, runs: [])
     where = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
     assert evaluate.main(["--all", *where]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -686,10 +686,7 @@ def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsy
         "try_to_load_from_cache",
         lambda repo, file: "/cache/file" if repo == REGISTRY["hibou-l"].hub else None,
     )
-    args = evaluate.build_parser().parse_args(
-        ["--all", "--runs", str(tmp_path / "runs"), "--weights", "uni=some.bin"]
-    )
-    assert sorted(models_at_hand(args)) == [
+    assert sorted(models_at_hand(["uni=some.bin"], tmp_path / "runs")) == [
         str(tmp_path / "runs" / "a" / "student"),
         "hibou-l",
         "uni",
