@@ -28,96 +28,78 @@ TENSOR_CORES = re.compile(r"wgmma|mma\.sync|v_mfma")
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 
-def configurations(target: str):
-    """Yield (kernel, label, jitted function, parameters, argument types, whether it must use tensor cores).
+def logsum_configurations(kind: str):
+    """Those of log_sum_loss, with the types of an autocast user's tensors; see configurations."""
 
-    Parameters are those that the launchers choose on that target, argument types only those that are not *fp32 or i32.
-    """
+    from kernels import logsum_triton as logsum
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    both = {"ALPHA": 4.0, "NORMALIZE": "both", "scale": None, "shift": None}
+    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine"}
+    for operand, of_rows, of_weight in (  # types of products, of student and teacher, of weight
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float32, torch.float32, torch.float32),
+    ):
+        case = f"{names[operand]} of {names[of_rows]} rows, {names[of_weight]} weight"
+        types = {x: f"*{names[of_rows]}" for x in ("student", "teacher", "d_student")}
+        types |= {x: f"*{names[of_weight]}" for x in ("weight", "d_weight")}
+        types |= {x: "i32" for x in ("start", "partials", "tiles")}
+        types |= {x: "fp32" for x in ("eps", "norm_eps")}
+        fixed = {"OPERAND": logsum._TYPES[operand], "NEED_GRAD": True}
+        cores = operand != torch.float32
+        few = []
+        for rows in (16, 32, 64, 128, 256):
+            config = logsum.fused_config(rows, operand) | fixed
+            label = f"{case}, {rows} rows"
+            few.append(("fused_forward", label, logsum.fused_forward_kernel, config | both))
+        config = logsum.fused_config(32, operand) | fixed | {"stride_wi": 1}
+        label = f"{case}, 32 rows, affine, alpha 2.5, nn.Linear's layout"
+        few.append(("fused_forward", label, logsum.fused_forward_kernel, config | affine))
+        for rows in (16, 32, 64):
+            label = f"{case}, {rows} rows{' or more' if rows == 64 else ''}"
+            config = logsum.shares_config(rows, operand) | fixed
+            config |= {"SHARE": logsum.SHARE, "ALPHA": 4.0}
+            few.append(("shares", label, logsum.shares_kernel, config))
+            config = logsum.gradients_config(rows, operand) | fixed | {"SHARES": 4, "SLICE": logsum.SLICE}
+            few.append(("gradients", label, logsum.gradients_kernel, config))
+        for name, label, function, parameters in few:
+            layout = {} if "stride_wi" in parameters else {"stride_wf": 1}
+            parameters = {k: v for k, v in (parameters | layout).items() if k in accepted(function)}
+            yield name, label, function, parameters, types, cores
+        # many rows: the weight and the gradient have the type of the products
+        types = (
+            types | {x: f"*{names[operand]}" for x in ("weight", "grad_y")} | {"d_weight": "*fp32"}
+        )
+        fixed = {"OPERAND": fixed["OPERAND"], "SLICE": logsum.SLICE} | logsum.tiled_config(operand)
+        for stage in ("moments", "rows", "loss", "gradient"):
+            out = {"out": f"*{names[operand]}"} if stage == "gradient" else {}
+            for options, weighted in ((both, False), (affine, True)):
+                label = f"{case}, {stage}{', affine, by row' if weighted else ''}"
+                flags = fixed | options | {"STAGE": stage, "WEIGHTED": weighted}
+                if stage in ("loss", "gradient") or not weighted:
+                    yield "sweep", label, logsum.sweep_kernel, flags, types | out, cores
+        config = fixed | {"SHARES": 0}
+        yield "gradients", f"{case}, tiled", logsum.gradients_kernel, config, types, cores
+    sizes = {"ROWS": 128, **logsum.BLOCK}
+    yield "merge", "", logsum.merge_kernel, sizes, types, False
+    sizes = {"ALPHA": 4.0, "WEIGHTED": False, **logsum.BLOCK}
+    yield "sums", "", logsum.sums_kernel, sizes, types, False
+
+
+def accepted(function) -> set:
+    """Parameters of a kernel and of its launch."""
+    return {*function.arg_names, "num_warps", "num_stages"}
+
+
+def cka_configurations(kind: str):
+    """Those of cka and covariance; see configurations."""
     import triton.language as tl
 
-    from kernels import cka_triton, knn_triton, logsum_triton
+    from kernels import cka_triton
 
-    hip = TARGETS[target][0] == "hip"
-    kind = "hip" if hip else "hopper" if target == "sm_90" else "cuda"
-    plain = {"scale": None, "shift": None}
-    for operand, name, kind_of in (
-        (torch.bfloat16, "bf16", tl.bfloat16),
-        (torch.float32, "fp32", tl.float32),
-    ):
-        types = {x: f"*{name}" for x in ("student", "weight", "teacher", "d_student", "d_weight")}
-        types["norm_eps"] = "fp32"
-        cores = operand != torch.float32
-        for rows in (16, 32, 64, 128, 256):
-            yield (
-                "fused_forward",
-                f"{name}, {rows} rows",
-                logsum_triton.fused_forward_kernel,
-                {
-                    **logsum_triton.fused_forward_config(rows, operand),
-                    **plain,
-                    "ALPHA": 4.0,
-                    "NORMALIZE": 0,
-                    "NEED_GRAD": True,
-                    "OPERAND": kind_of,
-                },
-                types,
-                cores,
-            )
-        yield (
-            "fused_forward",
-            f"{name}, 32 rows, affine, alpha 2.5",
-            logsum_triton.fused_forward_kernel,
-            {
-                **logsum_triton.fused_forward_config(32, operand),
-                "ALPHA": 2.5,
-                "NORMALIZE": 2,
-                "NEED_GRAD": True,
-                "OPERAND": kind_of,
-            },
-            types,
-            cores,
-        )
-        for rows in (16, 32, 64):
-            yield (
-                "fused_backward",
-                f"{name}, {f'{rows} rows' if rows < 64 else '64 rows or more'}",
-                logsum_triton.fused_backward_kernel,
-                {**logsum_triton.fused_backward_config(rows, operand), "OPERAND": kind_of},
-                types,
-                cores,
-            )
-        types = types | {x: f"*{name}" for x in ("out", "grad_y")}
-        config = {**logsum_triton.tiled_backward_config(operand), "OPERAND": kind_of}
-        for mode, label in ((0, "both"), (2, "affine, by row")):
-            yield (
-                "gradient",
-                f"{name}, {label}",
-                logsum_triton.gradient_kernel,
-                {
-                    **config,
-                    "ALPHA": 4.0,
-                    "NORMALIZE": mode,
-                    "WEIGHTED": mode == 2,
-                    **({} if mode == 2 else plain),
-                },
-                types,
-                cores,
-            )
-        yield "weight", name, logsum_triton.weight_kernel, config, types, cores
-    tile = {"ROWS": logsum_triton.TILE_ROWS, "COLUMNS": logsum_triton.TILE_COLUMNS, "num_warps": 4}
-    types = {"teacher": "*bf16", "out": "*bf16", "alpha": "fp32", "eps": "fp32", "norm_eps": "fp32"}
-    yield "finish", "", logsum_triton.finish_kernel, {"BLOCK": 1024, "num_warps": 4}, types, False
-    yield "moments", "", logsum_triton.moments_kernel, tile, types, False
-    yield "merge", "", logsum_triton.merge_kernel, {**tile, "num_warps": 2}, types, False
-    for mode, label in ((0, "both"), (2, "affine, by row")):
-        flags = {
-            **tile,
-            "ALPHA": 4.0,
-            "NORMALIZE": mode,
-            "WEIGHTED": mode == 2,
-            **({} if mode == 2 else plain),
-        }
-        yield "loss", label, logsum_triton.loss_kernel, flags, types, False
+    hip = kind == "hip"
     types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
     for store, precision in (
         (False, "tf32"),
@@ -140,6 +122,12 @@ def configurations(target: str):
                 types,
                 True,
             )
+
+
+def knn_configurations(kind: str):
+    """Those of knn; see configurations."""
+    from kernels import knn_triton
+
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
     types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8", "units": "*fp64"}
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
@@ -169,6 +157,17 @@ def configurations(target: str):
             types,
             False,
         )
+
+
+def configurations(target: str):
+    """Yield (kernel, label, jitted function, parameters, argument types, whether it must use tensor cores).
+
+    Parameters are those that the launchers choose on that target, argument types only those that are not *fp32 or i32.
+    """
+    kind = {"gfx942": "hip", "sm_90": "hopper"}.get(target, "cuda")
+    yield from logsum_configurations(kind)
+    yield from cka_configurations(kind)
+    yield from knn_configurations(kind)
 
 
 def compiled(target: str, function, parameters: dict, types: dict) -> dict:
