@@ -30,67 +30,55 @@ BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 def logsum_configurations(kind: str):
     """Those of log_sum_loss, with the types of an autocast user's tensors; see configurations."""
-
     from kernels import logsum_triton as logsum
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     both = {"ALPHA": 4.0, "NORMALIZE": "both", "scale": None, "shift": None}
-    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine"}
+    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine", "NEED_GRAD": True}
+    found = []  # kernel, label, parameters, types, whether it multiplies
     for operand, of_rows, of_weight in (  # types of products, of student and teacher, of weight
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16, torch.float16),
-        (torch.float32, torch.float32, torch.float32),
+        ("bf16", "fp32", "fp32"),
+        ("bf16", "bf16", "fp32"),
+        ("fp16", "fp16", "fp16"),
+        ("fp32", "fp32", "fp32"),
     ):
-        case = f"{names[operand]} of {names[of_rows]} rows, {names[of_weight]} weight"
-        types = {x: f"*{names[of_rows]}" for x in ("student", "teacher", "d_student")}
-        types |= {x: f"*{names[of_weight]}" for x in ("weight", "d_weight")}
-        types |= {x: "i32" for x in ("start", "partials", "tiles")}
-        types |= {x: "fp32" for x in ("eps", "norm_eps")}
-        fixed = {"OPERAND": logsum._TYPES[operand], "NEED_GRAD": True}
-        cores = operand != torch.float32
-        few = []
+        case = f"{operand} of {of_rows} rows, {of_weight} weight"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[operand]
+        common = {"OPERAND": logsum._TYPES[dtype], "SLICE": logsum.SLICE}
+        common |= {"SHARE": logsum.SHARE, "SHARES": 4, "NEED_GRAD": True, "stride_wf": 1}
+        types = {x: f"*{of_rows}" for x in ("student", "teacher", "d_student")}
+        types |= {x: f"*{of_weight}" for x in ("weight", "d_weight")}
+        types |= {"start": "i32", "tiles": "i32", "eps": "fp32", "norm_eps": "fp32"}
+        cores = operand != "fp32"
         for rows in (16, 32, 64, 128, 256):
-            config = logsum.fused_config(rows, operand) | fixed
-            label = f"{case}, {rows} rows"
-            few.append(("fused_forward", label, logsum.fused_forward_kernel, config | both))
-        config = logsum.fused_config(32, operand) | fixed | {"stride_wi": 1}
+            label, few = f"{case}, {rows} rows", common | both
+            forward = few | logsum.fused_config(rows, dtype)
+            found.append(("fused_forward", label, forward, types, cores))
+            if rows <= 64:
+                shares = few | logsum.shares_config(rows, dtype)
+                gradients = few | logsum.gradients_config(rows, dtype)
+                found.append(("shares", label, shares, types, cores))
+                found.append(("gradients", label, gradients, types, cores))
         label = f"{case}, 32 rows, affine, alpha 2.5, nn.Linear's layout"
-        few.append(("fused_forward", label, logsum.fused_forward_kernel, config | affine))
-        for rows in (16, 32, 64):
-            label = f"{case}, {rows} rows{' or more' if rows == 64 else ''}"
-            config = logsum.shares_config(rows, operand) | fixed
-            config |= {"SHARE": logsum.SHARE, "ALPHA": 4.0}
-            few.append(("shares", label, logsum.shares_kernel, config))
-            config = logsum.gradients_config(rows, operand) | fixed | {"SHARES": 4, "SLICE": logsum.SLICE}
-            few.append(("gradients", label, logsum.gradients_kernel, config))
-        for name, label, function, parameters in few:
-            layout = {} if "stride_wi" in parameters else {"stride_wf": 1}
-            parameters = {k: v for k, v in (parameters | layout).items() if k in accepted(function)}
-            yield name, label, function, parameters, types, cores
-        # many rows: the weight and the gradient have the type of the products
-        types = (
-            types | {x: f"*{names[operand]}" for x in ("weight", "grad_y")} | {"d_weight": "*fp32"}
-        )
-        fixed = {"OPERAND": fixed["OPERAND"], "SLICE": logsum.SLICE} | logsum.tiled_config(operand)
-        for stage in ("moments", "rows", "loss", "gradient"):
-            out = {"out": f"*{names[operand]}"} if stage == "gradient" else {}
-            for options, weighted in ((both, False), (affine, True)):
-                label = f"{case}, {stage}{', affine, by row' if weighted else ''}"
-                flags = fixed | options | {"STAGE": stage, "WEIGHTED": weighted}
-                if stage in ("loss", "gradient") or not weighted:
-                    yield "sweep", label, logsum.sweep_kernel, flags, types | out, cores
-        config = fixed | {"SHARES": 0}
-        yield "gradients", f"{case}, tiled", logsum.gradients_kernel, config, types, cores
-    sizes = {"ROWS": 128, **logsum.BLOCK}
-    yield "merge", "", logsum.merge_kernel, sizes, types, False
-    sizes = {"ALPHA": 4.0, "WEIGHTED": False, **logsum.BLOCK}
-    yield "sums", "", logsum.sums_kernel, sizes, types, False
-
-
-def accepted(function) -> set:
-    """Parameters of a kernel and of its launch."""
-    return {*function.arg_names, "num_warps", "num_stages"}
+        linear = common | affine | {"stride_wi": 1} | logsum.fused_config(32, dtype)
+        del linear["stride_wf"]
+        found.append(("fused_forward", label, linear, types, cores))
+        # many rows: weight and gradient have the type of the products, d_weight is added up in fp32
+        many = common | logsum.tiled_config(dtype) | {"SHARES": 0}
+        types = types | {x: f"*{operand}" for x in ("weight", "grad_y")} | {"d_weight": "*fp32"}
+        found.append(("gradients", f"{case}, many rows", many, types, cores))
+        for stage in ("moments", "loss", "gradient"):
+            out = {"out": f"*{operand}"} if stage == "gradient" else {}
+            for options in (both, affine):
+                label = f"{case}, {stage}, {options['NORMALIZE']}"
+                flags = many | options | {"STAGE": stage}
+                found.append(("sweep", label, flags, types | out, cores))
+    found.append(("merge", "", {"ROWS": 128, **logsum.BLOCK}, types, False))
+    found.append(("sums", "", {"ALPHA": 4.0, **logsum.BLOCK}, types, False))
+    for kernel, label, parameters, types, cores in found:
+        function = getattr(logsum, f"{kernel}_kernel")
+        names = (*function.arg_names, "num_warps", "num_stages")
+        parameters = {name: value for name, value in parameters.items() if name in names}
+        yield kernel, label, function, parameters, types, cores
 
 
 def cka_configurations(kind: str):

@@ -253,11 +253,13 @@ _OPTIONS = (
 
 
 def _path(student, o) -> str:
-    """Which code runs: "torch", or in Triton "fused" (few rows) or "tiled"."""
-    if o.operand == torch.float64 or not use_triton(student.device):
-        return "torch"  # Triton has no useful fp64 product
-    # a scale per row mixes rows after the sum over features: known only when all is projected
-    return "fused" if student.shape[0] <= FUSED_ROWS and o.reduction == "batch" else "tiled"
+    """Which code runs: "torch", or in Triton "fused" (few rows) or "tiled".
+
+    Triton has no useful fp64 product. A sum by row would need one more sweep and is plain PyTorch.
+    """
+    if o.operand == torch.float64 or o.reduction == "row" or not use_triton(student.device):
+        return "torch"
+    return "fused" if student.shape[0] <= FUSED_ROWS else "tiled"
 
 
 def _forward(student, weight, teacher, scale, shift, *options):
@@ -265,8 +267,7 @@ def _forward(student, weight, teacher, scale, shift, *options):
 
     The factor is alpha / (sum + eps); in Triton a second number is the unit of gradients there.
     torch: gradient at the projection (B, Dt), its sums (0 or 2, Dt), nothing. fused: the same, and
-    shares of the student's gradient. tiled: weight as operand if that is a copy, columns (6, Dt),
-    weights of the rows (B,) if the sum is by row.
+    shares of the student's gradient. tiled: weight as operand if that is a copy, columns (6, Dt).
     """
     o = Options(*options)
     path = _path(student, o)
@@ -293,17 +294,18 @@ def _(student, weight, teacher, scale, shift, *options):
     path = _path(student, o)
     rows, features = teacher.shape
     loss = student.new_empty((), dtype=_wide(o.operand))
-    first, columns, third = loss.new_empty(rows, features), 0 if scale is None else 2, (0,)
+    grads = o.need_grad  # 0 or 1 times what a gradient needs
+    first, columns, third = loss.new_empty(grads * rows, features), grads * 2, (0,)
     if path == "fused":
         from kernels.logsum_triton import SHARE
 
-        third = (-(-features // SHARE), *student.shape)
+        third = (grads * math.ceil(features / SHARE), *student.shape)
     if path == "tiled":
         copied = weight.dtype != o.operand or not weight.is_contiguous()
         first = student.new_empty(weight.shape if copied else (0,), dtype=o.operand)
-        columns, third = 6, (rows if o.reduction == "row" else 0,)
-    elif not o.need_grad:
-        first, columns, third = loss.new_empty(0, features), 0, (0,)
+        columns = 6
+    elif scale is None:
+        columns = 0
     second = loss.new_empty(columns, features)
     factor = loss.new_empty(() if path == "torch" else (2,))
     return loss, factor, first, second, loss.new_empty(third)
@@ -319,10 +321,11 @@ def _backward(grad, factor, first, second, third, student, weight, teacher, scal
         return _reference_backward(*inputs, need_student, need_weight)
     import kernels.logsum_triton as logsum_triton
 
-    saved, needs = (grad, factor, first, second, third), (need_student, need_weight)
+    saved, needs = (grad, factor, first), (need_student, need_weight)
     if path == "fused":
-        return logsum_triton.fused_backward(*saved, student, weight, o, *needs)
-    return logsum_triton.tiled_backward(*saved, student, weight, teacher, scale, shift, o, *needs)
+        return logsum_triton.fused_backward(*saved, third, student, weight, o, *needs)
+    inputs = (second, student, weight, teacher, scale, shift)
+    return logsum_triton.tiled_backward(*saved, *inputs, o, *needs)
 
 
 _backward_op = torch.library.custom_op(

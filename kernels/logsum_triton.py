@@ -168,11 +168,12 @@ def fused_forward_kernel(
 
 
 @triton.jit
-def _finish(partial, count):
-    """`count` sums of powers, then bounds of the gradient -> the whole sum, the gradient's unit.
+def _finish(partial, count, eps, loss, factor, ALPHA: tl.constexpr):
+    """`count` sums of powers, then bounds of the gradient -> loss and factor; returns the unit.
 
-    The order is fixed. The unit brings the largest gradient at the projection to about 512: there
-    fp16 holds it with all that matters beside it, which is lost below 6e-8 and above 65504.
+    The order is fixed. The unit, kept behind the factor, brings the largest gradient at the
+    projection to about 512: there fp16 holds it and all that matters beside it, which is lost below
+    6e-8 and above 65504.
     """
     total = tl.zeros((1024,), tl.float32)
     largest = total
@@ -180,7 +181,12 @@ def _finish(partial, count):
         i = start + tl.arange(0, 1024)
         total += _vector(partial + i, i < count)
         largest = tl.maximum(largest, _vector(partial + count + i, i < count))
-    return tl.sum(total), 512.0 / tl.maximum(tl.max(largest), 1e-30)
+    whole = tl.sum(total) + eps
+    unit = 512.0 / tl.maximum(tl.max(largest), 1e-30)
+    tl.store(loss, tl.log(whole))
+    tl.store(factor, ALPHA / whole)
+    tl.store(factor + 1, unit)
+    return unit
 
 
 @triton.jit
@@ -190,12 +196,7 @@ def shares_kernel(
     OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Loss and factor; tiles of grad_y weight^T over SHARE features each -> shares (., B, Ds)."""
-    total, unit = _finish(partial, count)
-    total += eps
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
-        tl.store(loss, tl.log(total))
-        tl.store(factor, ALPHA / total)
-        tl.store(factor + 1, unit)
+    unit = _finish(partial, count, eps, loss, factor, ALPHA)  # the same in every program
     if NEED_GRAD:
         first, row = tl.program_id(2) * SHARE, tl.program_id(1) * ROWS
         r, k = row + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -261,20 +262,18 @@ def gradients_kernel(
 
 @triton.jit
 def sweep_kernel(
-    student, weight, teacher, columns, scale, shift, weights, factor, out, partial,
-    rows, inner, features, count, partials, stride_sb, stride_tb,
-    STAGE: tl.constexpr, ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr,
-    SLICE: tl.constexpr, OPERAND: tl.constexpr,
+    student, weight, teacher, columns, scale, shift, factor, out, partial,
+    rows, inner, features, count, stride_sb, stride_tb, STAGE: tl.constexpr,
+    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the projection, slice by slice -> out.
 
-    STAGE "moments": mean, squared deviations of y, then of teacher   (row tile, 4, Dt)
-          "rows":    sums of |d|^alpha of each row                    (slice, B)
-          "loss":    sums of the gradient, of gradient times y        (row tile, 2, Dt)
-                     sum of |d|^alpha, bound of the gradient -> partial (2, row tile, slice)
-          "gradient": the gradient at the projection times its unit   (B, Dt)
-    `count`: rows of the whole batch; weights (B,): what each row's gradient counts, if WEIGHTED.
+    STAGE "moments":  mean, squared deviations of y, then of teacher      (row tile, 4, Dt)
+          "loss":     sums of the gradient, of gradient times y           (row tile, 2, Dt);
+                      sum of |d|^alpha, bound of gradients -> partial     (2, row tile, slice)
+          "gradient": the gradient at the projection times its unit       (B, Dt)
+    `count`: rows of the whole batch.
     """
     blocks = tl.cdiv(features, COLUMNS)
     tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS
@@ -286,9 +285,9 @@ def sweep_kernel(
         column + tl.arange(0, COLUMNS) < features, inner, stride_sb, 1, features, 1,
         None, None, OPERAND, STEP,
     )  # fmt: skip
-    slices = _slices(y, SLICE)
+    tiles = _slices(y, SLICE)
     for i in tl.static_range(COLUMNS // SLICE):
-        x = slices[i]
+        x = tiles[i]
         c = column + i * SLICE + tl.arange(0, SLICE)
         inside = c < features
         real = (r < rows)[:, None] & inside[None, :]
@@ -296,12 +295,10 @@ def sweep_kernel(
         t = t.to(tl.float32)
         if STAGE == "moments":
             at = out + tile.to(tl.int64) * 4 * features + c
-            mean, squares = _moments(x, real, tl.minimum(rows - row, ROWS))
-            tl.store(at, mean, mask=inside)
-            tl.store(at + features, squares, mask=inside)
-            mean, squares = _moments(t, real, tl.minimum(rows - row, ROWS))
-            tl.store(at + 2 * features, mean, mask=inside)
-            tl.store(at + 3 * features, squares, mask=inside)
+            for side in tl.static_range(2):
+                mean, squares = _moments(t if side else x, real, tl.minimum(rows - row, ROWS))
+                tl.store(at + 2 * side * features, mean, mask=inside)
+                tl.store(at + (2 * side + 1) * features, squares, mask=inside)
         else:
             at = columns + c
             spread = tl.full((SLICE,), 1.0, tl.float32)  # what batch norm multiplies gradients by
@@ -316,18 +313,13 @@ def sweep_kernel(
                 gain, shifts = _vector(scale + c, inside), _vector(shift + c, inside)
                 spread *= gain
             value, g = _power(_difference(x, t, real, gain, shifts, NORMALIZE), ALPHA)
-            if WEIGHTED:
-                g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
-            place = column // SLICE + i
-            if STAGE == "rows":
-                if place * SLICE < features:
-                    tl.store(out + place * count + r64, tl.sum(value, 1), mask=r < rows)
-            elif STAGE == "loss":
-                if place * SLICE < features:
-                    at_partial = partial + tile * tl.cdiv(features, SLICE) + place
-                    bound = tl.max(tl.abs(g)) * tl.max(tl.abs(spread))
-                    tl.store(at_partial, tl.sum(value))
-                    tl.store(at_partial + partials, bound)
+            if STAGE == "loss":
+                slices = tl.cdiv(features, SLICE)
+                place = column // SLICE + i
+                at = partial + tile * slices + place
+                tl.store(at, tl.sum(value), mask=place < slices)
+                at += tl.cdiv(rows, ROWS) * slices
+                tl.store(at, tl.max(tl.abs(g)) * tl.max(tl.abs(spread)), mask=place < slices)
                 at = out + tile.to(tl.int64) * 2 * features + c
                 tl.store(at, tl.sum(g, 0), mask=inside)
                 tl.store(at + features, tl.sum(g * x, 0), mask=inside)
@@ -373,9 +365,9 @@ def merge_kernel(
 @triton.jit
 def sums_kernel(
     sums, columns, partial, loss, factor, count, tiles, features, eps,
-    ALPHA: tl.constexpr, WEIGHTED: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    ALPHA: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the row tiles -> columns, after the moments; factor; loss unless it is by row."""
+    """Sums of the row tiles -> columns, after the moments; loss and factor."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < 2 * features
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -385,13 +377,7 @@ def sums_kernel(
         total += tl.sum(tl.load(at, mask=(tile < tiles) & inside[None, :], other=0.0), 0)
     tl.store(columns + 4 * features + c, total, mask=inside)
     if tl.program_id(0) == 0:
-        whole, unit = _finish(partial, count)
-        tl.store(factor + 1, unit)
-        if WEIGHTED:
-            tl.store(factor, ALPHA)
-        else:
-            tl.store(loss, tl.log(whole + eps))
-            tl.store(factor, ALPHA / (whole + eps))
+        _finish(partial, count, eps, loss, factor, ALPHA)
 
 
 # --- launchers -----------------------------------------------------------------------------------
@@ -418,7 +404,7 @@ def _tiles(rows, columns, config):
 def fused_config(rows: int, operand: torch.dtype) -> dict:
     """Tile and launch parameters of the forward kernel for a batch of `rows`."""
     padded = max(16, triton.next_power_of_2(rows))
-    step = 128 if padded <= 64 else 64 if padded == 128 else 32
+    step = min(128, 4096 // padded)  # fp32 tiles of three steps fit into every device
     return {
         "ROWS": padded,
         "COLUMNS": 16,
@@ -453,12 +439,11 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     student, teacher = _dense(student), _dense(teacher)
     inner, kind = student.shape[1], _TYPES[o.operand]
     config = fused_config(rows, o.operand)
-    programs = triton.cdiv(features, config["COLUMNS"])
-    loss, factor, partial = (_floats(student, *shape) for shape in ((), (2,), (2, programs)))
+    programs, split = triton.cdiv(features, config["COLUMNS"]), triton.cdiv(features, SHARE)
+    loss, factor, partial = _floats(student), _floats(student, 2), _floats(student, 2, programs)
     grad_y = _floats(student, rows if o.need_grad else 0, features)
     columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
-    split = triton.cdiv(features, SHARE)
-    shares = _floats(student, split, rows, inner) if o.need_grad else _floats(student, 0)
+    shares = _floats(student, split if o.need_grad else 0, rows, inner)
     with _on(student):
         fused_forward_kernel[(programs,)](
             student, weight, teacher, scale, shift, partial, grad_y, columns,
@@ -474,15 +459,14 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     return loss, factor, grad_y, columns, shares
 
 
-def fused_backward(grad, factor, grad_y, _, shares, student, weight, o, need_student, need_weight):
-    config = gradients_config(len(student), o.operand)
+def fused_backward(grad, factor, grad_y, shares, student, weight, o, need_student, need_weight):
+    student = _dense(student)
     d_student = student.new_empty(student.shape if need_student else 0)
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
-    student = _dense(student)
     with _on(student):
         _gradients(
-            grad, factor, grad_y, student, weight, shares, d_student, d_weight,
-            0, len(shares), o.operand, config,
+            grad, factor, grad_y, student, weight, shares, d_student, d_weight, 0, len(shares),
+            o.operand, gradients_config(len(student), o.operand),
         )  # fmt: skip
     return d_student, d_weight
 
@@ -502,15 +486,13 @@ def _gradients(
         )  # fmt: skip
 
 
-def _sweep(stage, student, weight, teacher, columns, scale, shift, weights, factor, out, partial,
-           count, o, weighted):  # fmt: skip
+def _sweep(stage, student, weight, teacher, columns, scale, shift, factor, out, partial, count, o):
     config = tiled_config(o.operand)
     rows, features = teacher.shape
     sweep_kernel[(_tiles(rows, features, config),)](
-        student, weight, teacher, columns, scale, shift, weights, factor, out, partial,
-        rows, student.shape[1], features, count, partial.numel() // 2,
-        student.stride(0), teacher.stride(0),
-        stage, o.alpha, o.normalize, weighted, SLICE, _TYPES[o.operand], **config,
+        student, weight, teacher, columns, scale, shift, factor, out, partial,
+        rows, student.shape[1], features, count, student.stride(0), teacher.stride(0),
+        stage, o.alpha, o.normalize, SLICE, _TYPES[o.operand], **config,
     )  # fmt: skip
 
 
@@ -518,38 +500,30 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     rows, features = teacher.shape
     student, teacher = _dense(student), _dense(teacher)
     operand = weight.to(o.operand).contiguous()
-    tile_rows, by_row = tiled_config(o.operand)["ROWS"], o.reduction == "row"
+    tile_rows = tiled_config(o.operand)["ROWS"]
     tiles, slices = triton.cdiv(rows, tile_rows), triton.cdiv(features, SLICE)
-    columns, loss, factor, weights = (
-        _floats(student, *shape) for shape in ((6, features), (), (2,), (0,))
-    )
-    inputs = (student, operand, teacher, columns, scale, shift)
+    columns, loss, factor = _floats(student, 6, features), _floats(student), _floats(student, 2)
+    moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
+    partial = _floats(student, 2, tiles, slices)
+    inputs = (student, operand, teacher, columns, scale, shift, factor)
     with _on(student):
         if o.normalize != "none":
-            moments = _floats(student, tiles, 4, features)
-            _sweep("moments", *inputs, weights, factor, moments, loss, rows, o, False)
+            _sweep("moments", *inputs, moments, partial, rows, o)
             merge_kernel[(triton.cdiv(features, BLOCK["COLUMNS"]),)](
                 moments, columns, rows, features, o.norm_eps, tile_rows, **BLOCK
             )
-        if by_row:
-            sums = _floats(student, slices, rows)
-            _sweep("rows", *inputs, weights, factor, sums, loss, rows, o, False)
-            totals = sums.sum(0) + o.eps
-            loss = totals.log().mean()
-            weights = 1 / (totals * rows)
-        sums, partial = _floats(student, tiles, 2, features), _floats(student, 2, tiles, slices)
-        _sweep("loss", *inputs, weights, factor, sums, partial, rows, o, by_row)
+        _sweep("loss", *inputs, sums, partial, rows, o)
         sums_kernel[(triton.cdiv(2 * features, BLOCK["COLUMNS"]),)](
-            sums, columns, partial, loss, factor, tiles * slices, tiles, features, o.eps,
-            o.alpha, by_row, **BLOCK,
+            sums, columns, partial, loss, factor, tiles * slices, tiles, features, o.eps, o.alpha,
+            **BLOCK,
         )  # fmt: skip
     if operand is weight:  # an operator returns no input
         operand = operand.new_empty(0)
-    return loss, factor, operand, columns, weights
+    return loss, factor, operand, columns, _floats(student, 0)
 
 
 def tiled_backward(
-    grad, factor, operand, columns, weights, student, weight, teacher, scale, shift, o,
+    grad, factor, operand, columns, student, weight, teacher, scale, shift, o,
     need_student, need_weight,
 ):  # fmt: skip
     rows, features = teacher.shape
@@ -557,18 +531,16 @@ def tiled_backward(
     operand = operand if operand.numel() else weight
     d_student = student.new_empty(student.shape if need_student else 0)
     d_weight = _floats(weight, *(weight.shape if need_weight else (0,)))
-    config, by_row = tiled_config(o.operand), o.reduction == "row"
-    tiles = triton.cdiv(max(PART_ROWS, triton.cdiv(rows, PARTS)), config["ROWS"])
-    step = tiles * config["ROWS"]
-    gradient = torch.empty(min(rows, step), features, dtype=o.operand, device=student.device)
+    config = tiled_config(o.operand)
+    part = max(PART_ROWS, triton.cdiv(rows, PARTS))
+    part = triton.cdiv(part, config["ROWS"]) * config["ROWS"]
+    gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
     with _on(student):
-        for start in range(0, rows, step):
-            a, t, w = (x[start : start + step] for x in (student, teacher, weights))
+        for start in range(0, rows, part):
+            a, t, out = (x[start : start + part] for x in (student, teacher, d_student))
             g = gradient[: len(a)]
-            inputs = (a, operand, t, columns, scale, shift, w)
-            _sweep("gradient", *inputs, factor, g, factor, rows, o, by_row)
+            _sweep("gradient", a, operand, t, columns, scale, shift, factor, g, factor, rows, o)
             _gradients(
-                grad, factor, g, a, operand, columns, d_student[start : start + step], d_weight,
-                start, 0, o.operand, config,
-            )  # fmt: skip
+                grad, factor, g, a, operand, columns, out, d_weight, start, 0, o.operand, config
+            )
     return d_student, d_weight.to(weight.dtype)
