@@ -29,90 +29,56 @@ BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 
 def logsum_configurations(kind: str):
-    """Those of log_sum_loss; see configurations."""
-    import triton.language as tl
+    """Those of log_sum_loss, with the types of an autocast user's tensors; see configurations."""
+    from kernels import logsum_triton as logsum
 
-    from kernels import logsum_triton
-
-    plain = {"scale": None, "shift": None}
-    for operand, name, kind_of in (
-        (torch.bfloat16, "bf16", tl.bfloat16),
-        (torch.float32, "fp32", tl.float32),
+    both = {"ALPHA": 4.0, "NORMALIZE": "both", "scale": None, "shift": None}
+    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine", "NEED_GRAD": True}
+    found = []  # kernel, label, parameters, types, whether it multiplies
+    for operand, of_rows, of_weight in (  # types of products, of student and teacher, of weight
+        ("bf16", "fp32", "fp32"),
+        ("bf16", "bf16", "fp32"),
+        ("fp16", "fp16", "fp16"),
+        ("fp32", "fp32", "fp32"),
     ):
-        types = {x: f"*{name}" for x in ("student", "weight", "teacher", "d_student", "d_weight")}
-        types["norm_eps"] = "fp32"
-        cores = operand != torch.float32
+        case = f"{operand} of {of_rows} rows, {of_weight} weight"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[operand]
+        common = {"OPERAND": logsum._TYPES[dtype], "SLICE": logsum.SLICE}
+        common |= {"SHARE": logsum.SHARE, "SHARES": 4, "NEED_GRAD": True, "stride_wf": 1}
+        types = {x: f"*{of_rows}" for x in ("student", "teacher", "d_student")}
+        types |= {x: f"*{of_weight}" for x in ("weight", "d_weight")}
+        types |= {"start": "i32", "tiles": "i32", "eps": "fp32", "norm_eps": "fp32"}
+        cores = operand != "fp32"
         for rows in (16, 32, 64, 128, 256):
-            yield (
-                "fused_forward",
-                f"{name}, {rows} rows",
-                logsum_triton.fused_forward_kernel,
-                {
-                    **logsum_triton.fused_forward_config(rows, operand),
-                    **plain,
-                    "ALPHA": 4.0,
-                    "NORMALIZE": 0,
-                    "NEED_GRAD": True,
-                    "OPERAND": kind_of,
-                },
-                types,
-                cores,
-            )
-        yield (
-            "fused_forward",
-            f"{name}, 32 rows, affine, alpha 2.5",
-            logsum_triton.fused_forward_kernel,
-            {
-                **logsum_triton.fused_forward_config(32, operand),
-                "ALPHA": 2.5,
-                "NORMALIZE": 2,
-                "NEED_GRAD": True,
-                "OPERAND": kind_of,
-            },
-            types,
-            cores,
-        )
-        for rows in (16, 32, 64):
-            yield (
-                "fused_backward",
-                f"{name}, {f'{rows} rows' if rows < 64 else '64 rows or more'}",
-                logsum_triton.fused_backward_kernel,
-                {**logsum_triton.fused_backward_config(rows, operand), "OPERAND": kind_of},
-                types,
-                cores,
-            )
-        types = types | {x: f"*{name}" for x in ("out", "grad_y")}
-        config = {**logsum_triton.tiled_backward_config(operand), "OPERAND": kind_of}
-        for mode, label in ((0, "both"), (2, "affine, by row")):
-            yield (
-                "gradient",
-                f"{name}, {label}",
-                logsum_triton.gradient_kernel,
-                {
-                    **config,
-                    "ALPHA": 4.0,
-                    "NORMALIZE": mode,
-                    "WEIGHTED": mode == 2,
-                    **({} if mode == 2 else plain),
-                },
-                types,
-                cores,
-            )
-        yield "weight", name, logsum_triton.weight_kernel, config, types, cores
-    tile = {"ROWS": logsum_triton.TILE_ROWS, "COLUMNS": logsum_triton.TILE_COLUMNS, "num_warps": 4}
-    types = {"teacher": "*bf16", "out": "*bf16", "alpha": "fp32", "eps": "fp32", "norm_eps": "fp32"}
-    yield "finish", "", logsum_triton.finish_kernel, {"BLOCK": 1024, "num_warps": 4}, types, False
-    yield "moments", "", logsum_triton.moments_kernel, tile, types, False
-    yield "merge", "", logsum_triton.merge_kernel, {**tile, "num_warps": 2}, types, False
-    for mode, label in ((0, "both"), (2, "affine, by row")):
-        flags = {
-            **tile,
-            "ALPHA": 4.0,
-            "NORMALIZE": mode,
-            "WEIGHTED": mode == 2,
-            **({} if mode == 2 else plain),
-        }
-        yield "loss", label, logsum_triton.loss_kernel, flags, types, False
+            label, few = f"{case}, {rows} rows", common | both
+            forward = few | logsum.fused_config(rows, dtype)
+            found.append(("fused_forward", label, forward, types, cores))
+            if rows <= 64:
+                shares = few | logsum.shares_config(rows, dtype)
+                gradients = few | logsum.gradients_config(rows, dtype)
+                found.append(("shares", label, shares, types, cores))
+                found.append(("gradients", label, gradients, types, cores))
+        label = f"{case}, 32 rows, affine, alpha 2.5, nn.Linear's layout"
+        linear = common | affine | {"stride_wi": 1} | logsum.fused_config(32, dtype)
+        del linear["stride_wf"]
+        found.append(("fused_forward", label, linear, types, cores))
+        # many rows: weight and gradient have the type of the products, d_weight is added up in fp32
+        many = common | logsum.tiled_config(dtype) | {"SHARES": 0}
+        types = types | {x: f"*{operand}" for x in ("weight", "grad_y")} | {"d_weight": "*fp32"}
+        found.append(("gradients", f"{case}, many rows", many, types, cores))
+        for stage in ("moments", "loss", "gradient"):
+            out = {"out": f"*{operand}"} if stage == "gradient" else {}
+            for options in (both, affine):
+                label = f"{case}, {stage}, {options['NORMALIZE']}"
+                flags = many | options | {"STAGE": stage}
+                found.append(("sweep", label, flags, types | out, cores))
+    found.append(("merge", "", {"ROWS": 128, **logsum.BLOCK}, types, False))
+    found.append(("sums", "", {"ALPHA": 4.0, **logsum.BLOCK}, types, False))
+    for kernel, label, parameters, types, cores in found:
+        function = getattr(logsum, f"{kernel}_kernel")
+        names = (*function.arg_names, "num_warps", "num_stages")
+        parameters = {name: value for name, value in parameters.items() if name in names}
+        yield kernel, label, function, parameters, types, cores
 
 
 def cka_configurations(kind: str):

@@ -1,10 +1,16 @@
-"""Triton kernels of the projector + Log-Sum loss; imported on first use on a GPU. The mathematics is in logsum.py.
+"""Triton kernels of the projector + Log-Sum loss; the mathematics is in logsum.py.
 
-Few rows (`fused_*`): one program owns some columns of the projection and all rows, so that batch statistics are sums in
-registers. Many rows (`tiled_*`): forward, the vendor's matrix product into one slab of columns that stays in L2, and
-small kernels over tiles of it; backward, rows are projected again, in chunks, by the kernel that makes a gradient of
-the projection, so that it is never stored. Every kernel writes each element of its outputs; sums over programs go
-through a buffer and are added in a fixed order; no atomics.
+Few rows (`fused_*`): one program owns some columns of the projection and all rows, so that batch
+statistics are sums in registers. Three launches: forward; the loss with shares of the student's
+gradient; the gradients.
+
+Many rows (`tiled_*`): nothing of (B, Dt) is stored but a part of the gradient, in the operands'
+type. Each sweep projects again and does on every tile of it what its stage says: moments
+of the columns, then the loss and the sums that batch norm's backward needs, then the gradient.
+Between the sweeps a small kernel adds what the row tiles left, all of them side by side.
+
+Every kernel writes each element of its outputs; sums over programs go through a buffer and are
+added in a fixed order; no atomics. Imported on first use on a GPU.
 """
 
 import contextlib
@@ -13,16 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-BOTH, STUDENT, AFFINE, NONE = 0, 1, 2, 3
-_NORMALIZE = {"both": BOTH, "student": STUDENT, "student-affine": AFFINE, "none": NONE}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-TILE_ROWS, TILE_COLUMNS = 64, 64
-SLAB_BYTES = (
-    16 * 2**20
-)  # of fp32 projection held at a time: well inside the L2 of the devices meant
-CHUNK_ROWS = (
-    11 * 128
-)  # of the gradient at the projection: with 1,536 columns one tile for each processor of an H100
+SHARE = 384  # features that one program of few rows takes into the student's gradient
+SLICE = 32  # columns of a tile that go through its epilogue at a time, to save registers
+BLOCK = {"TILES": 256, "COLUMNS": 16, "num_warps": 4}  # row tiles and columns of one column sum
+PARTS = 3  # into which the rows of the backward pass are cut at most
+PART_ROWS = 1408  # and at least: with 1,536 columns 66 tiles, half the processors of an H100
 
 
 @triton.jit
@@ -41,443 +43,344 @@ def _power(d, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _standardise(x, real, rows, norm_eps):
-    """Columns of x with mean 0 and variance 1 over their real rows, two passes in registers -> (x, rstd)."""
+def _moments(x, real, rows):
+    """Means, and squared deviations summed, of the columns of x over their real rows."""
     mean = tl.sum(tl.where(real, x, 0.0), 0) / rows
     centred = tl.where(real, x - mean[None, :], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / rows + norm_eps)
-    return centred * rstd[None, :], rstd
+    return mean, tl.sum(centred * centred, 0)
 
 
 @triton.jit
-def _product_tile(a, b, real_m, real_n, count, stride_am, stride_ak, stride_bk, stride_bn,
-                  OPERAND: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def _standardise(x, real, mean, rstd):
+    return tl.where(real, (x - mean[None, :]) * rstd[None, :], 0.0)
+
+
+@triton.jit
+def _vector(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _difference(x, t, real, gain, shift, NORMALIZE: tl.constexpr):
+    if NORMALIZE == "student-affine":
+        x = x * gain[None, :] + shift[None, :]
+    return tl.where(real, x - t, 0.0)
+
+
+@triton.jit
+def _through_norm(g, x, mean_g, mean_gx, rstd):
+    """Batch norm's backward: gradient at x, the standardised columns -> before the norm."""
+    return (g - mean_g[None, :] - x * mean_gx[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def _product(
+    a, b, real_m, real_n, count, stride_am, stride_ak, stride_bk, stride_bn, unit_a, unit_b,
+    OPERAND: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Product of the tiles that begin at a and b, over `count` common places; fp32 accumulators."""
     m, n, k = tl.arange(0, real_m.shape[0]), tl.arange(0, real_n.shape[0]), tl.arange(0, STEP)
+    a += m[:, None] * stride_am + k[None, :] * stride_ak
+    b += k[:, None] * stride_bk + n[None, :] * stride_bn
     total = tl.zeros((real_m.shape[0], real_n.shape[0]), tl.float32)
     for start in range(0, count, STEP):
-        left = tl.load(
-            a
-            + tl.cast(start, tl.int64) * stride_ak
-            + m[:, None] * stride_am
-            + k[None, :] * stride_ak,
-            mask=real_m[:, None] & (k[None, :] < count - start),
-            other=0.0,
-        )
-        right = tl.load(
-            b
-            + tl.cast(start, tl.int64) * stride_bk
-            + k[:, None] * stride_bk
-            + n[None, :] * stride_bn,
-            mask=(k[:, None] < count - start) & real_n[None, :],
-            other=0.0,
-        )
-        total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision="ieee")
+        here = tl.cast(start, tl.int64)
+        left = k < count - start
+        x = tl.load(a + here * stride_ak, mask=real_m[:, None] & left[None, :], other=0.0)
+        y = tl.load(b + here * stride_bk, mask=left[:, None] & real_n[None, :], other=0.0)
+        if unit_a is not None:
+            x = x * unit_a
+        if unit_b is not None:
+            y = y * unit_b
+        total = tl.dot(x.to(OPERAND), y.to(OPERAND), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _slices(y, WIDTH: tl.constexpr):
+    """Its columns as a tuple of tiles of WIDTH columns, in order."""
+    if y.shape[1] <= WIDTH:
+        return (y,)
+    else:
+        halves = tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        return _slices(left, WIDTH) + _slices(right, WIDTH)
+
+
+@triton.jit
+def _store(out, tile, row, column, rows, columns, add, SLICE: tl.constexpr):
+    """A tile into `out` (rows, columns), added to what is there if `add`; slice by slice."""
+    r = row + tl.arange(0, tile.shape[0])
+    slices = _slices(tile, SLICE)
+    for i in tl.static_range(tile.shape[1] // SLICE):
+        c = column + i * SLICE + tl.arange(0, SLICE)
+        at = out + r.to(tl.int64)[:, None] * columns + c[None, :]
+        real = (r < rows)[:, None] & (c < columns)[None, :]
+        before = tl.load(at, mask=real & add, other=0.0).to(tl.float32)
+        tl.store(at, before + slices[i], mask=real)
+
+
+# --- few rows ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def fused_forward_kernel(
     student, weight, teacher, scale, shift, partial, grad_y, columns,
-    rows, inner, features, stride_sb, stride_sk, stride_wk, stride_wn, stride_tb, stride_tn, norm_eps,
+    rows, inner, features, stride_sb, stride_wi, stride_wf, stride_tb, norm_eps,
     ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, NEED_GRAD: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """All rows of COLUMNS columns: product, batch norm, loss partial and the unscaled gradient at the projection."""
+    """All rows of COLUMNS columns: product, batch norm, sum of powers, unscaled gradient."""
     r = tl.arange(0, ROWS)
     first = tl.program_id(0) * COLUMNS
     c = first + tl.arange(0, COLUMNS)
     inside = c < features
     real = (r[:, None] < rows) & inside[None, :]
-    r64, c64 = r.to(tl.int64), c.to(tl.int64)
-    y = _product_tile(
-        student,
-        weight + first.to(tl.int64) * stride_wn,
-        r < rows,
-        inside,
-        inner,
-        stride_sb,
-        stride_sk,
-        stride_wk,
-        stride_wn,
-        OPERAND,
-        INNER,
-    )
-    t = tl.load(
-        teacher + r64[:, None] * stride_tb + c64[None, :] * stride_tn, mask=real, other=0.0
-    ).to(tl.float32)
-    rstd = tl.full((COLUMNS,), 1.0, tl.float32)
-    if NORMALIZE != 3:
-        y, rstd = _standardise(y, real, rows, norm_eps)
-    if NORMALIZE == 0:
-        t, _ = _standardise(t, real, rows, norm_eps)
-    d = y - t
-    if NORMALIZE == 2:
-        gain = tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        d = (
-            y * gain[None, :]
-            + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-            - t
-        )
-    value, g = _power(tl.where(real, d, 0.0), ALPHA)
-    tl.store(partial + tl.program_id(0), tl.sum(value))
+    # loaded first: the product hides how long that takes
+    t = tl.load(teacher + r[:, None] * stride_tb + c[None, :], mask=real, other=0.0).to(tl.float32)
+    gain = tl.full((COLUMNS,), 1.0, tl.float32)
+    shifts = gain
+    if NORMALIZE == "student-affine":
+        gain, shifts = _vector(scale + c, inside), _vector(shift + c, inside)
+    y = _product(
+        student, weight + first.to(tl.int64) * stride_wf, r < rows, inside, inner,
+        stride_sb, 1, stride_wi, stride_wf, None, None, OPERAND, STEP,
+    )  # fmt: skip
+    if NORMALIZE != "none":
+        mean, squares = _moments(y, real, rows)
+        rstd = 1.0 / tl.sqrt(squares / rows + norm_eps)
+        y = _standardise(y, real, mean, rstd)
+    if NORMALIZE == "both":
+        mean, squares = _moments(t, real, rows)
+        t = _standardise(t, real, mean, 1.0 / tl.sqrt(squares / rows + norm_eps))
+    value, g = _power(_difference(y, t, real, gain, shifts, NORMALIZE), ALPHA)
+    partial += tl.program_id(0)
+    tl.store(partial, tl.sum(value))
     if NEED_GRAD:
-        if NORMALIZE != 3:
+        if NORMALIZE != "none":
             sum_g, sum_gx = tl.sum(g, 0), tl.sum(g * y, 0)
-            if NORMALIZE == 2:
+            if NORMALIZE == "student-affine":
                 tl.store(columns + c, sum_g, mask=inside)
                 tl.store(columns + features + c, sum_gx, mask=inside)
-                rstd *= gain
-            g = (g - (sum_g / rows)[None, :] - y * (sum_gx / rows)[None, :]) * rstd[None, :]
-        tl.store(grad_y + r64[:, None] * features + c64[None, :], g, mask=real)
+            g = _through_norm(g, y, sum_g / rows, sum_gx / rows, rstd * gain)
+        tl.store(partial + tl.num_programs(0), tl.max(tl.where(real, tl.abs(g), 0.0)))
+        tl.store(grad_y + r[:, None] * features + c[None, :], g, mask=real)
 
 
 @triton.jit
-def finish_kernel(partial, loss, factor, count, alpha, eps, BLOCK: tl.constexpr):
-    """log(sum of partials + eps) and alpha / (the same sum), added in a fixed order by one program."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(partial + i, mask=i < count, other=0.0)
-    total = tl.sum(total) + eps
-    tl.store(loss, tl.log(total))
-    tl.store(factor, alpha / total)
+def _finish(partial, count, eps, loss, factor, ALPHA: tl.constexpr):
+    """`count` sums of powers, then bounds of the gradient -> loss and factor; returns the unit.
+
+    The order is fixed. The unit, kept behind the factor, brings the largest gradient at the
+    projection to about 512: there fp16 holds it and all that matters beside it, which is lost below
+    6e-8 and above 65504.
+    """
+    total = tl.zeros((1024,), tl.float32)
+    largest = total
+    for start in range(0, count, 1024):
+        i = start + tl.arange(0, 1024)
+        total += _vector(partial + i, i < count)
+        largest = tl.maximum(largest, _vector(partial + count + i, i < count))
+    whole = tl.sum(total) + eps
+    unit = 512.0 / tl.maximum(tl.max(largest), 1e-30)
+    tl.store(loss, tl.log(whole))
+    tl.store(factor, ALPHA / whole)
+    tl.store(factor + 1, unit)
+    return unit
 
 
 @triton.jit
-def fused_backward_kernel(
-    grad, factor, grad_y, student, weight, d_student, d_weight,
-    rows, inner, features, stride_sb, stride_sk, stride_wk, stride_wn, weight_programs,
-    OPERAND: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
+def shares_kernel(
+    partial, loss, factor, grad_y, weight, shares, count, rows, inner, features,
+    stride_wi, stride_wf, eps, ALPHA: tl.constexpr, NEED_GRAD: tl.constexpr, SHARE: tl.constexpr,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of student^T grad_y, then tiles of grad_y weight^T, both times grad * factor, in one launch."""
-    coefficient = tl.load(grad).to(tl.float32) * tl.load(factor)
+    """Loss and factor; tiles of grad_y weight^T over SHARE features each -> shares (., B, Ds)."""
+    unit = _finish(partial, count, eps, loss, factor, ALPHA)  # the same in every program
+    if NEED_GRAD:
+        first, row = tl.program_id(2) * SHARE, tl.program_id(1) * ROWS
+        r, k = row + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        out = tl.program_id(0).to(tl.int64) * COLUMNS * stride_wi
+        product = _product(
+            grad_y + row * features + first, weight + first.to(tl.int64) * stride_wf + out,
+            r < rows, k < inner, tl.minimum(SHARE, features - first),
+            features, 1, stride_wf, stride_wi,
+            unit, None, OPERAND, STEP,
+        )  # fmt: skip
+        r += tl.program_id(2) * rows
+        out = shares + r[:, None] * inner + k[None, :]
+        tl.store(
+            out, product, mask=(row + tl.arange(0, ROWS) < rows)[:, None] & (k < inner)[None, :]
+        )
+
+
+@triton.jit
+def gradients_kernel(
+    grad, factor, grad_y, student, weight, shares, d_student, d_weight, rows, inner, features,
+    start, weight_programs, stride_sb,
+    SHARES: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Tiles of student^T grad_y, then tiles of grad_y weight^T, both scaled, in one launch.
+
+    The rows are those of the batch from `start`; d_weight holds what was before.
+    SHARES of the second product are added; with none it is done here, and grad_y holds its unit.
+    """
+    unit = tl.load(factor + 1)
+    scale = tl.load(grad).to(tl.float32) * tl.load(factor) / unit
     pid = tl.program_id(0)
     if pid < weight_programs:
-        tiles = tl.cdiv(features, COLUMNS)
-        k = (pid // tiles) * INNER + tl.arange(0, INNER)
-        c = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros((INNER, COLUMNS), tl.float32)
-        for start in range(0, rows, ROWS):
-            r = start + tl.arange(0, ROWS)
-            a = tl.load(
-                student + r.to(tl.int64)[None, :] * stride_sb + k.to(tl.int64)[:, None] * stride_sk,
-                mask=(r[None, :] < rows) & (k[:, None] < inner),
-                other=0.0,
-            )
-            g = tl.load(
-                grad_y + r.to(tl.int64)[:, None] * features + c[None, :],
-                mask=(r[:, None] < rows) & (c[None, :] < features),
-                other=0.0,
-            )
-            total = tl.dot(
-                a.to(OPERAND), (g * coefficient).to(OPERAND), total, input_precision="ieee"
-            )
-        tl.store(
-            d_weight + k.to(tl.int64)[:, None] * features + c[None, :],
-            total,
-            mask=(k[:, None] < inner) & (c[None, :] < features),
-        )
-    else:  # other names: Triton wants one shape for a name
-        place = pid - weight_programs
+        blocks = tl.cdiv(features, COLUMNS)
+        row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
+        m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        product = _product(
+            student + row, grad_y + column, m < inner, n < features, rows,
+            1, stride_sb, features, 1, None, unit if SHARES else None, OPERAND, STEP,
+        )  # fmt: skip
+        _store(d_weight, product * scale, row, column, inner, features, start > 0, SLICE)
+    else:
+        pid -= weight_programs
         blocks = tl.cdiv(inner, COLUMNS)
-        row = (place // blocks) * ROWS + tl.arange(0, ROWS)
-        out = (place % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-        product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in range(0, features, INNER):
-            f = first + tl.arange(0, INNER)
-            slope = tl.load(
-                grad_y + row.to(tl.int64)[:, None] * features + f[None, :],
-                mask=(row[:, None] < rows) & (f[None, :] < features),
-                other=0.0,
-            )
-            b = tl.load(
-                weight
-                + out.to(tl.int64)[None, :] * stride_wk
-                + f.to(tl.int64)[:, None] * stride_wn,
-                mask=(out[None, :] < inner) & (f[:, None] < features),
-                other=0.0,
-            )
-            product = tl.dot(
-                (slope * coefficient).to(OPERAND), b.to(OPERAND), product, input_precision="ieee"
-            )
-        tl.store(
-            d_student + row.to(tl.int64)[:, None] * inner + out[None, :],
-            product,
-            mask=(row[:, None] < rows) & (out[None, :] < inner),
-        )
+        row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
+        m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        if SHARES:
+            product = tl.zeros((ROWS, COLUMNS), tl.float32)
+            real = (m < rows)[:, None] & (n < inner)[None, :]
+            for share in tl.static_range(SHARES):
+                at = shares + (share * rows + m)[:, None] * inner + n[None, :]
+                product += tl.load(at, mask=real, other=0.0)
+        else:
+            product = _product(
+                grad_y + row.to(tl.int64) * features, weight + column.to(tl.int64) * features,
+                m < rows, n < inner, features, features, 1, 1, features, None, None, OPERAND, STEP,
+            )  # fmt: skip
+        _store(d_student, product * scale, row, column, rows, inner, False, SLICE)
+
+
+# --- many rows -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def moments_kernel(
-    y,
-    teacher,
-    partial,
-    rows,
-    width,
-    stride_yb,
-    stride_tb,
-    stride_tn,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Mean and sum of squared deviations of each column of a tile of y and teacher -> partial (row tile, 4, width)."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = c < width
-    real = (r[:, None] < rows) & inside[None, :]
-    count = tl.minimum(rows - tl.program_id(0) * ROWS, ROWS)
-    out = partial + tl.program_id(0).to(tl.int64) * 4 * width + c
-    a = tl.load(y + r.to(tl.int64)[:, None] * stride_yb + c[None, :], mask=real, other=0.0)
-    mean = tl.sum(a, 0) / count
-    a = tl.where(real, a - mean[None, :], 0.0)
-    tl.store(out, mean, mask=inside)
-    tl.store(out + width, tl.sum(a * a, 0), mask=inside)
-    b = tl.load(
-        teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
-        mask=real,
-        other=0.0,
-    ).to(tl.float32)
-    mean = tl.sum(b, 0) / count
-    b = tl.where(real, b - mean[None, :], 0.0)
-    tl.store(out + 2 * width, mean, mask=inside)
-    tl.store(out + 3 * width, tl.sum(b * b, 0), mask=inside)
+def sweep_kernel(
+    student, weight, teacher, columns, scale, shift, factor, out, partial,
+    rows, inner, features, count, stride_sb, stride_tb, STAGE: tl.constexpr,
+    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the projection, slice by slice -> out.
+
+    STAGE "moments":  mean, squared deviations of y, then of teacher      (row tile, 4, Dt)
+          "loss":     sums of the gradient, of gradient times y           (row tile, 2, Dt);
+                      sum of |d|^alpha, bound of gradients -> partial     (2, row tile, slice)
+          "gradient": the gradient at the projection times its unit       (B, Dt)
+    `count`: rows of the whole batch.
+    """
+    blocks = tl.cdiv(features, COLUMNS)
+    tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS
+    row = tile * ROWS
+    r = row + tl.arange(0, ROWS)
+    r64 = r.to(tl.int64)
+    y = _product(
+        student + row.to(tl.int64) * stride_sb, weight + column, r < rows,
+        column + tl.arange(0, COLUMNS) < features, inner, stride_sb, 1, features, 1,
+        None, None, OPERAND, STEP,
+    )  # fmt: skip
+    tiles = _slices(y, SLICE)
+    for i in tl.static_range(COLUMNS // SLICE):
+        x = tiles[i]
+        c = column + i * SLICE + tl.arange(0, SLICE)
+        inside = c < features
+        real = (r < rows)[:, None] & inside[None, :]
+        t = tl.load(teacher + r64[:, None] * stride_tb + c[None, :], mask=real, other=0.0)
+        t = t.to(tl.float32)
+        if STAGE == "moments":
+            at = out + tile.to(tl.int64) * 4 * features + c
+            for side in tl.static_range(2):
+                mean, squares = _moments(t if side else x, real, tl.minimum(rows - row, ROWS))
+                tl.store(at + 2 * side * features, mean, mask=inside)
+                tl.store(at + (2 * side + 1) * features, squares, mask=inside)
+        else:
+            at = columns + c
+            spread = tl.full((SLICE,), 1.0, tl.float32)  # what batch norm multiplies gradients by
+            gain, shifts = spread, spread
+            if NORMALIZE != "none":
+                spread = _vector(at + features, inside)
+                x = _standardise(x, real, _vector(at, inside), spread)
+            if NORMALIZE == "both":
+                rstd = _vector(at + 3 * features, inside)
+                t = _standardise(t, real, _vector(at + 2 * features, inside), rstd)
+            if NORMALIZE == "student-affine":
+                gain, shifts = _vector(scale + c, inside), _vector(shift + c, inside)
+                spread *= gain
+            value, g = _power(_difference(x, t, real, gain, shifts, NORMALIZE), ALPHA)
+            if STAGE == "loss":
+                slices = tl.cdiv(features, SLICE)
+                place = column // SLICE + i
+                at = partial + tile * slices + place
+                tl.store(at, tl.sum(value), mask=place < slices)
+                at += tl.cdiv(rows, ROWS) * slices
+                tl.store(at, tl.max(tl.abs(g)) * tl.max(tl.abs(spread)), mask=place < slices)
+                at = out + tile.to(tl.int64) * 2 * features + c
+                tl.store(at, tl.sum(g, 0), mask=inside)
+                tl.store(at + features, tl.sum(g * x, 0), mask=inside)
+            else:
+                if NORMALIZE != "none":
+                    mean_g = _vector(at + 4 * features, inside) / count
+                    mean_gx = _vector(at + 5 * features, inside) / count
+                    g = _through_norm(g, x, mean_g, mean_gx, spread)
+                g *= tl.load(factor + 1)
+                tl.store(out + r64[:, None] * features + c[None, :], g, mask=real)
 
 
 @triton.jit
 def merge_kernel(
-    partial, columns, rows, width, stride_c, norm_eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Moments of the row tiles merged in order (Chan et al. 1979) -> columns: mean, rstd of y, then of teacher."""
+    moments, columns, rows, features, norm_eps,
+    ROWS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Moments of tiles of ROWS rows -> columns: mean and 1 / deviation of y, then of teacher."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = c < width
-    for side in tl.static_range(2):
-        count = 0.0
-        mean = tl.zeros((COLUMNS,), tl.float32)
-        squares = tl.zeros((COLUMNS,), tl.float32)
-        for tile in range(tl.cdiv(rows, ROWS)):
-            at = partial + (4 * tile + 2 * side) * width + c
-            more = tl.minimum(rows - tile * ROWS, ROWS) * 1.0
-            delta = tl.load(at, mask=inside, other=0.0) - mean
-            squares += tl.load(at + width, mask=inside, other=0.0) + delta * delta * (
-                count * more / (count + more)
-            )
-            mean += delta * (more / (count + more))
-            count += more
-        tl.store(columns + 2 * side * stride_c + c, mean, mask=inside)
-        tl.store(
-            columns + (2 * side + 1) * stride_c + c,
-            1.0 / tl.sqrt(squares / rows + norm_eps),
-            mask=inside,
-        )
-
-
-@triton.jit
-def _difference(x, teacher, columns, scale, shift, r, c, rows, width, stride_tb, stride_tn, stride_c,
-                NORMALIZE: tl.constexpr):  # fmt: skip
-    """One tile of the projection -> (the same standardised, its difference to the teacher's), 0 outside."""
-    inside = c < width
-    real = (r[:, None] < rows) & inside[None, :]
-    t = tl.load(
-        teacher + r.to(tl.int64)[:, None] * stride_tb + c.to(tl.int64)[None, :] * stride_tn,
-        mask=real,
-        other=0.0,
-    ).to(tl.float32)
-    if NORMALIZE != 3:
-        mean = tl.load(columns + c, mask=inside, other=0.0)
-        rstd = tl.load(columns + stride_c + c, mask=inside, other=0.0)
-        x = (x - mean[None, :]) * rstd[None, :]
-    if NORMALIZE == 0:
-        mean = tl.load(columns + 2 * stride_c + c, mask=inside, other=0.0)
-        rstd = tl.load(columns + 3 * stride_c + c, mask=inside, other=0.0)
-        t = (t - mean[None, :]) * rstd[None, :]
-    d = x - t
-    if NORMALIZE == 2:
-        gain = tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        d = (
-            x * gain[None, :]
-            + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-            - t
-        )
-    return tl.where(real, x, 0.0), tl.where(real, d, 0.0)
-
-
-@triton.jit
-def loss_kernel(
-    y, teacher, columns, scale, shift, weights, partial, partial_rows, partial_columns,
-    rows, width, stride_yb, stride_tb, stride_tn, stride_c,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One tile's sum of |d|^alpha, its row sums, and column sums of the gradient and of gradient times projection."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    y = tl.load(
-        y + r.to(tl.int64)[:, None] * stride_yb + c[None, :],
-        mask=(r[:, None] < rows) & (c[None, :] < width),
-        other=0.0,
-    )
-    x, d = _difference(
-        y,
-        teacher,
-        columns,
-        scale,
-        shift,
-        r,
-        c,
-        rows,
-        width,
-        stride_tb,
-        stride_tn,
-        stride_c,
-        NORMALIZE,
-    )
-    value, g = _power(d, ALPHA)
-    if WEIGHTED:
-        g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
-    tl.store(partial + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(value))
-    tl.store(partial_rows + tl.program_id(1) * rows + r, tl.sum(value, 1), mask=r < rows)
-    out = partial_columns + tl.program_id(0).to(tl.int64) * 2 * width + c
-    tl.store(out, tl.sum(g, 0), mask=c < width)
-    tl.store(out + width, tl.sum(g * x, 0), mask=c < width)
-
-
-@triton.jit
-def _store_gradient(
-    y, teacher, columns, scale, shift, weights, grad, factor, out, r, c, rows, features, count, stride_tb, stride_tn,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """From a tile of the projection to the gradient there, times grad * factor, in the type of `out`."""
     inside = c < features
-    x, d = _difference(
-        y,
-        teacher,
-        columns,
-        scale,
-        shift,
-        r,
-        c,
-        rows,
-        features,
-        stride_tb,
-        stride_tn,
-        features,
-        NORMALIZE,
-    )
-    _, g = _power(d, ALPHA)
-    if WEIGHTED:
-        g *= tl.load(weights + r, mask=r < rows, other=0.0)[:, None]
-    if NORMALIZE != 3:
-        rstd = tl.load(columns + features + c, mask=inside, other=0.0)
-        if NORMALIZE == 2:
-            rstd *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-        mean_g = tl.load(columns + 4 * features + c, mask=inside, other=0.0) / count
-        mean_gx = tl.load(columns + 5 * features + c, mask=inside, other=0.0) / count
-        g = (g - mean_g[None, :] - x * mean_gx[None, :]) * rstd[None, :]
-    g *= tl.load(grad).to(tl.float32) * tl.load(factor)
-    tl.store(
-        out + r.to(tl.int64)[:, None] * features + c[None, :],
-        g,
-        mask=(r[:, None] < rows) & inside[None, :],
-    )
+    tiles = tl.cdiv(rows, ROWS)
+    for side in tl.static_range(2):
+        mean = tl.zeros((COLUMNS,), tl.float32)
+        squares = mean
+        for step in tl.static_range(2):  # the mean of all, then squared deviations from it
+            for first in range(0, tiles, TILES):  # all at once up to TILES row tiles
+                tile = (first + tl.arange(0, TILES))[:, None]
+                real = (tile < tiles) & inside[None, :]
+                count = tl.minimum(rows - tile * ROWS, ROWS)
+                at = moments + (tile.to(tl.int64) * 4 + 2 * side) * features + c[None, :]
+                means = tl.load(at, mask=real, other=0.0)
+                if step == 0:
+                    mean += tl.sum(tl.where(real, means * (count / rows), 0.0), 0)
+                else:
+                    between = (means - mean[None, :]) * (means - mean[None, :]) * count
+                    within = tl.load(at + features, mask=real, other=0.0)
+                    squares += tl.sum(tl.where(real, within + between, 0.0), 0)
+        out = columns + 2 * side * features + c
+        tl.store(out, mean, mask=inside)
+        tl.store(out + features, 1.0 / tl.sqrt(squares / rows + norm_eps), mask=inside)
 
 
 @triton.jit
-def gradient_kernel(
-    student, weight, teacher, columns, scale, shift, weights, grad, factor, out, rows, inner, features, count,
-    stride_sb, stride_sk, stride_wk, stride_wn, stride_tb, stride_tn,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+def sums_kernel(
+    sums, columns, partial, loss, factor, count, tiles, features, eps,
+    ALPHA: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient at the projection, which is computed again; its halves in turn, to save registers."""
-    blocks = tl.cdiv(features, COLUMNS)
-    row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
-    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS // 2)
-    y = _product_tile(
-        student + row.to(tl.int64) * stride_sb,
-        weight + column.to(tl.int64) * stride_wn,
-        r < rows,
-        column + tl.arange(0, COLUMNS) < features,
-        inner,
-        stride_sb,
-        stride_sk,
-        stride_wk,
-        stride_wn,
-        OPERAND,
-        INNER,
-    )
-    left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-    _store_gradient(
-        left,
-        teacher,
-        columns,
-        scale,
-        shift,
-        weights,
-        grad,
-        factor,
-        out,
-        r,
-        c,
-        rows,
-        features,
-        count,
-        stride_tb,
-        stride_tn,
-        ALPHA,
-        NORMALIZE,
-        WEIGHTED,
-    )
-    _store_gradient(
-        right,
-        teacher,
-        columns,
-        scale,
-        shift,
-        weights,
-        grad,
-        factor,
-        out,
-        r,
-        c + COLUMNS // 2,
-        rows,
-        features,
-        count,
-        stride_tb,
-        stride_tn,
-        ALPHA,
-        NORMALIZE,
-        WEIGHTED,
-    )
+    """Sums of the row tiles -> columns, after the moments; loss and factor."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < 2 * features
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, tiles, TILES):
+        tile = (first + tl.arange(0, TILES))[:, None]
+        at = sums + tile.to(tl.int64) * 2 * features + c[None, :]
+        total += tl.sum(tl.load(at, mask=(tile < tiles) & inside[None, :], other=0.0), 0)
+    tl.store(columns + 4 * features + c, total, mask=inside)
+    if tl.program_id(0) == 0:
+        _finish(partial, count, eps, loss, factor, ALPHA)
 
 
-@triton.jit
-def weight_kernel(
-    student, grad_y, d_weight, rows, inner, features, stride_sb, stride_sk,
-    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Add one tile of student^T grad_y to d_weight."""
-    blocks = tl.cdiv(features, COLUMNS)
-    row, column = (tl.program_id(0) // blocks) * ROWS, (tl.program_id(0) % blocks) * COLUMNS
-    k, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    product = _product_tile(
-        student + row.to(tl.int64) * stride_sk,
-        grad_y + column,
-        k < inner,
-        c < features,
-        rows,
-        stride_sk,
-        stride_sb,
-        features,
-        1,
-        OPERAND,
-        INNER,
-    )
-    out = d_weight + k.to(tl.int64)[:, None] * features + c[None, :]
-    real = (k[:, None] < inner) & (c[None, :] < features)
-    tl.store(out, tl.load(out, mask=real, other=0.0) + product, mask=real)
-
-
-# --- launchers ------------------------------------------------------------------------------------------------------
+# --- launchers -----------------------------------------------------------------------------------
 
 
 def _on(tensor):
@@ -485,279 +388,159 @@ def _on(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
-    """Tile and launch parameters for a batch of `rows`."""
+def _floats(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _dense(x):
+    """x with its rows dense, as the kernels load them."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _tiles(rows, columns, config):
+    return triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, config["COLUMNS"])
+
+
+def fused_config(rows: int, operand: torch.dtype) -> dict:
+    """Tile and launch parameters of the forward kernel for a batch of `rows`."""
     padded = max(16, triton.next_power_of_2(rows))
-    inner = 128 if padded <= 64 else 64 if padded == 128 else 32
-    if operand == torch.float32:
-        inner = max(16, inner // 2)
+    step = min(128, 4096 // padded)  # fp32 tiles of three steps fit into every device
     return {
         "ROWS": padded,
         "COLUMNS": 16,
-        "INNER": inner,
+        "STEP": step if operand != torch.float32 else max(16, step // 2),
         "num_warps": 4 if padded <= 128 else 8,
         "num_stages": 3,
     }
 
 
-def fused_backward_config(rows: int, operand: torch.dtype) -> dict:
-    padded = min(32 if operand == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
+def shares_config(rows: int, operand: torch.dtype) -> dict:
+    most = 32 if operand == torch.float32 else 64
+    padded = min(most, max(16, triton.next_power_of_2(rows)))
     warps = 8 if operand == torch.float32 else 4
-    return {"ROWS": padded, "INNER": 64, "COLUMNS": 32, "num_warps": warps, "num_stages": 2}
+    return {"ROWS": padded, "COLUMNS": 32, "STEP": 64, "num_warps": warps, "num_stages": 2}
 
 
-def fused_forward(
-    student, weight, teacher, scale, shift, alpha, normalize, _, eps, norm_eps, operand, need_grad
-):
+def gradients_config(rows: int, operand: torch.dtype) -> dict:
+    """Of the fused path; there the rows are what is summed over."""
+    config = shares_config(rows, operand)
+    return config | {"ROWS": 64, "STEP": config["ROWS"]}
+
+
+def tiled_config(operand: torch.dtype) -> dict:
+    """Of the sweeps and of the gradients of many rows."""
+    if operand == torch.float32:
+        return {"ROWS": 128, "COLUMNS": 64, "STEP": 16, "num_warps": 4, "num_stages": 3}
+    return {"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8, "num_stages": 3}
+
+
+def fused_forward(student, weight, teacher, scale, shift, o):
     rows, features = teacher.shape
-    config = fused_forward_config(rows, operand)
-    programs = triton.cdiv(features, config["COLUMNS"])
-    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=student.device)  # noqa: E731
-    loss, factor, partial = empty(), empty(), empty(programs)
-    grad_y = empty(rows if need_grad else 0, features)
-    columns = empty(2 if need_grad and scale is not None else 0, features)
+    student, teacher = _dense(student), _dense(teacher)
+    inner, kind = student.shape[1], _TYPES[o.operand]
+    config = fused_config(rows, o.operand)
+    programs, split = triton.cdiv(features, config["COLUMNS"]), triton.cdiv(features, SHARE)
+    loss, factor, partial = _floats(student), _floats(student, 2), _floats(student, 2, programs)
+    grad_y = _floats(student, rows if o.need_grad else 0, features)
+    columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
+    shares = _floats(student, split if o.need_grad else 0, rows, inner)
     with _on(student):
         fused_forward_kernel[(programs,)](
-            student,
-            weight,
-            teacher,
-            scale,
-            shift,
-            partial,
-            grad_y,
-            columns,
-            rows,
-            student.shape[1],
-            features,
-            *student.stride(),
-            *weight.stride(),
-            *teacher.stride(),
-            norm_eps,
-            ALPHA=alpha,
-            NORMALIZE=_NORMALIZE[normalize],
-            NEED_GRAD=need_grad,
-            OPERAND=_TYPES[operand],
-            **config,
-        )
-        finish_kernel[(1,)](partial, loss, factor, programs, alpha, eps, BLOCK=1024, num_warps=4)
-    return loss, factor, grad_y, columns, empty(0)
+            student, weight, teacher, scale, shift, partial, grad_y, columns,
+            rows, inner, features, student.stride(0), *weight.stride(), teacher.stride(0),
+            o.norm_eps, o.alpha, o.normalize, o.need_grad, kind, **config,
+        )  # fmt: skip
+        config = shares_config(rows, o.operand)
+        grid = (triton.cdiv(inner, config["COLUMNS"]), triton.cdiv(rows, config["ROWS"]), split)
+        shares_kernel[grid if o.need_grad else (1,)](
+            partial, loss, factor, grad_y, weight, shares, programs, rows, inner, features,
+            *weight.stride(), o.eps, o.alpha, o.need_grad, SHARE, kind, **config,
+        )  # fmt: skip
+    return loss, factor, grad_y, columns, shares
 
 
-def fused_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight):
-    rows, features = grad_y.shape
-    inner = student.shape[1]
-    config = fused_backward_config(rows, operand)
-    d_student = student.new_empty((rows, inner) if need_student else 0)
-    d_weight = weight.new_empty((inner, features) if need_weight else 0)
-    weight_programs = (
-        need_weight * triton.cdiv(inner, config["INNER"]) * triton.cdiv(features, config["COLUMNS"])
-    )
-    student_programs = (
-        need_student * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["COLUMNS"])
-    )
-    if weight_programs + student_programs:
-        with _on(student):
-            fused_backward_kernel[(weight_programs + student_programs,)](
-                grad,
-                factor,
-                grad_y,
-                student,
-                weight,
-                d_student,
-                d_weight,
-                rows,
-                inner,
-                features,
-                *student.stride(),
-                *weight.stride(),
-                weight_programs,
-                OPERAND=_TYPES[operand],
-                **config,
-            )
+def fused_backward(grad, factor, grad_y, shares, student, weight, o, need_student, need_weight):
+    student = _dense(student)
+    d_student = student.new_empty(student.shape if need_student else 0)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0)
+    with _on(student):
+        _gradients(
+            grad, factor, grad_y, student, weight, shares, d_student, d_weight, 0, len(shares),
+            o.operand, gradients_config(len(student), o.operand),
+        )  # fmt: skip
     return d_student, d_weight
 
 
-def _product(a, b):
-    """a @ b with fp32 accumulators and an fp32 result, never rounded in between."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    if a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # interpreter and ROCm: no product with a wider result
+def _gradients(
+    grad, factor, grad_y, student, weight, shares, d_student, d_weight, start, split,
+    operand, config,
+):  # fmt: skip
+    (rows, inner), features = student.shape, grad_y.shape[1]
+    weights = _tiles(inner, features, config) if d_weight.numel() else 0
+    students = _tiles(rows, inner, config) if d_student.numel() else 0
+    if weights + students:
+        gradients_kernel[(weights + students,)](
+            grad, factor, grad_y, student, weight, shares, d_student, d_weight,
+            rows, inner, features, start, weights, student.stride(0),
+            split, SLICE, _TYPES[operand], **config,
+        )  # fmt: skip
 
 
-def _slabs(rows, features):
-    width = max(TILE_COLUMNS, SLAB_BYTES // (4 * rows) // TILE_COLUMNS * TILE_COLUMNS)
-    return [(start, min(start + width, features)) for start in range(0, features, width)]
-
-
-def _slice(vector, start, stop):
-    return None if vector is None else vector[start:stop]
-
-
-def tiled_forward(
-    student,
-    weight,
-    teacher,
-    scale,
-    shift,
-    alpha,
-    normalize,
-    reduction,
-    eps,
-    norm_eps,
-    operand,
-    need_grad,
-):
+def _sweep(stage, student, weight, teacher, columns, scale, shift, factor, out, partial, count, o):
+    config = tiled_config(o.operand)
     rows, features = teacher.shape
-    mode, a = _NORMALIZE[normalize], student.to(operand)
-    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=student.device)  # noqa: E731
-    tiles = triton.cdiv(rows, TILE_ROWS)
-    columns = empty(6, features)
-    by_slab, by_row, weights = [], empty(0), empty(0)
+    sweep_kernel[(_tiles(rows, features, config),)](
+        student, weight, teacher, columns, scale, shift, factor, out, partial,
+        rows, student.shape[1], features, count, student.stride(0), teacher.stride(0),
+        stage, o.alpha, o.normalize, SLICE, _TYPES[o.operand], **config,
+    )  # fmt: skip
 
-    def sweep(start, stop, first):
-        y = _product(a, weight[:, start:stop].to(operand))
-        t, width = teacher[:, start:stop], stop - start
-        grid = (tiles, triton.cdiv(width, TILE_COLUMNS))
-        tile = {"ROWS": TILE_ROWS, "COLUMNS": TILE_COLUMNS, "num_warps": 4}
-        if first and mode != NONE:
-            moments = empty(tiles, 4, width)
-            moments_kernel[grid](y, t, moments, rows, width, y.stride(0), *t.stride(), **tile)
-            merge_kernel[(grid[1],)](
-                moments,
-                columns[:, start:],
-                rows,
-                width,
-                features,
-                norm_eps,
-                ROWS=TILE_ROWS,
-                COLUMNS=TILE_COLUMNS,
-                num_warps=2,
+
+def tiled_forward(student, weight, teacher, scale, shift, o):
+    rows, features = teacher.shape
+    student, teacher = _dense(student), _dense(teacher)
+    operand = weight.to(o.operand).contiguous()
+    tile_rows = tiled_config(o.operand)["ROWS"]
+    tiles, slices = triton.cdiv(rows, tile_rows), triton.cdiv(features, SLICE)
+    columns, loss, factor = _floats(student, 6, features), _floats(student), _floats(student, 2)
+    moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
+    partial = _floats(student, 2, tiles, slices)
+    inputs = (student, operand, teacher, columns, scale, shift, factor)
+    with _on(student):
+        if o.normalize != "none":
+            _sweep("moments", *inputs, moments, partial, rows, o)
+            merge_kernel[(triton.cdiv(features, BLOCK["COLUMNS"]),)](
+                moments, columns, rows, features, o.norm_eps, tile_rows, **BLOCK
             )
-        partial, partial_rows, partial_columns = (
-            empty(*grid),
-            empty(grid[1], rows),
-            empty(tiles, 2, width),
-        )
-        loss_kernel[grid](
-            y,
-            t,
-            columns[:, start:],
-            _slice(scale, start, stop),
-            _slice(shift, start, stop),
-            weights,
-            partial,
-            partial_rows,
-            partial_columns,
-            rows,
-            width,
-            y.stride(0),
-            *t.stride(),
-            features,
-            ALPHA=alpha,
-            NORMALIZE=mode,
-            WEIGHTED=not first,
-            **tile,
-        )
-        columns[4:, start:stop] = partial_columns.sum(0)
-        return partial.sum(), partial_rows.sum(0)
-
-    with _on(student), torch.autocast(student.device.type, enabled=False):
-        for start, stop in _slabs(rows, features):
-            total, row_totals = sweep(start, stop, True)
-            by_slab.append(total)
-            by_row = row_totals if start == 0 else by_row + row_totals
-        if reduction == "batch":
-            total = torch.stack(by_slab).sum() + eps
-            loss, factor = total.log(), alpha / total
-        else:
-            by_row = by_row + eps
-            loss, factor = by_row.log().mean(), torch.full_like(by_row[0], alpha)
-            if need_grad:
-                weights = 1 / (by_row * rows)
-                for start, stop in _slabs(rows, features):
-                    sweep(start, stop, False)
-    return loss, factor, empty(0, features), columns if need_grad else empty(0, features), weights
-
-
-def tiled_backward_config(operand: torch.dtype) -> dict:
-    if operand == torch.float32:
-        return {"ROWS": 128, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 3}
-    return {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+        _sweep("loss", *inputs, sums, partial, rows, o)
+        sums_kernel[(triton.cdiv(2 * features, BLOCK["COLUMNS"]),)](
+            sums, columns, partial, loss, factor, tiles * slices, tiles, features, o.eps, o.alpha,
+            **BLOCK,
+        )  # fmt: skip
+    if operand is weight:  # an operator returns no input
+        operand = operand.new_empty(0)
+    return loss, factor, operand, columns, _floats(student, 0)
 
 
 def tiled_backward(
-    grad,
-    factor,
-    columns,
-    weights,
-    student,
-    weight,
-    teacher,
-    scale,
-    shift,
-    alpha,
-    normalize,
-    operand,
-    need_student,
-    need_weight,
-):
+    grad, factor, operand, columns, student, weight, teacher, scale, shift, o,
+    need_student, need_weight,
+):  # fmt: skip
     rows, features = teacher.shape
-    inner, mode, b, config = (
-        student.shape[1],
-        _NORMALIZE[normalize],
-        weight.to(operand),
-        tiled_backward_config(operand),
-    )
-    tiles = lambda n: triton.cdiv(n, config["ROWS"]) * triton.cdiv(features, config["COLUMNS"])  # noqa: E731
+    student, teacher = _dense(student), _dense(teacher)
+    operand = operand if operand.numel() else weight
     d_student = student.new_empty(student.shape if need_student else 0)
-    total = torch.zeros(
-        weight.shape if need_weight else 0, dtype=torch.float32, device=weight.device
-    )
-    grad_y = torch.empty((min(rows, CHUNK_ROWS), features), dtype=operand, device=student.device)
-    with _on(student), torch.autocast(student.device.type, enabled=False):
-        for start in range(0, rows, CHUNK_ROWS):
-            part = slice(start, min(start + CHUNK_ROWS, rows))
-            a, t, g = student[part].to(operand), teacher[part], grad_y[: part.stop - start]
-            gradient_kernel[(tiles(len(g)),)](
-                a,
-                b,
-                t,
-                columns,
-                scale,
-                shift,
-                _slice(weights, part.start, part.stop),
-                grad,
-                factor,
-                g,
-                len(g),
-                inner,
-                features,
-                rows,
-                *a.stride(),
-                *b.stride(),
-                *t.stride(),
-                ALPHA=alpha,
-                NORMALIZE=mode,
-                WEIGHTED=len(weights) > 0,
-                OPERAND=_TYPES[operand],
-                **config,
+    d_weight = _floats(weight, *(weight.shape if need_weight else (0,)))
+    config = tiled_config(o.operand)
+    part = max(PART_ROWS, triton.cdiv(rows, PARTS))
+    part = triton.cdiv(part, config["ROWS"]) * config["ROWS"]
+    gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
+    with _on(student):
+        for start in range(0, rows, part):
+            a, t, out = (x[start : start + part] for x in (student, teacher, d_student))
+            g = gradient[: len(a)]
+            _sweep("gradient", a, operand, t, columns, scale, shift, factor, g, factor, rows, o)
+            _gradients(
+                grad, factor, g, a, operand, columns, out, d_weight, start, 0, o.operand, config
             )
-            if need_weight:
-                weight_kernel[(tiles(inner),)](
-                    a,
-                    g,
-                    total,
-                    len(g),
-                    inner,
-                    features,
-                    *a.stride(),
-                    OPERAND=_TYPES[operand],
-                    **config,
-                )
-            if need_student and student.dtype == operand:
-                torch.mm(g, b.T, out=d_student[part])
-            elif need_student:
-                d_student[part] = torch.mm(g, b.T)
-    return d_student, total.to(weight.dtype)
+    return d_student, d_weight.to(weight.dtype)

@@ -18,9 +18,9 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "kernels",
     [
-        ("fused_forward", "fused_backward"),
-        ("finish", "moments", "merge", "loss"),
-        ("gradient", "weight"),
+        ("fused_forward", "shares"),
+        ("gradients", "merge", "sums"),
+        ("sweep",),
         ("gram",),
         ("screen",),
         ("rescan", "redo"),
@@ -42,7 +42,9 @@ def test_compiles_within_the_device(target, kernels):
     assert made >= len(kernels)
 
 
-@pytest.mark.parametrize("wanted", ["CKA", "k <= 24, D > 64", "bf16, both"])
+@pytest.mark.parametrize(
+    "wanted", ["CKA", "k <= 24, D > 64", "bf16 of bf16 rows, fp32 weight, gradient, both"]
+)
 def test_operands_are_loaded_16_bytes_at_a_time(wanted):
     for _, label, function, parameters, types, _ in aot.configurations("sm_90"):
         if label == wanted:

@@ -20,7 +20,6 @@ interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in the process that the last test starts"
 )
 
-logsum = importlib.import_module("kernels.logsum")
 cka = importlib.import_module("kernels.cka")
 knn = importlib.import_module("kernels.knn")
 
@@ -42,125 +41,6 @@ def poisoned(monkeypatch):
 def close(ours, expected, tolerance):
     assert ours.shape == expected.shape and ours.isfinite().all()
     assert (ours.double() - expected.double()).norm() <= tolerance * expected.double().norm()
-
-
-SHAPES = [  # rows, inner, features, operand, alpha, strided
-    (33, 41, 167, torch.float32, 4.0, False),
-    (3, 5, 2, torch.float32, 2.5, False),
-    (16, 64, 32, torch.float16, 4.0, False),
-    (70, 17, 40, torch.float32, 1.0, True),
-    (130, 20, 18, torch.float16, 3.0, True),
-]
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("normalize", "reduction", "rows", "inner", "features", "operand", "alpha", "strided"),
-    [
-        (normalize, reduction, *shape)
-        for normalize in logsum.NORMALIZE
-        for reduction in logsum.REDUCTION
-        for shape in (
-            SHAPES if normalize == "both" else SHAPES[:1] if reduction == "row" else SHAPES[1::3]
-        )
-    ],
-)
-def test_logsum(monkeypatch, normalize, reduction, rows, inner, features, operand, alpha, strided):
-    from kernels import logsum_triton
-
-    monkeypatch.setattr(
-        logsum_triton, "CHUNK_ROWS", 48
-    )  # several chunks and slabs, the last ones ragged
-    monkeypatch.setattr(logsum_triton, "SLAB_BYTES", 4 * rows * 64)
-    student, weight, teacher = (
-        torch.randn(rows, inner),
-        torch.randn(inner, features),
-        torch.randn(rows, features),
-    )
-    if strided:
-        student, weight = torch.randn(rows, 2 * inner)[:, ::2], torch.randn(features, inner).T
-        teacher = torch.randn(features, rows).T
-    affine = (
-        (torch.randn(features), torch.randn(features))
-        if normalize == "student-affine"
-        else (None, None)
-    )
-    options = (alpha, normalize, reduction, 1e-5, 1e-4, operand, True)
-    wide = [
-        None if x is None else x.double()
-        for x in (student.to(operand), weight.to(operand), teacher, *affine)
-    ]
-    loss, factor, grad_y, sums = logsum._reference(*wide, *options[:5], torch.float64, True)
-    grad = torch.tensor(1.7)
-    d_student, d_weight = logsum._reference_backward(
-        grad.double(), factor, grad_y, *wide[:2], torch.float64, True, True
-    )
-    tolerance = 1e-3 if operand == torch.float16 or rows == 3 else 1e-5
-    paths = [logsum_triton.tiled_forward] + (
-        [logsum_triton.fused_forward] if reduction == "batch" else []
-    )
-    for forward in paths:
-        runs = []
-        for _ in range(2):
-            out = forward(student, weight, teacher, *affine, *options)
-            if out[2].shape[0]:
-                grads = logsum_triton.fused_backward(
-                    grad, *out[1:3], student, weight, operand, True, True
-                )
-            else:
-                grads = logsum_triton.tiled_backward(
-                    grad,
-                    out[1],
-                    out[3],
-                    out[4],
-                    student,
-                    weight,
-                    teacher,
-                    *affine,
-                    alpha,
-                    normalize,
-                    operand,
-                    True,
-                    True,
-                )
-            runs.append((out[0], *grads, out[3][-2:] * out[1]))
-        assert (
-            all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-            or normalize != "student-affine"
-        )
-        close(runs[0][0], loss, tolerance)
-        close(runs[0][1], d_student, tolerance)
-        close(runs[0][2], d_weight, tolerance)
-        assert torch.equal(runs[0][1], runs[1][1]) and torch.equal(runs[0][2], runs[1][2])
-        if affine[0] is not None:
-            close(runs[0][3], sums * factor, tolerance)
-
-
-@interpreted
-def test_logsum_through_the_public_function(monkeypatch):
-    monkeypatch.setenv("G2L_KERNELS", "triton")
-    for rows, dtype in (
-        (20, torch.float32),
-        (300, torch.float32),
-        (300, torch.float16),
-    ):  # fused, tiled
-        student, weight = (
-            torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((rows, 8), (8, 12))
-        )
-        tolerance, teacher = 1e-5 if dtype == torch.float32 else 2e-3, torch.randn(rows, 12)
-        loss = logsum.log_sum_loss(student, weight, teacher)
-        ours = (loss, *torch.autograd.grad(loss, (student, weight)))
-        with monkeypatch.context() as plain:
-            plain.setenv("G2L_KERNELS", "torch")
-            loss = logsum.log_sum_loss(student, weight, teacher)
-            for a, b in zip(
-                ours, (loss, *torch.autograd.grad(loss, (student, weight))), strict=True
-            ):
-                close(a.detach(), b.detach(), tolerance)
-        with torch.no_grad():
-            close(logsum.log_sum_loss(student, weight, teacher), loss.detach(), 1e-5)
-        frozen = logsum.log_sum_loss(student.detach(), weight, teacher)
-        close(torch.autograd.grad(frozen, weight)[0], ours[2], 1e-6)
 
 
 @interpreted
@@ -267,7 +147,7 @@ def version(module):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("kernel", ["logsum", "cka", "knn"])
+@pytest.mark.parametrize("kernel", ["cka", "knn"])
 def test_in_the_interpreter(kernel):
     triton = pytest.importorskip("triton")
     if version(triton) < (3, 7) and version(np) >= (2, 4):
