@@ -1,5 +1,9 @@
-"""Which path runs: Triton kernels on a GPU, plain PyTorch elsewhere. Triton is imported on first need only."""
+"""Which path runs, and in which precision the library multiplies.
 
+Triton kernels run on a GPU, plain PyTorch elsewhere; Triton is imported on first need only.
+"""
+
+import contextlib
 import functools
 import importlib.util
 import os
@@ -15,7 +19,8 @@ def _triton_installed() -> bool:
 def use_triton(device: torch.device) -> bool:
     """Whether kernels on `device` run in Triton, by G2L_KERNELS (auto, triton or torch).
 
-    `triton` on a CPU is allowed only in Triton's interpreter (TRITON_INTERPRET=1), as the tests use it.
+    `triton` on a CPU is allowed only in Triton's interpreter (TRITON_INTERPRET=1), as the tests use
+    it.
     """
     choice = os.environ.get("G2L_KERNELS", "auto")
     if choice not in ("auto", "triton", "torch"):
@@ -33,3 +38,24 @@ def use_triton(device: torch.device) -> bool:
             f"G2L_KERNELS=triton, but the tensors are on {device}; move them to a GPU, or use auto"
         )
     return True
+
+
+@contextlib.contextmanager
+def pinned_products(precision: str):
+    """Products of fp32 matrices in "ieee" or, on a GPU, "tf32" precision, whatever the user set.
+
+    torch.set_float32_matmul_precision and the switches of the backends would else change results:
+    with "medium" a CPU that can multiplies in bf16. The switches are the process's, not the
+    thread's.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch, value in zip(switches, (precision, "ieee"), strict=True):
+            switch.fp32_precision = value
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # that of torch.backends.fp32_precision
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
