@@ -82,34 +82,10 @@ def logsum_configurations(kind: str):
 
 
 def cka_configurations(kind: str):
-    """Those of cka and covariance; see configurations."""
-    import triton.language as tl
-
+    """Those of cka, alike for every kind of device; see configurations."""
     from kernels import cka_triton
 
-    hip = kind == "hip"
-    types = {x: "*i64" for x in ("pointers", "strides", "tiles", "pairs")}
-    for store, precision in (
-        (False, "tf32"),
-        (True, "tf32"),
-        (True, cka_triton.scatter_precision(hip)),
-    ):
-        for aligned in (True, False):
-            label = "covariance" if precision != "tf32" else "CKA, many rows" if store else "CKA"
-            yield (
-                "gram",
-                label + ("" if aligned else ", odd widths"),
-                cka_triton.gram_kernel,
-                {
-                    **cka_triton.config(precision, hip),
-                    "TYPE": tl.float32,
-                    "STORE": store,
-                    "PRECISION": precision,
-                    "ALIGNED": aligned,
-                },
-                types,
-                True,
-            )
+    yield "centre", "", cka_triton.centre_kernel, cka_triton.CONFIG, {"mean": "*fp64"}, False
 
 
 def knn_configurations(kind: str):

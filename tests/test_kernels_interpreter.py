@@ -20,7 +20,6 @@ interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in the process that the last test starts"
 )
 
-cka = importlib.import_module("kernels.cka")
 knn = importlib.import_module("kernels.knn")
 
 
@@ -41,39 +40,6 @@ def poisoned(monkeypatch):
 def close(ours, expected, tolerance):
     assert ours.shape == expected.shape and ours.isfinite().all()
     assert (ours.double() - expected.double()).norm() <= tolerance * expected.double().norm()
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("n", "widths", "chunk"), [(70, (7, 150), 16384), (70, (130, 5), 32), (33, (128,), 16384)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cka(monkeypatch, n, widths, chunk, dtype):
-    from kernels import cka_triton
-
-    monkeypatch.setattr(cka_triton, "CHUNK_ROWS", chunk)
-    features = [(torch.randn(n, width) + 5).to(dtype) for width in widths] + [
-        torch.randn(9, n).T.to(dtype)
-    ]
-    means = [cka._mean(x) for x in features]
-    pairs = [(i, j) for i in range(len(features)) for j in range(i, len(features))]
-    ours = cka_triton.square_norms(features, means, pairs)
-    exact = cka._from_features([x.double() for x in features], means, pairs, torch.float64)
-    for pair in pairs:
-        assert abs(ours[pair] - exact[pair]) < 1e-3 * exact[pair]  # operands rounded to TF32
-    again = cka_triton.square_norms(features, means, pairs)
-    assert all(torch.equal(ours[pair], again[pair]) for pair in pairs)
-    close(
-        cka_triton.scatter(features[0], means[0]),
-        cka._product(features[0].double(), means[0], features[0].double(), means[0], torch.float64),
-        1e-6,
-    )
-    monkeypatch.setenv("G2L_KERNELS", "torch")
-    plain = cka.cka(features, features, estimator="both")
-    monkeypatch.setenv("G2L_KERNELS", "triton")
-    monkeypatch.setattr(cka, "_from_grams", cka._from_features)
-    for a, b in zip(cka.cka(features, features, estimator="both"), plain, strict=True):
-        assert (a - b).abs().max() < 2e-3
 
 
 @interpreted
@@ -147,7 +113,7 @@ def version(module):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("kernel", ["cka", "knn"])
+@pytest.mark.parametrize("kernel", ["knn"])
 def test_in_the_interpreter(kernel):
     triton = pytest.importorskip("triton")
     if version(triton) < (3, 7) and version(np) >= (2, 4):
