@@ -93,20 +93,26 @@ def knn_configurations(kind: str):
     from kernels import knn_triton
 
     types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
-    types |= {"sets": "*i32", "spans": "*i32", "redo": "*i8", "units": "*fp64"}
+    types |= {
+        "sets": "*i32",
+        "spans": "*i32",
+        "redo": "*i8",
+        "units": "*fp64",
+        "distances": "*fp64",
+    }
     for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
         for width in (16, 32, 64, 1536):
             yield (
                 "screen",
                 f"{label}, D {'> 64' if width > 64 else f'<= {width}'}",
                 knn_triton.screen_kernel,
-                {**knn_triton.screen_config(k, width, kind), "MASK": knn_triton.GROUPS},
+                {**knn_triton.screen_config(k, width, kind), "MASK": True},
                 types,
                 True,
             )
     rows = {
         "ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"],
-        "MASK": knn_triton.GROUPS,
+        "MASK": True,
         "COSINE": True,
     }
     for k in (8, 24, 56, 64):

@@ -2,20 +2,29 @@
 
 Every path screens with a matrix product in low precision and proves its result:
 
-1. Screen. For every pair a lower bound of the squared distance, |q|^2 + |b|^2 - 2 q.b less a bound on all rounding. The
-   rows of base are put in small sets and only each set's least bound is kept ("group-min screening"): any true
-   neighbour lies in one of the k best sets, and the costly selection sees an eighth of the values.
-2. Rescan. The members of the best sets by direct differences (fp64 here, fp32 on a GPU), ordered by (distance, index).
-3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. Any other row (ties, mostly)
-   is searched again without a screen.
+0. Copies. Of equal rows of base in one group only the first k + 1 can be neighbours; the others
+   are left out.
+1. Screen. For every pair a lower bound of the squared distance, |q|^2 + |b|^2 - 2 q.b less a bound
+   on all rounding.
+2. Rescan. The rows with the least bounds again in fp64, ordered by (distance, index).
+3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. Any
+   other row is searched again without a screen.
+
+On a CPU the least bounds are found from the top down: rows are put in sets of 8, these in sets of
+8 again, and only the members of the best sets are looked at. In Triton: knn_triton.py.
 """
 
+import contextlib
+import math
 import numbers
+import warnings
 
 import torch
 
 from kernels.dispatch import use_triton
 
+# Only sampled_addmm is used, which has long been what it is.
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,134 +38,175 @@ def knn(
     metric: str = "euclidean",
     return_distance: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest rows of base (N, D) for every row of query (Q, D), exactly; nearest first, ties by smaller index.
+    """The k nearest rows of base (N, D) for every row of query (Q, D), exactly.
+
+    Nearest first, ties by smaller index.
 
     query         without it every row of base is a query and never its own neighbour.
-    groups        (N,) integers: neighbours with the query's own group are left out; with query, query_groups (Q,) too.
-    metric        "euclidean", or "cosine" (1 - cosine similarity; a row of zeros has similarity 0 with everything).
+    groups        (N,) integers: neighbours with the query's own group are left out; with query,
+                  query_groups (Q,) too.
+    metric        "euclidean", or "cosine" (1 - cosine similarity; a row of zeros has similarity 0
+                  with everything).
     k             1 to 64; D up to 2,560.
 
-    Returns indices (Q, k) int64, or (distances, indices) with return_distance, as scikit-learn does. Where fewer than k
-    neighbours are admissible the rest are -1 at distance infinity. Inside torch.compile nobody looks for
-    NaN and infinity.
+    Returns indices (Q, k) int64, or (distances, indices) with return_distance, as scikit-learn
+    does. Where fewer than k neighbours are admissible the rest are -1 at distance infinity. Raises
+    TypeError or ValueError that begins with the argument's name; inside torch.compile nobody looks
+    for NaN and infinity.
     """
-    _check(base, k, query, groups, query_groups, metric)
-    run = (
-        _search_op if torch.compiler.is_compiling() else _search
-    )  # the operator's first call imports Dynamo: seconds
-    query = None if query is None else query.detach()
-    distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
-    return (distance, index) if return_distance else index
-
-
-def _check(base, k, query, groups, query_groups, metric):
-    for name, x in (("base", base), ("query", query)):
-        if x is None and name == "query":
-            continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(f"{name}: expected shape (N, D), got {tuple(x.shape)}")
-        if x.shape[1] > 2560:
-            raise ValueError(f"{name}: at most 2560 columns, got {x.shape[1]}")
-        if x.device != base.device:
-            raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
-        if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
-            found, expected = (
-                f"{x.dtype} with {x.shape[1]} columns",
-                f"{base.dtype} with {base.shape[1]}",
-            )
-            raise ValueError(f"{name}: {found}, but base is {expected}")
-        if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
-            raise ValueError(f"{name}: contains NaN or infinity")
+    _check_rows("base", base, base)
+    if query is not None:
+        _check_rows("query", query, base)
+        query = query.detach()
     if isinstance(k, bool) or not isinstance(k, numbers.Integral):
         raise TypeError(f"k: expected an integer, got {type(k).__name__}")
     if not 1 <= k <= 64:
         raise ValueError(f"k: expected 1 to 64, got {k}")
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"metric: expected euclidean or cosine, got {metric!r}")
-    if query is not None and (groups is None) != (query_groups is None):
+    _check_groups(base, query, groups, query_groups)
+    # The operator's first call imports Dynamo, which takes seconds.
+    run = _search_op if torch.compiler.is_compiling() else _search
+    distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
+    return (distance, index) if return_distance else index
+
+
+def _check_rows(name, x, base):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape (N, D), got {tuple(x.shape)}")
+    if x.shape[1] > 2560:
+        raise ValueError(f"{name}: at most 2560 columns, got {x.shape[1]}")
+    if x.device != base.device:
+        raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
+    if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
         raise ValueError(
-            "query_groups: groups and query_groups are needed together when query is given"
+            f"{name}: {x.dtype} with {x.shape[1]} columns, "
+            f"but base is {base.dtype} with {base.shape[1]}"
         )
+    if torch.compiler.is_compiling():
+        return
+    if not x.sum().isfinite() and not x.isfinite().all():
+        raise ValueError(f"{name}: contains NaN or infinity")
+
+
+def _check_groups(base, query, groups, query_groups):
     if query is None and query_groups is not None:
-        raise ValueError(
-            "query_groups: given without query; groups already says the groups of base"
-        )
+        raise ValueError("query_groups: given without query; groups says the groups of base")
+    if query is not None and (groups is None) != (query_groups is None):
+        raise ValueError("query_groups: needed together with groups when query is given")
     for name, labels, rows in (("groups", groups, base), ("query_groups", query_groups, query)):
         if labels is None:
             continue
-        if (
-            not isinstance(labels, torch.Tensor)
-            or labels.is_floating_point()
-            or labels.is_complex()
-        ):
-            raise TypeError(f"{name}: expected an integer tensor")
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"{name}: expected an integer tensor, got {type(labels).__name__}")
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
         if labels.shape != rows.shape[:1]:
-            raise ValueError(
-                f"{name}: expected shape ({rows.shape[0]},), got {tuple(labels.shape)}"
-            )
+            found = tuple(labels.shape)
+            raise ValueError(f"{name}: expected shape ({rows.shape[0]},), got {found}")
         if labels.device != base.device:
             raise ValueError(f"{name}: on {labels.device}, but base is on {base.device}")
 
 
-# --- plain PyTorch: the reference, and what runs on a CPU -----------------------------------------------------------
+# --- what both paths share ---------------------------------------------------------------------
 
-SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
-PANEL = 2048  # columns of scores at a time: with QUERIES rows their minima are taken while they are in a core's cache
-QUERIES = 192
-SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
-TINY = (
-    2.0**-120
-)  # more than a sum of 2,560 products loses to underflow; rows are scaled to values below 1
-CACHED = 2**17  # fp64 values of the rescan at a time
-SET = 8  # rows per set of the screen
+TINY = 2.0**-120  # more than a sum of 2,560 products of scaled rows loses to underflow
+UNRESOLVED = 2.0**-480  # below it squares of fp64 numbers no greater than 1 underflow
+MIX = 0x2545F4914F6CDD1D  # odd, so that products with its powers modulo 2^64 lose no bit
+
+
+def _first_copies(base, groups, copies):
+    """Rows that are among the first `copies` equal ones of their group, ascending; None: all are.
+
+    Rows are told apart by a polynomial of their bits modulo 2^64, and those with one key compared.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    powers = torch.full((base.shape[1],), MIX, device=base.device).cumprod(0)
+    keys = []
+    for part in base.split(2**16):
+        bits = (part + 0.0).view(integers)  # -0.0 becomes 0.0
+        keys.append((bits * powers).sum(1))
+    key = torch.cat(keys)
+    if groups is not None:
+        key += groups * (MIX >> 1)
+    key, order = key.sort(stable=True)
+    _, counts = key.unique_consecutive(return_counts=True)
+    if len(base) <= copies or counts.max() <= copies:
+        return None
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.arange(len(base), device=base.device) - starts
+    many = counts.repeat_interleave(counts) > copies
+    row, first = order[many], order[starts[many]]
+    equal = (base[row] == base[first]).all()
+    if groups is not None:
+        equal &= (groups[row] == groups[first]).all()
+    return order[rank < copies].sort().values if equal else None
+
+
+@contextlib.contextmanager
+def _fp32_products():
+    """Products of fp32 in fp32, whatever torch.set_float32_matmul_precision or allow_tf32 say."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # that of torch.backends.fp32_precision
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
 
 
 def _rounded(x, unit):
-    """x in fp32, or rounded to nearest to TF32's 11 bits where the hardware would cut (unit 2^-11)."""
+    """x in fp32, or rounded to nearest to TF32's 11 bits, where the hardware would cut."""
     x = x.float()
     return x if unit < TF32 else (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
 
 
 def _operands(base, query, metric, unit):
-    """Rows for the screen, and the halves of its lower bound: units * |q - b|^2 >= bias_q + bias_b - 2 q.b.
+    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), gamma, and the scale squared.
 
-    The rows are fp32, scaled so that their squares are fp32 numbers, too, and centred (or, for cosine, of length 1).
-    `unit` is the rounding unit of the product's operands. For any order of summation in fp32 the computed |q - b|^2 is
-    off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), where gamma collects D fp32 additions, a few more
-    roundings and the operands' own; taking 2 gamma off each half makes it a bound, and TINY covers what is lost
-    below fp32's range.
+    The rows are fp32, scaled so that their squares are fp32 numbers, too, and centred (or, for
+    cosine, of length 1). `unit` is the rounding unit of the product's operands. For any order of
+    summation in fp32 the computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <=
+    2 gamma (|q|^2 + |b|^2), and TINY for what is lost below fp32's range. gamma collects D
+    additions, a few more roundings and the operands' own; tensor cores (unit TF32) cut where
+    others round, at sums of 4 products and before each, which is less than 4 units an addition.
     """
-    gamma = (base.shape[1] + 16) * FP32 + 2.02 * unit
+    addition = FP32 if unit < TF32 else 4 * FP32
+    gamma = (base.shape[1] + 16) * addition + 2.02 * unit
     if metric == "cosine":
         b = _rounded(_directions(base), unit)
-        q = b if query is None else _rounded(_directions(query), unit)
-        half = 1 - 2 * gamma  # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        return (
-            q,
-            b,
-            q.new_full(q.shape[:1], half),
-            b.new_full(b.shape[:1], half),
-            b.new_ones((), dtype=torch.float64),
-        )
+        q = b if query is base else _rounded(_directions(query), unit)
+        # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
+        one = b.new_ones((), dtype=torch.float64)
+        return q, b, one.expand(len(q)), one.expand(len(b)), gamma, one
     wide = torch.promote_types(base.dtype, torch.float32)
-    both = (base,) if query is None else (base, query)
+    both = (base,) if query is base else (base, query)
     largest = torch.stack([side for x in both for side in x.aminmax()]).abs().amax()
-    # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have a square.
-    scale = torch.ldexp(
-        torch.ones_like(largest, dtype=wide), -largest.to(wide).frexp()[1].clamp(-126, 126)
-    )
+    # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have
+    # a square.
+    exponent = -largest.to(wide).frexp()[1].clamp(-126, 126)
+    scale = torch.ldexp(torch.ones_like(largest, dtype=wide), exponent)
     scaled = base.to(wide) * scale
     mean = scaled.mean(0)
     b = _rounded(scaled.sub_(mean), unit)
-    q = b if query is None else _rounded((query.to(wide) * scale).sub_(mean), unit)
-    bias_b = b.double().square().sum(1) * (1 - 2 * gamma) - TINY
-    bias_q = bias_b if query is None else q.double().square().sum(1) * (1 - 2 * gamma) - TINY
-    return q, b, bias_q.float(), bias_b.float(), scale.double().square()
+    q = b if query is base else _rounded((query.to(wide) * scale).sub_(mean), unit)
+    squares_b = b.double().square().sum(1)
+    squares_q = squares_b if query is base else q.double().square().sum(1)
+    return q, b, squares_q, squares_b, gamma, scale.double().square()
+
+
+def _lower(squares, gamma):
+    """A half of the lower bound: units * |q - b|^2 >= lower_q + lower_b - 2 q.b."""
+    return (squares * (1 - 2 * gamma) - TINY).float()
 
 
 def _directions(x):
@@ -166,8 +216,34 @@ def _directions(x):
     return x / length.masked_fill(length == 0, 1)
 
 
-def _exact(base, query, rows, candidates, metric):
-    """Squared distance, or twice the cosine distance, in fp64 of query[rows (R,)] to base[candidates (R, C)]."""
+def _moderate(base, query, metric):
+    """fp64 rows whose squares are numbers, too: scaled by powers of two -> base, query, scale.
+
+    All by one, or for cosine each row by its own.
+    """
+    both = [base] if query is base else [base, query]
+    if metric == "cosine":
+        exponents = [x.abs().amax(1, keepdim=True).frexp()[1] for x in both]
+        both = [x * torch.exp2(-e.double()) for x, e in zip(both, exponents, strict=True)]
+        return both[0], both[-1], 1.0
+    largest = max([x.abs().max().item() for x in both if len(x)], default=0.0)
+    scale = math.ldexp(1.0, max(-1022, min(1023, math.frexp(largest)[1])))
+    both = [x / scale for x in both]
+    return both[0], both[-1], scale
+
+
+# --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
+
+SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
+PANEL = 2048  # columns of scores whose minima are taken while they are in a core's cache
+QUERIES = 192  # rows of a panel
+SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
+CACHED = 2**17  # fp64 values of the rescan at a time
+SET = 8  # members of a set of the screen
+
+
+def _direct(base, query, rows, candidates, metric):
+    """Distances in fp64 of query[rows (R,)] to base[candidates (R, C)]: squared, or twice the cosine's."""
     step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
     for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
@@ -182,157 +258,207 @@ def _exact(base, query, rows, candidates, metric):
 
 
 def _ordered(distance, index, k):
-    """The k first of each row by (distance, index); inadmissible candidates are at distance infinity."""
+    """The k first of each row by (distance, index)."""
     index, order = index.sort(dim=1)
     distance, by_distance = distance.gather(1, order).sort(dim=1, stable=True)
     return distance[:, :k], index.gather(1, by_distance)[:, :k]
 
 
-def _blocks(queries, labels, height):
+def _blocks(labels, queries, height, device):
     """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go together."""
-    order = torch.arange(queries) if labels is None else labels.argsort(stable=True).cpu()
-    plain = [(rows, None) for rows in order.split(height)]
     if labels is None:
-        return plain
+        return [(rows, None) for rows in torch.arange(queries, device=device).split(height)]
+    order = labels.argsort(stable=True)
+    plain = [(rows, None) for rows in order.split(height)]
     values, counts = labels.unique(return_counts=True)
-    grouped = [
-        (rows, label)
-        for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True)
-        for rows in part.split(height)
-    ]
+    grouped = []
+    for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True):
+        grouped += [(rows, label) for rows in part.split(height)]
     return grouped if len(grouped) <= 2 * len(plain) else plain
 
 
-def _reference(base, k, query, groups, query_groups, metric):
-    """The operator in PyTorch -> (distances (Q, k), indices (Q, k), rows without a certificate (Q,) bool)."""
-    alone, n = query is None, base.shape[0]
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    queries = base if alone else query
-    labels = groups if alone else query_groups
-    distances = torch.full(
-        (queries.shape[0], k), float("inf"), dtype=torch.float64, device=base.device
-    )
-    indices = torch.full((queries.shape[0], k), -1, dtype=torch.int64, device=base.device)
-    redone = torch.zeros(queries.shape[0], dtype=torch.bool, device=base.device)
-    if n == 0 or queries.shape[0] == 0:
-        return distances.to(wide), indices, redone
-    q, b, bias_q, bias_b, units = _operands(base, query, metric, FP32)
-    # Column j of a panel of width w is a member of set j % (w / SET): vector minima find each set's least.
-    panels = -(-n // PANEL)
-    panel = -(-n // (panels * SET)) * SET
-    padded = panels * panel
-    # The half of the bound that belongs to base is one more column of the product: 1 times it is exact.
-    table = torch.nn.functional.pad(b, (0, 1, 0, padded - n))
-    table[:n, -1], table[n:, -1] = bias_b, float("inf")
-    probe = torch.nn.functional.pad(q * -2, (0, 1), value=1.0)
-    sets = panel // SET
-    kept = min(k + SPARE, padded // SET)
-    found = min(k, n)
-    height = min(QUERIES, max(32, SCORES // padded))
-    scores = table.new_empty(height, padded)
-    least = table.new_empty(height, padded // SET)
-    members = torch.arange(SET, device=base.device) * sets
-    for rows, label in _blocks(queries.shape[0], labels, height):
-        rows = rows.to(base.device)
-        block, count = probe[rows], len(rows)
-        if label is not None:
-            table[:n, -1] = bias_b.masked_fill(groups == label, float("inf"))
-        for start in range(0, padded, panel):
-            part = slice(start, start + panel)
-            score = scores[:count, part]
-            torch.mm(block, table[part].T, out=score)
-            if alone:
-                inside = (rows >= start) & (rows < start + panel)
-                score[inside, rows[inside] - start] = float("inf")
-            if labels is not None and label is None:
-                stop = min(start + panel, n)
-                score[:, : stop - start].masked_fill_(
-                    labels[rows, None] == groups[start:stop], float("inf")
-                )
-            torch.amin(
-                score.unflatten(1, (SET, sets)),
-                1,
-                out=least[:count, start // SET : start // SET + sets],
-            )
-        bound, best = least[:count].topk(kept, dim=1, largest=False)
-        dropped = (
-            bound[:, -1].clone() if kept < padded // SET else bound.new_full((count,), float("inf"))
+class _Screen:
+    """Lower bounds of all distances from blocks of queries to base, less the queries' own half.
+
+    Column j of a panel of width w is a member of set j % (w / SET), so that vector minima find
+    each set's least.
+    """
+
+    def __init__(self, base, query, own, groups, labels, metric):
+        self.own, self.groups, self.labels, self.n = own, groups, labels, len(base)
+        q, b, squares_q, squares_b, gamma, self.units = _operands(base, query, metric, FP32)
+        self.half_q, self.half_b = _lower(squares_q, gamma), _lower(squares_b, gamma)
+        self.panel = -(-self.n // (-(-self.n // PANEL) * SET**2)) * SET**2
+        self.width = -(-self.n // self.panel) * self.panel
+        # base's half of the bound is one more column of the product: 1 times it is exact
+        self.table = torch.nn.functional.pad(b, (0, 1, 0, self.width - self.n))
+        self.table[self.n :, -1] = math.inf
+        self.probe = torch.nn.functional.pad(q * -2, (0, 1), value=1.0)
+        self.height = min(QUERIES, max(32, SCORES // self.width))
+        self.scores = self.table.new_empty(self.height, self.width)
+        self.least = self.table.new_empty(self.height, self.width // SET)
+
+    def block(self, rows, label):
+        """Scores (R, width) and their sets' minima (R, width / SET) of query rows (R,)."""
+        probe, scores, least = self.probe[rows], self.scores[: len(rows)], self.least[: len(rows)]
+        half = (
+            self.half_b
+            if label is None
+            else self.half_b.masked_fill(self.groups == label, math.inf)
         )
-        first = best // sets * panel + best % sets
-        candidates = (first.unsqueeze(2) + members).flatten(1)
-        members_kept = min(k + SPARE, candidates.shape[1])
-        bound, best = scores[:count].gather(1, candidates).topk(members_kept, dim=1, largest=False)
-        if members_kept < candidates.shape[1]:
+        self.table[: self.n, -1] = half
+        for start in range(0, self.width, self.panel):
+            score = scores[:, start : start + self.panel]
+            torch.mm(probe, self.table[start : start + self.panel].T, out=score)
+            self._mask(score, rows, start, label)
+            sets = slice(start // SET, (start + self.panel) // SET)
+            torch.amin(score.unflatten(1, (SET, -1)), 1, out=least[:, sets])
+        return scores, least
+
+    def _mask(self, score, rows, start, label):
+        """Infinity for the queries themselves and for rows of their group in a panel."""
+        if self.own is not None:
+            place = self.own[rows] - start
+            inside = (place >= 0) & (place < score.shape[1])
+            score[inside, place[inside]] = math.inf
+        if self.groups is not None and label is None:
+            groups = self.groups[start : start + score.shape[1]]
+            same = self.labels[rows, None] == groups
+            score[:, : len(groups)].masked_fill_(same, math.inf)
+
+    def below(self, rows, limit):
+        """Pairs (row of `rows`, row of base) that may be nearer than `limit` (R,), as two index tensors."""
+        self.table[: self.n, -1] = self.half_b
+        score = self.probe[rows] @ self.table[: self.n].T
+        self._mask(score, rows, 0, None)
+        possible = score.add_(self.half_q[rows, None]) <= limit.unsqueeze(1)
+        return (possible & score.isfinite()).nonzero(as_tuple=True)
+
+
+def _best(scores, least, panel, count):
+    """Columns and values of the `count` least of each row of scores, and a bound of all others."""
+    levels = [(scores, panel // SET)]
+    while least.shape[1] % SET == 0 and least.shape[1] >= 4 * SET * count:
+        levels.append((least, least.shape[1] // SET))
+        least = least.unflatten(1, (SET, -1)).amin(1)
+    bound, columns = least.topk(min(count, least.shape[1]), dim=1, largest=False)
+    dropped = bound[:, -1] if count < least.shape[1] else torch.full_like(bound[:, -1], math.inf)
+    for values, sets in reversed(levels):
+        step = torch.arange(0, SET * sets, sets, device=values.device)
+        first = columns // sets * (sets * SET) + columns % sets
+        columns = (first.unsqueeze(2) + step).flatten(1)
+        bound, chosen = values.gather(1, columns).topk(
+            min(count, columns.shape[1]), dim=1, largest=False
+        )
+        if bound.shape[1] < columns.shape[1]:
             dropped = torch.minimum(dropped, bound[:, -1])
-        candidates = candidates.gather(1, best)
-        candidates = candidates.clamp(max=n - 1)
-        exact = _exact(base, queries, rows, candidates, metric).masked_fill_(
-            bound.isinf(), float("inf")
+        columns = columns.gather(1, chosen)
+    return columns, bound, dropped
+
+
+class _Rescan:
+    """The nearest of few candidates by fp64 distances.
+
+    |q|^2 + |b|^2 - 2 q.b costs a tenth of gathering rows for their differences. Rows whose order or
+    digits its rounding could change are done again by differences.
+    """
+
+    def __init__(self, base, query, metric):
+        self.base, self.query, self.metric = base, query, metric
+        self.by_products = base.device.type == "cpu" and base.dtype != torch.float64
+        if not self.by_products:
+            return
+        wide = _directions if metric == "cosine" else torch.Tensor.double
+        self.b = wide(base)
+        self.q = self.b if query is base else wide(query)
+        self.squares_b, self.squares_q = (self._squares(x) for x in (self.b, self.q))
+        self.rounding = (base.shape[1] + 16) * 2.0**-51
+
+    def _squares(self, x):
+        return x.new_ones(len(x)) if self.metric == "cosine" else x.square().sum(1)
+
+    def nearest(self, rows, candidates, barred, count):
+        """The `count` nearest of candidates (R, C) that are not barred (R, C) to query rows (R,).
+
+        -> distances, indices (R, count), ordered by (distance, index); barred ones are at infinity.
+        """
+        if not self.by_products or candidates.shape[1] > len(self.base):
+            return self._by_differences(rows, candidates, barred, count)
+        distance = self._by_products(rows, candidates).masked_fill_(barred, math.inf)
+        distance, order = distance.sort(dim=1)
+        error = self.rounding * (self.squares_q[rows] + self.squares_b.amax())
+        gaps = distance.diff(dim=1)[:, :count]
+        settled = (gaps > 2 * error.unsqueeze(1)) | gaps.isnan()  # infinity less infinity
+        distance, index = distance[:, :count], candidates.gather(1, order)[:, :count]
+        # fp32, which is returned, shows nothing of a 2^30th
+        again = (~(settled.all(1) & (distance[:, 0] > 2.0**30 * error))).nonzero().squeeze(1)
+        if len(again):
+            distance[again], index[again] = self._by_differences(
+                rows[again], candidates[again], barred[again], count
+            )
+        return distance, index
+
+    def _by_differences(self, rows, candidates, barred, count):
+        distance = _direct(self.base, self.query, rows, candidates, self.metric)
+        return _ordered(distance.masked_fill_(barred, math.inf), candidates, count)
+
+    def _by_products(self, rows, candidates):
+        count, n, device = candidates.numel(), len(self.b), candidates.device
+        pairs = torch.sparse_csr_tensor(
+            torch.arange(0, count + 1, candidates.shape[1], device=device),
+            candidates.flatten(),
+            self.b.new_zeros(count),
+            size=(len(rows), n),
+            check_invariants=False,
         )
-        nearest, index = _ordered(exact, candidates, found)
-        distances[rows, :found], indices[rows, :found] = (
-            nearest,
-            index.masked_fill(nearest.isinf(), -1),
+        products = torch.sparse.sampled_addmm(pairs, self.q[rows], self.b.T, beta=0.0).values()
+        squares = self.squares_q[rows, None] + self.squares_b[candidates]
+        return squares.sub_(products.view_as(candidates), alpha=2)
+
+
+def _reference(base, k, query, own, groups, query_groups, metric):
+    """The operator in PyTorch -> (squared distances (Q, k), indices (Q, k), rows without a certificate (Q,) bool).
+
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Cosine distances are doubled.
+    """
+    n, queries, found = len(base), len(query), min(k, len(base))
+    distances = query.new_full((queries, k), math.inf, dtype=torch.float64)
+    indices = query.new_full((queries, k), -1, dtype=torch.int64)
+    redone = query.new_zeros(queries, dtype=torch.bool)
+    screen = _Screen(base, query, own, groups, query_groups, metric)
+    rescan = _Rescan(base, query, metric)
+    for rows, label in _blocks(query_groups, queries, screen.height, base.device):
+        columns, bound, dropped = _best(*screen.block(rows, label), screen.panel, k + SPARE)
+        columns = columns.clamp_(max=n - 1)
+        distance, index = rescan.nearest(rows, columns, bound.isinf(), found)
+        distances[rows, :found], indices[rows, :found] = distance, index
+        least = dropped + screen.half_q[rows]
+        redone[rows] = ~((least > distance[:, -1] * screen.units) | dropped.isinf())
+    for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // n)):
+        limit = distances[rows, found - 1] * screen.units
+        row, index = screen.below(rows, limit)
+        distance = _direct(base, query, rows[row], index.unsqueeze(1), metric).squeeze(1)
+        distances[rows, :found], indices[rows, :found] = _nearest_pairs(
+            row, index, distance, len(rows), found
         )
-        redone[rows] = ~((dropped + bias_q[rows] > nearest[:, -1] * units) | dropped.isinf())
-    table[:n, -1] = bias_b
-    again = redone.nonzero().squeeze(1)
-    for rows in again.split(max(1, 2**22 // n)) if len(again) else ():
-        limit = distances[rows, found - 1] * units
-        nearest, index = _redo(
-            base,
-            queries,
-            rows,
-            found,
-            limit,
-            alone,
-            groups,
-            labels,
-            metric,
-            lambda part: bias_q[part, None] + probe[part] @ table[:n].T,
-        )
-        distances[rows, :found], indices[rows, :found] = nearest, index
-    if metric == "cosine":
-        distances.div_(2).clamp_(min=0)
-    else:
-        distances.sqrt_()
-    return distances.to(wide), indices, redone
+    return distances, indices.masked_fill_(distances.isinf(), -1), redone
 
 
-def _admissible(candidates, rows, alone, groups, labels, n):
-    allowed = candidates < n
-    if alone:
-        allowed &= candidates != rows.unsqueeze(1)
-    if groups is not None:
-        allowed &= groups[candidates.clamp(max=n - 1)] != labels[rows].unsqueeze(1)
-    return allowed
-
-
-def _redo(base, queries, rows, k, limit, alone, groups, labels, metric, lower):
-    """Neighbours of `rows` among all of base whose lower bound does not exceed `limit`, a distance that k rows keep."""
-    n = base.shape[0]
-    every = torch.arange(n, device=base.device).expand(len(rows), n)
-    possible = _admissible(every, rows, alone, groups, labels, n) & (
-        lower(rows) <= limit.unsqueeze(1)
-    )
-    row, column = possible.nonzero(as_tuple=True)
-    distance = _exact(base, queries, rows[row], column.unsqueeze(1), metric).squeeze(1)
-    order = distance.argsort(stable=True)  # ties stay in the order of nonzero: by index
+def _nearest_pairs(row, index, distance, rows, k):
+    """The k first by (distance, index) of each row, from pairs ordered by (row, index)."""
+    order = distance.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
-    row, column, distance = row[order], column[order], distance[order]
-    counts = possible.sum(1)
-    place = torch.arange(len(row), device=base.device) - (counts.cumsum(0) - counts)[row]
-    nearest = torch.full((len(rows), k), float("inf"), dtype=torch.float64, device=base.device)
-    index = torch.full((len(rows), k), -1, dtype=torch.int64, device=base.device)
+    row, index, distance = row[order], index[order], distance[order]
+    counts = row.bincount(minlength=rows)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     first = place < k
-    nearest[row[first], place[first]], index[row[first], place[first]] = (
-        distance[first],
-        column[first],
-    )
-    return nearest, index
+    at = row[first], place[first]
+    nearest, indices = distance.new_full((rows, k), math.inf), index.new_full((rows, k), -1)
+    nearest[at], indices[at] = distance[first], index[first]
+    return nearest, indices
 
 
-# --- operator -------------------------------------------------------------------------------------------------------
+# --- operator ------------------------------------------------------------------------------------
 
 
 def _search(
@@ -344,12 +470,57 @@ def _search(
     metric: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
-    with torch.autocast(base.device.type, enabled=False):
+    alone = query is None
+    query = base if alone else query
+    query_groups = groups if alone else query_groups
+    if len(base) == 0 or len(query) == 0:
+        return _nothing(query, k)
+    scale, rows = 1.0, query
+    if base.dtype == torch.float64:
+        base, query, scale = _moderate(base, query, metric)
+    own = None
+    if alone and groups is None:
+        own = torch.arange(len(base), device=base.device)
+    kept = _first_copies(base, groups, k + 1)
+    if kept is not None:
+        base, groups = base[kept], None if groups is None else groups[kept]
+        if own is not None:
+            own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
+    with torch.autocast(base.device.type, enabled=False), _fp32_products():
         if base.dtype == torch.float64 or not use_triton(base.device):
-            return _reference(base, k, query, groups, query_groups, metric)
-        from kernels import knn_triton
+            search = _reference
+        else:
+            from kernels.knn_triton import search
+        distance, index, redone = search(base, k, query, own, groups, query_groups, metric)
+    if base.dtype == torch.float64:
+        _check_resolved(base, query, distance, index)
+    if kept is not None:
+        index = torch.where(index < 0, -1, kept[index])
+    distance = (
+        distance.div_(2).clamp_(min=0) if metric == "cosine" else distance.sqrt_().mul_(scale)
+    )
+    return distance.to(_wide(rows)), index, redone
 
-        return knn_triton.search(base, k, query, groups, query_groups, metric)
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _nothing(query, k):
+    """The result when base or query has no rows."""
+    distances = query.new_full((len(query), k), math.inf, dtype=_wide(query))
+    indices = torch.full_like(distances, -1, dtype=torch.int64)
+    return distances, indices, indices.new_zeros(len(query), dtype=torch.bool)
+
+
+def _check_resolved(base, query, distance, index):
+    """Raise ValueError where rows that differ came out at a distance too small for fp64 squares."""
+    row, place = (distance < UNRESOLVED**2).nonzero(as_tuple=True)
+    if (query[row] != base[index[row, place]]).any():
+        raise ValueError(
+            "base: holds rows that differ by less than 1e-144 of the largest number; "
+            "fp64 cannot tell their distances"
+        )
 
 
 _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
@@ -357,12 +528,7 @@ _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
 
 @_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
-    rows = (base if query is None else query).shape[0]
-    distances = base.new_empty(
-        rows, k, dtype=torch.float64 if base.dtype == torch.float64 else torch.float32
-    )
-    return (
-        distances,
-        distances.new_empty(rows, k, dtype=torch.int64),
-        distances.new_empty(rows, dtype=torch.bool),
-    )
+    rows = base if query is None else query
+    distances = rows.new_empty(len(rows), k, dtype=_wide(rows))
+    indices = distances.new_empty(len(rows), k, dtype=torch.int64)
+    return distances, indices, distances.new_empty(len(rows), dtype=torch.bool)

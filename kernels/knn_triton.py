@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from kernels.knn import TF32, _operands
+from kernels.knn import TF32, _lower, _operands
 
 SPARE = 8  # sets kept beyond k
 PROGRAMS = 264  # two for each multiprocessor of the largest device meant; fewer queries than that split the base
-NONE, SELF, GROUPS = 0, 1, 2
 
 
 @triton.jit
@@ -42,7 +41,7 @@ def screen_kernel(
     if not LOOPED:
         a = tl.load(q_at + d[None, :], mask=real_q[:, None] & (d[None, :] < stride), other=0.0)
     skip_from, skipped, near_from, near_to = 0, 0, 0, 0
-    if MASK == 2:
+    if MASK:
         labels_q = tl.load(query_groups + tl.minimum(q, queries - 1))
         at = spans + tl.program_id(0)
         skip_from, skipped = tl.load(at), tl.load(at + tl.num_programs(0)) - tl.load(at)
@@ -76,12 +75,7 @@ def screen_kernel(
                 n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < stride), other=0.0
             )
             score = tl.dot(a, y, score, input_precision="tf32")
-        if MASK == 1:
-            if (start < tl.program_id(0) * QUERIES + QUERIES) & (
-                start + ROWS > tl.program_id(0) * QUERIES
-            ):
-                score = tl.where(q[:, None] == n[None, :], float("inf"), score)
-        if MASK == 2:
+        if MASK:
             if (start < near_to) & (start + ROWS > near_from):
                 labels_n = tl.load(base_groups + tl.minimum(n, rows - 1))
                 score = tl.where(labels_q[:, None] == labels_n[None, :], float("inf"), score)
@@ -141,14 +135,14 @@ def _distances(
 
 
 @triton.jit
-def _emit(distance, index, q, distances, indices, k, COSINE: tl.constexpr):
+def _emit(distance, index, q, distances, indices, k):
     """Write the k first by (distance, index), -1 at infinity -> the k-th squared distance."""
     last = tl.min(distance)
     for place in range(k):
         last = tl.min(distance)
         chosen = tl.min(tl.where(distance == last, index, 2147483647))
         finite = last < float("inf")
-        tl.store(distances + q.to(tl.int64) * k + place, last / 2 if COSINE else tl.sqrt(last))
+        tl.store(distances + q.to(tl.int64) * k + place, last)
         tl.store(indices + q.to(tl.int64) * k + place, tl.where(finite, chosen, -1).to(tl.int64))
         distance = tl.where((distance == last) & (index == chosen), float("inf"), distance)
     return last
@@ -168,12 +162,10 @@ def rescan_kernel(
     place = (chosen // SETS) * ROWS + (i % SET) * SETS + chosen % SETS
     real = (chosen >= 0) & (place < rows)
     index = tl.load(order + place, mask=real, other=0)
-    if MASK == 1:
-        real = real & (index != q)
-    if MASK == 2:
+    if MASK:
         real = real & (tl.load(groups + index, mask=real, other=0) != tl.load(query_groups + q))
     distance = _distances(query, base, q, index, real, width, COSINE, KEEP * SET, WIDTH)
-    last = _emit(distance, index, q, distances, indices, k, COSINE)
+    last = _emit(distance, index, q, distances, indices, k)
     least = tl.load(dropped + q)
     proved = (last * tl.load(units) < (least + tl.load(bias + q)).to(tl.float64)) | (
         least == float("inf")
@@ -195,9 +187,7 @@ def redo_kernel(
         for start in range(0, rows, ROWS):
             n = start + tl.arange(0, ROWS)
             real = n < rows
-            if MASK == 1:
-                real = real & (n != q)
-            if MASK == 2:
+            if MASK:
                 real = real & (tl.load(groups + n, mask=real, other=0) != tl.load(query_groups + q))
             distance = _distances(query, base, q, n, real, width, COSINE, ROWS, WIDTH)
             worst = tl.max(best)
@@ -215,7 +205,7 @@ def redo_kernel(
                 distance = tl.where(n == chosen, float("inf"), distance)
                 worst = tl.max(best)
                 value = tl.min(distance)
-        _emit(best, ids, q, distances, indices, k, COSINE)
+        _emit(best, ids, q, distances, indices, k)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -278,32 +268,33 @@ def _kind(device):
     )
 
 
-def search(base, k, query, groups, query_groups, metric):
-    alone, device, rows = query is None, base.device, base.shape[0]
-    count = rows if alone else query.shape[0]
-    distances = torch.empty(count, k, dtype=torch.float32, device=device)
+def search(base, k, query, own, groups, query_groups, metric):
+    """The operator -> (squared distances (Q, k) fp64, doubled for cosine, indices (Q, k), rows searched again (Q,)).
+
+    own (Q,): the row of base that a query is itself, -1 for none; or None.
+    """
+    device, rows, count = base.device, len(base), len(query)
+    distances = torch.empty(count, k, dtype=torch.float64, device=device)
     indices = torch.empty(count, k, dtype=torch.int64, device=device)
     redo = torch.empty(count, dtype=torch.int8, device=device)
-    if rows == 0 or count == 0:
-        return distances.fill_(float("inf")), indices.fill_(-1), redo.zero_().bool()
-    mask = GROUPS if groups is not None else SELF if alone else NONE
-    if mask == GROUPS:
-        groups = groups.contiguous().long()
-        query_groups = groups if alone else query_groups.contiguous().long()
-        order, order_q = groups.argsort(stable=True), query_groups.argsort(stable=True)
-        sorted_groups, sorted_query_groups = groups[order], query_groups[order_q]
-    else:
-        order, order_q = torch.arange(rows, device=device), torch.arange(count, device=device)
-        groups = query_groups = sorted_groups = sorted_query_groups = spans = None
-    base = base.contiguous()
-    query = base if alone else query.contiguous()
-    q, b, bias_q, bias_b, units = _operands(base, None if alone else query, metric, TF32)
+    if groups is None and own is not None:  # every row is a group of its own
+        groups, query_groups = torch.arange(rows, device=device), own
+    mask = groups is not None
+    order, order_q = torch.arange(rows, device=device), torch.arange(count, device=device)
+    sorted_groups = sorted_query_groups = spans = None
+    if mask:
+        groups, query_groups = groups.contiguous().long(), query_groups.contiguous().long()
+        sorted_groups, order = groups.sort(stable=True)
+        sorted_query_groups, order_q = query_groups.sort(stable=True)
+    base, query = base.contiguous(), query.contiguous()
+    q, b, squares_q, squares_b, gamma, units = _operands(base, query, metric, TF32)
+    bias_q, bias_b = _lower(squares_q, gamma), _lower(squares_b, gamma)
     config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
     splits = max(
         rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles)
     )
-    if mask == GROUPS:
+    if mask:
         spans = _spans(sorted_query_groups, sorted_groups, config["QUERIES"], tile)
     values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
     sets = torch.empty(count, splits, config["KEEP"], dtype=torch.int32, device=device)

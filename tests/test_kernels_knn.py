@@ -1,0 +1,411 @@
+"""Exact nearest neighbours against all distances in fp64: the plain path, then Triton's interpreter.
+
+TRITON_INTERPRET has to be set before Triton is imported, so the interpreted tests run in a process
+of their own, which the last test starts. Memory is poisoned there: what a kernel leaves unwritten
+shows as NaN or as a wrong number.
+"""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from sklearn.neighbors import NearestNeighbors
+
+from kernels import knn
+
+knn_module = importlib.import_module("kernels.knn")  # `kernels.knn` itself is the function
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+plain = pytest.mark.skipif(INTERPRETED, reason="does not concern Triton")
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch):
+    torch.manual_seed(0)
+    if not INTERPRETED:
+        return
+    monkeypatch.setenv("G2L_KERNELS", "triton")
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 111)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def brute(base, k, query=None, groups=None, query_groups=None, metric="euclidean"):
+    """All distances in fp64, a stable sort, the first k."""
+    b, q = base.double(), (base if query is None else query).double()
+    if metric == "euclidean":
+        distance = ((q[:, None] - b[None]) ** 2).sum(-1).sqrt()
+    else:
+        norms = q.norm(dim=1)[:, None] * b.norm(dim=1)
+        distance = 1 - q @ b.T / norms.masked_fill(norms == 0, 1)
+    if query is None:
+        distance.fill_diagonal_(math.inf)
+        query_groups = groups
+    if groups is not None:
+        distance[query_groups[:, None] == groups] = math.inf
+    distance = torch.cat((distance, torch.full((len(q), k), math.inf)), 1)
+    distance, index = distance.sort(dim=1, stable=True)
+    return distance[:, :k], index.masked_fill(distance.isinf(), -1)[:, :k]
+
+
+def lattice(n, width):
+    """Whole numbers: distances are exact in every precision and full of ties."""
+    return torch.randint(-2, 3, (n, width)).float()
+
+
+@pytest.mark.parametrize("panel", [128, 2048])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("labels", [None, 3, 100])
+@pytest.mark.parametrize(
+    ("n", "width", "k", "queries"),
+    [
+        (1, 3, 2, None),
+        (5, 2, 7, None),
+        (300, 50, 15, None),
+        (700, 20, 64, 50),
+        (400, 130, 20, None),
+        (0, 4, 2, 3),
+    ],
+)
+def test_knn_equals_brute_force(monkeypatch, panel, metric, labels, n, width, k, queries):
+    monkeypatch.setattr(knn_module, "PANEL", panel)
+    monkeypatch.setattr(knn_module, "SCORES", 40 * panel)  # blocks of 32 or 40 rows
+    for make in (torch.randn, lattice):
+        base, query = make(n, width), None if queries is None else make(queries, width)
+        groups = None if labels is None else torch.randint(labels, (n,))
+        query_groups = (
+            None if labels is None or query is None else torch.randint(labels, (queries,))
+        )
+        options = {"groups": groups, "query_groups": query_groups, "metric": metric}
+        if metric == "cosine" and make is lattice:
+            continue  # angles of whole numbers tie only up to rounding
+        distance, index = knn(base, k, query, return_distance=True, **options)
+        expected, expected_index = brute(base, k, query, **options)
+        assert index.dtype == torch.int64 and distance.dtype == torch.float32
+        assert torch.equal(index, expected_index)
+        torch.testing.assert_close(distance.double(), expected, atol=1e-5, rtol=1e-6)
+        assert torch.equal(knn(base, k, query, **options), index)
+
+
+def test_knn_far_from_the_origin_and_in_every_type():
+    base = torch.randn(500, 30) * 0.1 + 100
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = base.to(dtype)
+        assert torch.equal(knn(x, 10), brute(x, 10)[1])
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_knn_at_every_magnitude(metric, dtype):
+    base, query = torch.randn(300, 10, dtype=dtype), torch.randn(20, 10, dtype=dtype)
+    for size in (1e-37, 1e-23, 1e-13, 1e19, 1e37):
+        for q in (None, query * size):
+            distance, index = knn(base * size, 4, q, metric=metric, return_distance=True)
+            expected, expected_index = brute(base * size, 4, q, metric=metric)
+            assert torch.equal(index, expected_index)
+            assert (distance - expected).abs().max() <= 1e-6 * expected.max()
+    for size in (
+        1e-30,
+        1e-14,
+        1e25,
+    ):  # a few rows of another magnitude; among them ties up to rounding
+        mixed = torch.cat((query * size, base))
+        distance, index = knn(mixed, 4, metric=metric, return_distance=True)
+        expected, expected_index = brute(mixed, 4, metric=metric)
+        assert metric == "euclidean" or torch.equal(index, expected_index)
+        assert (index >= 0).all()
+        torch.testing.assert_close(
+            distance.double(), expected, atol=1e-6 if metric == "cosine" else 0, rtol=1e-6
+        )
+
+
+def test_knn_with_every_row_twice_or_all_rows_equal():
+    base = torch.randn(1000, 8)
+    base[500:] = base[:500]
+    _, index, redone = knn_module._search(base, 15, None, None, None, "euclidean")
+    assert torch.equal(index, brute(base, 15)[1])
+    assert redone.float().mean() < 0.1
+    same = torch.zeros(300, 5)
+    same[::2] *= -1  # -0.0 is equal to 0.0
+    for groups in (None, torch.arange(300) % 3, torch.arange(300)):
+        assert torch.equal(knn(same, 4, groups=groups), brute(same, 4, groups=groups)[1])
+
+
+def test_knn_redoes_rows_that_the_screen_cannot_prove():
+    base = torch.eye(400)  # all others are equally far
+    _, index, redone = knn_module._search(base, 4, None, None, None, "euclidean")
+    assert redone.all() and torch.equal(index, brute(base, 4)[1])
+
+
+def clusters(n, width, count, spread):
+    return torch.randn(count, width)[torch.randint(count, (n,))] + spread * torch.randn(n, width)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1e-3, 1e-5])
+def test_knn_in_tight_clusters(spread):
+    base = clusters(3000, 50, 10, spread)
+    _, index, redone = knn_module._search(base, 15, None, None, None, "euclidean")
+    assert torch.equal(index, brute(base, 15)[1])
+    assert spread < 0.1 or not redone.any()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("labels", [None, 10])
+def test_knn_among_identical_rows_searches_few_again(share, value, labels):
+    base = torch.randn(3000, 50)
+    base[torch.rand(3000) < share] = value
+    groups = None if labels is None else torch.randint(labels, (3000,))
+    _, index, redone = knn_module._search(base, 15, None, groups, None, "euclidean")
+    assert torch.equal(index, brute(base, 15, groups=groups)[1])
+    assert redone.float().mean() < 0.05
+    assert torch.equal(
+        knn(base, 15, groups=groups, metric="cosine")[:50].sort().values,
+        brute(base, 15, groups=groups, metric="cosine")[1][:50].sort().values,
+    )
+
+
+def test_knn_copies_are_told_by_their_rows_not_by_their_keys(monkeypatch):
+    monkeypatch.setattr(knn_module, "MIX", 0)  # every row has one key
+    base = lattice(300, 3)
+    assert torch.equal(knn(base, 5), brute(base, 5)[1])
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_knn_multiplies_in_fp32_under_every_switch(monkeypatch, precision):
+    base = clusters(300, 200, 10, 0.1)
+    expected = knn(base, 10, return_distance=True)
+    product, seen = torch.mm, set()
+
+    def watched(*args, **kwargs):
+        seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = knn(base, 10, return_distance=True)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        again = knn(base, 10, return_distance=True)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"ieee"}
+    for ours in (found, again):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_knn_in_fp64_at_every_magnitude(metric, size):
+    base, query = torch.randn(2, 200, 10, dtype=torch.float64)
+    for q in (None, query):
+        expected, expected_index = brute(base, 4, q, metric=metric)
+        q = None if q is None else q * size
+        distance, index = knn(base * size, 4, q, metric=metric, return_distance=True)
+        assert torch.equal(index, expected_index)
+        scale = 1 if metric == "cosine" else size
+        torch.testing.assert_close(distance / scale, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_knn_in_fp64_refuses_what_its_squares_cannot_tell():
+    base = torch.randn(50, 3, dtype=torch.float64) * 1e-200
+    assert torch.equal(knn(base, 3), knn(base * 1e200, 3))
+    base[0] = 1e10
+    with pytest.raises(ValueError, match="base: holds rows that differ"):
+        knn(base, 3)
+    assert (knn(base, 3, metric="cosine") >= 0).all()
+
+
+def test_knn_under_another_default_device():
+    base, groups = torch.randn(300, 5), torch.arange(300) % 7
+    base[:100] = base[0]
+    expected = knn(base, 3, groups=groups), knn(base.double(), 3)
+    with torch.device("meta"):
+        found = knn(base, 3, groups=groups), knn(base.double(), 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@plain
+def test_the_bound_holds_for_tensor_cores_that_cut():
+    base, query = torch.rand(20, 2560) + 0.5, torch.rand(5, 2560) + 0.5
+    base[10:] -= 2  # other signs, too
+    q, b, squares_q, squares_b, gamma, units = knn_module._operands(
+        base, query, "euclidean", knn_module.TF32
+    )
+
+    def cut(x):
+        return (x.view(torch.int32) & -2).view(torch.float32)  # one bit less than truncation
+
+    score = knn_module._lower(squares_b, gamma).expand(5, 20)
+    for first in range(0, 2560, 4):
+        product = cut(-2 * q[:, None, first : first + 4] * b[:, first : first + 4])
+        score = cut(score + product.sum(-1))
+    lower = knn_module._lower(squares_q, gamma)[:, None] + score
+    exact = torch.cdist(query.double(), base.double()).square()
+    assert (lower <= exact * units).all()
+
+
+def test_knn_equals_sklearn_on_clusters():
+    base = torch.cat([torch.randn(3000, 50) + 4 * torch.randn(50) for _ in range(3)])
+    distance, index = (
+        NearestNeighbors(n_neighbors=16, algorithm="brute")
+        .fit(base.double())
+        .kneighbors(base.double())
+    )
+    ours, ours_index = knn(base, 15, return_distance=True)
+    assert (ours_index.numpy() == index[:, 1:]).all()
+    np.testing.assert_allclose(ours, distance[:, 1:], rtol=1e-5)
+
+
+def test_knn_prefixes_are_the_neighbours_for_smaller_k_and_bits_repeat():
+    base, groups = torch.randn(600, 20), torch.arange(600) // 7
+    distance, index = knn(base, 20, groups=groups, return_distance=True)
+    assert torch.equal(knn(base, 5, groups=groups), index[:, :5])
+    again, _ = knn(base, 20, groups=groups, return_distance=True)
+    assert torch.equal(again, distance)
+    assert torch.equal(knn(base[:, ::2], 5), knn(base[:, ::2].contiguous(), 5))
+
+
+def test_knn_of_a_zero_row_by_cosine():
+    base = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [2.0, 0.1]])
+    distance, index = knn(base, 3, metric="cosine", return_distance=True)
+    assert index[0].tolist() == [1, 2, 3] and distance[0].tolist() == [1, 1, 1]
+    assert index[1].tolist() == [3, 0, 2] and distance[1, 2] == 2
+
+
+X, G = torch.randn(8, 4), torch.arange(8)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "arguments", "options"),
+    [
+        (TypeError, "base", ([[1.0]], 1), {}),
+        (TypeError, "base", (X.long(), 1), {}),
+        (ValueError, "base", (X[0], 1), {}),
+        (ValueError, "base", (torch.ones(2, 2561), 1), {}),
+        (ValueError, "base", (X * math.nan, 1), {}),
+        (ValueError, "query", (X, 1, X / 0), {}),
+        (ValueError, "query", (X, 1, X[:, :2]), {}),
+        (ValueError, "query", (X, 1, X.double()), {}),
+        (ValueError, "query", (X, 1, X.to("meta")), {}),
+        (ValueError, "k", (X, 0), {}),
+        (ValueError, "k", (X, 65), {}),
+        (TypeError, "k", (X, 2.0), {}),
+        (TypeError, "k", (X, True), {}),
+        (ValueError, "metric", (X, 1), {"metric": "manhattan"}),
+        (TypeError, "groups", (X, 1), {"groups": G.float()}),
+        (ValueError, "groups", (X, 1), {"groups": G[:5]}),
+        (ValueError, "query_groups", (X, 1, X), {"groups": G}),
+        (ValueError, "query_groups", (X, 1, X), {"query_groups": G}),
+        (ValueError, "query_groups", (X, 1), {"groups": G, "query_groups": G}),
+        (ValueError, "query_groups", (X, 1, X), {"groups": G, "query_groups": G[:3]}),
+    ],
+)
+def test_knn_names_the_bad_argument(error, name, arguments, options):
+    with pytest.raises(error, match=f"^{name}:"):
+        knn(*arguments, **options)
+
+
+# --- Triton -----------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("labels", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "width", "k", "queries"),
+    [(5, 2, 7, None), (21, 7, 5, None), (300, 70, 10, 4), (200, 20, 64, 3), (700, 33, 5, 140)],
+)
+def test_triton_equals_brute_force(metric, labels, dtype, n, width, k, queries):
+    for make in (torch.randn, lattice):
+        base = make(n, width).to(dtype)
+        query = None if queries is None else make(queries, width).to(dtype)
+        groups = None if labels is None else torch.randint(labels, (n,))
+        query_groups = None
+        if labels is not None and query is not None:
+            query_groups = torch.randint(labels, (queries,))
+        options = {"groups": groups, "query_groups": query_groups, "metric": metric}
+        distance, index = knn(base, k, query, return_distance=True, **options)
+        expected, expected_index = brute(base, k, query, **options)
+        if metric == "euclidean" or make is torch.randn:  # other angles tie only up to rounding
+            assert torch.equal(index, expected_index)
+        torch.testing.assert_close(distance.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_triton_at_every_magnitude(metric):
+    base = torch.randn(70, 5)
+    for x in (base * 1e-30, base * 1e30, torch.cat((base[:9] * 1e20, base))):
+        distance, index = knn(x, 3, metric=metric, return_distance=True)
+        expected, expected_index = brute(x, 3, metric=metric)
+        assert torch.equal(index, expected_index)
+        atol = 1e-6 if metric == "cosine" else 0
+        torch.testing.assert_close(distance.double(), expected, atol=atol, rtol=1e-6)
+
+
+@interpreted
+def test_triton_redoes_rows_that_the_screen_cannot_prove():
+    base = torch.eye(700)[:, :40]  # the later rows are equal, the first equally far
+    base[40:] = torch.arange(660)[:, None] % 2 * 1e-4
+    query, groups = torch.zeros(3, 40), torch.arange(700) % 2
+    options = {"groups": groups, "query_groups": torch.tensor([0, 1, 2])}
+    for k in (4, 64):
+        assert torch.equal(knn(base, k, query, **options), brute(base, k, query, **options)[1])
+    points = torch.eye(700)[:, :64] * 3
+    assert torch.equal(knn(points, 4), brute(points, 4)[1])
+
+
+@interpreted
+def test_triton_in_tight_clusters_and_among_identical_rows():
+    base = clusters(600, 20, 3, 0.1)
+    base[::3] = 0.5
+    for groups in (None, torch.arange(600) % 5):
+        assert torch.equal(knn(base, 5, groups=groups), brute(base, 5, groups=groups)[1])
+
+
+@interpreted
+def test_triton_with_a_group_that_is_everything():
+    base, groups = torch.randn(20, 3), torch.ones(20).int()
+    distance, index = knn(base, 4, groups=groups, return_distance=True)
+    assert (index == -1).all() and distance.isinf().all()
+
+
+def version(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+@plain
+def test_in_the_interpreter():
+    triton = pytest.importorskip("triton")
+    if version(triton) < (3, 7) and version(np) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, __file__, "-k", "test_triton"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
