@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import platform
 import re
 import signal
 import sys
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from g2l.arguments import Help
 from g2l.augment import BLUR_SIZE, augment
@@ -53,8 +51,8 @@ from g2l.ranks import (
     rank_and_world,
     setup_distributed,
 )
-from g2l.recipe import LOSSES, Distiller, Step, StopRule, cosine, token_rows
-from g2l.runs import Readings, Run, changes, checksums, describe_setting, read_checkpoint
+from g2l.recipe import LOSSES, Step, StopRule, build, cosine
+from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.stream import Batches, Heldout, hold_out, load
 from g2l.weights import parse_weights
 
@@ -63,37 +61,34 @@ def distill(args: Namespace) -> int:
     """Train, or go on training, and export the student. Returns the exit status."""
     rank, world, device = setup_distributed(args.device)
     folder = Path(args.runs) / (args.name or default_name(args))
-    with Signals() as signals, contextlib.closing(Run(folder, args.keep, rank == 0)) as run:
+    words = {name: flag_of(name) for name in vars(args)}
+    run = Run(folder, args.keep, rank == 0, words)
+    with Signals() as signals, contextlib.closing(run):
         precision = pick_precision(args.precision, device)
         torch.backends.cudnn.benchmark = True
         # What the run is, first as far as the command line says: a mistake costs no loading.
-        identity = {name: getattr(args, name) for name in vars(recipe_flags().parse_args([]))}
+        recipe = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
+        identity = {name: getattr(args, name) for name in recipe}
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
-        if agree(run.main and is_finished(run, identity)):
+        if done := agree(run.finished(identity) if run.main else 0):
+            if run.main:
+                print(f"{folder}: finished at step {done}; student: {folder / 'student'}")
             return 0
 
         index, held = open_cohort(args, world)
         teacher, student = load_pair(args, device, precision)
-        distiller, flops = build(args, teacher, student, device, world)
-        identity |= identify(index, teacher, student) if run.main else {}
-        state = load_state(run, identity, rank)
+        distiller, flops = build(args, teacher, student)
+        identity |= identify(index, teacher, student)
+        state = run.load(identity)
         step = Step(teacher, distiller, args, device, precision, world)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
             training.resume(state)
         if run.main:
-            training.begin(index, held, describe_run(index, held, teacher, student, device))
+            training.begin(index, held, describe_run(index, held, device))
+        patches = (args.seed, args.batch_size, args.crop, args.sampling)
         stream = load(
-            Batches(
-                index,
-                held,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                crop=args.crop,
-                by=args.sampling,
-                rank=rank,
-                world=world,
-            ),
+            Batches(index, held, *patches, rank, world),
             range(training.done * args.accumulate, args.max_steps * args.accumulate),
             default_workers(args.workers, device),
             device.type == "cuda",
@@ -110,7 +105,7 @@ class Training:
     """A run under way: what changes from step to step, and what is done with it.
 
     `peak`: steps a second that this rank would take at the matmul ceiling. A checkpoint holds
-    `done`, `best`, `drawn`, `unreadable` and `ended` beside models, optimizer and stop rule.
+    `done`, `best`, `unreadable` and `ended` beside models, optimizer and stop rule.
     """
 
     def __init__(self, args: Namespace, run: Run, step: Step, identity: dict, peak: float):
@@ -119,12 +114,11 @@ class Training:
         self.rank, self.world = rank_and_world()
         self.stop = StopRule(args.stop, args.stop_window, args.stop_patience, args.stop_min_steps)
         self.readings = Readings(step.device, self.world)
+        self.images = self.world * args.accumulate * args.batch_size  # of a step, on all ranks
         self.done = 0  # steps
         self.best: dict = {}  # CKA: the best and its step, the one before training, the last
-        self.drawn = 0  # patches of this rank, and those of them that could not be read
-        self.unreadable = 0
+        self.unreadable = 0  # patches of this rank
         self.ended = ""  # why, before the last step
-        self.spent = 0.0  # seconds before this start
         self.random: dict = {}
         self.config: dict = {}
         self.progress = Progress(args.max_steps, "step", shown=False)
@@ -136,7 +130,6 @@ class Training:
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.stop.load_state_dict(state["stop"])
         self.done, self.best, self.ended = state["step"], state["best"], state["ended"]
-        self.drawn, self.spent = state["drawn"], state["seconds"]
         self.unreadable = state["unreadable"][self.rank]
         self.random = state["random"][self.rank]
         if self.run.main:
@@ -160,10 +153,12 @@ class Training:
             self.step.teacher,
             args.batch_size,
         )
-        images = self.world * args.accumulate * args.batch_size
+        teacher, student = self.step.teacher, distiller.student
         print(
-            f"{images} patches a step, {args.max_steps} steps; {self.identity['precision']} on "
-            f"{config['device']}; at most {self.peak:,.3g} steps a second",
+            f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
+            f"({student.parameters_count / 1e6:,.1f} M parameters); {self.images} patches a step, "
+            f"{args.max_steps} steps; {self.identity['precision']} on {config['device']}; at the "
+            f"matmul ceiling {self.peak:,.3g} steps a second",
             flush=True,
         )
 
@@ -185,9 +180,7 @@ class Training:
         caught = False
         while not self.over:
             batches = self.fetch(stream, signals)
-            minutes = (time.monotonic() - self.saved) / 60
-            late = self.run.main and minutes > args.checkpoint_minutes > 0
-            late, caught = any_rank([late, not batches])
+            late, caught = any_rank([self.is_late(), not batches])
             if caught:
                 break
             self.readings.send(self.step(batches, *self.schedule(self.done)))
@@ -203,6 +196,11 @@ class Training:
         if self.run.main:
             self.run.draw_loss()
         return caught
+
+    def is_late(self) -> bool:
+        """Whether a checkpoint is due by time; rank 0 has the clock."""
+        minutes = (time.monotonic() - self.saved) / 60
+        return self.run.main and minutes > self.args.checkpoint_minutes > 0
 
     def seed(self) -> None:
         """Set the random numbers of the steps, last of all before them.
@@ -237,7 +235,6 @@ class Training:
                     batches.append((images, params))
         except Stopped:
             return []
-        self.drawn += self.args.accumulate * self.args.batch_size
         if failures:
             self.note_unreadable(failures)
         if self.done == 0 and self.run.main:
@@ -251,9 +248,10 @@ class Training:
         with open(path, "a") as file:
             file.writelines(f"{line}\n" for line in failures)
         self.unreadable += len(failures)
-        if self.unreadable > max(10, self.args.max_unreadable * self.drawn):
+        drawn = (self.done + 1) * self.args.accumulate * self.args.batch_size
+        if self.unreadable > max(10, self.args.max_unreadable * drawn):
             raise UserError(
-                f"{self.unreadable} of {self.drawn} patches could not be read, the last: "
+                f"{self.unreadable} of {drawn} patches could not be read, the last: "
                 f"{failures[-1]}; {path} has all. Mend them or raise --max-unreadable"
             )
 
@@ -263,7 +261,6 @@ class Training:
         Raises UserError where loss or gradient is no number.
         """
         rate, lines = self.progress.rate, []
-        images = self.world * self.args.accumulate * self.args.batch_size
         for loss, norm, spread in self.readings.receive(everything):
             step = self.stop.steps + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -278,13 +275,14 @@ class Training:
             row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
             row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
             row |= {
-                "images_per_second": round(rate * images, 2),
+                "images_per_second": round(rate * self.images, 2),
                 "mfu": round(rate / self.peak, 4),
             }
             lines.append(row)
         if self.run.main and lines:
             self.run.log(lines)
-            text = f"loss {loss:.4f}, lr {lr:.2e}, {rate * images:.1f} img/s, MFU {row['mfu']:.0%}"
+            speed = f"{rate * self.images:.1f} img/s, MFU {rate / self.peak:.0%}"
+            text = f"loss {loss:.4f}, lr {lr:.2e}, {speed}"
             self.progress.step(step - self.progress.done, text)
 
     def measure(self) -> None:
@@ -322,9 +320,7 @@ class Training:
                     "stop": self.stop.state_dict(),
                     "best": self.best,
                     "random": random,
-                    "drawn": self.drawn,
                     "unreadable": unreadable,
-                    "seconds": self.spent + self.progress.seconds,
                     "ended": self.ended,
                 }
             )
@@ -349,15 +345,12 @@ def finish(training: Training, index: PatchIndex) -> None:
     """Export the student and say where it is."""
     args, run, best = training.args, training.run, training.best
     folder, done = run.folder / "student", training.done
-    metadata = {
-        "teacher": args.teacher,
-        "student": args.student,
-        "cancer": args.cancer,
+    metadata = {name: getattr(args, name) for name in ("teacher", "student", "cancer", "loss")}
+    metadata |= {
         "run": run.folder.name,
         "steps": done,
         "patients": list(index.patients),
         "slides": list(index.slides),
-        "loss": args.loss,
         "cka_before": best["before"],
         "cka_after": best["last"],
     }
@@ -382,50 +375,12 @@ def finish(training: Training, index: PatchIndex) -> None:
         )
 
 
-# ---- what a run is --------------------------------------------------------------------------------
+# ---- what a run is -----------------------------------------------------------------------
 
 
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
-
-
-def is_finished(run: Run, identity: dict) -> bool:
-    """Whether an earlier start of this run has ended and its student is whole, which is said.
-
-    Raises UserError where that start was told otherwise.
-    """
-    earlier = run.config()
-    finished, folder = earlier.get("finished", {}), run.folder / "student"
-    student = checksums(folder)
-    whole = "model.safetensors" in student and finished.get("student", student) == student
-    begun = bool(finished) and whole or any(path.exists() for path in run.checkpoints)
-    if earlier and begun:
-        refuse_changes(earlier["identity"], identity, run.folder)
-    if finished and whole:
-        print(f"{run.folder}: finished at step {finished['step']}; student: {folder}", flush=True)
-    elif finished:
-        print(f"{folder}: missing or damaged; it is exported again", file=sys.stderr, flush=True)
-    return bool(finished) and whole
-
-
-def differences(old: dict, new: dict) -> str:
-    """What a run was begun with and has otherwise now, in the words of the command line."""
-    flags = vars(build_parser().parse_args([]))
-    found = []
-    for name, before, now in changes(old, new):
-        spelled = f"--{name.replace('_', '-')}" if name in flags else name
-        found.append(f"{spelled} was {before!r} and is now {now!r}")
-    return "; ".join(found)
-
-
-def refuse_changes(old: dict, new: dict, folder: Path) -> None:
-    """Raise UserError naming whatever differs between a run's beginning and now."""
-    if changed := differences(old, new):
-        raise UserError(
-            f"{folder} was begun otherwise: {changed}. Give what it was begun with to go on, "
-            "or another --name to begin anew"
-        )
 
 
 def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
@@ -441,55 +396,18 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     }
 
 
-def load_state(run: Run, identity: dict, rank: int) -> dict | None:
-    """The newest checkpoint, on every rank; None where there is none."""
-    state = None
-    if run.main:
-        earlier = run.config().get("identity")
-
-        def misfit(state: dict) -> str:
-            """A checkpoint that does not fit the run's own config.json is of another run."""
-            changed = differences(state["identity"], identity)
-            if changed and (not earlier or changes(earlier, identity)):
-                refuse_changes(state["identity"], identity, run.folder)
-            return changed
-
-        state = run.load(misfit)
-    begun = agree(state is not None)
-    if begun and not run.main:
-        path = next(filter(Path.exists, run.checkpoints), None)
-        if path is None:
-            raise UserError(
-                f"{run.folder}: rank {rank} on {platform.node()} sees no checkpoint; --runs must "
-                "be a folder that all machines share"
-            )
-        state = read_checkpoint(path)
-    return state
-
-
-def describe_run(
-    index: PatchIndex, held: np.ndarray, teacher: Model, student: Model, device: torch.device
-) -> dict:
+def describe_run(index: PatchIndex, held: np.ndarray, device: torch.device) -> dict:
     """What config.json says beside arguments and identity."""
-    models = {}
-    for role, model in (("teacher", teacher), ("student", student)):
-        models[role] = {
-            "name": model.name,
-            "parameters": model.parameters_count,
-            "dim": model.dim,
-            "weights": model.weights,
-        }
     cohort = {
         "slides": len(index.slides),
-        "patches": int(np.sum(index.counts)),
+        "patches": len(index),
         "patients": list(index.patients),
         "held out": [index.slides[i] for i in np.flatnonzero(held)],
     }
-    where = {"device": describe_device(device), "ranks": rank_and_world()[1]}
-    return {**where, **describe_setting(), "cohort": cohort, **models}
+    return {"device": describe_device(device), **describe_setting(), "cohort": cohort}
 
 
-# ---- cohort and models ----------------------------------------------------------------------------
+# ---- cohort and models -------------------------------------------------------------------
 
 
 def open_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
@@ -511,19 +429,17 @@ def open_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         )
     if rank_and_world()[0] == 0:
         kept = f"{int(held.sum())} slides held out to measure CKA"
-        none = "none held out (--hold-out 0, or fewer than 4 patients), so CKA is measured on "
+        if not held.any():  # --hold-out 0, or fewer than 4 patients
+            kept = "none held out, so CKA is measured on slides that are trained on"
         print(
             f"{args.cancer}: {int(counts.sum()):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; "
-            + (kept if held.any() else none + "slides that are trained on"),
+            f"slides of {len(index.patients)} patients; {kept}",
             flush=True,
         )
     return index, held
 
 
-def load_pair(
-    args: Namespace, device: torch.device, precision: torch.dtype
-) -> tuple[Model, Model]:
+def load_pair(args: Namespace, device: torch.device, precision: torch.dtype) -> tuple[Model, Model]:
     """Teacher, frozen, with weights in the precision of its products; student in fp32."""
     weights = parse_weights(args.weights, [args.teacher, args.student])
     options = {"device": device, "input_size": args.crop}
@@ -532,184 +448,104 @@ def load_pair(
     return teacher.requires_grad_(False), student.train()
 
 
-def build(
-    args: Namespace, teacher: Model, student: Model, device: torch.device, world: int
-) -> tuple[Distiller, float]:
-    """The distiller for this pair, and the FLOPs of one step on one rank.
-
-    A backward pass is counted as two forward.
-    """
-    student.eval()
-    (rows, teacher_width), teacher_flops = probe(teacher, args, device)
-    (others, width), student_flops = probe(student, args, device)
-    student.train()
-    if rows != others:
-        raise UserError(
-            f"--tokens all: for a crop of {args.crop} px {args.teacher} has {rows} tokens and "
-            f"{args.student} has {others}; take --tokens cls, or a pair with equal patch size"
-        )
-    group = None
-    if args.sync and world > 1:
-        group = torch.distributed.group.WORLD
-        if device.type == "cuda":
-            student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
-    distiller = Distiller(student, width, teacher_width, args, group).to(device)
-    distiller.requires_grad_(True)
-    for model in (teacher, student):
-        if not (teacher.num_prefix_tokens and student.num_prefix_tokens):
-            # A third faster for convolutions, on a CPU too.
-            model.to(memory_format=torch.channels_last)
-        if args.compile:
-            # Block by block: one short compilation serves all blocks, and DDP still overlaps with
-            # the backward pass.
-            for module in getattr(model.net, "blocks", [model.net]):
-                module.compile()
-    flops = (teacher_flops + 3 * student_flops) * args.batch_size * args.accumulate
-    return distiller, flops
+# ---- the command -------------------------------------------------------------------------
 
 
-def probe(
-    model: Model, args: Namespace, device: torch.device
-) -> tuple[tuple[int, int], float]:
-    """((rows compared, their width), FLOPs of a forward pass) of one image."""
-    from torch.utils.flop_counter import FlopCounterMode
+# Flags that say what is computed: a run that goes on must have those it was begun with. (flag,
+# default, help, choices); the type is that of the default, and False makes a switch.
+RECIPE = {
+    "what": [
+        ("--cancer", "brca", "cohort: the name given to tile.py"),
+        ("--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder"),
+        ("--student", "hibou-l", "a name of the same kinds"),
+    ],
+    "recipe (defaults: the paper's, where it says)": [
+        ("--max-steps", 10_000, "optimizer steps; the cosine schedules span them"),
+        ("--batch-size", 32, "patches per process and step"),
+        ("--accumulate", 1, "micro-batches a step: 3 on one GPU compute what 3 GPUs do"),
+        ("--crop", 224, "side of the random crop, pixels; both models see it"),
+        ("--lr", 1e-4, "learning rate at the start; random students want 1e-3"),
+        ("--lr-end", 1e-6, "learning rate at the end"),
+        ("--weight-decay", 0.05, "at the start"),
+        ("--weight-decay-end", 0.5, "at the end"),
+        ("--decay-all", False, "weight decay on 1-D parameters and tokens too"),
+        ("--grad-clip", 0.0, "largest norm of the gradient, 0: no limit; 1 tames a loss of NaN"),
+        ("--sampling", "slide", "a slide and then a patch of it, or any patch", ("slide", "patch")),
+        ("--seed", 0, "of patches, augmentation, projector and held-out patients"),
+    ],
+    "loss": [
+        ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
+        ("--alpha", 4.0, "exponent of logsum and correlation"),
+        (
+            "--normalize",
+            "both",
+            "batch norm after the projector and on the teacher",
+            ("both", "student", "student-affine", "none"),
+        ),
+        ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
+        ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
+        ("--sync", False, "the loss, and on GPUs the student's batch norm, over all ranks"),
+    ],
+    "when to stop": [
+        (
+            "--stop",
+            "consecutive",
+            "how to count steps whose loss exceeds the mean of the last --stop-window",
+            ("consecutive", "cumulative", "off"),
+        ),
+        ("--stop-window", 100, "steps"),
+        ("--stop-patience", 10, "stop at more than this count"),
+        ("--stop-min-steps", 1000, "never stop before this step"),
+    ],
+    "how CKA is measured": [
+        ("--hold-out", 0.05, "fraction of patients kept for measuring CKA"),
+        ("--eval-patches", 256, "fixed held-out patches for CKA to the teacher"),
+    ],
+}
+# Flags that may differ when a run goes on, as those of add_model_arguments may.
+FREE = {
+    "where": [
+        ("--data", "data", "folder that tile.py filled"),
+        ("--slides", "", "folder of the slides, if they are not where tile.py found them"),
+        ("--runs", "runs", "folder of runs"),
+        ("--name", "", "name of the run; by default cancer and student"),
+    ],
+    "running": [
+        (
+            "--workers",
+            None,
+            "loading processes per rank; by default up to 12 for a GPU, else 0 or 1",
+        ),
+        ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
+        ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
+        ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),
+        ("--checkpoint-steps", 0, "between checkpoints; 0: none by steps"),
+        ("--keep", 2, "checkpoints kept, in case the newest is damaged"),
+    ],
+}
 
-    sample = torch.zeros(2, 3, args.crop, args.crop, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        try:
-            rows, width = token_rows(model, sample, args.tokens).shape
-        except ValueError as error:
-            raise UserError(f"--tokens {args.tokens}: {error}; take --tokens cls") from None
-    return (rows // 2, width), counter.get_total_flops() / 2
 
-
-# ---- the command ----------------------------------------------------------------------------------
-
-
-def add(where, flag: str, default, help: str, choices=None) -> None:
-    """Add a flag whose type is that of its default; False makes a switch."""
-    if default is False:
-        where.add_argument(flag, action="store_true", help=help)
-    else:
-        where.add_argument(flag, type=type(default), default=default, choices=choices, help=help)
-
-
-def recipe_flags() -> ArgumentParser:
-    """The flags that say what is computed: a run that goes on must have those it was begun with."""
-    parser = ArgumentParser(add_help=False)
-    group = parser.add_argument_group("what")
-    add(group, "--cancer", "brca", "cohort: the name given to tile.py")
-    add(group, "--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder")
-    add(group, "--student", "hibou-l", "a name of the same kinds")
-    group = parser.add_argument_group("recipe (defaults: the paper's, where it says)")
-    add(group, "--max-steps", 10_000, "optimizer steps; the cosine schedules span them")
-    add(group, "--batch-size", 32, "patches per process and step")
-    add(
-        group,
-        "--accumulate",
-        1,
-        "micro-batches per step; 3 on one GPU computes what three GPUs do with local statistics",
-    )
-    add(group, "--crop", 224, "side of the random crop, pixels; both models see it")
-    add(group, "--lr", 1e-4, "learning rate at the start; random students want 1e-3")
-    add(group, "--lr-end", 1e-6, "learning rate at the end")
-    add(group, "--weight-decay", 0.05, "at the start")
-    add(group, "--weight-decay-end", 0.5, "at the end")
-    add(group, "--decay-all", False, "weight decay on 1-D parameters and tokens too")
-    add(
-        group,
-        "--grad-clip",
-        0.0,
-        "largest norm of the gradient, 0 for no limit; 1 tames a run whose loss turned NaN",
-    )
-    add(
-        group,
-        "--sampling",
-        "slide",
-        "draw a slide uniformly and then a patch of it, or patches uniformly",
-        ("slide", "patch"),
-    )
-    add(group, "--seed", 0, "of patches, augmentation, projector and held-out patients")
-    group = parser.add_argument_group("loss")
-    add(group, "--loss", "logsum", "all but logsum are there for comparison", LOSSES)
-    add(group, "--alpha", 4.0, "exponent of logsum and correlation")
-    add(
-        group,
-        "--normalize",
-        "both",
-        "batch norm after the projector and on the teacher",
-        ("both", "student", "student-affine", "none"),
-    )
-    add(
-        group,
-        "--reduction",
-        "batch",
-        "one log over the batch, or one per sample and their mean",
-        ("batch", "row"),
-    )
-    add(
-        group,
-        "--tokens",
-        "cls",
-        "compare embeddings, or those and all patch tokens (ViTs with equal patch size)",
-        ("cls", "all"),
-    )
-    add(
-        group,
-        "--sync",
-        False,
-        "statistics and sum of the loss over all ranks, and on GPUs the statistics of batch norm "
-        "inside the student",
-    )
-    group = parser.add_argument_group("when to stop, and how CKA is measured")
-    add(
-        group,
-        "--stop",
-        "consecutive",
-        "how to count steps whose loss exceeds the mean of the last --stop-window",
-        ("consecutive", "cumulative", "off"),
-    )
-    add(group, "--stop-window", 100, "steps")
-    add(group, "--stop-patience", 10, "stop at more than this count")
-    add(group, "--stop-min-steps", 1000, "never stop before this step")
-    add(group, "--hold-out", 0.05, "fraction of patients kept for measuring CKA")
-    add(group, "--eval-patches", 256, "fixed held-out patches for CKA to the teacher")
+def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
+    """Add the flags of such a table."""
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag, default, text, *choices in flags:
+            if default is False:
+                group.add_argument(flag, action="store_true", help=text)
+            elif choices:
+                group.add_argument(flag, default=default, help=text, choices=choices[0])
+            else:
+                kind = int if default is None else type(default)
+                group.add_argument(flag, default=default, help=text, type=kind)
     return parser
 
 
 def build_parser() -> ArgumentParser:
-    """All flags: those of the recipe, and those that may differ when a run goes on."""
-    parser = ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=Help, parents=[recipe_flags()]
-    )
-    group = parser.add_argument_group("where")
-    add(group, "--data", "data", "folder that tile.py filled")
-    group.add_argument("--slides", help="folder of the slides, if tile.py found them elsewhere")
-    add(group, "--runs", "runs", "folder of runs")
-    group.add_argument("--name", help="name of the run; by default cancer and student")
+    """All flags."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    add_flags(parser, RECIPE)
     add_model_arguments(parser)
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--workers",
-        type=int,
-        help="loading processes per rank; by default up to 12 for a GPU, and 1 on a CPU of more "
-        "than 2 cores",
-    )
-    add(
-        group,
-        "--max-unreadable",
-        0.01,
-        "stop when more than this fraction of patches (and more than 10) cannot be read",
-    )
-    add(
-        group,
-        "--eval-every",
-        0,
-        "steps between measurements of CKA; 0: a tenth of the run, at most 500",
-    )
-    add(group, "--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time")
-    add(group, "--checkpoint-steps", 0, "between checkpoints; 0: none by steps")
-    add(group, "--keep", 2, "checkpoints kept, in case the newest is damaged")
+    add_flags(parser, FREE)
     return parser
 
 
@@ -726,14 +562,19 @@ LEAST = {
 }
 
 
+def flag_of(name: str) -> str:
+    """An argument as it is given."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check(args: Namespace) -> None:
     """Raise UserError for a number that cannot be."""
     for name, value in vars(args).items():
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
-            flag = f"--{name.replace('_', '-')} {value}"
-            raise UserError(f"{flag}: expected a number of at least {least}{why}")
+            text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
+            raise UserError(text)
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.sync and args.loss != "logsum":
@@ -748,6 +589,9 @@ REMEDIES = {
     "name": "or give another --name",
     "room": f"make room, or write elsewhere by --runs, and {GO_ON}",
     "stuck": f"is the storage of the slides still there? Take other --workers, and {GO_ON}",
+    "shared": "--runs must be a folder that all machines share",
+    "tokens": "take --tokens cls, or a pair with equal patch size",
+    "weights": "give them as --weights [NAME=]FILE, or take --weights random",
     "workers": "lower --workers (0 needs no processes and no shared memory; in Docker, --shm-size "
     f"or --ipc=host give more), and {GO_ON}",
 }

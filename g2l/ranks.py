@@ -60,8 +60,9 @@ def rank_and_world() -> tuple[int, int]:
 def _meet() -> None:
     """Wait for all ranks, on the host. On rank 0 UserError names those that do not come."""
     start = time.monotonic()
+    world: Any = dist.group.WORLD  # the function of this name takes no group that has NCCL too
     try:
-        dist.group.WORLD.monitored_barrier(timedelta(seconds=RANK_WAIT), wait_all_ranks=True)
+        world.monitored_barrier(timedelta(seconds=RANK_WAIT), wait_all_ranks=True)
     except RuntimeError as error:
         late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
         waited = time.monotonic() - start
@@ -155,7 +156,7 @@ def quiet_worker(_: int) -> None:
 
 
 def end_workers() -> None:
-    """End loading processes that are left; an interpreter that exits would wait for them for ever."""
+    """End loading processes that are left; an interpreter that exits would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

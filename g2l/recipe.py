@@ -1,7 +1,8 @@
 """The recipe: what is compared, the losses, the schedules, the stop rule, and one step of training.
 
-`Distiller` is the student with its projector and loss, `Step` what one optimisation step does with
-it and the teacher. `args` of both is the recipe as distill.py's flags name it.
+`Distiller` is the student with its projector and loss, `build` makes it for a pair of models, and
+`Step` is what one optimisation step does with it and the teacher. `args` is the recipe, with the
+names that distill.py's flags have.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 
 import kernels
 from g2l.augment import Params, augment
-from g2l.models import Model
+from g2l.errors import UserError
+from g2l.models import Model, flops_per_image
+from g2l.ranks import rank_and_world
 from g2l.stream import feature_spread
 
 LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")
@@ -36,8 +40,9 @@ def token_rows(model: Model, images: Tensor, tokens: str) -> Tensor:
     if tokens == "cls":
         return model(x)
     out = model.tokens(x)
+    net: Any = model.net
     with model.autocast(x):
-        pooled = model.net.forward_head(out, pre_logits=True)
+        pooled = net.forward_head(out, pre_logits=True)
     return torch.cat([pooled[:, None], out[:, model.num_prefix_tokens :]], 1).flatten(0, 1)
 
 
@@ -53,9 +58,7 @@ class Distiller(nn.Module):
         group=None,
     ):
         super().__init__()
-        self.student, self.group, self.tokens = student, group, args.tokens
-        self.kind, self.alpha = args.loss, args.alpha
-        self.normalize, self.reduction = args.normalize, args.reduction
+        self.student, self.args, self.group = student, args, group
         random = torch.Generator().manual_seed(args.seed)
         uniform = torch.rand(width, teacher_width, generator=random) * 2 - 1
         self.projector = nn.Parameter(uniform * width**-0.5)
@@ -65,33 +68,32 @@ class Distiller(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Rows of the student (R, Ds) for images (B, 3, S, S) in [0, 1]."""
-        return token_rows(self.student, images, self.tokens)
+        return token_rows(self.student, images, self.args.tokens)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Rows of the student (R, Ds) and of the teacher (R, Dt) -> scalar, fp32."""
-        if self.kind == "logsum":
+        args = self.args
+        if args.loss == "logsum":
             return kernels.log_sum_loss(
                 student,
                 self.projector,
                 teacher,
-                alpha=self.alpha,
-                normalize=self.normalize,
-                reduction=self.reduction,
+                alpha=args.alpha,
+                normalize=args.normalize,
+                reduction=args.reduction,
                 scale=self.scale,
                 shift=self.shift,
                 group=self.group,
             )
         with torch.autocast(student.device.type, enabled=False):
             s, t = student.float() @ self.projector, teacher.float()
-            if self.normalize != "none":
+            if args.normalize != "none":
                 s = F.batch_norm(s, None, None, self.scale, self.shift, training=True, eps=1e-4)
-            if self.normalize == "both":
+            if args.normalize == "both":
                 t = F.batch_norm(t, None, None, training=True, eps=1e-4)
-            return _compare(self.kind, s, t, self.alpha)
+            return _compare(args.loss, s, t, args.alpha)
 
-    def forward(
-        self, images: Tensor, teacher: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """-> (loss, spread of the student's rows)."""
         student = self.features(images)
         return self.loss(student, teacher), feature_spread(student)
@@ -114,7 +116,8 @@ def _compare(kind: str, s: Tensor, t: Tensor, alpha: float) -> Tensor:
 
 def param_groups(module: nn.Module, decay_all: bool) -> list[dict]:
     """AdamW's groups: weight decay for matrices, none for 1-D parameters and tokens (`TOKENS`)."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         matrix = parameter.ndim > 1 and not any(part in name for part in TOKENS)
         (decay if decay_all or matrix else plain).append(parameter)
@@ -160,6 +163,50 @@ class StopRule:
         self.count, self.steps = state["count"], state["steps"]
 
 
+def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, float]:
+    """The distiller for this pair, and the FLOPs of one step on one rank.
+
+    A backward pass is counted as two forward. Raises UserError where tokens cannot be compared.
+    """
+    device = next(teacher.parameters()).device
+    student.eval()
+    flops = flops_per_image(teacher) + 3 * flops_per_image(student)
+    rows, teacher_width = _shape_of_rows(teacher, args.tokens, device)
+    others, width = _shape_of_rows(student, args.tokens, device)
+    student.train()
+    if rows != others:
+        text = f"for the same crop {args.teacher} has {rows} tokens and {args.student} {others}"
+        raise UserError(text, "tokens")
+    group = None
+    if args.sync and rank_and_world()[1] > 1:
+        group = torch.distributed.group.WORLD
+        if device.type == "cuda":
+            student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
+    distiller = Distiller(student, width, teacher_width, args, group).to(device)
+    distiller.requires_grad_(True)
+    for model in (teacher, student):
+        if not (teacher.num_prefix_tokens and student.num_prefix_tokens):
+            # A third faster for convolutions, on a CPU too.
+            model.to(memory_format=torch.channels_last)
+        if args.compile:
+            # Block by block: one short compilation serves all blocks, and DDP still overlaps with
+            # the backward pass.
+            for module in getattr(model.net, "blocks", [model.net]):
+                module.compile()
+    return distiller, flops * args.batch_size * args.accumulate
+
+
+def _shape_of_rows(model: Model, tokens: str, device: torch.device) -> tuple[int, int]:
+    """Rows that are compared of one image, and their width."""
+    sample = torch.zeros(1, 3, model.input_size, model.input_size, device=device)
+    try:
+        with torch.no_grad():
+            rows, width = token_rows(model, sample, tokens).shape
+    except ValueError as error:
+        raise UserError(str(error), "tokens") from None
+    return rows, width
+
+
 class Step:
     """Teacher, student and optimizer, and what one step does with them, not waiting for the device.
 
@@ -174,7 +221,7 @@ class Step:
         device: torch.device,
         precision: torch.dtype,
         world: int = 1,
-        mark: Callable[[str], None] = len,  # called for nothing
+        mark: Callable[[str], object] = str,  # by default nobody listens
     ):
         self.teacher, self.distiller, self.args = teacher, distiller, args
         self.device, self.mark = device, mark
@@ -219,7 +266,8 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.mark("optimizer")
-        return torch.stack([sum(losses) / len(batches), norm, spread])
+        loss = sum(losses[1:], losses[0]) / len(batches)
+        return torch.stack([loss, norm, spread])
 
     def _gradients_shared(self, shared: bool) -> AbstractContextManager:
         """Ranks add their gradients up once a step, after its last micro-batch."""

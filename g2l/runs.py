@@ -17,8 +17,9 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from g2l.errors import UserError
 from g2l.files import atomic, locked, write_text
+from g2l.ranks import agree
 
 # Raised when a checkpoint of before can no longer be read as it is. 1 had no number in it.
 VERSION = 2
@@ -34,12 +36,13 @@ VERSION = 2
 class Run:
     """runs/NAME: one writer at a time.
 
-    `keep`: checkpoints kept; `main`: whether this rank is the one that writes. Raises UserError
-    where another process trains this run.
+    `keep`: checkpoints kept; `main`: whether this rank is the one that writes; `words`: how the
+    command spells the names of an identity. Raises UserError where another process trains this run.
     """
 
-    def __init__(self, folder: Path, keep: int, main: bool):
-        self.folder, self.main, self.board = folder, main, None
+    def __init__(self, folder: Path, keep: int, main: bool, words: Mapping[str, str] | None = None):
+        self.folder, self.main, self.words = folder, main, words or {}
+        self.board: Any = None  # TensorBoard's writer
         older = [folder / f"checkpoint.{i}.pt" for i in range(1, keep)]
         self.checkpoints = [folder / "checkpoint.pt", *older]
         self.lock = contextlib.ExitStack()
@@ -152,16 +155,62 @@ class Run:
             text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
             raise UserError(text, "room") from None
 
-    def load(self, misfit: Callable[[dict], str]) -> dict | None:
-        """The newest whole checkpoint; None where none was written.
+    def changes(self, old: dict, new: dict) -> str:
+        """What a run was begun with and has otherwise now."""
+        found = []
+        for name in new:
+            if name in old and old[name] != new[name]:
+                word = self.words.get(name, name)
+                found.append(f"{word} was {old[name]!r} and is now {new[name]!r}")
+        return "; ".join(found)
 
-        One that is damaged, or of which `misfit` says why it is not of this run, is set aside and
-        the one before is tried. Raises UserError where none is left.
+    def refuse_changes(self, old: dict, new: dict) -> None:
+        """Raise UserError naming whatever differs between a run's beginning and now."""
+        if changed := self.changes(old, new):
+            text = f"{self.folder} was begun otherwise: {changed}"
+            raise UserError(f"{text}. Give what it was begun with to go on", "name")
+
+    def finished(self, identity: dict) -> int:
+        """The last step of an earlier start whose student is whole; 0 where it is to be made.
+
+        Raises UserError where that start was told otherwise.
         """
+        config, student = self.config(), checksums(self.folder / "student")
+        finished = config.get("finished", {})
+        whole = "model.safetensors" in student and finished.get("student", student) == student
+        done = finished["step"] if finished and whole else 0
+        if config and (done or any(map(Path.exists, self.checkpoints))):
+            self.refuse_changes(config["identity"], identity)
+        if finished and not done:
+            text = f"{self.folder / 'student'}: missing or damaged; it is exported again"
+            print(text, file=sys.stderr, flush=True)
+        return done
+
+    def load(self, identity: dict) -> dict | None:
+        """The newest whole checkpoint, on all ranks; None where none was written.
+
+        Raises UserError where none is left, or where the run was begun otherwise.
+        """
+        state = self._newest(identity) if self.main else None
+        if agree(state is not None) and not self.main:
+            path = next(filter(Path.exists, self.checkpoints), None)
+            if path is None:
+                raise UserError(f"{self.folder}: no checkpoint seen on {platform.node()}", "shared")
+            state = read_checkpoint(path)
+        return state
+
+    def _newest(self, identity: dict) -> dict | None:
+        """A checkpoint that is damaged or foreign is set aside, and the one before is tried."""
+        config = self.config()
+        # If config.json says otherwise too, or is lost, it is the command that differs.
+        known = config and not self.changes(config["identity"], identity)
         for path in filter(Path.exists, self.checkpoints):
             try:
                 state = read_checkpoint(path)
-                if not (why := misfit(state)):
+                if not known:
+                    self.refuse_changes(state["identity"], identity)
+                why = self.changes(state["identity"], identity)
+                if not why:
                     return state
             except UserError:
                 raise
@@ -259,11 +308,6 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-def changes(old: dict, new: dict) -> list[tuple]:
-    """(name, old value, new value) of whatever differs between a run's beginning and now."""
-    return [(key, old[key], new[key]) for key in new if key in old and old[key] != new[key]]
-
-
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in a folder; empty where there is no such folder."""
     found = {}
@@ -314,7 +358,7 @@ class Readings:
             torch.distributed.all_reduce(values)
             values /= self.world
         if self.cuda:
-            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            values = values.to("cpu", non_blocking=True)  # in pinned memory
             arrived = torch.cuda.Event()
             arrived.record()
         self.sent.append((values, arrived))

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from g2l import ranks
 from g2l.augment import Params, draw_params
 from g2l.errors import PatchError, UserError
 from g2l.models import Model
+from g2l.patches import PatchIndex
 
 # Of this process or machine, not of a patch: to draw another patch would only hide it.
 NOT_THE_PATCH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
     """Item m: this rank's share of micro-batch m as (uint8 (B, 3, P, P), Params, unreadable texts).
 
@@ -33,21 +37,14 @@ class Batches(torch.utils.data.Dataset):
     unreadable patches are drawn again.
     """
 
-    def __init__(
-        self,
-        index,
-        held: np.ndarray,
-        *,
-        seed: int,
-        batch_size: int,
-        crop: int,
-        by: str,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.index, self.held = index, held
-        self.seed, self.by, self.crop = seed, by, crop
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+    index: PatchIndex
+    held: np.ndarray  # bool (slides,)
+    seed: int
+    batch_size: int
+    crop: int
+    by: str  # "slide" or "patch", see PatchIndex.draw
+    rank: int = 0
+    world: int = 1
 
     def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
         first = (number * self.world + self.rank) * self.batch_size
@@ -86,12 +83,14 @@ def load(
     seconds.
     """
     try:
+        if workers:
+            multiprocessing.Lock()  # fails where /dev/shm has not even room for that
         loader = torch.utils.data.DataLoader(
             batches,
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
-            collate_fn=_as_arrays,
+            collate_fn=_as_arrays,  # of one item, as there is no batch_size
             worker_init_fn=ranks.quiet_worker,
             timeout=ranks.WAIT if workers else 0,
             generator=torch.Generator(),  # the seed it draws is not of the steps' stream
@@ -113,7 +112,7 @@ def load(
         ranks.end_workers()  # `stream` would give each that is stuck another five seconds
 
 
-def _as_arrays(item: tuple) -> tuple:
+def _as_arrays(item) -> tuple:
     """What a process sends: arrays, which go through the pipe, not tensors."""
     images, params, unreadable = item
     return images.numpy(), [values.numpy() for values in params], unreadable
