@@ -15,7 +15,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Of every script: the default behind the help, where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.default is None or action.default is False or action.default == []
+        empty = action.default in (None, [], "") or action.default is False
         return action.help if empty else super()._get_help_string(action)
 
 

@@ -61,8 +61,9 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
         return f"{cause} and {GO_ON}"
     if kind == "OutOfMemoryError":
         return f"{text.split('. ')[0]}; {remedies.get('memory', 'take a smaller batch')}"
-    if kind == "RuntimeError" and "onnection" in text and "WORLD_SIZE" in os.environ:
-        return "another rank ended, so this one does too; its message says why"
+    lost = "WORLD_SIZE" in os.environ and re.search("onnection|imed out", text)
+    if lost and isinstance(error, RuntimeError):
+        return "another rank ended or stands still, so this one ends too; its message says why"
     return None
 
 

@@ -1,19 +1,31 @@
-"""Processes and ranks: joining torchrun's job, telling one another, leaving it, loading processes.
+"""Processes and ranks: joining torchrun's job, telling one another, leaving it; signals; loaders.
 
-Each function may be called in a process that is no part of a job; it is then rank 0 of 1.
+Each function may be called in a process that is no part of a job; it is then rank 0 of 1. Nobody is
+waited for without a limit: a loader for `WAIT` seconds (G2L_WAIT in the environment changes it), a
+rank for six times as long, since it may be waiting for its own loader.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import re
 import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from g2l.devices import pick_device
+from g2l.errors import UserError
+
+WAIT = float(os.environ.get("G2L_WAIT", 300))
+RANK_WAIT = 6 * WAIT
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def setup_distributed(device: str | torch.device = "auto") -> tuple[int, int, torch.device]:
@@ -22,7 +34,10 @@ def setup_distributed(device: str | torch.device = "auto") -> tuple[int, int, to
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Longer than `_meet` waits, which can name the rank that stands still; NCCL cannot.
+        limit = timedelta(seconds=RANK_WAIT + 60)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=limit)
     return *rank_and_world(), device
 
 
@@ -42,10 +57,26 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if in_job() else (0, 1)
 
 
+def _meet() -> None:
+    """Wait for all ranks, on the host. On rank 0 UserError names those that do not come."""
+    start = time.monotonic()
+    world: Any = dist.group.WORLD  # the function of this name takes no group that has NCCL too
+    try:
+        world.monitored_barrier(timedelta(seconds=RANK_WAIT), wait_all_ranks=True)
+    except RuntimeError as error:
+        late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        waited = time.monotonic() - start
+        if late and waited >= RANK_WAIT:
+            who = late[1].strip(", ")
+            raise UserError(f"waited {waited:.0f} s for rank {who}, which stands still") from None
+        raise RuntimeError(f"connection to another rank lost: {error}") from None
+
+
 def agree(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     if in_job():
+        _meet()
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -54,6 +85,7 @@ def any_rank(flags: list[bool]) -> list[bool]:
     """Each flag, true where it is true on any rank."""
     if not in_job():
         return flags
+    _meet()
     total = torch.tensor(flags, dtype=torch.int32)  # on the host: by gloo, the GPU is not asked
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return [bool(value) for value in total.tolist()]
@@ -63,20 +95,68 @@ def gather_values(value: Any) -> list:
     """Every rank's value, by rank, on every rank."""
     if not in_job():
         return [value]
+    _meet()
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal, `number`, asked this process to end at a moment when nothing had to be saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal), from entering to leaving the context.
+
+    They raise `Stopped` at once, until `hold` is called; then they are only remembered as `number`,
+    but for the time spent in `raising`, which waits for something that may not come.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.held = 0, False
+        self.before: dict = {}
+
+    def __enter__(self) -> Signals:
+        self.before = {number: signal.signal(number, self._hear) for number in NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.number = number
+        if not self.held:
+            raise Stopped(number)
+
+    def hold(self) -> None:
+        """From now on a signal is remembered."""
+        self.held = True
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise `Stopped` for a signal that has come or comes."""
+        self.held = False
+        try:
+            if self.number:
+                raise Stopped(self.number)
+            yield
+        finally:
+            self.held = True
+
+
 def quiet_worker(_: int) -> None:
     """Leave signals to the process that loads for; it ends its loaders when it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """End loading processes that are left; an interpreter that exits would wait for them for
-    ever."""
+    """End loading processes that are left; an interpreter that exits would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

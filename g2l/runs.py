@@ -1,57 +1,55 @@
-"""TODO."""
+"""A run's folder: its lock, config.json, log.jsonl, checkpoints, pictures, TensorBoard.
+
+Every file is whole or absent, and is checked when it is read back: a damaged or foreign one is
+named, set aside as NAME.damaged, and made again where it can be. `Run` is the folder, `Readings`
+brings the numbers of each step from the device to it; the rest says what a run was made with.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from g2l.errors import UserError
-from g2l.files import atomic, locked
+from g2l.files import atomic, locked, write_text
+from g2l.ranks import agree
 
-# Arguments that may differ when a run goes on; every other one would change what is computed, and is refused.
-FREE = {
-    "data",
-    "slides",
-    "runs",
-    "name",
-    "weights",
-    "device",
-    "precision",
-    "compile",
-    "workers",
-    "max_unreadable",
-    "eval_every",
-    "checkpoint_steps",
-    "checkpoint_minutes",
-    "keep",
-}
+# Raised when a checkpoint of before can no longer be read as it is. 1 had no number in it.
+VERSION = 2
 
 
 class Run:
-    """runs/NAME: one writer at a time, every file whole or absent."""
+    """runs/NAME: one writer at a time.
 
-    def __init__(self, folder: Path, keep: int, main: bool):
-        self.folder, self.keep, self.main, self.board = folder, keep, main, None
-        self.checkpoints = [
-            folder / ("checkpoint.pt" if i == 0 else f"checkpoint.{i}.pt") for i in range(keep)
-        ]
+    `keep`: checkpoints kept; `main`: whether this rank is the one that writes; `words`: how the
+    command spells the names of an identity. Raises UserError where another process trains this run.
+    """
+
+    def __init__(self, folder: Path, keep: int, main: bool, words: Mapping[str, str] | None = None):
+        self.folder, self.main, self.words = folder, main, words or {}
+        self.board: Any = None  # TensorBoard's writer
+        older = [folder / f"checkpoint.{i}.pt" for i in range(1, keep)]
+        self.checkpoints = [folder / "checkpoint.pt", *older]
+        self.lock = contextlib.ExitStack()
         if not main:
             return
-        self.lock = contextlib.ExitStack()
         if not self.lock.enter_context(locked(folder / ".lock", wait=False)):
-            raise UserError(
-                f"{folder}: another process trains this run; wait for it or give another --name"
-            )
+            raise UserError(f"{folder}: another process trains this run; wait for it", "name")
         for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink()
 
@@ -59,106 +57,169 @@ class Run:
         """Finish TensorBoard's file and let others train this run."""
         if self.board:
             self.board.close()
-        if self.main:
-            if [path.name for path in self.folder.glob("*")] == [
-                ".lock"
-            ]:  # refused before there was anything to keep
-                (self.folder / ".lock").unlink()
-                with contextlib.suppress(OSError):  # another process begins the run just now
-                    self.folder.rmdir()
-            self.lock.close()
+        # Refused before there was anything to keep: nothing is left behind.
+        if self.main and [path.name for path in self.folder.glob("*")] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):  # another process begins the run just now
+                self.folder.rmdir()
+        self.lock.close()
+
+    def set_aside(self, path: Path, why: object) -> None:
+        """Rename a damaged file to NAME.damaged, and say so."""
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        reason = str(why).splitlines()[0]
+        print(f"{path}: damaged ({reason}); set aside as {aside.name}", file=sys.stderr, flush=True)
 
     def config(self) -> dict:
-        """What config.json of an earlier start says; {} if there is none."""
+        """What config.json of an earlier start says; {} if there is none that can be read."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return {}
         try:
-            return json.loads((self.folder / "config.json").read_text())
-        except (FileNotFoundError, ValueError):
+            config = json.loads(path.read_text())
+            if isinstance(config["identity"], dict) and isinstance(
+                config.get("finished", {}), dict
+            ):
+                return config
+            raise ValueError("not of a run")
+        except (ValueError, LookupError, TypeError) as error:
+            self.set_aside(path, error)
             return {}
 
     def write_config(self, config: dict) -> None:
-        with atomic(self.folder / "config.json") as path:
-            path.write_text(json.dumps(config, indent=2, default=str) + "\n")
+        """Write config.json."""
+        text = json.dumps(config, indent=2, default=str)
+        write_text(self.folder / "config.json", text + "\n")
 
     def cut_log(self, step: int) -> None:
         """Drop what log.jsonl says of steps after `step`: they are about to be done again."""
-        kept = []
-        if step and (self.folder / "log.jsonl").exists():
-            for line in (self.folder / "log.jsonl").read_text().splitlines():
-                with contextlib.suppress(
-                    ValueError
-                ):  # the last line of a killed process may be half
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        with atomic(self.folder / "log.jsonl") as path:
-            path.write_text("".join(kept))
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step > 0]
+        write_text(self.folder / "log.jsonl", "".join(kept))
+
+    def rows(self) -> list[dict]:
+        """The rows of log.jsonl; a line that is half or damaged is left out."""
+        rows = []
+        path = self.folder / "log.jsonl"
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                row = json.loads(line)
+                row["step"] = int(row["step"])
+                rows.append(row)
+        return rows
 
     def log(self, rows: list[dict]) -> None:
         """Append rows to log.jsonl and TensorBoard."""
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder), purge_step=rows[0]["step"])
         for row in rows:
             for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
+                if name != "step":
                     self.board.add_scalar(name, value, row["step"])
 
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+    def check_room(self, needed: int) -> None:
+        """Raise UserError where the disk lacks room for `needed` bytes.
 
-    def save(self, state: dict) -> str | None:
-        """Write checkpoint.pt, the one before becoming checkpoint.1.pt and so on. Returns why it could not, or None."""
-        try:
-            with atomic(self.folder / "checkpoint.pt") as path:
-                torch.save(state, path)
-                for older, newer in zip(
-                    self.checkpoints[:0:-1], self.checkpoints[-2::-1], strict=True
-                ):
-                    if newer.exists() and newer != self.checkpoints[0]:
-                        os.replace(newer, older)
-                    elif (
-                        newer.exists()
-                    ):  # the newest keeps its own name until it is replaced, so there always is one
-                        older.unlink(missing_ok=True)
-                        try:
-                            os.link(newer, older)
-                        except OSError:  # some network file systems have no links; for a moment only the older is there
-                            os.replace(newer, older)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            return str(error).splitlines()[0]
-        return None
-
-    def load(self) -> dict | None:
-        """The newest whole checkpoint, or None where there is none. A damaged one is set aside, saying so."""
-        seen = False
-        for path in self.checkpoints:
-            if not path.exists():
-                continue
-            seen = True
-            try:
-                with zipfile.ZipFile(
-                    path
-                ) as archive:  # torch.load itself does not compare checksums
-                    broken = archive.testzip()
-                if broken:
-                    raise zipfile.BadZipFile(f"checksum of {broken} differs")
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, KeyError) as error:
-                aside = path.with_suffix(".damaged")
-                os.replace(path, aside)
-                print(
-                    f"{path}: damaged ({str(error).splitlines()[0]}); set aside as {aside.name}, "
-                    "falling back to the one before",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        if seen:
+        What is replaced counts as room.
+        """
+        replaced = [path.stat().st_size for path in self.checkpoints if path.exists()]
+        free = shutil.disk_usage(self.folder).free + sum(replaced)
+        if free < needed:
             raise UserError(
-                f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew, "
-                "or give another --name"
+                f"{self.folder}: checkpoints and student take {needed / 1e9:,.2f} GB, "
+                f"and {free / 1e9:,.2f} GB are free",
+                "room",
             )
+
+    def save(self, state: dict) -> None:
+        """Write checkpoint.pt, the one before becoming checkpoint.1.pt and so on.
+
+        Raises UserError where it cannot be written; the one before then stays.
+        """
+        try:
+            with atomic(self.checkpoints[0]) as path:
+                torch.save({"version": VERSION, **state}, path)
+                with open(path, "rb") as file:  # for its sake the oldest is deleted
+                    os.fsync(file.fileno())
+                for newer, older in zip(
+                    self.checkpoints[-2::-1], self.checkpoints[:0:-1], strict=True
+                ):
+                    _move_on(newer, older)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            why = str(error).splitlines()[0]
+            text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
+            raise UserError(text, "room") from None
+
+    def changes(self, old: dict, new: dict) -> str:
+        """What a run was begun with and has otherwise now."""
+        found = []
+        for name in new:
+            if name in old and old[name] != new[name]:
+                word = self.words.get(name, name)
+                found.append(f"{word} was {old[name]!r} and is now {new[name]!r}")
+        return "; ".join(found)
+
+    def refuse_changes(self, old: dict, new: dict) -> None:
+        """Raise UserError naming whatever differs between a run's beginning and now."""
+        if changed := self.changes(old, new):
+            text = f"{self.folder} was begun otherwise: {changed}"
+            raise UserError(f"{text}. Give what it was begun with to go on", "name")
+
+    def finished(self, identity: dict) -> int:
+        """The last step of an earlier start whose student is whole; 0 where it is to be made.
+
+        Raises UserError where that start was told otherwise.
+        """
+        config, student = self.config(), checksums(self.folder / "student")
+        finished = config.get("finished", {})
+        whole = "model.safetensors" in student and finished.get("student", student) == student
+        done = finished["step"] if finished and whole else 0
+        if config and (done or any(map(Path.exists, self.checkpoints))):
+            self.refuse_changes(config["identity"], identity)
+        if finished and not done:
+            text = f"{self.folder / 'student'}: missing or damaged; it is exported again"
+            print(text, file=sys.stderr, flush=True)
+        return done
+
+    def load(self, identity: dict) -> dict | None:
+        """The newest whole checkpoint, on all ranks; None where none was written.
+
+        Raises UserError where none is left, or where the run was begun otherwise.
+        """
+        state = self._newest(identity) if self.main else None
+        if agree(state is not None) and not self.main:
+            path = next(filter(Path.exists, self.checkpoints), None)
+            if path is None:
+                raise UserError(f"{self.folder}: no checkpoint seen on {platform.node()}", "shared")
+            state = read_checkpoint(path)
+        return state
+
+    def _newest(self, identity: dict) -> dict | None:
+        """A checkpoint that is damaged or foreign is set aside, and the one before is tried."""
+        config = self.config()
+        # If config.json says otherwise too, or is lost, it is the command that differs.
+        known = config and not self.changes(config["identity"], identity)
+        for path in filter(Path.exists, self.checkpoints):
+            try:
+                state = read_checkpoint(path)
+                if not known:
+                    self.refuse_changes(state["identity"], identity)
+                why = self.changes(state["identity"], identity)
+                if not why:
+                    return state
+            except UserError:
+                raise
+            except Exception as error:  # a foreign file fails in more ways than can be listed
+                why = f"{type(error).__name__}: {error}"
+            self.set_aside(path, why)
+        if list(self.folder.glob("checkpoint*.damaged")):
+            text = f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew"
+            raise UserError(text, "name")
         return None
 
     def draw_loss(self) -> None:
@@ -173,71 +234,87 @@ class Run:
         evals = [row for row in log if "cka" in row]
         if not steps:
             return
-        x, loss = [row["step"] for row in steps], np.array([row["loss"] for row in steps])
+        x, loss = _column(steps, "step"), _column(steps, "loss")
         window = max(1, min(100, len(loss) // 10))
+        mean = np.convolve(loss, np.full(window, 1 / window), "valid")
         figure, (top, middle, bottom) = plt.subplots(
-            3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), constrained_layout=True
+            3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
         )
-        top.plot(x, loss, color="#b8c7e0", lw=0.8, label="loss")
-        top.plot(
-            x[window - 1 :],
-            np.convolve(loss, np.full(window, 1 / window), "valid"),
-            color="#1f4e9e",
-            label=f"mean of {window} steps",
-        )
+        top.plot(x, loss, color="lightsteelblue", lw=0.8, label="loss")
+        top.plot(x[window - 1 :], mean, label=f"mean of {window} steps")
         top.set_ylabel("loss")
-        top.legend(frameon=False)
-        middle.plot(
-            [row["step"] for row in evals],
-            [row["cka"] for row in evals],
-            "o-",
-            color="#a8324a",
-            ms=3,
-        )
+        middle.plot(_column(evals, "step"), _column(evals, "cka"), "o-")
         middle.set_ylabel("CKA to the teacher\n(unbiased, fixed patches)")
-        bottom.plot(x, [row["lr"] for row in steps], color="#444444", label="learning rate")
-        bottom.plot(
-            x, [row["weight_decay"] for row in steps], color="#999999", label="weight decay"
-        )
+        bottom.plot(x, _column(steps, "lr"), label="learning rate")
+        bottom.plot(x, _column(steps, "weight_decay"), label="weight decay")
         bottom.set_yscale("log")
-        bottom.legend(frameon=False)
         bottom.set_xlabel("step")
+        for axes in (top, bottom):
+            axes.legend(frameon=False)
         with atomic(self.folder / "loss.png") as path:
             figure.savefig(path, dpi=110)
         plt.close(figure)
 
-    def draw_sheet(self, images: torch.Tensor, crops: torch.Tensor, columns: int = 8) -> None:
-        """augmented.png: patches as read, and below each what both models see of it."""
-        from PIL import Image, ImageDraw
+    def draw_sheet(self, images: Tensor, crops: Tensor) -> None:
+        """augmented.png: rows of patches as read, and below each what both models see of it.
 
-        count = min(len(images), 3 * columns)
-        columns, gap, side, head = min(columns, count), 4, images.shape[-1], 16
-        sheet = Image.new(
-            "RGB", (columns * (side + gap), head + -(-count // columns) * 2 * (side + gap)), "white"
-        )
-        ImageDraw.Draw(sheet).text(
-            (2, 2), "patches as read; below each, what both models see of it", fill="black"
-        )
-        for i in range(count):
-            x, y = i % columns * (side + gap), head + i // columns * 2 * (side + gap)
-            for image, offset in ((images[i], 0), ((crops[i] * 255).round().byte(), side + gap)):
-                sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (x, y + offset))
+        uint8 (B, 3, P, P) and float (B, 3, crop, crop) in [0, 1].
+        """
+        from torchvision.utils import save_image
+
+        room = images.shape[-1] - crops.shape[-1]
+        crops = torch.nn.functional.pad(crops, (0, room, 0, room), value=1)
+        rows = []
+        for start in range(0, min(len(images), 24), 8):
+            part = slice(start, start + 8)
+            if len(images[part]) == 8 or start == 0:  # a row that is not full would shift the next
+                rows += [images[part] / 255, crops[part]]
         with atomic(self.folder / "augmented.png") as path:
-            sheet.save(path)
+            save_image(torch.cat(rows), path, nrow=len(rows[0]), padding=4, pad_value=1)
 
 
-def refuse_changes(old: dict, new: dict, folder: Path) -> None:
-    """Raise UserError naming whatever differs between the run's beginning and now."""
-    changed = [
-        f"{'--' + k.replace('_', '-') if k in new.get('flags', ()) else k} was {old[k]!r} and is now {new[k]!r}"
-        for k in new
-        if k in old and k != "flags" and old[k] != new[k]
-    ]
-    if changed:
+def _column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def _move_on(newer: Path, older: Path) -> None:
+    """Give a checkpoint its next name; it keeps its own until it is replaced."""
+    if newer.exists():
+        older.unlink(missing_ok=True)
+        try:
+            os.link(newer, older)
+        except OSError:  # some network file systems have no links; then only the older is there
+            os.replace(newer, older)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint, its checksums compared (torch.load itself does not) and its keys looked at.
+
+    Raises UserError for one that a later version wrote, and any other exception for a damaged or
+    foreign file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise ValueError(f"checksum of {broken} differs")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("version", 1) > VERSION:
         raise UserError(
-            f"{folder} was begun otherwise: {'; '.join(changed)}. "
-            "Give what it was begun with to go on, or another --name to begin anew"
+            f"{path}: written by a later version of this program (checkpoint version "
+            f"{state['version']}; this one reads {VERSION}); go on with that one",
+            "name",
         )
+    if not {"identity", "distiller", "optimizer"} <= state.keys():
+        raise ValueError("not a checkpoint of distill.py")
+    return state
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder; empty where there is no such folder."""
+    found = {}
+    for path in sorted(folder.glob("*")):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def describe_setting() -> dict:
@@ -245,27 +322,17 @@ def describe_setting() -> dict:
     import timm
     import torchvision
 
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        revision = (
-            subprocess.run(
-                ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).parent,
-                timeout=20,
-            ).stdout.strip()
-            or None
+        git = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20
         )
+        revision = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         revision = None
+    versions = {module.__name__: module.__version__ for module in (torch, timm, torchvision, np)}
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "revision": revision,
         "machine": platform.platform(),
         "command": " ".join(sys.argv),
@@ -273,41 +340,35 @@ def describe_setting() -> dict:
 
 
 class Readings:
-    """The numbers of each step: kept on the device, averaged over the ranks by blocks, read one block late.
+    """The numbers of each step: averaged over the ranks, and read when they have arrived.
 
-    On a GPU a block is 20 steps and the host reads it while the next one runs; on a CPU nothing is gained by waiting.
+    On a GPU the host reads them two steps late: the device always has its next step queued, and
+    the host, which hears signals, is never further ahead.
     """
 
     def __init__(self, device: torch.device, world: int):
-        self.device, self.world = device, world
-        self.block, self.lag = (20, 1) if device.type == "cuda" else (1, 0)
-        self.open: list[torch.Tensor] = []
+        self.cuda, self.world = device.type == "cuda", world
+        self.lag = 2 if self.cuda else 0
         self.sent: deque = deque()
 
-    def add(self, values: torch.Tensor) -> None:
-        self.open.append(values)
-
-    def send(self) -> None:
-        """Start the journey of the block's numbers to the host."""
-        if not self.open:
-            return
-        values, self.open = torch.stack(self.open), []
+    def send(self, values: Tensor) -> None:
+        """Start the journey of a step's numbers (device, float (n,)) to the host."""
+        arrived = None
         if self.world > 1:
             torch.distributed.all_reduce(values)
             values /= self.world
-        if self.device.type == "cuda":
-            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self.sent.append((values, event.synchronize))
-        else:
-            self.sent.append((values, lambda: None))
+        if self.cuda:
+            values = values.to("cpu", non_blocking=True)  # in pinned memory
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.sent.append((values, arrived))
 
     def receive(self, everything: bool = False) -> list[list[float]]:
-        """Rows of numbers that have arrived, oldest first."""
-        arrived = []
+        """Rows of numbers that have arrived, oldest first; with `everything` all are waited for."""
+        rows = []
         while len(self.sent) > (0 if everything else self.lag):
-            values, wait = self.sent.popleft()
-            wait()
-            arrived += values.tolist()
-        return arrived
+            values, arrived = self.sent.popleft()
+            if arrived:
+                arrived.synchronize()
+            rows.append(values.tolist())
+        return rows

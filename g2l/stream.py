@@ -1,54 +1,63 @@
-"""TODO."""
+"""What is trained on and what is measured on: the stream of batches, and the patches held out.
+
+`Batches` says which patches sample n of a run is, `load` reads them in processes of their own,
+`hold_out` keeps patients back, and `Heldout` measures the student on their patches.
+"""
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
 
 import kernels
-from g2l.augment import draw_params
+from g2l import ranks
+from g2l.augment import Params, draw_params
 from g2l.errors import PatchError, UserError
 from g2l.models import Model
+from g2l.patches import PatchIndex
+
+# Of this process or machine, not of a patch: to draw another patch would only hide it.
+NOT_THE_PATCH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """Item m: this rank's share of micro-batch m as (uint8 (B, 3, P, P), Params, unreadable patches as text).
+    """Item m: this rank's share of micro-batch m as (uint8 (B, 3, P, P), Params, unreadable texts).
 
-    Sample n of the run is the same patch with the same augmentation whatever the number of workers, and ranks, micro-
-    batches and steps partition the sample numbers; so a run is resumed by its step alone, and N ranks see what one
-    process with an N times larger batch sees. Held-out patients and unreadable patches are drawn again.
+    Sample n of the run is the same patch with the same augmentation whatever the number of workers,
+    and ranks, micro-batches and steps partition the sample numbers; so a run is resumed by its step
+    alone, and N ranks see what one process with an N times larger batch sees. Held-out patients and
+    unreadable patches are drawn again.
     """
 
-    def __init__(
-        self,
-        index,
-        held: np.ndarray,
-        *,
-        seed: int,
-        batch_size: int,
-        crop: int,
-        by: str,
-        rank=0,
-        world=1,
-    ):
-        self.index, self.held, self.seed, self.by, self.crop = index, held, seed, by, crop
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+    index: PatchIndex
+    held: np.ndarray  # bool (slides,)
+    seed: int
+    batch_size: int
+    crop: int
+    by: str  # "slide" or "patch", see PatchIndex.draw
+    rank: int = 0
+    world: int = 1
 
-    def __getitem__(self, number: int):
+    def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
         first = (number * self.world + self.rank) * self.batch_size
-        patches, unreadable = [], []
-        for n in range(first, first + self.batch_size):
-            patches.append(self._read(n, unreadable))
+        unreadable: list[str] = []
+        patches = [self._read(n, unreadable) for n in range(first, first + self.batch_size)]
         images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
-        return (
-            images,
-            draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop),
-            unreadable,
-        )
+        params = draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop)
+        return images, params, unreadable
 
     def _read(self, n: int, unreadable: list[str]) -> np.ndarray:
+        """The patch of sample n; adds texts of those that could not be read to `unreadable`."""
         failures = attempt = 0
-        while failures < 20:
+        while failures < ATTEMPTS:
             i = self.index.draw(self.seed + (attempt << 32), n, by=self.by)
             attempt += 1
             if self.held[self.index.locate(i)[0]]:
@@ -56,28 +65,78 @@ class Batches(torch.utils.data.Dataset):
             try:
                 return self.index.read(i)
             except PatchError as error:
+                cause = error.__cause__
+                if isinstance(cause, OSError) and cause.errno in NOT_THE_PATCH:
+                    raise cause from None
                 unreadable.append(str(error))
                 failures += 1
-        return np.zeros(
-            (self.index.patch_size,) * 2 + (3,), np.uint8
-        )  # the trainer stops at this many unreadable
+        return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8)
+
+
+def load(
+    batches: Batches, numbers: range, workers: int, pin: bool
+) -> Iterator[tuple[Tensor, Params, list[str]]]:
+    """Items `numbers` of `batches`, read ahead by `workers` processes; `pin`: in pinned memory.
+
+    They come through pipes, not through shared memory, of which a container has little. Raises
+    UserError where no process can be started, one fails, or none gives anything for `ranks.WAIT`
+    seconds.
+    """
+    try:
+        if workers:
+            multiprocessing.Lock()  # fails where /dev/shm has not even room for that
+        loader = torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=_as_arrays,  # of one item, as there is no batch_size
+            worker_init_fn=ranks.quiet_worker,
+            timeout=ranks.WAIT if workers else 0,
+            generator=torch.Generator(),  # the seed it draws is not of the steps' stream
+        )
+        stream = iter(loader)
+        for images, params, unreadable in stream:
+            images = torch.from_numpy(images)
+            params = Params(*map(torch.from_numpy, params))
+            yield images.pin_memory() if pin else images, params, unreadable
+    except OSError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"patches cannot be loaded ({last})", "workers") from None
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        text = f"the {workers} loading processes gave nothing for {ranks.WAIT:.0f} s"
+        raise UserError(text, "stuck") from None
+    finally:
+        ranks.end_workers()  # `stream` would give each that is stuck another five seconds
+
+
+def _as_arrays(item) -> tuple:
+    """What a process sends: arrays, which go through the pipe, not tensors."""
+    images, params, unreadable = item
+    return images.numpy(), [values.numpy() for values in params], unreadable
 
 
 def hold_out(index, fraction: float, seed: int) -> np.ndarray:
-    """bool (slides,): slides of a seeded `fraction` of the patients: at least 2 of 8 or more, 1 of 4, none of fewer."""
+    """bool (slides,): the slides of a seeded `fraction` of the patients.
+
+    At least 2 patients of 8 or more, 1 of 4, none of fewer.
+    """
     patients = list(index.patients)
     held: set[str] = set()
     if fraction > 0 and len(patients) >= 4:
         order = np.random.default_rng([seed, 0x4E1D]).permutation(len(patients))
-        held = {
-            patients[i]
-            for i in order[: max(1 + (len(patients) >= 8), round(fraction * len(patients)))]
-        }
+        least = 1 + (len(patients) >= 8)
+        held = {patients[i] for i in order[: max(least, round(fraction * len(patients)))]}
     return np.array([patient in held for patient in index.patient], bool)
 
 
 class Heldout:
-    """Fixed patches of held-out patients, centre-cropped, and what the teacher says of them: the yardstick of a run."""
+    """Fixed patches of held-out patients, centre-cropped, and what the teacher says of them.
+
+    The yardstick of a run. Without held-out slides the patches are of those that are trained on.
+    """
 
     def __init__(
         self,
@@ -90,48 +149,46 @@ class Heldout:
         batch: int,
     ):
         counts = np.asarray(index.counts)
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        starts = np.cumsum(counts) - counts
         slides = np.flatnonzero((held if held.any() else ~held) & (counts > 0))
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
         chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
         patches, margin = [], (index.patch_size - crop) // 2
-        problem = "their patients have no more; raise --hold-out, or take --hold-out 0"
+        problem, mend = "their patients have no more", "held out"
         for i in chosen:
             try:
                 patches.append(index.read(i)[margin : margin + crop, margin : margin + crop])
             except PatchError as error:
-                problem = f"{error}; if the slides have moved, say where they are by --slides"
+                problem, mend = str(error), "moved"
         if len(patches) < 4:
-            raise UserError(
-                f"--eval-patches {count}: only {len(patches)} held-out patches can be read: {problem}"
-            )
+            text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
+            raise UserError(text, mend)
         self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
-        self.batch, self.name = batch, "held-out CKA" if held.any() else "CKA on training slides"
+        self.batch = batch
+        self.name = "held-out CKA" if held.any() else "CKA on training slides"
         self.teacher = self.features(teacher)
 
     @torch.no_grad()
-    def features(self, model: Model) -> torch.Tensor:
+    def features(self, model: Model) -> Tensor:
         """float32 (N, dim) embeddings in eval mode."""
         training, device = model.training, next(model.parameters()).device
         model.eval()
-        parts = [part.to(device).float() / 255 for part in self.images.split(self.batch)]
-        parts = [model(model.normalize(part)).float() for part in parts]
+        parts = []
+        for images in self.images.split(self.batch):
+            parts.append(model(model.normalize(images.to(device).float() / 255)).float())
         model.train(training)
         return torch.cat(parts)
 
     def measure(self, student: Model) -> dict[str, float]:
-        """Unbiased and biased linear CKA of the student to the teacher, and the spread of the student's features."""
+        """Unbiased and biased linear CKA of the student to the teacher, and `feature_spread`."""
         features = self.features(student)
         unbiased, biased = kernels.cka([features], [self.teacher], estimator="both")
-        return {
-            "cka": unbiased.item(),
-            "cka_biased": biased.item(),
-            "spread": feature_spread(features).item(),
-        }
+        spread = feature_spread(features)
+        return {"cka": unbiased.item(), "cka_biased": biased.item(), "spread": spread.item()}
 
 
-def feature_spread(features: torch.Tensor) -> torch.Tensor:
-    """How far rows differ, relative to their size: 0 for a model that says the same of everything."""
+def feature_spread(features: Tensor) -> Tensor:
+    """How far rows differ, relative to their size: 0 for a model that says the same of all."""
     features = features.detach().float()
     return features.var(0).mean().sqrt() / (features.square().mean().sqrt() + 1e-12)

@@ -100,7 +100,9 @@ def one_rank(monkeypatch):
     joined = []
     join = torch.distributed.init_process_group
     monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda *args: (joined.append(1), join(*args))
+        torch.distributed,
+        "init_process_group",
+        lambda *args, **limits: (joined.append(1), join(*args, **limits)),
     )
     yield
     left = not torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""distill.py as a user runs it: the recipe's parts, whole runs, real kills and resumption, ranks, guards."""
+"""distill.py as a user runs it: whole runs, real kills and resumption, ranks, guards."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,55 +16,32 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
+from training import (
+    CNN,
+    VIT,
+    command,
+    descendants,
+    fails,
+    kill,
+    log,
+    losses,
+    same,
+    start,
+    wait_for_step,
+    write_cohort,
+)
 
 import distill
-import tile
-from g2l.errors import PatchError, UserError
+from g2l.errors import PatchError
 from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
-from g2l.recipe import LOSSES, Distiller, StopRule, cosine, param_groups, token_rows
+from g2l.recipe import Step
 from g2l.runs import Run
-from g2l.stream import Batches, Heldout, hold_out
-
-VIT = [
-    "--teacher",
-    "timm:test_vit4",
-    "--student",
-    "timm:test_vit",
-]  # 96 wide into 64 wide, no batch norm inside
-CNN = [
-    "--teacher",
-    "timm:test_vit4",
-    "--student",
-    "timm:test_resnet",
-]  # with batch norm, so with buffers
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A cohort that tile.py tiled: 8 patients, 8 slides of 384 px, 36 patches of 64 px each."""
-    import tifffile
-
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "slides" / "tiny").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        coarse = rng.normal((150 + 6 * i, 90, 160), 35, (24, 24, 3)).clip(0, 255)
-        image = coarse.repeat(16, 0).repeat(16, 1) + rng.normal(0, 12, (384, 384, 3))
-        tifffile.imwrite(
-            folder / "slides" / "tiny" / f"P{i}_a.tif",
-            image.clip(0, 255).astype(np.uint8),
-            tile=(128, 128),
-            photometric="rgb",
-            compression="jpeg",
-            resolution=(20000, 20000),
-            resolutionunit="CENTIMETER",
-        )
-    assert (
-        tile.main(["--cancer", "tiny", "--data", str(folder), "--mpp", "0.5", "--patch-size", "64"])
-        == 0
-    )
-    return folder
+    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
@@ -80,251 +56,12 @@ def signals():
         signal.signal(number, handler)
 
 
-def command(data: Path, runs: Path, name: str, *more, pair=VIT) -> list[str]:
-    return list(
-        map(
-            str,
-            [
-                "--cancer",
-                "tiny",
-                "--data",
-                data,
-                "--runs",
-                runs,
-                "--name",
-                name,
-                *pair,
-                "--weights",
-                "random",
-                "--crop",
-                48,
-                "--batch-size",
-                8,
-                "--max-steps",
-                12,
-                "--lr",
-                "1e-3",
-                "--eval-patches",
-                16,
-                "--eval-every",
-                12,
-                "--workers",
-                0,
-                "--device",
-                "cpu",
-                *more,
-            ],
-        )
-    )
-
-
-def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[tuple]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in log(folder) if "loss" in row]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "student" / "model.safetensors")
-
-
-def same(a: Path, b: Path) -> None:
-    """The same losses and the same student, bit for bit."""
-    assert losses(a) == losses(b)
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def fails(arguments: list[str], *parts: str, capsys) -> None:
-    assert distill.main(arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and all(part in error for part in parts), error
-
-
-# ---- parts ------------------------------------------------------------------------------------------------------
-
-
-def test_schedules_reach_their_ends():
-    assert cosine(1e-4, 1e-6, 0, 100) == pytest.approx(1e-4)
-    assert cosine(1e-4, 1e-6, 99, 100) == pytest.approx(1e-6)
-    assert cosine(0.05, 0.5, 50, 101) == pytest.approx(0.275)
-    assert cosine(1.0, 0.0, 0, 1) == 1.0
-
-
-@pytest.mark.parametrize("kind", ["consecutive", "cumulative", "off"])
-def test_stop_rule_is_the_papers_sentence(kind):
-    rng = np.random.default_rng(1)
-    sequence = (
-        10
-        + np.exp(-np.arange(900) / 60)
-        + rng.normal(0, 0.02, 900)
-        + 0.002 * np.maximum(0, np.arange(900) - 500)
-    )
-    rule, fired = StopRule(kind, window=100, patience=10, minimum=150), None
-    for i, loss in enumerate(sequence.tolist()):
-        if rule.update(loss):
-            fired = i
-            break
-        if i == 444:  # a resumed rule goes on as it was
-            state = json.loads(json.dumps(rule.state_dict()))
-            rule = StopRule(kind, window=100, patience=10, minimum=150)
-            rule.load_state_dict(state)
-    above = [i >= 100 and sequence[i] > sequence[i - 100 : i].mean() for i in range(900)]
-    runs, total, expected = 0, 0, None
-    for i, high in enumerate(above):
-        runs, total = (runs + 1 if high else 0), total + high
-        if (runs if kind == "consecutive" else total) > 10 and i + 1 >= 150 and kind != "off":
-            expected = i
-            break
-    assert fired == expected and (kind == "off") == (fired is None)
-    if kind == "consecutive":
-        assert fired > 500
-
-
-def test_weight_decay_spares_vectors_and_tokens():
-    student = load_model("timm:test_vit", "random")
-    args = distill.build_parser().parse_args([])
-    distiller = Distiller(student, 64, 96, args)
-    names = {id(p): n for n, p in distiller.named_parameters()}
-    decay, spared = (
-        {names[id(p)] for p in group["params"]} for group in param_groups(distiller, False)
-    )
-    assert decay | spared == set(names.values()) and not decay & spared
-    assert {
-        "projector",
-        "student.net.patch_embed.proj.weight",
-        "student.net.blocks.0.attn.qkv.weight",
-    } <= decay
-    assert {
-        "student.net.cls_token",
-        "student.net.pos_embed",
-        "student.net.norm.weight",
-        "student.net.blocks.0.mlp.fc1.bias",
-    } <= spared
-    assert not param_groups(distiller, True)[1]["params"]
-
-
-def test_losses_are_what_their_names_say():
-    random_ = torch.Generator().manual_seed(0)
-    s, t = torch.randn(32, 64, generator=random_), torch.randn(32, 96, generator=random_)
-    values = {}
-    for kind in LOSSES:
-        args = distill.build_parser().parse_args(["--loss", kind])
-        distiller = Distiller(load_model("timm:test_vit", "random"), 64, 96, args)
-        values[kind] = distiller.loss(s, t)
-        values[kind].backward()
-        assert distiller.projector.grad.abs().max() > 0
-    y = (s.double() @ distiller.projector.detach().double()).numpy()
-    a, b = ((v - v.mean(0)) / np.sqrt(v.var(0) + 1e-4) for v in (y, t.double().numpy()))
-    d = a - b
-    soft = [np.exp(v - v.max(1, keepdims=True)) for v in (a, b)]
-    p, q = (v / v.sum(1, keepdims=True) for v in soft)
-    wanted = {
-        "logsum": math.log((d**4).sum()),
-        "mse": (d**2).mean(),
-        "cosine": 1 - ((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))).mean(),
-        "smooth-l1": np.where(np.abs(d) < 1, d**2 / 2, np.abs(d) - 0.5).mean(),
-        "kl": (q * np.log(q / p)).sum(1).mean(),
-        "correlation": math.log((((a * b).mean(0) - 1) ** 4).sum() + 1e-5),
-    }
-    for kind, value in wanted.items():
-        assert values[kind].item() == pytest.approx(value, rel=1e-4), kind
-    assert values["logsum"].item() == pytest.approx(
-        math.log(12 * 32 * 96), abs=0.25
-    )  # independent features: E d^4 = 12
-
-
-def index_of(data: Path) -> PatchIndex:
-    return PatchIndex(data / "tiles" / "tiny")
-
-
-@pytest.mark.parametrize(
-    "name", ["test_vit", "test_vit2", "test_vit3"]
-)  # class token; register and mean; and pooling
-def test_all_tokens_are_the_embedding_and_the_patches(name):
-    model, x = load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
-    found, tokens = (
-        token_rows(model, x, "all").unflatten(0, (2, -1)),
-        model.tokens(model.normalize(x)),
-    )
-    assert torch.equal(found[:, 0], model(model.normalize(x)))
-    assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens :]) and found.shape[1] == 101
-    found.sum().backward()  # several ranks wait for the gradient of every parameter
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_draws_do_not_depend_on_ranks_or_workers_and_never_touch_held_patients(data):
-    index = index_of(data)
-    held = hold_out(index, 0.05, 0)
-    assert held.sum() == 2 and hold_out(index, 0, 0).sum() == 0
-    whole = Batches(index, held, seed=3, batch_size=12, crop=48, by="slide")
-    images, params, unreadable = whole[5]
-    assert images.shape == (12, 3, 64, 64) and images.dtype == torch.uint8 and not unreadable
-    for rank in range(3):  # three ranks of 4 share the batch of 12, in order
-        part = Batches(index, held, seed=3, batch_size=4, crop=48, by="slide", rank=rank, world=3)[
-            5
-        ]
-        assert torch.equal(part[0], images[4 * rank : 4 * rank + 4])
-        assert all(
-            torch.equal(a, b[4 * rank : 4 * rank + 4]) for a, b in zip(part[1], params, strict=True)
-        )
-    for workers in (1, 2):
-        loader = torch.utils.data.DataLoader(
-            whole, batch_size=None, sampler=range(4, 8), num_workers=workers
-        )
-        got = list(loader)
-        assert torch.equal(got[1][0], images)
-        assert all(torch.equal(a[0], whole[m][0]) for a, m in zip(got, range(4, 8), strict=True))
-    seen = {index.locate(i)[0] for n in range(400) for i in [whole_draw(whole, n)]}
-    assert seen == set(np.flatnonzero(~held))
-
-
-def whole_draw(batches: Batches, n: int) -> int:
-    """The patch that sample n ends up with."""
-    taken = []
-    original, batches.index.read = (
-        batches.index.read,
-        lambda i: taken.append(i) or np.zeros((64, 64, 3), np.uint8),
-    )
-    try:
-        batches._read(n, [])
-    finally:
-        batches.index.read = original
-    return taken[-1]
-
-
-def test_unreadable_patches_are_drawn_again_and_named(data):
-    index = index_of(data)
-    read = index.read
-
-    def sometimes(i):
-        if i % 3 == 0:
-            raise PatchError(f"slide, patch {i}")
-        return read(i)
-
-    index.read = sometimes
-    batches = Batches(index, np.zeros(8, bool), seed=0, batch_size=30, crop=48, by="patch")
-    images, _, unreadable = batches[0]
-    assert 3 < len(unreadable) < 40 and "slide, patch" in unreadable[0]
-    assert (
-        images.flatten(1).float().std(1).min() > 0
-    )  # every place was filled by a patch that could be read
-    assert torch.equal(images, batches[0][0])
-
-
-# ---- whole runs -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """A run of 60 steps in one go, its student with batch norm."""
+    """A run of 40 steps in one go, its student with batch norm."""
     runs = tmp_path_factory.mktemp("unbroken")
     assert (
-        distill.main(command(data, runs, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)) == 0
+        distill.main(command(data, runs, "r", "--max-steps", 40, "--eval-every", 20, pair=CNN)) == 0
     )
     return runs / "r"
 
@@ -348,12 +85,12 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     assert config["arguments"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
     rows = log(unbroken)
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 61)) and [
+    assert [row["step"] for row in steps] == list(range(1, 41)) and [
         r["step"] for r in rows if "cka" in r
     ] == [
         0,
-        30,
-        60,
+        20,
+        40,
     ]
     assert steps[0]["loss"] == pytest.approx(math.log(12 * 8 * 96), abs=0.5)
     assert np.mean([r["loss"] for r in steps[-10:]]) < np.mean(
@@ -364,7 +101,7 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
         "weight_decay"
     ] == pytest.approx(0.5)
     ours = load_model(str(unbroken / "student"))
-    assert ours.metadata["teacher"] == "timm:test_vit4" and ours.metadata["steps"] == 60
+    assert ours.metadata["teacher"] == "timm:test_vit4" and ours.metadata["steps"] == 40
     assert ours.metadata["patients"] == [f"P{i}" for i in range(8)]
     assert ours.metadata["slides"] == [f"P{i}_a" for i in range(8)]
     theirs = timm.create_model(
@@ -375,129 +112,73 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     before = (unbroken / "checkpoint.pt").stat().st_mtime
     assert (
         distill.main(
-            command(data, unbroken.parent, "r", "--max-steps", 60, "--eval-every", 30, pair=CNN)
+            command(data, unbroken.parent, "r", "--max-steps", 40, "--eval-every", 20, pair=CNN)
         )
         == 0
     )
     assert (
-        "finished at step 60" in capsys.readouterr().out
+        "finished at step 40" in capsys.readouterr().out
         and (unbroken / "checkpoint.pt").stat().st_mtime == before
     )
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, deepest last."""
-    out = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            out += [child, *descendants(child)]
-    return out
+def long(data: Path, runs: Path, *more) -> list[str]:
+    """The command of `unbroken`, under a name of its own."""
+    return command(data, runs, "r", "--max-steps", 40, "--eval-every", 20, *more, pair=CNN)
 
 
-def start(
-    arguments: list[str], ranks: int = 1, options: tuple = (), env: dict | None = None
-) -> subprocess.Popen:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-        if ranks > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (
-        (folder / "log.jsonl").exists() and any(row[0] >= step for row in safe_losses(folder))
-    ):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
-
-
-def safe_losses(folder: Path) -> list[tuple]:
-    try:
-        return losses(folder)
-    except ValueError:  # a line half written
-        return []
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and everything below it, as a machine that fails does."""
-    below = descendants(process.pid)
-    for pid in [process.pid, *below]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.communicate()
-
-
-def test_killed_at_a_random_moment_and_resumed_equals_unbroken(data, unbroken, tmp_path):
-    arguments = command(
-        data,
-        tmp_path,
-        "r",
-        "--max-steps",
-        60,
-        "--eval-every",
-        30,
-        "--checkpoint-steps",
-        4,
-        "--workers",
-        1,
-        pair=CNN,
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"])
+def test_ended_at_any_moment_and_resumed_equals_unbroken(data, unbroken, tmp_path, name):
+    number, folder = signal.Signals[name], tmp_path / "r"
+    dies = number == signal.SIGKILL
+    often = ("--checkpoint-minutes", 0, "--checkpoint-steps", 4 if dies else 0)
+    arguments = long(data, tmp_path, "--workers", 1, *often)
     process = start(arguments)
-    wait_for_step(process, tmp_path / "r", random.randint(5, 40))
-    kill(process)
-    assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
-    (tmp_path / "r" / ".checkpoint.1.abc.tmp.pt").write_bytes(b"left behind")
+    wait_for_step(process, folder, random.Random(name).randint(5, 20))
+    if dies:
+        kill(process)
+        (folder / ".checkpoint.1.abc.tmp.pt").write_bytes(b"left behind")
+    else:
+        for pid in [process.pid, *descendants(process.pid)]:  # as a terminal does
+            os.kill(pid, number)
+        output = process.communicate(timeout=180)[0]
+        assert process.returncode == 128 + number and "Traceback" not in output, output
+        assert f"stopped by {name} at step" in output
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert state["step"] == losses(folder)[-1][0] < 40
+    assert not (folder / "student").exists(), "ended too late to test anything"
     assert distill.main(arguments) == 0
-    same(unbroken, tmp_path / "r")
-    assert [row["step"] for row in log(tmp_path / "r") if "cka" in row] == [0, 30, 60]
-    assert not list((tmp_path / "r").glob(".*.tmp*"))
+    same(unbroken, folder)
+    assert [row["step"] for row in log(folder) if "cka" in row] == [0, 20, 40]
+    assert not list(folder.glob(".*.tmp*"))
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
-    arguments = command(
-        data,
-        tmp_path,
-        "r",
-        "--max-steps",
-        60,
-        "--eval-every",
-        30,
-        "--checkpoint-minutes",
-        0,
-        "--workers",
-        1,
-        pair=CNN,
-    )
-    process = start(arguments)
-    wait_for_step(process, tmp_path / "r", 7)
-    for pid in [process.pid, *descendants(process.pid)]:  # a terminal sends it to all of them
-        os.kill(pid, signal.SIGINT)
-    output = process.communicate(timeout=180)[0]
-    assert (
-        process.returncode == 130
-        and "stopped by SIGINT at step" in output
-        and "Traceback" not in output
-    ), output
-    assert (
-        torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
-        == losses(tmp_path / "r")[-1][0]
-        < 60
-    )
-    assert distill.main(arguments) == 0
-    same(unbroken, tmp_path / "r")
+def test_a_signal_before_the_first_step_is_heard_at_once(data, tmp_path, monkeypatch, capsys):
+    load = distill.load_model
+
+    def load_and_hear(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*args, **options)
+
+    monkeypatch.setattr(distill, "load_model", load_and_hear)
+    assert distill.main(command(data, tmp_path, "r")) == 143
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the signals are given back"
+
+
+def stopped_at(step: int, arguments: list[str], monkeypatch) -> None:
+    """Run, and send SIGTERM when `step` has been logged."""
+    record = Run.log
+
+    def log_and_stop(self, lines):
+        record(self, lines)
+        if lines[-1]["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert distill.main(arguments) == 143
 
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_word_on_memory(data, tmp_path):
@@ -515,40 +196,6 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_word_on_memory(dat
     )
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data, unbroken, tmp_path):
-    arguments = command(
-        data,
-        tmp_path,
-        "r",
-        "--max-steps",
-        60,
-        "--eval-every",
-        30,
-        "--checkpoint-minutes",
-        0,
-        pair=CNN,
-    )
-    process = start(arguments)
-    wait_for_step(process, tmp_path / "r", 7)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=180)[0]
-    assert process.returncode == 143 and "stopped by SIGTERM at step" in output, output
-    assert (
-        torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
-        == losses(tmp_path / "r")[-1][0]
-        < 60
-    )
-    damaged = tmp_path / "r" / "checkpoint.pt"
-    shutil.copy(damaged, tmp_path / "r" / "checkpoint.1.pt")
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 0xFF  # one bit-flipped byte, as a bad disk leaves it
-    damaged.write_bytes(content)
-    process = start(arguments)
-    output = process.communicate(timeout=180)[0]
-    assert process.returncode == 0 and "damaged" in output and "falling back" in output, output
-    same(unbroken, tmp_path / "r")
-
-
 def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
     data, tmp_path, monkeypatch
 ):
@@ -559,22 +206,11 @@ def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
     (folder / "config.json").write_text(json.dumps(config))
     pair = ["--teacher", "timm:test_vit4", "--student", str(folder)]
     assert distill.main(command(data, tmp_path, "whole", pair=pair)) == 0
-    record = Run.log
-
-    def stop_at_five(self, lines):
-        record(self, lines)
-        if lines[-1]["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "log", stop_at_five)
-    assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 143
-    assert len(losses(tmp_path / "parts")) < 8
-    monkeypatch.setattr(Run, "log", record)
-    assert distill.main(command(data, tmp_path, "parts", pair=pair)) == 0
+    arguments = command(data, tmp_path, "parts", pair=pair)
+    stopped_at(5, arguments, monkeypatch)
+    assert len(losses(tmp_path / "parts")) == 5
+    assert distill.main(arguments) == 0
     same(tmp_path / "whole", tmp_path / "parts")
-
-
-# ---- ranks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -613,10 +249,11 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_r
     )  # and it is not what local statistics give
 
 
+@pytest.mark.slow
 def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
     process = start(arguments, ranks=3)
-    wait_for_step(process, tmp_path / "r", random.randint(4, 25))
+    wait_for_step(process, tmp_path / "r", random.Random(0).randint(4, 25))
     kill(process)
     assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
     result = torchrun(3, "distill.py", *arguments)
@@ -626,6 +263,7 @@ def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_pa
     same(three_ranks, tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks, tmp_path):
     arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
     process = start(
@@ -640,7 +278,7 @@ def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks
         for pid in descendants(process.pid)
         if b"distill.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
-    os.kill(random.choice(ranks[:3]), signal.SIGKILL)
+    os.kill(ranks[random.Random(0).randrange(3)], signal.SIGKILL)
     output = process.communicate(timeout=180)[0]
     assert (
         process.returncode == 0
@@ -648,9 +286,6 @@ def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks
         and "another rank ended" in output
     ), output
     same(three_ranks, tmp_path / "r")
-
-
-# ---- guards -----------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, capsys):
@@ -756,21 +391,13 @@ def test_too_little_memory_says_what_to_lower(data, tmp_path, capsys, monkeypatc
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
         )
 
-    monkeypatch.setattr(distill.Step, "__call__", full)
+    monkeypatch.setattr(Step, "__call__", full)
     fails(
         command(data, tmp_path, "r"),
-        "CUDA out of memory: lower --batch-size",
+        "CUDA out of memory; lower --batch-size",
         "--accumulate",
         capsys=capsys,
     )
-
-
-def test_held_out_patients_with_too_few_patches_say_what_to_do():
-    index = SimpleNamespace(
-        counts=[2, 1, 9], patch_size=64, read=lambda i: np.zeros((64, 64, 3), np.uint8)
-    )
-    with pytest.raises(UserError, match=r"only 3 held-out patches.*--hold-out 0"):
-        Heldout(index, np.array([True, True, False]), 16, 48, 0, None, 8)
 
 
 def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
@@ -819,17 +446,133 @@ def test_a_full_disk_loses_nothing(data, tmp_path):
         text=True,
         timeout=120,
     )
-    assert result.returncode == 1 and "checkpoint of step 4 not written" in result.stdout, (
-        result.stdout + result.stderr
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "checkpoint of step 4 not written" in result.stderr and "make room" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(losses(tmp_path / "r")) == 4, "what cannot be kept is not trained"
+    assert not list((tmp_path / "r").glob("*checkpoint*"))
+    assert distill.main(arguments) == 0
+    assert (tmp_path / "r" / "student" / "model.safetensors").exists()
+
+
+def test_room_for_checkpoints_is_looked_at_before_the_start(data, tmp_path, capsys, monkeypatch):
+    little = SimpleNamespace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
+    fails(command(data, tmp_path, "r"), "GB are free", "make room", "--runs", capsys=capsys)
+    assert not (tmp_path / "r").exists()
+
+
+DAMAGE = {
+    "a flipped bit": lambda file, other: flip(file),
+    "cut short": lambda file, other: file.write_bytes(file.read_bytes()[:5000]),
+    "emptied": lambda file, other: file.write_bytes(b""),
+    "of another program": lambda file, other: torch.save({"epoch": 3, "model": {}}, file),
+    "no dictionary": lambda file, other: torch.save([1, 2], file),
+    "of another run": lambda file, other: shutil.copy(other / "checkpoint.pt", file),
+}
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of 12 steps in one go, and beside it `other`, with another seed."""
+    runs = tmp_path_factory.mktemp("whole")
+    assert distill.main(command(data, runs, "r")) == 0
+    assert distill.main(command(data, runs, "other", "--seed", 1)) == 0
+    return runs / "r"
+
+
+@pytest.fixture(scope="module")
+def part(data, tmp_path_factory):
+    """The same run stopped at step 9, with checkpoints of steps 9 and 8."""
+    runs = tmp_path_factory.mktemp("part")
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(9, command(data, runs, "r", "--checkpoint-steps", 4), patch)
+    return runs / "r"
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_or_foreign_checkpoint_is_set_aside(data, whole, part, tmp_path, capsys, how):
+    folder = tmp_path / "r"
+    shutil.copytree(part, folder)
+    DAMAGE[how](folder / "checkpoint.pt", whole.parent / "other")
+    assert distill.main(command(data, tmp_path, "r")) == 0
+    output = capsys.readouterr()
+    assert "set aside as checkpoint.damaged" in output.err and "from step 8" in output.out
+    same(whole, folder)
+
+
+def test_that_no_whole_checkpoint_is_left_is_said_at_every_start(data, part, tmp_path, capsys):
+    folder = tmp_path / "r"
+    shutil.copytree(part, folder)
+    for file in folder.glob("checkpoint*"):
+        flip(file)
+    for _ in range(2):
+        arguments = command(data, tmp_path, "r")
+        fails(arguments, "no whole checkpoint is left", "--name", capsys=capsys)
+    assert len(losses(folder)) == 9, "nothing is begun anew"
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_of_an_older_goes_on(
+    data, whole, part, tmp_path, capsys
+):
+    folder = tmp_path / "r"
+    shutil.copytree(part, folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"version": 99}, folder / "checkpoint.pt")
+    fails(command(data, tmp_path, "r"), "version 99", "--name", capsys=capsys)
+    del state["version"]
+    torch.save(state, folder / "checkpoint.pt")
+    assert distill.main(command(data, tmp_path, "r")) == 0
+    assert "going on from step 9" in capsys.readouterr().out
+    same(whole, folder)
+
+
+def test_damaged_notes_of_a_run_are_made_again(data, whole, part, tmp_path, capsys):
+    folder = tmp_path / "r"
+    shutil.copytree(part, folder)
+    (folder / "config.json").write_text('{"identity": 3}')
+    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "log.jsonl").write_bytes(
+        b'[1]\n{"step": "x"}\n\xff\xfe\n' + b"".join(lines) + b'{"st'
     )
-    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
-    assert not list((tmp_path / "r").glob("checkpoint*")) and not list(
-        (tmp_path / "r").glob(".*.tmp*")
-    )
-    assert len(losses(tmp_path / "r")) == 12
-    assert (
-        distill.main(arguments) == 0 and (tmp_path / "r" / "student" / "model.safetensors").exists()
-    )
+    assert distill.main(command(data, tmp_path, "r")) == 0
+    assert "config.json: damaged" in capsys.readouterr().err
+    same(whole, folder)
+    assert json.loads((folder / "config.json").read_text())["finished"]["step"] == 12
+
+
+@pytest.mark.parametrize("how", ["emptied", "a flipped bit", "missing"])
+def test_a_damaged_student_is_exported_again(data, whole, tmp_path, capsys, how):
+    shutil.copytree(whole, tmp_path / "r")
+    file = tmp_path / "r" / "student" / "model.safetensors"
+    if how == "missing":
+        file.unlink()
+    else:
+        DAMAGE[how](file, whole)
+    assert distill.main(command(data, tmp_path, "r")) == 0
+    assert "exported again" in capsys.readouterr().err
+    same(whole, tmp_path / "r")
+
+
+def test_a_cohort_that_was_tiled_anew_under_a_run_is_refused(data, part, tmp_path, capsys):
+    shutil.copytree(part, tmp_path / "r")
+    shutil.copytree(data, tmp_path / "data")
+    table = tmp_path / "data" / "tiles" / "tiny" / "slides.csv"
+    head, *rows = table.read_text().splitlines()
+    column = head.split(",").index("settings")
+    for i, row in enumerate(rows):
+        cells = row.split(",")
+        cells[column] = "another"
+        rows[i] = ",".join(cells)
+    table.write_text("\n".join([head, *rows]) + "\n")
+    arguments = command(tmp_path / "data", tmp_path, "r")
+    fails(arguments, "begun otherwise", "settings of tile.py was", capsys=capsys)
 
 
 def test_file_systems_without_locks_and_links_will_do(data, tmp_path, monkeypatch, capsys):
