@@ -12,7 +12,7 @@ from g2l.features import display
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
 from g2l.report import means, role
-from g2l.results import Study, read_metrics
+from g2l.results import Study
 
 
 def save_figure(figure, path: Path) -> None:
@@ -29,7 +29,7 @@ def draw_figure1(args: Study) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    mean = means(args.results)
+    mean = means(args.rows)
     score = lambda n, b: mean.get(("knn", "accuracy", display(n), b), (None,))[0]  # noqa: E731
     names = [b.name for b in args.found if all(score(n, b.name) is not None for n in args.models)]
     if not names:
@@ -159,7 +159,7 @@ def draw_benchmark(
 
     pairs = {
         (r["model"], r["other"]): r["value"]
-        for r in read_metrics(args.results)
+        for r in args.rows
         if r["protocol"] == "cka" and r["metric"] == "unbiased" and r["benchmark"] == benchmark.name
     }
     shown = [display(name) for name in names]

@@ -11,7 +11,7 @@ import numpy as np
 from g2l.features import display
 from g2l.files import safe, write_text
 from g2l.protocols import FEW
-from g2l.results import Study, read_metrics
+from g2l.results import Study
 
 # Tables 1 and 2 of arXiv 2510.11176, as far as a public digest of the paper (papernotes, AAAI 2026) gives them; where
 # our reference notes hold the same figure they agree. What is not here was not seen.
@@ -90,10 +90,10 @@ def paired_rows(
     )
 
 
-def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
+def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
     """(protocol, metric, model, benchmark[, other]) -> mean, standard deviation and number over folds or seeds."""
     found: dict[tuple, list[float]] = {}
-    for row in read_metrics(results):
+    for row in rows:
         key = (row["protocol"], row["metric"], row["model"], row["benchmark"])
         if row["value"] is not None:
             found.setdefault((*key, row["other"]) if "other" in row else key, []).append(
@@ -156,8 +156,8 @@ def paper_value(protocol: str, model: str, benchmark: str, about: dict) -> str:
 def write_tables(args: Study) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
     rows, mean, models = (
-        read_metrics(args.results),
-        means(args.results),
+        args.rows,
+        means(args.rows),
         [display(n) for n in args.models],
     )
     about = {r["model"]: r["metadata"] for r in rows if r["protocol"] == "model"}
@@ -342,7 +342,7 @@ def role(name: str, args: Study) -> str:
 
 def write_report(args: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    data = {r["benchmark"]: r for r in read_metrics(args.results) if r["protocol"] == "data"}
+    data = {r["benchmark"]: r for r in args.rows if r["protocol"] == "data"}
     names = [b.name for b in args.found if b.name in data]
     models = [
         [
@@ -427,8 +427,8 @@ def write_report(args: Study, tables: str, failures: list[str]) -> None:
 def summarize(args: Study) -> str:
     """One screen: per benchmark and model CKA, kNN and probe beside chance, and what the paired comparison allows."""
     mean, rows, shown = (
-        means(args.results),
-        read_metrics(args.results),
+        means(args.rows),
+        args.rows,
         [display(n) for n in args.models],
     )
     width, teacher, lines = (
