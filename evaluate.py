@@ -7,7 +7,7 @@
 
 No patient (or its best proxy) is ever on both sides of a split, every number stands beside its
 majority baseline, and features are extracted once: results/features holds them, keyed by weights,
-preprocessing and images.
+preprocessing and images. Beside each figure stands what features that know nothing score.
 
 The story: `name_models` and `name_benchmarks` say what is compared, `extract` makes the features,
 `evaluate_benchmark` measures one benchmark after another, `show` draws tables and pictures.
@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,22 +42,55 @@ from g2l.features import (
 )
 from g2l.files import digest, safe
 from g2l.pictures import draw_benchmark, draw_figure1
-from g2l.protocols import cka_rows, knn_predict, linear_probe, macro_auc, paired, recall, split
+from g2l.protocols import (
+    by_lot,
+    cka_rows,
+    linear_probe,
+    macro_auc,
+    nearest,
+    paired,
+    recall,
+    split,
+    vote,
+)
 from g2l.published import PUBLISHED, at_hand, list_benchmarks, load_benchmarks
 from g2l.report import summarize, write_report, write_tables
-from g2l.results import Study, load_predictions, read_metrics, record, save_predictions
+from g2l.results import (
+    Study,
+    claim,
+    load_predictions,
+    record,
+    recorded,
+    save_predictions,
+)
 
-# Raised on purpose when a protocol would give other numbers; predictions are then made anew.
-PROTOCOL_VERSION = 1
+# Raised on purpose when a protocol would give other numbers; all is then measured anew.
+PROTOCOL_VERSION = 2
+BLIND_DRAWS = 5  # of features that know nothing, for the chance level
+BLIND_WIDTH = 8
+# The flags that go to Study as they are.
+STUDY_FLAGS = [
+    "results",
+    "k",
+    "pca_dims",
+    "pca",
+    "folds",
+    "seeds",
+    "paper_splits",
+    "leaks",
+    "no_pictures",
+]
 
 REMEDIES = {
     "benchmark data": "`python evaluate.py --list` says where to get it; unpack the archive below "
     "this folder as it comes",
     "benchmark names": "rename one of the folders of --benchmark",
     "leaks": "--leaks mark keeps the patients that a student has seen",
+    "name": "rename one of the two, or take another folder by --results",
     "unreadable": "mend them, or allow more by --max-unreadable",
 }
-Predictions = dict[str, dict]  # of each model, see `predict`
+Predictions = dict[str, dict[str, np.ndarray]]  # of each model, see `predict`
+Folds = dict[str, tuple[np.ndarray, np.ndarray]]  # see `make_folds`
 
 
 def name_models(args: argparse.Namespace) -> tuple[list[str], str | None, str | None]:
@@ -107,6 +140,15 @@ def check_request(args: argparse.Namespace, models: list[str], published: list[s
     check_names(models)
 
 
+def origins_of(models: list[str], found: list[Benchmark]) -> dict[str, str]:
+    """Where each model and benchmark comes from, by the name under which its results are kept."""
+    origins = {f"benchmark {safe(b.name)}": b.origin for b in found}
+    for name in models:
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        origins[f"model {safe(display(name))}"] = place
+    return origins
+
+
 def extract(
     models: list[str], found: list[Benchmark], embed: Callable, describe: Callable
 ) -> tuple[dict[str, dict], dict[str, list[str]], dict[str, int], list[str]]:
@@ -132,6 +174,12 @@ def extract(
                 if missing:
                     lost[benchmark.name] = missing
     return cards, models_of, lost, failures
+
+
+def tells_apart(x: np.ndarray) -> bool:
+    """Whether the embeddings x (N, dim) of readable images differ beyond rounding."""
+    known = x[np.isfinite(x).all(1)]
+    return len(known) > 0 and bool(np.ptp(known, 0).max() > 1e-6 * np.abs(known).max())
 
 
 def without_leaks(
@@ -208,81 +256,124 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
     return about, notes
 
 
+def make_folds(benchmark: Benchmark, study: Study) -> Folds:
+    """Folds (N,) of kNN and of the probe by the ending of their protocol's name."""
+    endings = {"": True, "-ungrouped": False} if study.paper_splits else {"": True}
+    folds = {}
+    for ending, grouped in endings.items():
+        tenths = split(benchmark.labels, benchmark.groups, 10, 0, grouped)
+        own = tenths
+        if study.folds != 10:
+            own = split(benchmark.labels, benchmark.groups, study.folds, 0, grouped)
+        folds[ending] = own, tenths
+    return folds
+
+
 def predict(
-    benchmark: Benchmark, x: np.ndarray, study: Study, device: str
-) -> tuple[dict, list[dict]]:
-    """kNN and linear probe of one model's features (N, D): its predictions, and rows of results."""
-    labels, groups, n_classes = benchmark.labels, benchmark.groups, len(benchmark.classes)
-    predictions, rows = {}, []
-    common = np.bincount(labels).argmax()
-    for grouped in (True, False) if study.paper_splits else (True,):
-        tail = "" if grouped else "-ungrouped"
-        fold = split(labels, groups, study.folds, 0, grouped)
-        guess, neighbors = knn_predict(
-            x,
-            labels,
-            fold,
-            n_classes,
-            k=study.k,
-            dims=study.pca_dims,
-            pca=study.pca,
-            device=device,
-        )
-        for f in range(fold.max() + 1):
-            base = {"protocol": f"knn{tail}", "fold": f}
-            accuracy = float((guess == labels)[fold == f].mean())
-            majority = float((labels[fold == f] == common).mean())
-            rows.append(base | {"metric": "accuracy", "value": accuracy})
-            rows.append(base | {"metric": "majority", "value": majority})
-        balanced = {"metric": "balanced accuracy", "value": recall(guess, labels)}
-        rows.append({"protocol": f"knn{tail}"} | balanced)
-        tried = [
-            linear_probe(x, labels, groups, n_classes, seed, grouped) for seed in range(study.seeds)
-        ]
-        probes = [probe for probe in tried if probe]
-        for probe in probes:
-            base = {"protocol": f"probe{tail}", "seed": probe["seed"], "C": probe["C"]}
-            scores, y = probe["scores"], labels[probe["test"]]
-            balanced = {"metric": "balanced accuracy", "value": recall(scores.argmax(1), y)}
-            rows.append(base | {"metric": "auc", "value": float(macro_auc(scores, y)[0])})
-            rows.append(base | balanced)
-        if grouped:
-            predictions = {"knn": guess, "neighbors": neighbors, "probe": probes}
+    benchmark: Benchmark,
+    x: np.ndarray,
+    folds: Folds,
+    study: Study,
+    lot: np.random.Generator | None = None,
+) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """kNN and probe of one model's features x (N, D): its predictions, and rows of results.
+
+    Predictions of the grouped folds: fold (N,), knn (N,), neighbors (N, k), and scores (seeds, N,
+    classes), NaN outside each test part. lot: x knows nothing, and it draws the neighbours of kNN.
+    """
+    labels, classes, device = benchmark.labels, len(benchmark.classes), study.device_used
+    predictions: dict[str, np.ndarray] = {}
+    rows = []
+    for ending, (fold, tenths) in folds.items():
+        if lot:
+            neighbors, distances = by_lot(fold, study.k, lot)
+        else:
+            neighbors, distances = nearest(x, fold, study.k, study.pca_dims, study.pca, device)
+        votes = np.where(neighbors < 0, -1, labels[neighbors])
+        guess = vote(votes, distances, classes)
+        rows += score_knn(guess, labels, fold, f"knn{ending}")
+        tried = [linear_probe(x, labels, tenths, classes, s, device) for s in range(study.seeds)]
+        rows += score_probe(tried, labels, f"probe{ending}")
+        if not predictions:
+            scores = [probe[0] for probe in tried if probe]
+            predictions = {"fold": fold, "knn": guess, "neighbors": neighbors.astype(np.int32)}
+            predictions["scores"] = np.array(scores).reshape(-1, len(labels), classes)
     return predictions, rows
+
+
+def score_knn(guess: np.ndarray, labels: np.ndarray, fold: np.ndarray, name: str) -> list[dict]:
+    """Rows of kNN: accuracy of every fold beside its share of the commonest class, and recall."""
+    common = np.bincount(labels).argmax()
+    rows: list[dict] = [{"metric": "balanced accuracy", "value": recall(guess, labels)}]
+    for f in range(fold.max() + 1):
+        for metric, hits in ("accuracy", guess == labels), ("majority", labels == common):
+            rows.append({"metric": metric, "fold": f, "value": hits[fold == f].mean()})
+    return [{"protocol": name} | row for row in rows]
+
+
+def score_probe(tried: Sequence, labels: np.ndarray, name: str) -> list[dict]:
+    """Rows of the probe: AUC and balanced accuracy of every seed whose split the groups allow."""
+    rows = []
+    for seed, probe in enumerate(tried):
+        if probe:
+            scores, c = probe
+            test = np.isfinite(scores[:, 0])
+            base = {"protocol": name, "seed": seed, "C": c}
+            found = macro_auc(scores[test], labels[test])[0]
+            rows.append(base | {"metric": "auc", "value": found})
+            found = recall(scores[test].argmax(1), labels[test])
+            rows.append(base | {"metric": "balanced accuracy", "value": found})
+    return rows
+
+
+def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
+    """Rows of the model "chance": what features that know nothing score, by the very same code."""
+    rows = []
+    for draw in range(BLIND_DRAWS):
+        lot = np.random.default_rng(draw)
+        x = lot.normal(size=(len(benchmark), BLIND_WIDTH)).astype(np.float32)
+        found = predict(benchmark, x, folds, study, lot)[1]
+        rows += [row | {"draw": draw} for row in found]
+    return rows
 
 
 def measure_models(
     benchmark: Benchmark, x: dict[str, np.ndarray], study: Study
-) -> tuple[Predictions, dict[str, str]]:
-    """Predictions of every model, and the key of what each depends on; kept ones are read."""
-    settings = digest(
+) -> tuple[Predictions, dict[str, str], list[dict]]:
+    """Of every model, and of chance: predictions, the key of all they depend on, and results.
+
+    What is kept under its key is read.
+    """
+    about = [
         [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
-        benchmark.ids,
-        benchmark.groups,
-        benchmark.labels.tolist(),
-        PROTOCOL_VERSION,
-    )
+        [benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
+        [benchmark.groups, benchmark.centers, PROTOCOL_VERSION],
+    ]
+    keys = {"chance": digest(about)}
+    for name in x:
+        keys[name] = digest(study.cards[name]["fingerprint"], data_stamp(benchmark), about)
     predictions: Predictions = {}
-    keys = {}
-    for name, array in x.items():
+    rows = []
+    folds = make_folds(benchmark, study)
+    for name, key in keys.items():
         shown = display(name)
         path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
-        keys[name] = digest(study.cards[name]["fingerprint"], data_stamp(benchmark), settings)
-        known = load_predictions(path, keys[name])
-        if known is None:
-            start = time.perf_counter()
-            known, rows = predict(benchmark, array, study, study.device_used)
-            base = {"benchmark": benchmark.name, "model": shown}
-            same = ("model", "benchmark", "protocol")
-            record(study.results, [base | row for row in rows], same=same)
-            save_predictions(path, keys[name], known)
-            seconds = time.perf_counter() - start
-            print(
-                f"{shown} on {benchmark.name}: kNN and linear probe, {seconds:.1f} s",
-                file=sys.stderr,
-            )
-        predictions[name] = known
-    return predictions, keys
+        known, found = load_predictions(path, key), recorded(study.results, key)
+        base = {"benchmark": benchmark.name, "model": shown}
+        start = time.perf_counter()
+        if name == "chance" and not found:
+            new = blind_rows(benchmark, folds, study)
+            found = record(study.results, [base | row for row in new], key=key)
+        elif name != "chance" and not (known and found):
+            known, new = predict(benchmark, x[name], folds, study)
+            found = record(study.results, [base | row for row in new], key=key)
+            save_predictions(path, key, known)
+            took = f"kNN and linear probe, {time.perf_counter() - start:.1f} s"
+            print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
+        if known:
+            predictions[name] = known
+        rows += found
+    return predictions, keys, rows
 
 
 def compare_models(
@@ -294,39 +385,42 @@ def compare_models(
     for name, other in [(n, o) for n in x for o in ends if n not in (o, study.teacher)]:
         gains = paired(predictions[name], predictions[other], benchmark.labels, benchmark.groups)
         base = {"model": name, "other": other, "protocol": "paired"}
-        for kind, (value, low, high) in gains.items():
-            rows.append(base | {"metric": kind, "value": value, "low": low, "high": high})
+        for kind, (value, low, high, parts) in gains.items():
+            row = base | {"metric": kind, "value": value, "low": low, "high": high}
+            rows.append(row | {"parts": parts})
     for row in rows:
         row["benchmark"] = benchmark.name
         row["model"], row["other"] = display(row["model"]), display(row["other"])
     return rows
 
 
-def evaluate_benchmark(benchmark: Benchmark, x: dict[str, np.ndarray], study: Study) -> None:
-    """All protocols for all models on one benchmark, recorded and drawn; what is there is kept.
+def evaluate_benchmark(benchmark: Benchmark, x: dict[str, np.ndarray], study: Study) -> list[dict]:
+    """All protocols for all models on one benchmark, recorded and drawn: its rows of results.
 
-    x: features (N, dim) by model name; rows of NaN are unreadable images.
+    x: features (N, dim) by model name; rows of NaN are unreadable images. What is there is kept.
     """
     keep, notes, marked = without_leaks(benchmark, x, study)
     if not keep.all():
         benchmark, x = benchmark.subset(keep), {name: array[keep] for name, array in x.items()}
     about, limits = describe_design(benchmark, study.folds)
     notes += limits
-    predictions, keys = measure_models(benchmark, x, study)
-    key = digest(sorted(keys.values()), study.teacher, study.baseline, study.leaks, notes)
-    new = not any(row.get("key") == key for row in read_metrics(study.results))
-    if new:
-        rows = compare_models(benchmark, x, predictions, study)
-        data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
-        data |= {"metric": "images", "value": len(benchmark), "key": key}
-        rows.append(data | about | {"notes": notes, "marked": marked})
-        record(study.results, rows, same=("model", "other", "benchmark", "protocol"))
+    predictions, keys, rows = measure_models(benchmark, x, study)
+    key = digest(keys, study.teacher, study.baseline, study.leaks, notes)
+    compared = recorded(study.results, key)
     drawn = study.results / "pictures" / f"confusion-{safe(benchmark.name)}.png"
-    if not study.no_pictures and (new or not drawn.is_file()):
-        draw_benchmark(benchmark, predictions, study)
+    draw = not study.no_pictures and not (compared and drawn.is_file())
+    if not compared:
+        new = compare_models(benchmark, x, predictions, study)
+        data = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
+        data |= {"metric": "images", "value": len(benchmark), "notes": notes, "marked": marked}
+        compared = record(study.results, [*new, data | about], key=key)
+    rows += compared
+    if draw:
+        draw_benchmark(benchmark, predictions, replace(study, rows=rows))
+    return rows
 
 
-def record_models(study: Study) -> None:
+def model_rows(study: Study) -> list[dict]:
     """One row for each model: what it is and what it costs."""
     rows = []
     for name, about in study.cards.items():
@@ -334,20 +428,18 @@ def record_models(study: Study) -> None:
         row: dict = {"model": display(name), "benchmark": "", "protocol": "model"}
         row |= {"metric": "parameters", "value": about["parameters"], "metadata": meta}
         row |= {"ms_per_image": about["ms_per_image"], "device": study.device_used}
-        rows.append(row | {"weights": about["weights"]})
-    record(study.results, rows, same=("model", "protocol"))
+        rows.append(row | {"weights": about["weights"], "key": about["key"]})
+    return record(study.results, rows)
 
 
 def show(study: Study, failures: list[str], as_json: bool) -> None:
-    """Tables, figure and report from what is recorded, and one screen of it."""
+    """Tables, figure and report of what this run measured or found, and one screen of it."""
     tables = write_tables(study)
     if not study.no_pictures:
         draw_figure1(study)
     write_report(study, tables, failures)
     if as_json:
-        names = {benchmark.name for benchmark in study.found}
-        rows = [row for row in read_metrics(study.results) if row["benchmark"] in names]
-        print(json.dumps(rows))
+        print(json.dumps([row for row in study.rows if row["benchmark"]]))
     else:
         report = study.results / "report.md"
         print(f"{summarize(study)}\n\ntables, pictures and how to read them: {report}")
@@ -429,35 +521,6 @@ def add_protocol_arguments(how) -> None:
     )
 
 
-def plan(
-    args: argparse.Namespace,
-    argv: list[str],
-    cards: dict[str, dict],
-    teacher: str | None,
-    baseline: str | None,
-    device: str,
-) -> Study:
-    """The comparison that the flags ask for, of the models that could be loaded."""
-    return Study(
-        results=args.results,
-        models=list(cards),
-        teacher=teacher,
-        baseline=baseline,
-        found=[],
-        cards=cards,
-        device_used=device,
-        argv=argv,
-        k=args.k,
-        pca_dims=args.pca_dims,
-        pca=args.pca,
-        folds=args.folds,
-        seeds=args.seeds,
-        paper_splits=args.paper_splits,
-        leaks=args.leaks,
-        no_pictures=args.no_pictures,
-    )
-
-
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Extract what is missing, measure what is new, write tables and pictures: the exit status."""
     from g2l.devices import model_options
@@ -491,26 +554,43 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     def describe(name: str) -> dict:
         return card(name, args.results, weights=weights[name], **options)
 
+    if rank == 0:
+        claim(args.results, origins_of(models, found))
     cards, models_of, lost, broken = extract(models, found, embed, describe)
     failures += broken
     loaded_model.cache_clear()
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
         return 0
-    study = plan(args, argv, cards, teacher, baseline, str(device))
-    record_models(study)
-    done = []
+    study = Study(
+        **{name: getattr(args, name) for name in STUDY_FLAGS},
+        models=list(cards),
+        teacher=teacher,
+        baseline=baseline,
+        cards=cards,
+        device_used=str(device),
+        argv=argv,
+    )
+    rows, done = model_rows(study), []
     for benchmark in found:
+        x = {}
+        for name in models_of[benchmark.name]:
+            array = embed(name, benchmark, False)
+            if tells_apart(array):
+                x[name] = array
+            else:
+                failures.append(
+                    f"{display(name)} on {benchmark.name}: every image has the same embedding"
+                )
         try:
-            x = {name: embed(name, benchmark, False) for name in models_of[benchmark.name]}
             if x:
-                evaluate_benchmark(benchmark, x, study)
+                rows += evaluate_benchmark(benchmark, x, study)
                 done.append(benchmark)
         except UserError as error:
             failures.append(explain(error, REMEDIES) or "")
     failures = list(dict.fromkeys(failures))
     if done:
-        show(replace(study, found=done), failures, args.json)
+        show(replace(study, found=done, rows=rows), failures, args.json)
     return report_failures(failures, lost)
 
 

@@ -41,6 +41,7 @@ class Benchmark:
     centers: list[str] | None = None
     source: str = ""  # under which name its features are kept, where benchmarks share images
     notes: list[str] = field(default_factory=list)
+    origin: str = ""  # the folder it was read from
     # Fingerprint of the images, taken at first use; a copy with other images begins without one.
     stamp: str = field(default="", init=False)
 
@@ -88,6 +89,7 @@ def load_folder(folder: Path) -> Benchmark:
         classes=classes,
         groups=[row["group"] for row in rows],
         centers=[row["center"] for row in rows] if "center" in rows[0] else None,
+        origin=str(folder.resolve()),
     )
 
 
@@ -154,7 +156,9 @@ def make_benchmark(
         groups = [patient[group] for group in groups]
     labels = np.array([classes.index(label) for _, label, _ in rows], np.int64)
     ids = [image for image, _, _ in rows]
-    return Benchmark(name, level, images, ids, labels, classes, groups, notes=list(notes))
+    made = Benchmark(name, level, images, ids, labels, classes, groups, notes=list(notes))
+    made.origin = str(root.resolve())
+    return made
 
 
 def cohort_of(about: dict) -> set[str]:

@@ -18,15 +18,15 @@ from g2l.features import display
 from g2l.files import safe, write_text
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
-from g2l.results import Study, read_metrics
+from g2l.results import Study
 
 PAIRED = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}
 
 
-def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
+def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
     """(protocol, metric, model, benchmark[, other]) -> mean, sd and number of folds or seeds."""
     found: dict[tuple, list[float]] = {}
-    for row in read_metrics(results):
+    for row in rows:
         fields = ("protocol", "metric", "model", "benchmark", "other")
         key = tuple(row[field] for field in fields if field in row)
         if row["value"] is not None:
@@ -71,8 +71,8 @@ class Tables:
 
     def __init__(self, study: Study):
         self.study = study
-        self.rows = read_metrics(study.results)
-        self.mean = means(study.results)
+        self.rows = study.rows
+        self.mean = means(study.rows)
         self.models = [display(n) for n in study.models]
         self.teacher = display(study.teacher) if study.teacher in study.models else None
         self.metadata = {r["model"]: r["metadata"] for r in self.rows if r["protocol"] == "model"}

@@ -1,6 +1,8 @@
 """The one store of measurements: metrics.jsonl, a row each, and the predictions behind them.
 
-`Study` says what one run compares and how; tables and pictures are drawn from it and the store.
+Every row carries the key of all that it depends on. `Study` says what one run compares and how, and
+holds the rows that this run measured or found under its own keys: tables and pictures are drawn
+from these alone.
 """
 
 from __future__ import annotations
@@ -8,25 +10,24 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
-from g2l.files import atomic, locked, write_text
+from g2l.files import atomic, locked, read_json, write_text
 
 
 @dataclass(frozen=True)
 class Study:
-    """One comparison of models on benchmarks, its protocols, and where its results lie."""
+    """One comparison of models on benchmarks: its protocols, its results and where they lie."""
 
     results: Path
     models: list[str]  # as named on the command line, in the order of the tables' columns
     teacher: str | None
     baseline: str | None  # the student before distillation
-    found: list[Benchmark]
     cards: dict[str, dict]  # of each model, see features.card
     device_used: str
     argv: list[str]  # the command that is printed with the tables
@@ -38,49 +39,45 @@ class Study:
     paper_splits: bool  # measure splits without regard to patients, too
     leaks: str  # images of patients that a student has seen: "exclude" or "mark"
     no_pictures: bool
+    found: list[Benchmark] = field(default_factory=list)  # those measured
+    rows: list[dict] = field(default_factory=list)  # of metrics.jsonl, the ones of this very study
 
 
 def record(
     results: Path,
     rows: list[dict],
-    same: Sequence[str] = (
-        "model",
-        "benchmark",
-        "protocol",
-        "metric",
-        "fold",
-        "seed",
-        "other",
-        "k",
-        "class",
-        "center",
-    ),
-) -> None:
-    """Put `rows` into results/metrics.jsonl, replacing earlier rows that agree with a new one in all fields of `same`.
+    same: Sequence[str] = ("model", "other", "benchmark", "protocol"),
+    key: str = "",
+) -> list[dict]:
+    """Put `rows` into results/metrics.jsonl; returns them as they will be read.
 
-    A field that a row lacks counts as None; NaN becomes null. Whole or not at all; safe when several processes write.
+    Earlier rows that agree with a new one in all fields of `same` go: what is measured again is
+    replaced as a whole. A field that a row lacks counts as None; NaN becomes null. key: of what the
+    rows depend on, see `recorded`. Whole or not at all; safe when several processes write.
     """
-    results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    identity = lambda row: tuple(json.dumps(row.get(field)) for field in same)  # noqa: E731
+    proof = {"key": key, "rows": len(rows)} if key else {}
+    finite = []
+    for row in rows:
+        values = {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
+        finite.append(values | proof)
+    new = {json.dumps([row.get(field) for field in same]) for row in rows}
     with locked(results / ".metrics.lock"):
-        new = {identity(row) for row in rows}
-        kept = [row for row in read_metrics(results) if identity(row) not in new]
-        finite = [
-            {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
-            for row in rows
-        ]
-        write_text(
-            results / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept + finite)
-        )
+        kept = []
+        for row in read_metrics(results):
+            if json.dumps([row.get(field) for field in same]) not in new:
+                kept.append(row)
+        text = "".join(json.dumps(row) + "\n" for row in kept + finite)
+        write_text(results / "metrics.jsonl", text)
+    return finite
 
 
 def read_metrics(results: Path) -> list[dict]:
     """All rows of results/metrics.jsonl, oldest first; none if there is no such file."""
-    path, rows = Path(results) / "metrics.jsonl", []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1
-    ):
+    path = Path(results) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -90,40 +87,38 @@ def read_metrics(results: Path) -> list[dict]:
     return rows
 
 
-def save_predictions(path: Path, key: str, p: dict) -> None:
-    """Predictions of `predict` as one .npz file."""
-    probes = {
-        f"{field}_{q['seed']}": q[field] for q in p["probe"] for field in ("test", "scores", "C")
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
+def recorded(results: Path, key: str) -> list[dict]:
+    """The rows that were recorded under a key, if all of them are still there; else none."""
+    rows = [row for row in read_metrics(results) if row.get("key") == key]
+    return rows if rows and len(rows) == rows[0]["rows"] else []
+
+
+def claim(results: Path, origins: dict[str, str]) -> None:
+    """Note where each model and benchmark comes from, by the name under which it is kept.
+
+    Raises UserError where results are kept of another one of that name, which would be replaced.
+    origins: name -> its folder, or a registry name. A folder that is gone may have been moved.
+    """
+    path = results / "names.json"
+    with locked(results / ".names.lock"):
+        known = read_json(path)
+        for name, origin in origins.items():
+            other = known.get(name, origin)
+            if other != origin and (Path(other).exists() or not Path(other).is_absolute()):
+                raise UserError(f"{results} holds the {name} of {other}, not {origin}", mend="name")
+        write_text(path, json.dumps(known | origins, indent=1))
+
+
+def save_predictions(path: Path, key: str, predictions: dict[str, np.ndarray]) -> None:
+    """Predictions (see `evaluate.predict`) as one .npz file."""
     with atomic(path) as temporary:
-        np.savez_compressed(
-            temporary, key=key, knn=p["knn"], neighbors=p["neighbors"].astype(np.int32), **probes
-        )
+        np.savez_compressed(temporary, key=key, **predictions)
 
 
-def load_predictions(path: Path, key: str) -> dict | None:
-    """What `save_predictions` wrote, or None if it is not there or depends on something else than `key`."""
+def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """What `save_predictions` wrote, or None if it is not there or depends on another key."""
     try:
         with np.load(path) as data:
-            if str(data["key"]) != key:
-                return None
-            seeds = sorted(int(n[5:]) for n in data if n.startswith("test_"))
-            probes = [
-                {
-                    "seed": s,
-                    "C": float(data[f"C_{s}"]),
-                    "test": data[f"test_{s}"],
-                    "scores": data[f"scores_{s}"],
-                }
-                for s in seeds
-            ]
-            return {"knn": data["knn"], "neighbors": data["neighbors"], "probe": probes}
-    except (
-        FileNotFoundError,
-        EOFError,
-        KeyError,
-        ValueError,
-        zipfile.BadZipFile,
-    ):  # not there, or damaged
-        return None
+            return dict(data) if str(data["key"]) == key else None
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None  # not there, or damaged

@@ -557,7 +557,7 @@ sys.exit(evaluate.main(sys.argv[1:]))"""
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert not (folder.parent / "results" / "report.md").exists()
     assert evaluate.main(args) == 0
-    assert len(rows(folder, protocol="knn", metric="accuracy")) == 10
+    assert len(rows(folder, model=ONE, protocol="knn", metric="accuracy")) == 10
     assert (folder.parent / "results" / "report.md").is_file()
 
 

@@ -1,12 +1,13 @@
-"""The protocols of evaluate.py against independent implementations: scikit-learn, and formulas written out in fp64."""
+"""The protocols against independent implementations: scikit-learn, and formulas in fp64."""
 
 import argparse
 
 import numpy as np
 import pytest
+import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
@@ -14,18 +15,22 @@ import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
 from g2l.errors import UserError
 from g2l.protocols import (
+    STRENGTHS,
     auc,
+    by_lot,
     cka_rows,
-    knn_predict,
     linear_probe,
+    logistic_path,
     macro_auc,
+    nearest,
     paired,
     recall,
     six_two_two,
     vote,
 )
 from g2l.report import families, means, ranked, verdict, with_interval
-from g2l.results import load_predictions, read_metrics, record, save_predictions
+from g2l.results import load_predictions, read_metrics, record, recorded, save_predictions
+from kernels import cka
 
 
 def cloud(n=240, width=24, classes=3, groups=24, spread=1.6, seed=0):
@@ -65,7 +70,8 @@ def test_knn_equals_scikit_learn_on_the_same_folds(width):
     x, labels, groups = cloud(width=width)
     x += 30 * np.linspace(-1, 1, width, dtype=np.float32)  # far from the origin: centring matters
     fold = g2l.protocols.split(labels, groups, 6)
-    predicted, neighbors = knn_predict(x, labels, fold, 3, k=15, dims=20)
+    neighbors, distances = nearest(x, fold, k=15, dims=20)
+    predicted = vote(labels[neighbors], distances, 3)
     for f in range(6):
         train, test = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         pca = PCA(20, svd_solver="full").fit(x[train].astype(np.float64))
@@ -84,10 +90,11 @@ def test_knn_equals_scikit_learn_on_the_same_folds(width):
         assert np.array_equal(model.predict(pca.transform(x[test]))[clear], predicted[test][clear])
 
 
-def test_pca_on_everything_is_one_search_with_the_same_masks():
+def test_pca_on_everything_keeps_neighbours_to_other_folds():
     x, labels, groups = cloud()
     fold = g2l.protocols.split(labels, groups, 5)
-    predicted, neighbors = knn_predict(x, labels, fold, 3, k=9, dims=10, pca="all")
+    neighbors, distances = nearest(x, fold, k=9, dims=10, pca="all")
+    predicted = vote(labels[neighbors], distances, 3)
     z = PCA(10, svd_solver="full").fit_transform(x.astype(np.float64))
     for i in range(0, len(x), 17):
         d = np.where(fold == fold[i], np.inf, ((z - z[i]) ** 2).sum(1))
@@ -126,37 +133,91 @@ def test_macro_auc_leaves_out_classes_that_are_not_there():
     assert np.isnan(macro_auc(p, np.zeros(50, int))[0])
 
 
+def tenths(labels, groups):
+    return g2l.protocols.split(labels, groups, 10)
+
+
+def probed(scores):
+    """Rows of the probe's test part."""
+    return np.flatnonzero(np.isfinite(scores[:, 0]))
+
+
 @pytest.mark.parametrize(
     "width", [24, 400], ids=["more rows than columns", "more columns than rows"]
 )
 def test_probe_is_logistic_regression_on_a_grouped_split(width):
     x, labels, groups = cloud(width=width)
-    found = linear_probe(x, labels, groups, 3, seed=1)
-    train, valid, test = six_two_two(labels, groups, seed=1)
-    assert (
-        np.array_equal(found["test"], np.flatnonzero(test))
-        and (train + 2 * valid + 4 * test).max() == 4
-    )
-    assert not {g for g, t in zip(groups, train, strict=True) if t} & {
-        groups[i] for i in found["test"]
-    }
+    fold = tenths(labels, groups)
+    scores, c = linear_probe(x, labels, fold, 3, seed=1)
+    train, valid, test = six_two_two(fold, seed=1)
+    assert np.array_equal(probed(scores), np.flatnonzero(test))
+    assert (train + 2 * valid + 4 * test).max() == 4
+    assert not {groups[i] for i in np.flatnonzero(train)} & {groups[i] for i in probed(scores)}
     z = (x - x[train].mean(0)) / x[train].std(0)
-    plain = LogisticRegression(C=found["C"], max_iter=5000, tol=1e-6).fit(z[train], labels[train])
-    assert np.allclose(plain.predict_proba(z[test]), found["scores"], atol=2e-3)
+    plain = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(z[train], labels[train])
+    assert np.allclose(plain.predict_proba(z[test]), scores[test], atol=2e-3)
     expected = roc_auc_score(labels[test], plain.predict_proba(z[test]), multi_class="ovr")
-    assert abs(macro_auc(found["scores"], labels[found["test"]])[0] - expected) < 2e-3
+    assert abs(macro_auc(scores[test], labels[test])[0] - expected) < 2e-3
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_strength_of_the_probe_reaches_scikit_learns_optimum(classes):
+    """Of correlated columns, where plain L-BFGS takes hundreds of steps."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=300)
+    x = rng.normal(size=(classes, 30))[labels] + rng.normal(size=(300, 30)) * np.logspace(0, 2, 30)
+    z = ((x @ rng.normal(size=(30, 30))) / 30).astype(np.float32)
+    for c, weights, bias in logistic_path(torch.from_numpy(z).double(), torch.from_numpy(labels)):
+        plain = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9).fit(
+            z.astype(float), labels
+        )
+        said = (torch.from_numpy(z).double() @ weights + bias).softmax(1).numpy()
+        assert np.allclose(said, plain.predict_proba(z), atol=5e-3), c
+
+
+def test_probe_chooses_its_strength_on_the_validation_part():
+    """The test part's labels, turned round, change neither the strength nor the scores."""
+    x, labels, groups = cloud(n=400, spread=0.5, classes=2)
+    fold = tenths(labels, groups)
+    scores, c = linear_probe(x, labels, fold, 2, seed=0)
+    _, valid, test = six_two_two(fold, seed=0)
+    turned = np.where(test, 1 - labels, labels)
+    again, same = linear_probe(x, turned, fold, 2, seed=0)
+    assert same == c and np.array_equal(again[test], scores[test])
+    turned = np.where(valid, 1 - labels, labels)  # what misleads is to be held back
+    assert linear_probe(x, turned, fold, 2, seed=0)[1] == STRENGTHS[0] < c
+
+
+def test_probe_looks_at_every_strength():
+    """Two steps that bring nothing are no reason to stop: first the stain, then the class."""
+    rng = np.random.default_rng(7)
+    patient = np.repeat(np.arange(24), 12)
+    labels = (rng.random(288) < rng.beta(0.6, 0.6, 24)[patient]).astype(int)
+    x = rng.normal(size=(288, 96))
+    x[:, :84] += (rng.normal(size=(24, 4)) @ rng.normal(size=(4, 84)))[patient]
+    x[:, 84:] += 0.35 * (2 * labels[:, None] - 1)
+    x = x.astype(np.float32)
+    fold = tenths(labels, patient)
+    train, valid, _ = six_two_two(fold, 0)
+    _, chosen = linear_probe(x, labels, fold, 2, seed=0)
+    z = (x - x[train].mean(0)) / x[train].std(0)
+    losses = []
+    for c in STRENGTHS:
+        plain = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(z[train], labels[train])
+        losses.append(log_loss(labels[valid], plain.predict_proba(z[valid])))
+    assert chosen == pytest.approx(STRENGTHS[np.argmin(losses)])
 
 
 def test_seeds_of_the_probe_are_different_splits():
     """Of groups that differ in size scikit-learn makes nearly the same folds whatever its seed."""
     _, labels, groups = cloud(n=400, groups=20)
-    parts = [six_two_two(labels, groups, seed) for seed in range(5)]
-    tested = [frozenset(np.array(groups)[test]) for _, _, test in parts]
-    assert len(set(tested)) == 5 and len(frozenset.union(*tested)) > 10
+    fold = tenths(labels, groups)
+    parts = [six_two_two(fold, seed) for seed in range(5)]
+    drawn = [frozenset(np.array(groups)[test]) for _, _, test in parts]
+    assert len(set(drawn)) == 5 and len(frozenset.union(*drawn)) > 10
     for split in parts:
-        assert [
-            abs(p.mean() - share) < 0.1 for p, share in zip(split, (0.6, 0.2, 0.2), strict=True)
-        ] == [True] * 3
+        for part, share in zip(split, (0.6, 0.2, 0.2), strict=True):
+            assert abs(part.mean() - share) < 0.1
         assert sum(split).tolist() == [1] * 400
         assert not frozenset(np.array(groups)[split[2]]) & frozenset(np.array(groups)[~split[2]])
 
@@ -165,26 +226,104 @@ def test_probe_names_classes_and_does_not_only_rank_them():
     """C chosen by AUC may rank perfectly and still call everything the majority class."""
     labels = np.arange(120) % 3 // 2  # two thirds are of class 0
     x = (4.0 * labels + np.random.default_rng(0).normal(size=(16, 120))).T.astype(np.float32)
-    found = linear_probe(x, labels, [f"p{i // 3}" for i in range(120)], 2, seed=0)
-    assert macro_auc(found["scores"], labels[found["test"]])[0] == 1
-    assert recall(found["scores"].argmax(1), labels[found["test"]]) == 1
-
-
-def test_majority_baseline_is_the_share_of_the_most_common_class():
-    """Not that of the training folds: grouped folds of balanced classes would give it nothing at all."""
-    x, labels, groups = cloud(n=160, classes=8, groups=8)
-    labels = np.array(
-        [int(g[1:]) for g in groups]
-    )  # a class is a group: each fold's class is not in training
-    b = Benchmark("b", "patch", [], [str(i) for i in range(160)], labels, list("abcdefgh"), groups)
-    args = argparse.Namespace(k=5, pca_dims=8, pca="fold", folds=8, seeds=1, paper_splits=False)
-    _, rows = evaluate.predict(b, x, args, "cpu")
-    assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
+    fold = tenths(labels, [f"p{i // 3}" for i in range(120)])
+    scores, _ = linear_probe(x, labels, fold, 2, seed=0)
+    test = probed(scores)
+    assert macro_auc(scores[test], labels[test])[0] == 1
+    assert recall(scores[test].argmax(1), labels[test]) == 1
 
 
 def test_probe_says_none_where_groups_do_not_allow_it():
     x, labels, groups = cloud(groups=4)
-    assert linear_probe(x, labels, groups, 3, seed=0) is None
+    assert linear_probe(x, labels, tenths(labels, groups), 3, seed=0) is None
+
+
+def study(**more):
+    """As much of a Study as the protocols need."""
+    usual = {"k": 5, "pca_dims": 8, "pca": "fold", "folds": 10, "seeds": 3, "paper_splits": False}
+    return argparse.Namespace(device_used="cpu", **usual | more)
+
+
+def some(labels, groups):
+    ids, classes = [str(i) for i in range(len(labels))], [str(c) for c in range(labels.max() + 1)]
+    return Benchmark("b", "patch", [], ids, labels, classes, groups)
+
+
+def test_majority_baseline_is_the_share_of_the_most_common_class():
+    """Not that of the training folds: grouped folds of balanced classes would give it nothing."""
+    x, labels, groups = cloud(n=160, classes=8, groups=8)
+    labels = np.array([int(g[1:]) for g in groups])  # each fold's class is not in training
+    b, s = some(labels, groups), study(folds=8)
+    _, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
+
+
+def test_neighbours_by_lot_are_different_rows_of_other_folds_and_all_alike():
+    fold = np.arange(60) % 3
+    rng, seen = np.random.default_rng(0), np.zeros((60, 60))
+    for _ in range(300):
+        neighbors, _ = by_lot(fold, 5, rng)
+        for i, row in enumerate(neighbors):
+            assert len(set(row)) == 5
+            seen[i, row] += 1
+    assert not seen[fold[:, None] == fold].any()
+    assert abs(seen[fold[:, None] != fold] / 300 - 5 / 40).max() < 0.1
+    assert (by_lot(np.array([0, 0, 1]), 3, rng)[0] == -1).sum() == 5  # as many as there are
+
+
+def test_chance_is_what_blind_features_score_in_the_protocol():
+    """A class that goes by patient is rarer in training than in the test: below 1/2."""
+    labels = np.arange(160) // 80
+    groups = [f"p{i // 20}" for i in range(160)]
+    b, s = some(labels, groups), study()
+    folds = evaluate.make_folds(b, s)
+    chance = [r for r in evaluate.blind_rows(b, folds, s) if r["metric"] == "accuracy"]
+    assert {r["draw"] for r in chance} == set(range(evaluate.BLIND_DRAWS))
+    noise = []
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(size=(160, 32)).astype(np.float32)
+        rows = evaluate.predict(b, x, folds, s)[1]
+        noise += [r["value"] for r in rows if r["metric"] == "accuracy"]
+    found = np.mean([r["value"] for r in chance])
+    assert found == pytest.approx(np.mean(noise), abs=0.04) and found < 0.47
+
+
+def test_a_measure_that_is_not_defined_is_none_and_no_perfect_score():
+    """Whoever says one class always is right in a test part of that class alone."""
+    assert np.isnan(recall(np.zeros(5, int), np.zeros(5, int)))
+    labels, groups = (np.arange(21) >= 15).astype(int), [f"p{i // 3}" for i in range(21)]
+    x = np.random.default_rng(0).normal(size=(21, 6)).astype(np.float32)
+    b, s = some(labels, groups), study(seeds=5)
+    rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)[1]
+    probe = [r for r in rows if r["protocol"] == "probe"]
+    unknown = {r["seed"] for r in probe if np.isnan(r["value"])}
+    assert unknown and unknown == {r["seed"] for r in probe if r["value"] != r["value"]}
+    for metric in ("auc", "balanced accuracy"):
+        assert {
+            r["seed"] for r in probe if r["metric"] == metric and np.isnan(r["value"])
+        } == unknown
+
+
+@pytest.mark.parametrize("kind", ["constant", "constant in training", "duplicates", "one column"])
+def test_degenerate_features_end_nothing(kind):
+    x, labels, groups = cloud(n=60, groups=12)
+    if kind == "constant":
+        x[:] = 1.5
+    elif kind == "constant in training":
+        x[:] = (np.arange(60) == 0)[:, None]
+    elif kind == "duplicates":
+        x[:] = x[0]
+        x[30:] = x[0] + 1
+    else:
+        x[:, 1:] = 1e6
+    b, s = some(labels, groups), study(seeds=2)
+    predictions, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    assert len(predictions["scores"]) == 2
+    assert all(np.isfinite(r["value"]) for r in rows)
+    assert evaluate.tells_apart(x) == (kind != "constant")
+    good = cloud(n=60, groups=12, seed=1)[0]
+    found = cka_rows({"t": good, "s": x, "b": good + x}, groups, "t", "cpu", "b")
+    assert {r["model"] for r in found} == {"t", "s", "b"}
 
 
 def hsic(k, m, unbiased):
@@ -228,6 +367,23 @@ def test_cka_equals_the_formula_and_its_floor_is_chance():
     )
 
 
+def test_cka_without_a_part_and_its_chance_level_are_those_of_whole_passes():
+    x, _, groups = cloud(n=90, width=30)
+    other = np.tanh(x[:, :20] + np.random.default_rng(0).normal(size=(90, 20)).astype(np.float32))
+    tensors = {"t": torch.from_numpy(x), "s": torch.from_numpy(other + 5)}
+    floor, left_out = g2l.protocols.cka_to_teacher(tensors, groups, "t")["s"]
+    _, group = np.unique(groups, return_inverse=True)
+    part = np.random.default_rng(0).permutation(group.max() + 1)[group] % 10
+    for p, value in zip(np.unique(part), left_out, strict=True):
+        rest = {n: f[torch.from_numpy(part != p)] for n, f in tensors.items()}
+        assert value == pytest.approx(float(cka([rest["s"]], [rest["t"]])), abs=1e-4)
+    rng, biased = np.random.default_rng(1), []
+    for _ in range(300):
+        mixed = tensors["t"][torch.from_numpy(rng.permutation(90))]
+        biased.append(float(cka([tensors["s"]], [mixed], estimator="biased")))
+    assert floor == pytest.approx(np.mean(biased), abs=4 * np.std(biased) / 300**0.5)
+
+
 def test_cka_has_no_standard_error_where_one_group_is_nearly_everything():
     x = {
         n: np.random.default_rng(i).normal(size=(20, 6)).astype(np.float32)
@@ -243,39 +399,59 @@ def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
     good = np.where(rng.random(600) < 0.9, labels, 1 - labels)
     bad = np.where(rng.random(600) < 0.7, labels, 1 - labels)
     other = np.where(rng.random(600) < 0.9, labels, 1 - labels)
-    score = lambda strength: [
-        {
-            "seed": 0,
-            "test": np.arange(0, 600, 2),
-            "C": 1.0,
-            "scores": np.stack(  # noqa: E731
-                [np.zeros(300), strength * labels[::2] + np.random.default_rng(1).normal(size=300)],
-                1,
-            ),
-        }
-    ]
-    a, b, c = ({"knn": g, "probe": score(s)} for g, s in ((good, 3), (bad, 1), (other, 3)))
+    half = np.arange(600) % 2 == 0
+
+    def predictions(guess, strength):
+        noise = np.random.default_rng(1).normal(size=300)
+        scores = np.full((1, 600, 2), np.nan)
+        scores[0, half] = np.stack([np.zeros(300), strength * labels[half] + noise], 1)
+        return {"knn": guess, "fold": np.arange(600) % 30 % 10, "scores": scores}
+
+    a, b, c = predictions(good, 3), predictions(bad, 1), predictions(other, 3)
     clear = paired(a, b, labels, groups)
     assert clear["knn"][0] == pytest.approx((good == labels).mean() - (bad == labels).mean())
     assert 0 < clear["knn"][1] < clear["knn"][0] < clear["knn"][2]
-    expected = np.subtract(
-        *[roc_auc_score(labels[::2], p["probe"][0]["scores"][:, 1]) for p in (a, b)]
-    )
+    expected = np.subtract(*[roc_auc_score(labels[half], p["scores"][0, half, 1]) for p in (a, b)])
     assert clear["probe"][0] == pytest.approx(expected) and clear["probe"][1] > 0
-    low, high = paired(a, c, labels, groups)["knn"][1:]
+    low, high = paired(a, c, labels, groups)["knn"][1:3]
     assert low < 0 < high
     assert verdict({"low": low, "high": high}) == "within noise"
-    assert paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0)
+    assert paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0, 1)
+
+
+def test_paired_difference_is_that_of_the_figures_in_the_table():
+    """kNN accuracy is a mean over folds, whatever their size, in table and difference."""
+    rng = np.random.default_rng(0)
+    sizes = [300] * 3 + [6] * 27
+    patient = np.repeat(np.arange(30), sizes)
+    labels, groups = rng.integers(2, size=len(patient)), [f"p{i}" for i in patient]
+    fold = g2l.protocols.split(labels, groups, 10)
+    guess, means_of = {}, {}
+    for name, large, small in (("a", 0.7, 0.9), ("b", 0.9, 0.7)):
+        sure = np.where(patient < 3, large, small)
+        guess[name] = np.where(rng.random(len(patient)) < sure, labels, 1 - labels)
+        rows = evaluate.score_knn(guess[name], labels, fold, "knn")
+        means_of[name] = np.mean([r["value"] for r in rows if r["metric"] == "accuracy"])
+    none = np.zeros((0, len(labels), 2))
+    a, b = ({"knn": guess[n], "fold": fold, "scores": none} for n in "ab")
+    value, low, high, folds = paired(a, b, labels, groups)["knn"]
+    assert value == pytest.approx(means_of["a"] - means_of["b"]) and folds == 10
+    assert value > 0 > (guess["a"] == labels).mean() - (guess["b"] == labels).mean()
+    assert low < value < high
 
 
 def test_paired_gives_no_interval_for_a_handful_of_groups():
     """All resamplings of one tested group agree: that is no certainty."""
     labels = np.arange(40) % 2
-    guess = lambda wrong: {"knn": np.where(np.arange(40) < wrong, 1 - labels, labels), "probe": []}  # noqa: E731
+    none = np.zeros((0, 40, 2))
+
+    def guess(wrong, n):
+        said = np.where(np.arange(40) < wrong, 1 - labels, labels)
+        return {"knn": said, "fold": np.arange(40) % n, "scores": none}
+
     for n, known in ((5, False), (10, True)):
-        value, low, high = paired(guess(0), guess(12), labels, [f"p{i % n}" for i in range(40)])[
-            "knn"
-        ]
+        groups = [f"p{i % n}" for i in range(40)]
+        value, low, high, _ = paired(guess(0, n), guess(12, n), labels, groups)["knn"]
         assert value == pytest.approx(0.3) and np.isfinite(low) == np.isfinite(high) == known
     row = {"value": 0.3, "low": None, "high": None}
     assert verdict(row) == "too few groups to tell" and with_interval(row) == "+0.300"
@@ -325,39 +501,34 @@ def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group,
     assert not leaked(b, {"metadata": {"patients": [""]}}).any()
 
 
-def test_record_replaces_rows_of_the_same_identity_only(tmp_path):
-    row = {
-        "model": "a",
-        "benchmark": "b",
-        "protocol": "knn",
-        "metric": "accuracy",
-        "fold": 0,
-        "value": 1.0,
-    }
-    record(tmp_path, [row, row | {"fold": 1}, row | {"protocol": "cka", "other": "t"}])
-    record(tmp_path, [row | {"value": 2.0}])
-    assert [r["value"] for r in read_metrics(tmp_path)] == [1.0, 1.0, 2.0]
-    record(tmp_path, [row | {"value": 3.0}], same=("model", "benchmark", "protocol"))
-    assert [(r["protocol"], r["value"]) for r in read_metrics(tmp_path)] == [
-        ("cka", 1.0),
-        ("knn", 3.0),
-    ]
-    record(tmp_path, [row | {"value": float("nan")}])
+ROW = {"model": "a", "benchmark": "b", "protocol": "knn", "metric": "accuracy", "value": 1.0}
+
+
+def test_record_replaces_a_protocol_as_a_whole(tmp_path):
+    record(tmp_path, [ROW, ROW | {"fold": 1}, ROW | {"protocol": "cka", "other": "t"}])
+    record(tmp_path, [ROW | {"protocol": "cka", "other": "s"}])
+    record(tmp_path, [ROW | {"value": 3.0}])
+    found = [(r["protocol"], r["value"]) for r in read_metrics(tmp_path)]
+    assert found == [("cka", 1.0), ("cka", 1.0), ("knn", 3.0)]
+    rows = record(tmp_path, [ROW | {"value": float("nan")}])
     assert read_metrics(tmp_path)[-1]["value"] is None
-    assert ("knn", "accuracy", "a", "b") not in means(tmp_path)
+    assert ("knn", "accuracy", "a", "b") not in means(rows)
+
+
+def test_rows_are_found_under_their_key_if_all_are_there(tmp_path):
+    rows = record(tmp_path, [ROW, ROW | {"fold": 1}], key="labels of today")
+    assert recorded(tmp_path, "labels of today") == rows
+    assert recorded(tmp_path, "labels of yesterday") == []
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")  # a user removed a line
+    assert recorded(tmp_path, "labels of today") == []
 
 
 def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
-    p = {
-        "knn": np.arange(4),
-        "neighbors": np.arange(8).reshape(4, 2),
-        "probe": [{"seed": 0, "test": np.array([1, 2]), "scores": np.eye(2), "C": 0.1}],
-    }
+    p = {"knn": np.arange(4), "scores": np.eye(2)[None]}
     save_predictions(tmp_path / "p.npz", "k", p)
     back = load_predictions(tmp_path / "p.npz", "k")
-    assert np.array_equal(back["neighbors"], p["neighbors"]) and np.array_equal(
-        back["probe"][0]["scores"], np.eye(2)
-    )
+    assert all(np.array_equal(back[name], p[name]) for name in p)
     assert load_predictions(tmp_path / "p.npz", "other") is None
     assert load_predictions(tmp_path / "absent.npz", "k") is None
 
