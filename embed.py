@@ -198,6 +198,21 @@ def missing(targets: dict[int, SlideFeatures], redo: bool) -> list[int]:
     return [number for number, state in states.items() if state != "done"]
 
 
+def patches_of(
+    index: PatchIndex, pieces: list[Piece], batch: int, workers: int, pinned: bool
+) -> torch.utils.data.DataLoader:
+    """The patches of all pieces, one after another, in batches that know no slides."""
+    spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
+    numbers = np.concatenate([np.zeros(0, np.int64), *spans])
+    return torch.utils.data.DataLoader(
+        Patches(index, numbers, batch),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        pin_memory=pinned,
+    )
+
+
 def stream(
     index: PatchIndex,
     models: list[Model],
@@ -209,24 +224,17 @@ def stream(
     rank, world = rank_and_world()
     every = pieces_of(index, todo)
     mine = share_of(every, rank, world)
-    whole = set(todo) - {piece.slide for piece in every if piece not in set(mine)}
+    whole = set(todo) - {piece.slide for piece in set(every) - set(mine)}
     pieces = [p for p in mine if not all(t[p.slide].has_part(p.first) for t in targets)]
     device = next(models[0].parameters()).device
     batch = args.batch_size or min(fitting_batch_size(model) for model in models)
-    spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
-    numbers = np.concatenate([np.zeros(0, np.int64), *spans])
-    loader = torch.utils.data.DataLoader(
-        Patches(index, numbers, batch),
-        batch_size=None,
-        num_workers=default_workers(args.workers, device),
-        worker_init_fn=quiet_worker,
-        pin_memory=device.type == "cuda",
-    )
+    workers = default_workers(args.workers, device)
+    loader = patches_of(index, pieces, batch, workers, device.type == "cuda")
     forwards = [Forward(model, batch, device) for model in models]
     collectors = [Collector(target, pieces, whole) for target in targets]
-    told: Any = Tally(patches=len(numbers))
+    told: Any = Tally(patches=sum(piece.last - piece.first for piece in pieces))
     asked = time.monotonic()
-    with Progress(len(numbers), "patch", shown=rank == 0) as bar, torch.inference_mode():
+    with Progress(told["patches"], "patch", shown=rank == 0) as bar, torch.inference_mode():
         for images, readable, problems in loader:
             arrived = time.monotonic()
             told["waiting"] += arrived - asked
