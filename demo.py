@@ -125,8 +125,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float)
         size = coarse.shape[1] * step, coarse.shape[0] * step
         coarse = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR))
     field = coarse[: shape[0], : shape[1]]
-    noise: np.ndarray = (field - field.mean()) / field.std()
-    return noise
+    return np.asarray((field - field.mean()) / field.std())
 
 
 def tissue_map(rng: np.random.Generator, side: int) -> np.ndarray:
