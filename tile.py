@@ -191,6 +191,11 @@ def build_parser() -> argparse.ArgumentParser:
         "skipping them (a coarser slide gains no detail by it)",
     )
     group.add_argument(
+        "--enlarge",
+        action="store_true",
+        help="with --resample: take slides too that are more than 1.5 times coarser",
+    )
+    group.add_argument(
         "--assume-mpp",
         type=pixel_size,
         metavar="UM",

@@ -95,6 +95,7 @@ LIMITS = (
     "patch_size",
     "overlap",
     "resample",
+    "enlarge",
     "min_tissue",
     "max_pen",
     "max_blur",

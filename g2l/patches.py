@@ -46,8 +46,10 @@ def write_coords(
     """
     assert slide.mpp is not None
     native = tiling.size0 == tiling.patch_size
-    target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 4)
-    level0 = target * tiling.size0 / tiling.patch_size
+    target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 1)
+    # TRIDENT floors patch_size * level0 / target, which shall be the side at level 0.
+    level0 = math.nextafter(target * tiling.size0 / tiling.patch_size, math.inf)
+    level0 = round(level0, 9) if round(level0, 9) % 1 == 0 else level0
     size, found = [slide.width, slide.height], slide.path.stat()
     attributes = {
         "patch_size": tiling.patch_size,
