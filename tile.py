@@ -42,7 +42,7 @@ from g2l.files import atomic, locked, size_of
 from g2l.gdc import ask_gdc, download, downloaded_mark
 from g2l.grid import tile_slide
 from g2l.overlays import write_contact_sheet, write_geojson, write_thumbnail
-from g2l.patches import magnification, tile_table, write_coords, write_shard
+from g2l.patches import magnification, tile_table, write_clam_list, write_coords, write_shard
 from g2l.progress import Progress
 from g2l.slides import Slide
 from g2l.tissue import find_mask
@@ -628,6 +628,7 @@ def summarize(sources: list[CohortSlide], folder: Path, news: bool) -> int:
     }
     if count["done"] and (news or not (folder / "contact.jpg").is_file()):
         write_contact_sheet(folder)
+        write_clam_list(folder)
     for row in [row for row in rows if row["status"] == "failed"][:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
     warned = sum(bool(row["warnings"]) for row in rows)

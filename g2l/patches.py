@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from g2l.cohort import find_slides, read_rows
 from g2l.errors import PatchError, UserError
-from g2l.files import atomic
+from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.slides import Slide
 from g2l.tiff import Codec, Recent, assemble, read_bytes
@@ -78,6 +78,9 @@ def write_coords(
             file.create_dataset(name, data=values)
         if source:
             _write_source(file.create_group("compressed"), **source)
+    if native:  # the name that CLAM's extract_features_fp.py looks for
+        with contextlib.suppress(OSError), atomic(path.with_name(f"{slide.name}.h5")) as link:
+            os.symlink(path.name, link)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
@@ -86,6 +89,12 @@ def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: An
     group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
     values = columns, codec.compression, codec.width, codec.height
     group.attrs.update(zip(SOURCE, values, strict=True))
+
+
+def write_clam_list(folder: Path) -> None:
+    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
+    names = [name for name, row in read_rows(folder).items() if row["size0"] == row["patch_size"]]
+    write_text(folder / "clam.csv", "\n".join(["slide_id", *names, ""]))
 
 
 def magnification(mpp: float) -> int:
@@ -143,9 +152,8 @@ def _as_jpeg(slide: Slide, tiling: Tiling, x: int, y: int, quality: int) -> byte
     import simplejpeg
 
     tiles, size = slide.levels[0].tiles, tiling.patch_size
-    if tiles and tiles.codec.compression == Codec.JPEG and tiling.size0 == size:
-        whole = (tiles.codec.width, tiles.codec.height) == (size, size)
-        if whole and x % size == y % size == 0:
+    if tiles and tiles.codec.is_jpeg and tiling.size0 == size:
+        if tiles.codec.holds(x, y, size, size):
             data = tiles.compressed(slide.file, y // size * tiles.columns + x // size)
             with contextlib.suppress(PatchError):  # what it refuses OpenSlide may still read
                 tiles.codec.decode(data)

@@ -519,3 +519,15 @@ def test_rotten_tiles_are_not_copied_into_shards(tmp_path):
         index.read(i)
     (row,) = csv.DictReader(open(tmp_path / "tiles" / "mine" / "slides.csv"))
     assert row["unreadable"] == str(len(lost)) and "unreadable patches" in row["warnings"]
+
+
+def test_clam_finds_the_coordinates_by_its_own_names(cohort):
+    """The reads of CLAM's extract_features_fp.py: a list of slides, patches/<slide_id>.h5."""
+    rows = list(csv.DictReader(open(cohort / "clam.csv")))
+    assert [row["slide_id"] for row in rows] == ["a", "b"], "c is resampled, which CLAM cannot do"
+    for row in rows:
+        name = row["slide_id"].split(".svs")[0]
+        with h5py.File(cohort / "patches" / f"{name}.h5", "r") as file:
+            assert file["coords"].attrs["patch_level"] == 0
+            assert len(file["coords"]) > 0 and file["coords"].attrs["patch_size"] == 256
+    assert not (cohort / "patches" / "c.h5").exists()
