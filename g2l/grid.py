@@ -44,21 +44,28 @@ class Tiling:
         self.measures = {name: values[kept] for name, values in self.measures.items()}
 
 
-def choose_size(slide: Slide, mpp: float, patch_size: int, resample: bool) -> tuple[int, float]:
+def choose_size(
+    slide: Slide, mpp: float, patch_size: int, resample: bool, enlarge: bool = False
+) -> tuple[int, float]:
     """Level-0 side of a patch and the µm per output pixel that results.
 
     A slide within 20 % of the target is taken as it is (0.2 to 0.3 µm/px is 40x); others only with
-    `resample`. SkippedSlide when the slide does not fit.
+    `resample`, and enlarged more than 1.5 times only with `enlarge` too. SkippedSlide when the
+    slide does not fit.
     """
     if slide.mpp is None:
         raise SkippedSlide(slide.mpp_source or "no µm per pixel in the file", "mpp")
     if 0.8 * mpp - 1e-9 <= slide.mpp <= 1.2 * mpp + 1e-9:
         return patch_size, slide.mpp
+    kind = "coarser" if slide.mpp > mpp else "finer"
+    text = f"{slide.mpp:.4g} µm/px is {kind} than {mpp:g} (± 20 %)"
     if not resample:
-        kind = "coarser" if slide.mpp > mpp else "finer"
-        text = f"{slide.mpp:.4g} µm/px is {kind} than {mpp:g} (± 20 %)"
         raise SkippedSlide(text, "magnification")
-    return max(1, round(patch_size * mpp / slide.mpp)), mpp
+    if slide.mpp > 1.5 * mpp and not enlarge:
+        text += f", and enlarging it {slide.mpp / mpp:.2g} times adds no detail"
+        raise SkippedSlide(text, "enlarge")
+    size0 = max(1, round(patch_size * mpp / slide.mpp))
+    return size0, slide.mpp * size0 / patch_size
 
 
 def tile_slide(
@@ -68,6 +75,7 @@ def tile_slide(
     patch_size: int = 256,
     min_tissue: float = 0.5,
     resample: bool = False,
+    enlarge: bool = False,
     overlap: int = 0,
     max_pen: float = 0.1,
     max_blur: float = 3.5,
@@ -81,7 +89,7 @@ def tile_slide(
     whole patches are taken. Raises SkippedSlide (another magnification or none, no tissue) and
     UserError (cannot be used at all).
     """
-    size0, got = choose_size(slide, mpp, patch_size, resample)
+    size0, got = choose_size(slide, mpp, patch_size, resample, enlarge)
     if slide.width < size0 or slide.height < size0:
         size = f"{slide.width} x {slide.height} px"
         raise SkippedSlide(f"smaller ({size}) than one patch of {size0} px")
@@ -162,8 +170,10 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
         raise UserError(
             f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}"
         )
-    dark, bright = inside.max(axis=2) < 40, inside.min(axis=2) > 150
-    if dark.mean() > 0.5 and bright.mean() < 0.02:
+    low, high = inside.min(axis=2), inside.max(axis=2)
+    seen = high >= 40
+    # Stained tissue lets some of every colour through, on a black ground too; dyes glow in one.
+    if seen.mean() < 0.5 and not (low[seen] > 0.25 * high[seen]).mean() > 0.5:
         raise SkippedSlide("mostly black: fluorescence or an empty scan, not bright-field")
     return image, scale
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from g2l.cohort import find_slides
 from g2l.errors import PatchError, UserError
-from g2l.files import atomic
+from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.rows import read_rows
 from g2l.slides import Slide
@@ -47,8 +47,10 @@ def write_coords(
     """
     assert slide.mpp is not None
     native = tiling.size0 == tiling.patch_size
-    target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 4)
-    level0 = target * tiling.size0 / tiling.patch_size
+    target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 1)
+    # TRIDENT floors patch_size * level0 / target, which shall be the side at level 0.
+    level0 = math.nextafter(target * tiling.size0 / tiling.patch_size, math.inf)
+    level0 = round(level0, 9) if round(level0, 9) % 1 == 0 else level0
     size, found = [slide.width, slide.height], slide.path.stat()
     attributes = {
         "patch_size": tiling.patch_size,
@@ -77,6 +79,9 @@ def write_coords(
             file.create_dataset(name, data=values)
         if source:
             _write_source(file.create_group("compressed"), **source)
+    if native:  # the name that CLAM's extract_features_fp.py looks for
+        with contextlib.suppress(OSError), atomic(path.with_name(f"{slide.name}.h5")) as link:
+            os.symlink(path.name, link)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
@@ -85,6 +90,12 @@ def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: An
     group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
     values = columns, codec.compression, codec.width, codec.height
     group.attrs.update(zip(SOURCE, values, strict=True))
+
+
+def write_clam_list(folder: Path) -> None:
+    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
+    names = [name for name, row in read_rows(folder).items() if row["size0"] == row["patch_size"]]
+    write_text(folder / "clam.csv", "\n".join(["slide_id", *names, ""]))
 
 
 def magnification(mpp: float) -> int:
@@ -142,9 +153,8 @@ def _as_jpeg(slide: Slide, tiling: Tiling, x: int, y: int, quality: int) -> byte
     import simplejpeg
 
     tiles, size = slide.levels[0].tiles, tiling.patch_size
-    if tiles and tiles.codec.compression == Codec.JPEG and tiling.size0 == size:
-        whole = (tiles.codec.width, tiles.codec.height) == (size, size)
-        if whole and x % size == y % size == 0:
+    if tiles and tiles.codec.is_jpeg and tiling.size0 == size:
+        if tiles.codec.holds(x, y, size, size):
             data = tiles.compressed(slide.file, y // size * tiles.columns + x // size)
             with contextlib.suppress(PatchError):  # what it refuses OpenSlide may still read
                 tiles.codec.decode(data)

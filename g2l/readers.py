@@ -1,13 +1,14 @@
 """Readers of slide files, each one class with the same few names, so that another is one more.
 
-A reader has `vendor`, `properties` (OpenSlide's names), `sizes` and `downsamples` of its levels,
-`region(level, x, y, w, h)` in pixels of that level, and `close()`. `open_reader` picks one.
+`open_reader` picks one: OpenSlide first, whose pixels are what this project promises; where it does
+not know the format tifffile, then FastSlide (other pixels by up to 49 grey levels where both read).
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError, UserError
+from g2l.tiff import Recent, assemble, read_bytes
 
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
 
 
-class OpenSlideReader:
-    """OpenSlide, which also reads plain images (through Pillow)."""
+class Reader:
+    """One open file: `properties` by OpenSlide's names, `sizes` (width, height) of its levels."""
+
+    vendor: str
+    properties: dict[str, str]
+    sizes: Any
+    notes: tuple[str, ...] = ()  # what the user should know of the file
+    _slide: Any
 
     def __init__(self, path: Path, cache: int):
         self.path, self.cache = path, cache
-        self.notes: list[str] = []  # what the user should know of the file
         self._open()
-        self.properties = dict(self._slide.properties)
-        self.vendor = self.properties.get("openslide.vendor", "image")
-        self.sizes = self._slide.level_dimensions
-        self.downsamples = self._slide.level_downsamples
 
     def _open(self) -> None:
-        import openslide
+        raise NotImplementedError
 
-        plain = self.path.suffix.lower() in PLAIN
-        kind = openslide.ImageSlide if plain else openslide.OpenSlide
-        self._slide: Any = kind(str(self.path))
-        if not plain:
-            self._slide.set_cache(openslide.OpenSlideCache(self.cache))
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+        """(h, w, 3) uint8 in pixels of a level, transparent parts white; PatchError."""
+        raise NotImplementedError
 
     def tile_size(self, level: int) -> tuple[int, int]:
         """(width, height) of a level's tiles, to whose whole number some writers pad it."""
@@ -48,12 +49,30 @@ class OpenSlideReader:
         width, height = (self.properties.get(name + side, "1") for side in ("width", "height"))
         return int(width), int(height)
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
-        """(h, w, 3) uint8, transparent parts white; PatchError where it cannot be read."""
+    def close(self) -> None:
+        self._slide.close()
+
+
+class OpenSlideReader(Reader):
+    """OpenSlide, which also reads plain images (through Pillow)."""
+
+    def _open(self) -> None:
         import openslide
 
-        factor = self.downsamples[level]
+        plain = self.path.suffix.lower() in PLAIN
+        kind = openslide.ImageSlide if plain else openslide.OpenSlide
+        self._slide = kind(str(self.path))
+        if not plain:
+            self._slide.set_cache(openslide.OpenSlideCache(self.cache))
+        self.properties = dict(self._slide.properties)
+        self.vendor = self.properties.get("openslide.vendor", "image")
+        self.sizes = self._slide.level_dimensions
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+        import openslide
+
         try:
+            factor = self._slide.level_downsamples[level]
             place = round(x * factor), round(y * factor)
             pixels = np.asarray(self._slide.read_region(place, level, (w, h)))
         except (openslide.OpenSlideError, OSError) as error:
@@ -62,19 +81,94 @@ class OpenSlideReader:
             raise PatchError(str(error)) from error
         return over_white(pixels)
 
-    def close(self) -> None:
-        self._slide.close()
+
+class TiffReader(Reader):
+    """TIFFs that OpenSlide leaves aside: strips, big-endian, WebP, JPEG XL; 8-bit RGB."""
+
+    vendor = "tiff"
+
+    def _open(self) -> None:
+        import tifffile
+
+        self._slide = tifffile.TiffFile(self.path)
+        self._recent = Recent(self.cache)
+        series = self._slide.series
+        self._pages = [level.keyframe for level in series[0].levels]
+        page = self._pages[0]
+        if (page.dtype, int(page.planarconfig)) != (np.uint8, 1) or page.samplesperpixel < 3:
+            raise ValueError("not 8-bit RGB")
+        self.sizes = [(page.imagewidth, page.imagelength) for page in self._pages]
+        x, y = page.resolution
+        self.properties = {
+            "tiff.ImageDescription": page.description,
+            "tiff.ResolutionUnit": page.resolutionunit.name,
+            "tiff.XResolution": str(x),
+            "tiff.YResolution": str(y),
+        }
+        if len(series) > 1:
+            self.notes = (f"holds {len(series)} images, of which the first is taken",)
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+        page = self._pages[level]
+        tw, th = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
+        if page.is_tiled:
+            tw, th = page.tilewidth, page.tilelength
+        columns = -(-page.imagewidth // tw)
+
+        def tile(row, column):
+            index = row * columns + column
+            return self._recent.get((level, index), lambda: self._decode(page, index, tw, th))
+
+        return assemble(tile, tw, th, x, y, w, h)
+
+    def _decode(self, page: Any, index: int, width: int, height: int) -> NDArray:
+        out = np.full((height, width, 3), 255, np.uint8)
+        place = page.dataoffsets[index], page.databytecounts[index]
+        data = read_bytes(self._slide.filehandle.fileno(), *place)
+        if data:
+            try:
+                pixels = page.decode(data, index, jpegtables=page.jpegtables)[0][0]
+            except (RuntimeError, ValueError, struct.error) as error:
+                raise PatchError(str(error)) from error
+            out[: len(pixels), : pixels.shape[1]] = over_white(pixels)
+        return out
+
+
+class FastSlideReader(Reader):
+    """FastSlide, if installed: CZI, iSyntax, VSI, QPTIFF and what else OpenSlide does not know."""
+
+    def _open(self) -> None:
+        import fastslide
+
+        self._slide = slide = fastslide.FastSlide.from_file_path(str(self.path))
+        if not slide or not slide.level_count or slide.dtype != "uint8" or slide.num_channels < 3:
+            raise ValueError("FastSlide knows no 8-bit RGB picture in it")
+        self.vendor = f"fastslide {slide.format}"
+        self.sizes = slide.level_dimensions
+        names = "mpp-x", "mpp-y", "bounds-x", "bounds-y", "objective-power"
+        power = slide.properties.get("objective_magnification", "")
+        values = (*slide.mpp, *slide.bounds[0], power)
+        self.properties = {f"openslide.{n}": str(v) for n, v in zip(names, values, strict=True)}
+        if slide.num_images * slide.z_count * slide.t_count > 1:
+            kinds = f"{slide.num_images} images, {slide.z_count} planes, {slide.t_count} times"
+            self.notes = (f"holds {kinds}, of each the first is taken",)
+
+    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+        try:
+            return over_white(self._slide.read_region((x, y), level, (w, h)).numpy())
+        except RuntimeError as error:
+            raise PatchError(str(error)) from error
 
 
 def over_white(pixels: NDArray) -> NDArray:
-    """(h, w, 3) uint8 of (h, w, 4) on white ground."""
+    """(h, w, 3) uint8 of (h, w, 3 or 4) on white ground."""
     rgb, alpha = pixels[..., :3], pixels[..., 3:]
-    if alpha.min() == 255:
+    if (alpha == 255).all():  # so too where there is none
         return np.ascontiguousarray(rgb)
     return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(np.uint8)
 
 
-def open_reader(path: Path, cache: int) -> OpenSlideReader:
+def open_reader(path: Path, cache: int) -> Reader:
     """The reader of a slide; UserError where it cannot be opened."""
     import openslide
 
@@ -83,11 +177,14 @@ def open_reader(path: Path, cache: int) -> OpenSlideReader:
         return OpenSlideReader(path, cache)
     except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
         what = str(error)
-        if "nsupported or missing" in what:
-            what = "not a slide format that OpenSlide knows"
-            _complain_of_pictures(path)
-        text = f"{path}: cannot be opened ({what}); cut short, damaged or no slide"
-        raise UserError(text) from error
+    if "nsupported" in what:
+        for kind in (TiffReader, FastSlideReader):
+            with contextlib.suppress(ImportError, OSError, ValueError, RuntimeError, LookupError):
+                return kind(path, cache)
+        _complain_of_pictures(path)
+    if "nsupported or missing" in what:
+        what = "not a slide format that OpenSlide knows"
+    raise UserError(f"{path}: cannot be opened ({what}); cut short, damaged or no slide")
 
 
 def _complain_early(path: Path) -> None:

@@ -24,7 +24,8 @@ from g2l.errors import PatchError
 from g2l.readers import PLAIN, open_reader
 from g2l.tiff import Recent, Tiles, assemble
 
-SUFFIXES = tuple(".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi".split())
+KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
+SUFFIXES = tuple(KINDS.split())
 PIECE = 8e6  # source pixels that are read at once
 
 
@@ -77,10 +78,10 @@ class Slide:
         for number, size in enumerate(self._reader.sizes):
             self._add_level(size[0], size[1], number)
         self.drafts = list(self.levels)  # what is good enough to look for tissue
-        description = self._open_tiles()
+        self._open_tiles()
         self.mpp, self.mpp_source = mpp, "given"
         if not mpp:
-            self.mpp, self.mpp_source = find_mpp(properties, description)
+            self.mpp, self.mpp_source = find_mpp(properties)
         x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
         self.origin = x, y
         power = _number(properties.get("openslide.objective-power", ""))
@@ -98,29 +99,27 @@ class Slide:
         height = min(height, math.ceil(self.height / factor))
         self.levels.append(Level(width, height, factor, number, tiles))
 
-    def _open_tiles(self) -> str:
-        """Find the compressed tiles of an Aperio or generic TIFF; returns its description.
+    def _open_tiles(self) -> None:
+        """Find the compressed tiles of an Aperio or generic TIFF.
 
         They are trusted only if a tile of level 0 with much in it equals what OpenSlide shows.
         """
         if self.vendor not in ("aperio", "generic-tiff"):
-            return ""
+            return
         import tifffile
 
         try:
             with tifffile.TiffFile(self.path) as tiff:
-                first = tiff.pages.first
-                self._match_pages(tiff.pages, first.pages or ())
+                self._match_pages(tiff.pages, tiff.pages.first.pages or ())
         except (tifffile.TiffFileError, OSError, ValueError, IndexError, TypeError, struct.error):
             self._distrust_tiles()  # what tifffile cannot parse, OpenSlide may still read
-            return ""
+            return
         self.file = os.open(self.path, os.O_RDONLY)
         if self._equals_openslide():
             self._choose_drafts()
         else:
             self._distrust_tiles()
             self.drafts = list(self.levels)
-        return first.description
 
     def _match_pages(self, pages, inner) -> None:
         """The tiles of each level; OME-TIFF keeps its pyramid where OpenSlide does not look."""
@@ -259,13 +258,14 @@ class Slide:
     ) -> NDArray:
         """(out_h, out_w, 3) uint8 of the level-0 rectangle, white beyond the edges.
 
-        Taken from the level nearest above and resampled where need be (antialiased; `draft`: by
-        the mean of pixels). PatchError when a part is unreadable; with `draft` it is taken from a
-        finer level (a downsample `below` that one's), else left white and noted in `damaged`.
+        Taken from the level nearest above and resampled where need be: by the mean of pixels where
+        these are whole or `draft`, else bicubic, antialiased. PatchError when a part is unreadable;
+        with `draft` it is taken from a finer level (a downsample `below` that one's), else left
+        white and noted in `damaged`.
         Memory is bounded: a large source is read in pieces.
         """
         scale = min(w / out_w, h / out_h)
-        level = self._level(scale, draft, below)
+        level = self._level((x, y, w, h), scale, draft, below)
         d = level.downsample
         if w * h / d**2 > PIECE and max(out_w, out_h) > 64:
             along, out = (1, out_w) if out_w > out_h else (0, out_h)
@@ -277,9 +277,11 @@ class Slide:
                     part = x, y + a * h / out, w, (b - a) * h / out, out_w, b - a
                 parts.append(self.area(*part, draft, below))
             return np.concatenate(parts, axis=along)
-        left, top = x / d, y / d
-        exact = (w / d, h / d) == (out_w, out_h) and left == int(left) and top == int(top)
-        margin = 0 if draft or exact else 2 * math.ceil(max(1, scale / d))
+        left, top, zoom = x / d, y / d, scale / d
+        aligned = zoom == int(zoom) and not any(n % d for n in (x, y, w, h))
+        exact = aligned and (w / d, h / d) == (out_w, out_h)
+        mean = draft or (aligned and (w / out_w, h / out_h) == (scale, scale))
+        margin = 0 if mean else 2 * math.ceil(max(1, zoom))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(left + w / d) + margin, math.ceil(top + h / d) + margin
         noted = len(self.damaged)
@@ -290,24 +292,33 @@ class Slide:
         if exact:
             return source
         box = (left - x0, top - y0, left - x0 + w / d, top - y0 + h / d)
-        filter = Image.Resampling.BOX if draft else Image.Resampling.BICUBIC
+        filter = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
         return np.asarray(Image.fromarray(source).resize((out_w, out_h), filter, box))
 
-    def _level(self, scale: float, draft: bool, below: float) -> Level:
-        """The coarsest level that is fine enough for `scale`, level 0 where none is."""
+    def _level(self, box: tuple[float, ...], scale: float, draft: bool, below: float) -> Level:
+        """The coarsest level that is fine enough for `scale`, level 0 where none is.
+
+        JPEG tiles decoded small are the mean of their pixels to 0.2 grey levels (those of JPEG 2000
+        to 5), so they serve beyond drafts where the box is whole pixels of theirs.
+        """
         best = self.levels[0]
-        for level in self.drafts if draft else self.levels:
-            if level.downsample > scale * 1.01 or level.downsample >= below:
+        for level in self.drafts if draft else (*self.levels, *self.drafts):
+            d = level.downsample
+            if d > scale * 1.01 or d >= below:
                 continue
-            if (level.downsample, -level.shrink) > (best.downsample, -best.shrink):
+            if not draft and level.shrink > 1:
+                assert level.tiles
+                if d != scale or any(n % d for n in box) or not level.tiles.codec.is_jpeg:
+                    continue
+            if (d, -level.shrink) > (best.downsample, -best.shrink):
                 best = level
         return best
 
     def read(self, x: int, y: int, size: int, out: int) -> NDArray:
         """(out, out, 3) uint8 of the square of `size` level-0 pixels at (x, y), white beyond edges.
 
-        With out == size these are the slide's own pixels; otherwise resampled (bicubic,
-        antialiased). PatchError names the slide and the place.
+        With out == size these are the slide's own pixels, otherwise resampled (see area).
+        PatchError names the slide and the place.
         """
         try:
             return self.area(x, y, size, size, out, out)
@@ -354,7 +365,7 @@ def level_factor(
     return sum(ratios) / 2 if abs(ratios[0] / ratios[1] - 1) <= slack else None
 
 
-def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None, str]:
+def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
     """µm per pixel and where it came from: OME's text, vendor properties, then resolution tags.
 
     Implausible values are refused, which the second value then says.
@@ -365,7 +376,7 @@ def find_mpp(properties: dict[str, str], description: str) -> tuple[float | None
         return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
     generic = properties.get("openslide.vendor") == "generic-tiff"
     candidates = [
-        (_ome_size(description), "OME PhysicalSizeX"),
+        (_ome_size(properties.get("tiff.ImageDescription", "")), "OME PhysicalSizeX"),
         (math.sqrt(x * y) if x > 0 and y > 0 else x, tag if generic else "openslide.mpp-x"),
         (_number(properties.get("aperio.MPP", "")), "aperio.MPP"),
     ]

@@ -39,6 +39,10 @@ class Codec:
     width: int
     height: int
 
+    @property
+    def is_jpeg(self) -> bool:
+        return self.compression == self.JPEG
+
     def holds(self, x: int, y: int, w: int, h: int) -> bool:
         """Whether a rectangle is one whole tile, which then need not be cut out of anything."""
         return x % self.width == y % self.height == 0 and (w, h) == (self.width, self.height)
@@ -61,7 +65,7 @@ class Codec:
         if not data:  # the scanner left it out
             return np.full(shape, 255, np.uint8)
         try:
-            if self.compression == self.JPEG:
+            if self.is_jpeg:
                 image = self._jpeg(data, shape, shrink)
             else:
                 image = _jpeg2000(data, shrink)
@@ -142,7 +146,7 @@ class Tiles:
         """Scales at which tiles can be decoded small: 1/2 to 1/8 of JPEG, to 1/32 of JPEG 2000,
         as far as it is layered."""
         halvings = 3
-        if self.codec.compression != Codec.JPEG:
+        if not self.codec.is_jpeg:
             data = self.compressed(file, int(self.counts.argmax()))
             style = data.find(b"\xff\x52")  # marker COD
             halvings = min(data[style + 9], 5) if 0 <= style < len(data) - 9 else 0

@@ -36,7 +36,7 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     high = np.maximum.reduce(planes)
     void = high < 25  # black borders
     light, density = [], []  # relative to the glass
-    for plane, white in zip(planes, _glass(image, low, high), strict=True):
+    for plane, white in zip(planes, _glass(planes, low, high), strict=True):
         through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
         light.append(through[plane])
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
@@ -56,13 +56,23 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     return mask & clear & ~gap, pen
 
 
-def _glass(image: NDArray, low: NDArray, high: NDArray) -> NDArray:
-    """(3,) colour of the empty glass: a tinted lamp is no colour of the tissue."""
-    background = (low > 150) & (high - low < 24)
-    if background.mean() <= 0.01:
-        return np.array([245, 245, 245], np.float32)
-    tint = np.median(image[background][::17], axis=0)
-    return np.clip(tint, tint.max() * 0.94, None).astype(np.float32)  # not to correct tissue away
+def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
+    """Red, green, blue of the empty glass, which is flat and brighter than what lies on it.
+
+    A tinted or dim lamp is no colour of the tissue. Pure white is no glass: it was not scanned.
+    """
+    green = planes[1].astype(np.int16)
+    flat = (low > 60) & (low < 254) & (high - low < 64)
+    flat[1:] &= abs(green[1:] - green[:-1]) <= 2
+    flat[:, 1:] &= abs(green[:, 1:] - green[:, :-1]) <= 2
+    share = flat.mean()
+    if share <= 0.01:
+        return [245, 245, 245]
+    flat &= green + 20 >= np.percentile(green[flat], 90)
+    tint = [float(np.median(plane[flat])) for plane in planes]
+    # Where there is little of it, it may be pale tissue: not to be corrected away.
+    least = max(tint) * (0.8 if share > 0.1 else 0.94)
+    return [max(value, least) for value in tint]
 
 
 def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
@@ -77,7 +87,7 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     red_share = red * by_green
     blue_share = blue * by_green
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
-    pen |= (red_share > 0.88) & (red > 0.7)  # dark blue
+    pen |= (red_share > 0.97) & (red > 0.7)  # dark blue; dense haematoxylin has 0.93
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
     # Black, brown, green on tissue; then red.
     pen |= (blue_share > 0.8) & (red_share > 0.6) & (green > 0.3)

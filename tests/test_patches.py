@@ -47,7 +47,12 @@ def cohort(tmp_path_factory):
     write_slide(folder / "a.svs", section(1536, 1536))
     write_slide(folder / "b.svs", section(1400, 1000, 1), tile_size=240, codec="rgb")
     write_slide(folder / "c.svs", section(900, 1000, 2), mpp=0.5, objective=20)
-    assert tile.main(["--cancer", "mine", "--data", str(data), "--resample", "--workers", "1"]) == 0
+    assert (
+        tile.main(
+            ["--cancer", "mine", "--data", str(data), "--resample", "--enlarge", "--workers", "1"]
+        )
+        == 0
+    )
     return data / "tiles" / "mine"
 
 
@@ -332,6 +337,7 @@ def test_shards_hold_the_tiles_themselves(cohort, tmp_path):
         "--data",
         str(tmp_path),
         "--resample",
+        "--enlarge",
         "--save-patches",
     ]
     assert tile.main([*args, "--workers", "1"]) == 0
@@ -422,7 +428,7 @@ def test_few_file_handles_are_no_fault_of_the_patches(tmp_path):
     write_slide(folder / "s00.svs", section(512, 512), mpp=0.125, levels=())
     for n in range(1, 40):
         shutil.copy(folder / "s00.svs", folder / f"s{n:02d}.svs")
-    options = ["--resample", "--min-tissue", "0.1", "--max-blur", "6"]
+    options = ["--resample", "--enlarge", "--min-tissue", "0.1", "--max-blur", "6"]
     assert tile.main(["--cancer", "mine", "--data", str(tmp_path), *options]) == 0
     code = (
         "import resource, sys; from g2l.patches import PatchIndex; "
@@ -513,3 +519,15 @@ def test_rotten_tiles_are_not_copied_into_shards(tmp_path):
         index.read(i)
     (row,) = csv.DictReader(open(tmp_path / "tiles" / "mine" / "slides.csv"))
     assert row["unreadable"] == str(len(lost)) and "unreadable patches" in row["warnings"]
+
+
+def test_clam_finds_the_coordinates_by_its_own_names(cohort):
+    """The reads of CLAM's extract_features_fp.py: a list of slides, patches/<slide_id>.h5."""
+    rows = list(csv.DictReader(open(cohort / "clam.csv")))
+    assert [row["slide_id"] for row in rows] == ["a", "b"], "c is resampled, which CLAM cannot do"
+    for row in rows:
+        name = row["slide_id"].split(".svs")[0]
+        with h5py.File(cohort / "patches" / f"{name}.h5", "r") as file:
+            assert file["coords"].attrs["patch_level"] == 0
+            assert len(file["coords"]) > 0 and file["coords"].attrs["patch_size"] == 256
+    assert not (cohort / "patches" / "c.h5").exists()

@@ -17,6 +17,7 @@ from synthetic import BACKGROUND, by_openslide, section, stained, write_slide
 import tile
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.grid import tile_slide
+from g2l.readers import FastSlideReader
 from g2l.slides import Slide, level_factor
 from g2l.tiff import Codec, Tiles
 
@@ -319,36 +320,12 @@ def test_memory_stays_bounded_on_one_level(tmp_path):
     assert patches > 1500 and megabytes < 300
 
 
-@pytest.mark.parametrize(
-    ("write", "reason"),
-    [
-        (
-            lambda path, image: tifffile.imwrite(
-                path, image, photometric="rgb", compression="deflate"
-            ),
-            "TIFF picture",
-        ),
-        (lambda path, image: Image.fromarray(image).save(path, "png"), "PNG picture"),
-        (lambda path, image: Image.fromarray(image).save(path, "jpeg"), "JPEG picture"),
-    ],
-)
-def test_pictures_that_are_no_slides_are_called_so(tmp_path, write, reason):
-    """Strips instead of tiles, or a renamed picture: sound, so nobody should search for damage."""
-    write(tmp_path / "a.svs", section(300, 300))
-    with pytest.raises(UserError, match=f"{reason}.*vips tiffsave"):
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_pictures_that_are_no_slides_are_called_so(tmp_path, kind):
+    """A renamed picture is sound: nobody should search it for damage."""
+    Image.fromarray(section(300, 300)).save(tmp_path / "a.svs", kind)
+    with pytest.raises(UserError, match=f"{kind.upper()} picture.*vips tiffsave"):
         Slide(tmp_path / "a.svs")
-
-
-def test_a_compression_that_openslide_does_not_read_is_named(tmp_path):
-    tifffile.imwrite(
-        tmp_path / "a.tif",
-        section(600, 600),
-        tile=(256, 256),
-        photometric="rgb",
-        compression="webp",
-    )
-    with pytest.raises(UserError, match="Unsupported TIFF compression"):
-        Slide(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(
@@ -520,3 +497,58 @@ def test_a_slide_is_sound_where_its_patches_are_read(tmp_path, damage):
             slide.read(x, y, 256, 256)
     assert len(tiling.coords) + len(tiling.unreadable) == 36
     assert len(tiling.unreadable) == (9 if damage == "cut" else 0)
+
+
+@pytest.mark.parametrize("codec", ["444", "ycbcr", "j2k"])
+def test_a_resampled_patch_decodes_only_the_tiles_it_covers(tmp_path, monkeypatch, codec):
+    """40x to 20x on a slide without a level for it: four tiles, of JPEG at half their size."""
+    path = write_slide(tmp_path / "a.svs", section(2048, 2048), codec=codec, levels=())
+    shrinks, right = [], Codec.decode
+    with Slide(path) as slide:
+        full = slide.area(512, 512, 512, 512, 512, 512)
+    with Slide(path) as slide:
+        monkeypatch.setattr(
+            Codec,
+            "decode",
+            lambda codec, data, shrink=1: shrinks.append(shrink) or right(codec, data, shrink),
+        )
+        ours = slide.read(512, 512, 512, 256).astype(int)
+        assert shrinks == [1 if codec == "j2k" else 2] * 4
+    mean = np.asarray(Image.fromarray(full).reduce(2)).astype(int)
+    difference = ours - mean
+    assert np.abs(difference).mean() < 3 and np.abs(difference.mean((0, 1))).max() < 0.6
+
+
+# Other readers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rowsperstrip": 64, "compression": "deflate"},
+        {"rowsperstrip": 64, "compression": "lzw", "predictor": True, "byteorder": ">"},
+        {"tile": (128, 128), "compression": "webp", "compressionargs": {"lossless": True}},
+        {"tile": (128, 128), "compression": "jpegxl", "compressionargs": {"lossless": True}},
+    ],
+)
+def test_tiffs_that_openslide_leaves_aside(tmp_path, options):
+    image, path = section(700, 901), tmp_path / "a.tif"
+    about = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, image, photometric="rgb", metadata=None, **about, **options)
+    with Slide(path) as slide:
+        assert slide.vendor in ("tiff", "generic-tiff") and slide.mpp == 0.25
+        assert np.array_equal(slide.read(300, 200, 256, 256), image[200:456, 300:556])
+        assert len(tile_slide(slide).coords) == 5
+        assert (slide.read(800, 600, 256, 256)[100:, 101:] == 255).all()
+
+
+def test_fastslide_reads_what_openslide_does_not(tmp_path):
+    fastslide = pytest.importorskip("fastslide")
+    path = write_slide(tmp_path / "a.svs", section(700, 901))
+    reader = FastSlideReader(path, 1 << 20)
+    assert reader.sizes[0] == (901, 700) and reader.properties["openslide.mpp-x"] == "0.25"
+    assert len(reader.sizes) == 2 and fastslide.__version__
+    with Slide(path) as slide:
+        ours = slide.area(300, 200, 200, 100, 200, 100).astype(int)
+    assert np.abs(reader.region(0, 300, 200, 200, 100) - ours).mean() < 2
+    reader.close()

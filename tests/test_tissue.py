@@ -33,9 +33,9 @@ def plain(tmp_path_factory):
         (0.19, False, None),
         (0.31, False, None),
         (0.5, False, None),
-        (0.5, True, 128),
+        (0.5, True, None),
+        (0.37, True, 173),
         (0.125, True, 512),
-        (1.0, True, 64),
     ],
 )
 def test_which_magnifications_are_taken(mpp, resample, size0):
@@ -43,9 +43,16 @@ def test_which_magnifications_are_taken(mpp, resample, size0):
     if size0 is None:
         with pytest.raises(SkippedSlide) as info:
             choose_size(slide, 0.25, 256, resample)
-        assert info.value.mend == "magnification"
+        assert info.value.mend == ("enlarge" if resample else "magnification")
     else:
         assert choose_size(slide, 0.25, 256, resample)[0] == size0
+
+
+def test_the_size_of_a_pixel_that_results_is_told():
+    slide = Namespace(mpp=0.37, mpp_source="x")
+    assert choose_size(slide, 0.25, 256, True) == (173, pytest.approx(0.37 * 173 / 256))
+    slide.mpp = 1.0
+    assert choose_size(slide, 0.25, 256, True, enlarge=True) == (64, 0.25)
 
 
 def test_objective_is_a_cross_check_only(tmp_path):
@@ -321,3 +328,53 @@ def test_a_mask_of_another_aspect_is_refused(tmp_path):
     Image.fromarray(np.ones((300, 300), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="another aspect"):
         read_mask(tmp_path / "a.png", (400, 600), 32)
+
+
+# Thresholds without a cliff ------------------------------------------------------------------
+
+
+def sharing(tint, fade=1.0):
+    """Tissue on glass of a tint, in low power, and where it is."""
+    image = np.full((1536, 1536, 3), tint, np.float32)
+    tissue = (stained(768, 768) / 245.0) ** fade
+    image[384:1152, 384:1152] *= tissue
+    noise = np.random.default_rng(0).normal(size=image.shape)
+    picture = Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8)).reduce(16)
+    truth = np.zeros((96, 96), bool)
+    truth[24:72, 24:72] = True
+    return np.asarray(picture), truth
+
+
+@pytest.mark.parametrize(
+    "tint",
+    [
+        (245, 245, 245),
+        (250, 245, 230),
+        (250, 243, 222),
+        (250, 240, 210),
+        (245, 215, 228),
+        (210, 225, 240),
+        (162, 161, 163),
+        (122, 121, 123),
+        (80, 80, 82),
+    ],
+)
+@pytest.mark.parametrize("fade", [1, 0.3])
+def test_no_tint_of_the_glass_is_tissue(tint, fade):
+    image, truth = sharing(tint, fade)
+    mask, pen = find_tissue(image, 16)
+    assert mask[truth].mean() > 0.97 and mask[~truth].mean() < 0.02 and pen.mean() < 0.01
+
+
+def test_tissue_cut_out_on_black_is_no_fluorescence(tmp_path):
+    image = np.zeros((2048, 2048, 3), np.uint8)
+    image[768:1280, 768:1280] = stained(512, 512)
+    with Slide(write_slide(tmp_path / "a.svs", image)) as slide:
+        assert len(tile_slide(slide).coords) == 4
+
+
+def test_dense_haematoxylin_is_no_ink():
+    image = low_power()
+    image[70:90, 70:110] = 245 * 10 ** -np.array([0.84, 0.92, 0.4])
+    mask, pen = find_tissue(image, 16)
+    assert not pen[68:92, 68:112].any() and mask[70:90, 70:110].all()
