@@ -56,7 +56,7 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "pen": "see --max-pen; 1 takes stains of the colour of ink",
     "blur": "see --max-blur",
     "masks": "see --masks",
-    "exclude": "see --exclude: slides or patients, one a line or a CSV",
+    "exclude": "see --exclude",
     "strategy": "see --strategy",
     "sample": "see --max-slides and --seed",
     "manifest": f"{MANIFEST} with the columns slide[,mpp][,patient]",
@@ -299,8 +299,10 @@ def check(args: argparse.Namespace) -> None:
             "--discard-slides: only with --download (your own slides are never deleted) and "
             "--save-patches (or nothing would be left)"
         )
-    if args.masks and not args.masks.is_dir():
-        raise UserError(f"--masks {args.masks}: no such folder")
+    for flag in ("masks", "manifest", "exclude"):
+        path = getattr(args, flag)
+        if path and not path.exists():
+            raise UserError(f"--{flag} {path}: no such file or folder")
 
 
 def job_of(args: argparse.Namespace) -> Job:

@@ -8,10 +8,8 @@ sample (`select`).
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from g2l.errors import SkippedSlide, UserError
-from g2l.files import files_below, read_text, separator, size_of
+from g2l.files import files_below, read_table, read_text, size_of
 from g2l.rows import one_line
 from g2l.slides import SUFFIXES, slide_name
 
@@ -146,11 +144,9 @@ def read_manifest(path: Path) -> list[CohortSlide]:
 
     The path is as it stands there. Raises UserError where the file is neither.
     """
-    text = _table_text(path, "manifest")
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
     listed = []
-    for row in reader:
-        cells = {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+    for row in read_table(path, ()):
+        cells = {key.lower(): value for key, value in row.items()}
         columns = ("filename", "slide", "slide_id", "wsi", "path")
         name = next((cells[column] for column in columns if cells.get(column)), "")
         if name:
@@ -162,31 +158,25 @@ def read_manifest(path: Path) -> list[CohortSlide]:
 
 def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     """One row of a manifest."""
-    size, mpp, patient = (cells.get(key, "") for key in ("size", "mpp", "patient"))
-    if size and not size.isdecimal():
-        raise UserError(f"{manifest}: {size}: expected bytes in the row of {name}", "manifest")
-    number = mpp.replace(",", ".")
-    if mpp and not (re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) and 0 < float(number) < 1e4):
-        what = "micrometres per pixel, such as 0.5 (20x)"
-        raise UserError(f"{manifest}: {mpp}: expected {what} in the row of {name}", "manifest")
+    size, mpp = cells.get("size") or "0", cells.get("mpp", "").replace(",", ".")
+    for text, pattern, what in (
+        (size, r"\d+", "bytes"),
+        (mpp, r"|(?=.*[1-9])\d*\.?\d*", "micrometres per pixel, such as 0.5 (20x)"),  # above 0
+    ):
+        if not re.fullmatch(pattern, text):
+            raise UserError(f"{manifest}: {text}: expected {what} in the row of {name}", "manifest")
+    patient = cells.get("patient", "")
     if patient.upper().startswith("TCGA-"):  # a sample's barcode: benchmarks name patients
         patient = patient_of(patient)
     return CohortSlide(
         name=name,
         path=Path(name),
-        mpp=float(number) if mpp else None,
+        mpp=float(mpp) if mpp else None,
         id=cells.get("id", ""),
-        size=int(size or 0),
+        size=int(size),
         md5=cells.get("md5", ""),
         stated=patient,
     )
-
-
-def _table_text(path: Path, mend: str) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", mend) from error
 
 
 def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[CohortSlide], list[str]]:
@@ -290,15 +280,13 @@ def join_copies(slides: list[CohortSlide]) -> list[str]:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a slide's content: 16 samples of its file, and the sizes of a MIRAX slide's data files."""
+    """Of a slide's content: 16 samples of its file."""
     size, part = size_of(path), 1 << 16
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for number in range(16):
             file.seek(max(0, size - part) * number // 15)
             digest.update(file.read(part))
-    inner = files_below(path.with_suffix("")) if path.with_suffix("").is_dir() else []
-    digest.update(str([size_of(file) for file in inner]).encode())
     return digest.hexdigest()
 
 
@@ -353,7 +341,7 @@ def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
         for key in (slide.stated, slide.name, slide_name(slide.path)):
             stated[key] |= {slide.stated} - {""}
     patients = set()
-    for cell in _cells_of_patients(_table_text(path, "exclude").splitlines(), whole) - {""}:
+    for cell in _cells_of_patients(read_text(path).splitlines(), whole) - {""}:
         known = stated.get(cell) or stated.get(slide_name(cell))
         patients |= known or {patient_of(cell)}
     return patients
