@@ -377,12 +377,12 @@ def settle_earlier(
 
     Raises UserError where these were tiled into other patches.
     """
-    now = {os.path.abspath(slide.path): slide.name for slide in slides}
+    now = {os.path.realpath(slide.path): slide.name for slide in slides}
     reasons, stay = {}, []
     for slide in earlier:
         row, limits = known[slide.name], job.settings.limits
-        if str(slide.path) in now:
-            reasons[slide.name] = SkippedSlide(f"is {now[str(slide.path)]} now")
+        if other := now.get(os.path.realpath(slide.path)):
+            reasons[slide.name] = SkippedSlide(f"is {other} now")
         elif held & slide.patients:
             reasons[slide.name] = SkippedSlide("held out", "exclude")
         elif row["status"] == "done":

@@ -232,6 +232,17 @@ def test_a_link_is_taken_once_and_a_copy_stays_with_its_twin(tmp_path, sound):
         assert [slide.name for slide in select(slides, {patient})[0]] == ["case2", "other3"]
 
 
+def test_a_link_that_was_tiled_before_leaves_the_index(tmp_path, sound):
+    folder = put(tmp_path, sound, "case1.svs")
+    (folder / "train").mkdir()
+    (folder / "train" / "case1.svs").symlink_to("../case1.svs")
+    link = done_row("train_case1", path=str(folder / "train" / "case1.svs"))
+    write_rows(tmp_path / "tiles" / "mine", [link])
+    assert run(tmp_path).returncode == 0
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["case1"]
+    assert rows(tmp_path)["train_case1"]["reason"] == "is case1 now"
+
+
 def test_a_pipe_is_no_slide(tmp_path, sound):
     folder = put(tmp_path, sound, "a.svs")
     os.mkfifo(folder / "pipe.svs")
