@@ -435,6 +435,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
     if damaged:
         table = folder / "slides.csv"
         shutil.copy(table, table.with_suffix(".csv.damaged"))
+        write_rows(folder, [])
         for fault in damaged:
             print(f"note: {fault}: damaged, its slide is done anew (copy: {table}.damaged)")
 
@@ -503,10 +504,8 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
 def how_it_died(code: int) -> str:
     """Why a worker process ended without an answer."""
     if code < 0:
-        why = f"({signal.Signals(-code).name}): damaged, or too little memory"
-    else:
-        why = "by an error of this program, printed above"
-    return f"its reader ended the process {why}"
+        return f"its reader died ({signal.Signals(-code).name}): damaged, or too little memory"
+    return "an error of this program ended it, printed above"
 
 
 def tell_slide(progress: Progress, row: dict) -> None:
@@ -610,7 +609,7 @@ def summarize(slides: list[CohortSlide], job: Job) -> int:
     print(
         f"{len(done)} slides{whose} done{f' ({warned} with warnings)' * bool(warned)}, "
         f"{len(rows) - len(done) - len(failed)} skipped, {len(failed)} failed; "
-        f"{sum(int(row['patches']) for row in rows):,} patches; see {job.folder}/slides.csv"
+        f"{sum(int(row['patches']) for row in done):,} patches; see {job.folder}/slides.csv"
     )
     return 1 if failed else 0
 

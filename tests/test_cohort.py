@@ -232,6 +232,15 @@ def test_a_link_is_taken_once_and_a_copy_stays_with_its_twin(tmp_path, sound):
         assert [slide.name for slide in select(slides, {patient})[0]] == ["case2", "other3"]
 
 
+def test_lost_slides_of_one_size_in_a_manifest_are_no_copies(tmp_path, sound):
+    folder = put(tmp_path, sound, "a.svs")
+    for name in "bc":
+        (folder / f"{name}.svs").symlink_to(f"/nowhere/{name}")
+    (tmp_path / "list.csv").write_text("slide,size\na,9\nb,9\nc,9\n")
+    slides, notes = local_slides(folder, tmp_path / "list.csv")
+    assert [slide.patient for slide in slides] == ["a", "b", "c"] and not notes
+
+
 def test_a_link_that_was_tiled_before_leaves_the_index(tmp_path, sound):
     folder = put(tmp_path, sound, "case1.svs")
     (folder / "train").mkdir()
