@@ -48,7 +48,6 @@ from g2l.progress import Progress
 from g2l.rows import Rows, read_rows, write_rows
 from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpeg, tile_one
 
-MANIFEST = "--manifest takes a GDC manifest (id, filename, md5, size, state; tabs) or a CSV"
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
     "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
     "magnification": "--resample rescales it, --mpp with its own value takes it as it is",
@@ -59,7 +58,7 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "exclude": "see --exclude",
     "strategy": "see --strategy",
     "sample": "see --max-slides and --seed",
-    "manifest": f"{MANIFEST} with the columns slide[,mpp][,patient]",
+    "manifest": "--manifest takes a GDC manifest (tabs) or a CSV with slide[,mpp][,patient]",
     "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
     "cancer": "name one with --cancer",
     "own": "or run without --download, which takes it as it is",
