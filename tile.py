@@ -48,7 +48,6 @@ from g2l.progress import Progress
 from g2l.rows import Rows, read_rows, write_rows
 from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpeg, tile_one
 
-MANIFEST = "--manifest takes a GDC manifest (id, filename, md5, size, state; tabs) or a CSV"
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
     "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
     "magnification": "--resample rescales it, --mpp with its own value takes it as it is",
@@ -56,10 +55,10 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "pen": "see --max-pen; 1 takes stains of the colour of ink",
     "blur": "see --max-blur",
     "masks": "see --masks",
-    "exclude": "see --exclude: slides or patients, one a line or a CSV",
+    "exclude": "see --exclude",
     "strategy": "see --strategy",
     "sample": "see --max-slides and --seed",
-    "manifest": f"{MANIFEST} with the columns slide[,mpp][,patient]",
+    "manifest": "--manifest takes a GDC manifest (tabs) or a CSV with slide[,mpp][,patient]",
     "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
     "cancer": "name one with --cancer",
     "own": "or run without --download, which takes it as it is",
@@ -299,8 +298,10 @@ def check(args: argparse.Namespace) -> None:
             "--discard-slides: only with --download (your own slides are never deleted) and "
             "--save-patches (or nothing would be left)"
         )
-    if args.masks and not args.masks.is_dir():
-        raise UserError(f"--masks {args.masks}: no such folder")
+    for flag in ("masks", "manifest", "exclude"):
+        path = getattr(args, flag)
+        if path and not path.exists():
+            raise UserError(f"--{flag} {path}: no such file or folder")
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -375,12 +376,12 @@ def settle_earlier(
 
     Raises UserError where these were tiled into other patches.
     """
-    now = {os.path.abspath(slide.path): slide.name for slide in slides}
+    now = {os.path.realpath(slide.path): slide.name for slide in slides}
     reasons, stay = {}, []
     for slide in earlier:
         row, limits = known[slide.name], job.settings.limits
-        if str(slide.path) in now:
-            reasons[slide.name] = SkippedSlide(f"is {now[str(slide.path)]} now")
+        if other := now.get(os.path.realpath(slide.path)):
+            reasons[slide.name] = SkippedSlide(f"is {other} now")
         elif held & slide.patients:
             reasons[slide.name] = SkippedSlide("held out", "exclude")
         elif row["status"] == "done":
@@ -433,6 +434,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
     if damaged:
         table = folder / "slides.csv"
         shutil.copy(table, table.with_suffix(".csv.damaged"))
+        write_rows(folder, [])
         for fault in damaged:
             print(f"note: {fault}: damaged, its slide is done anew (copy: {table}.damaged)")
 
@@ -501,10 +503,8 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
 def how_it_died(code: int) -> str:
     """Why a worker process ended without an answer."""
     if code < 0:
-        why = f"({signal.Signals(-code).name}): damaged, or too little memory"
-    else:
-        why = "by an error of this program, printed above"
-    return f"its reader ended the process {why}"
+        return f"its reader died ({signal.Signals(-code).name}): damaged, or too little memory"
+    return "an error of this program ended it, printed above"
 
 
 def tell_slide(progress: Progress, row: dict) -> None:
@@ -608,7 +608,7 @@ def summarize(slides: list[CohortSlide], job: Job) -> int:
     print(
         f"{len(done)} slides{whose} done{f' ({warned} with warnings)' * bool(warned)}, "
         f"{len(rows) - len(done) - len(failed)} skipped, {len(failed)} failed; "
-        f"{sum(int(row['patches']) for row in rows):,} patches; see {job.folder}/slides.csv"
+        f"{sum(int(row['patches']) for row in done):,} patches; see {job.folder}/slides.csv"
     )
     return 1 if failed else 0
 

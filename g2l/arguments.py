@@ -1,4 +1,4 @@
-"""TODO."""
+"""Kinds of flags, and the flags that several commands share: each checked and worded once."""
 
 from __future__ import annotations
 

@@ -8,19 +8,17 @@ sample (`select`).
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from g2l.errors import SkippedSlide, UserError
-from g2l.files import files_below, read_text, separator, size_of
+from g2l.files import files_below, read_table, read_text, size_of
 from g2l.rows import one_line
 from g2l.slides import SUFFIXES, slide_name
 
@@ -58,7 +56,7 @@ class CohortSlide:
     size: int = 0  # bytes
     md5: str = ""
     stated: str = ""  # its patient, where the manifest says
-    kin: frozenset[str] = frozenset()  # patients of its copies
+    kin: set[str] = field(default_factory=set)  # patients of its copies
 
     @property
     def patient(self) -> str:
@@ -79,7 +77,7 @@ class CohortSlide:
 def slide_of(row: dict[str, str]) -> CohortSlide:
     """A slide of an earlier run by its row, whatever patient it was taken for."""
     path = Path(row["path"])
-    kin = frozenset([patient_of(row["slide"]), patient_of(path.name)])
+    kin = {patient_of(row["slide"]), patient_of(path.name)}
     return CohortSlide(row["slide"], path, stated=row["patient"], kin=kin)
 
 
@@ -95,16 +93,12 @@ def find_slides(folder: Path) -> list[Path]:
         special = path.exists() and not path.is_file()  # a pipe or a socket
         if path.suffix.lower() in SUFFIXES and not hidden and not special:
             found.append(path)
-    found.sort(key=_by_name)
+    found.sort(key=lambda path: (path.name, str(path)))
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
     if len({path.parent for path in dicom}) < len(dicom):
         further = _further_files(dicom)
         found = [path for path in found if path not in further]
     return found
-
-
-def _by_name(path: Path) -> tuple:
-    return path.name, path.is_symlink(), str(path)
 
 
 def _further_files(dicom: list[Path]) -> set[Path]:
@@ -146,11 +140,9 @@ def read_manifest(path: Path) -> list[CohortSlide]:
 
     The path is as it stands there. Raises UserError where the file is neither.
     """
-    text = _table_text(path, "manifest")
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
     listed = []
-    for row in reader:
-        cells = {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+    for row in read_table(path, ()):
+        cells = {key.lower(): value for key, value in row.items()}
         columns = ("filename", "slide", "slide_id", "wsi", "path")
         name = next((cells[column] for column in columns if cells.get(column)), "")
         if name:
@@ -162,31 +154,25 @@ def read_manifest(path: Path) -> list[CohortSlide]:
 
 def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     """One row of a manifest."""
-    size, mpp, patient = (cells.get(key, "") for key in ("size", "mpp", "patient"))
-    if size and not size.isdecimal():
-        raise UserError(f"{manifest}: {size}: expected bytes in the row of {name}", "manifest")
-    number = mpp.replace(",", ".")
-    if mpp and not (re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) and 0 < float(number) < 1e4):
-        what = "micrometres per pixel, such as 0.5 (20x)"
-        raise UserError(f"{manifest}: {mpp}: expected {what} in the row of {name}", "manifest")
+    size, mpp = cells.get("size") or "0", cells.get("mpp", "").replace(",", ".")
+    for text, pattern, what in (
+        (size, r"\d+", "bytes"),
+        (mpp, r"|(?=.*[1-9])\d*\.?\d*", "micrometres per pixel, such as 0.5 (20x)"),  # above 0
+    ):
+        if not re.fullmatch(pattern, text):
+            raise UserError(f"{manifest}: {text}: expected {what} in the row of {name}", "manifest")
+    patient = cells.get("patient", "")
     if patient.upper().startswith("TCGA-"):  # a sample's barcode: benchmarks name patients
         patient = patient_of(patient)
     return CohortSlide(
         name=name,
         path=Path(name),
-        mpp=float(number) if mpp else None,
+        mpp=float(mpp) if mpp else None,
         id=cells.get("id", ""),
-        size=int(size or 0),
+        size=int(size),
         md5=cells.get("md5", ""),
         stated=patient,
     )
-
-
-def _table_text(path: Path, mend: str) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", mend) from error
 
 
 def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[CohortSlide], list[str]]:
@@ -195,19 +181,18 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[Cohor
     A link to another slide of the folder is left out; copies count as one patient's. Raises
     UserError where there is no slide, and where a name in the manifest fits several.
     """
-    every = find_slides(folder)
-    paths = {os.path.realpath(path): path for path in reversed(every)}  # the first of each
-    notes = [
-        f"{path}: a link to {paths[os.path.realpath(path)]}, which is taken"
-        for path in every
-        if path not in paths.values()
-    ]
-    at_hand = sorted(paths.values(), key=_by_name)
+    first: dict[str, Path] = {}
+    notes = []
+    for path in sorted(find_slides(folder), key=Path.is_symlink):
+        taken = first.setdefault(os.path.realpath(path), path)
+        if taken != path:
+            notes.append(f"{path}: a link to {taken}, which is taken")
+    at_hand = list(first.values())
     if manifest:
         slides, missing = _named_slides(folder, at_hand, manifest)
         if missing:
-            more = f"{len(missing)} slides of {manifest} are not in {folder} (first: {missing[0]})"
-            notes.append(more)
+            count = f"{len(missing)} slides of {manifest} are not in {folder}"
+            notes.append(f"{count} (first: {missing[0]})")
     elif at_hand:
         named = name_slides(at_hand)
         slides = [CohortSlide(name, path, size=size_of(path)) for name, path in named.items()]
@@ -274,31 +259,33 @@ def join_copies(slides: list[CohortSlide]) -> list[str]:
     sizes = Counter(slide.size for slide in slides)
     groups: dict[str, list[CohortSlide]] = defaultdict(list)
     for slide in slides:
-        if slide.size and sizes[slide.size] > 1 and slide.path.is_file():
+        if slide.size and sizes[slide.size] > 1:
             groups[_fingerprint(slide.path)].append(slide)
     notes = []
     for first, *others in groups.values():
-        kin = frozenset().union(first.patients, *(other.patients for other in others))
-        patient = first.patient
+        patient, kin = first.patient, first.patients
         for other in others:
+            kin |= other.patients
             other.stated = other.stated or patient
             notes.append(f"{other.path}: a copy of {first.path}; both count as patient {patient}'s")
-        if others:
-            for slide in (first, *others):
-                slide.kin = kin
+        for slide in (first, *others):
+            slide.kin = kin
     return notes
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a slide's content: 16 samples of its file, and the sizes of a MIRAX slide's data files."""
+    """Of a slide's content: a hash of 16 samples of its file; of one that cannot be read, its
+    path.
+    """
     size, part = size_of(path), 1 << 16
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for number in range(16):
-            file.seek(max(0, size - part) * number // 15)
-            digest.update(file.read(part))
-    inner = files_below(path.with_suffix("")) if path.with_suffix("").is_dir() else []
-    digest.update(str([size_of(file) for file in inner]).encode())
+    try:
+        with open(path, "rb") as file:
+            for number in range(16):
+                file.seek(max(0, size - part) * number // 15)
+                digest.update(file.read(part))
+    except OSError:
+        return str(path)
     return digest.hexdigest()
 
 
@@ -353,7 +340,7 @@ def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
         for key in (slide.stated, slide.name, slide_name(slide.path)):
             stated[key] |= {slide.stated} - {""}
     patients = set()
-    for cell in _cells_of_patients(_table_text(path, "exclude").splitlines(), whole) - {""}:
+    for cell in _cells_of_patients(read_text(path).splitlines(), whole) - {""}:
         known = stated.get(cell) or stated.get(slide_name(cell))
         patients |= known or {patient_of(cell)}
     return patients

@@ -109,11 +109,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file in UTF-8, or in UTF-16 where it begins with that mark."""
+    """The text of a file in UTF-8, or in UTF-16 where it begins with that mark; UserError else."""
     data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig", errors)
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not in UTF-8 ({error}); save it as "CSV UTF-8"') from error
 
 
 def separator(header: str) -> str:
@@ -140,15 +142,13 @@ def read_table(
     Raises UserError naming file and line where a column of `needed` lacks or has an empty cell, or
     one of `filled`, which may lack, has one; `why` ends the text.
     """
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
     try:
-        text = read_text(path)
-        reader = csv.reader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]))
         head = [name.strip() for name in next(reader, [])]
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f'{path}: no CSV file in UTF-8 ({error}); save it as "CSV UTF-8"'
-        ) from error
+    except csv.Error as error:
+        raise UserError(f"{path}: no CSV file ({error})") from error
     missing = [name for name in needed if name not in head]
     if missing:
         raise UserError(

@@ -66,8 +66,6 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
         lines = read_text(path, "surrogateescape").split("\n")
     except FileNotFoundError:
         return {}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: neither UTF-8 nor UTF-16 ({error})", "table") from error
     if not any(lines):
         return {}
     mark = separator(lines[0])

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,17 +228,13 @@ def _time_fits(slide: Path, then: int | None) -> bool:
 
 
 def _shard_fits(path: Path, name: str, offsets: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether a tar has the size that its last patch implies, and its first and last patch are this
-    slide's.
-    """
-    block, record = 512, 10240  # of every tar
-    end = int(offsets[-1]) + -(-int(sizes[-1]) // block) * block + 2 * block
-    if size_of(path) != -(-end // record) * record:
+    """Whether a tar reaches to its last patch, and its first and last patch are this slide's."""
+    if size_of(path) < offsets[-1] + sizes[-1]:
         return False
     key = name.replace(".", "_").encode()[:100]
     with open(path, "rb") as file:
-        for offset in (int(offsets[0]), int(offsets[-1])):
-            file.seek(offset - block)
-            if not file.read(block).startswith(key):
+        for offset in (offsets[0], offsets[-1]):
+            file.seek(offset - tarfile.BLOCKSIZE)  # its header
+            if file.read(len(key)) != key:
                 return False
     return True

@@ -232,6 +232,26 @@ def test_a_link_is_taken_once_and_a_copy_stays_with_its_twin(tmp_path, sound):
         assert [slide.name for slide in select(slides, {patient})[0]] == ["case2", "other3"]
 
 
+def test_lost_slides_of_one_size_in_a_manifest_are_no_copies(tmp_path, sound):
+    folder = put(tmp_path, sound, "a.svs")
+    for name in "bc":
+        (folder / f"{name}.svs").symlink_to(f"/nowhere/{name}")
+    (tmp_path / "list.csv").write_text("slide,size\na,9\nb,9\nc,9\n")
+    slides, notes = local_slides(folder, tmp_path / "list.csv")
+    assert [slide.patient for slide in slides] == ["a", "b", "c"] and not notes
+
+
+def test_a_link_that_was_tiled_before_leaves_the_index(tmp_path, sound):
+    folder = put(tmp_path, sound, "case1.svs")
+    (folder / "train").mkdir()
+    (folder / "train" / "case1.svs").symlink_to("../case1.svs")
+    link = done_row("train_case1", path=str(folder / "train" / "case1.svs"))
+    write_rows(tmp_path / "tiles" / "mine", [link])
+    assert run(tmp_path).returncode == 0
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["case1"]
+    assert rows(tmp_path)["train_case1"]["reason"] == "is case1 now"
+
+
 def test_a_pipe_is_no_slide(tmp_path, sound):
     folder = put(tmp_path, sound, "a.svs")
     os.mkfifo(folder / "pipe.svs")
@@ -307,7 +327,7 @@ def test_slides_csv_as_spreadsheets_save_it(tmp_path, mark, encoding):
         ("done", "dome", "line 2: damaged (status 'dome')"),
         (",0.25,", ',"0,25",', "line 2: damaged (mpp '0,25')"),
         (",16,", ",1b,", "line 2: damaged (patches '1b')"),
-        ("/s.svs", "/s.svs,more", "line 2: damaged (25 values)"),
+        ("/s.svs", "/s.svs,more", "line 2: damaged (24 values)"),
     ],
 )
 def test_a_damaged_slides_csv_is_refused_in_words(tmp_path, old, new, text):

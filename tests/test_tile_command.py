@@ -368,11 +368,15 @@ def test_damaged_rows_are_set_aside_and_done_anew(finished, capsys):
     table = folder / "slides.csv"
     lines = table.read_text().splitlines()
     lines[2] = lines[2].replace("done", "d\x00ne")
-    table.write_text("\n".join(lines))
+    table.write_text("\n".join([*lines, "gone,dome"]))  # the latter's slide is here no longer
     args = ["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"]
     assert tile.main(args) == 0 and tree(folder) == whole
     output = capsys.readouterr().out
-    assert "line 3: status" in output and "2 slides are finished, 1 to do" in output
+    assert (
+        "line 3: status" in output
+        and "line 5: 2 values" in output
+        and "2 slides are finished, 1 to do" in output
+    )
     assert (folder / "slides.csv.damaged").is_file()
     sound = table.read_bytes()
     table.write_bytes(sound.replace(b",settings,", b",sett,"))
