@@ -51,6 +51,7 @@ from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpe
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
     "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
     "magnification": "--resample rescales it, --mpp with its own value takes it as it is",
+    "enlarge": "--enlarge takes it all the same",
     "tissue": "see --min-tissue",
     "pen": "see --max-pen; 1 takes stains of the colour of ink",
     "blur": "see --max-blur",
@@ -176,6 +177,11 @@ def add_grid_arguments(group) -> None:
         action="store_true",
         help="rescale slides of another magnification instead of "
         "skipping them (a coarser slide gains no detail by it)",
+    )
+    group.add_argument(
+        "--enlarge",
+        action="store_true",
+        help="with --resample: take slides too that are more than 1.5 times coarser",
     )
     group.add_argument(
         "--assume-mpp",

@@ -38,6 +38,7 @@ class Limits:
     patch_size: int  # px
     overlap: int  # px
     resample: bool
+    enlarge: bool
     min_tissue: float  # shares of a patch
     max_pen: float
     max_blur: float  # sigma in px of a patch

@@ -22,11 +22,11 @@ from PIL import Image
 from synthetic import section, stained, write_slide
 
 import tile
-from g2l.cohort import write_rows
 from g2l.errors import PatchError, UserError
 from g2l.grid import tile_slide
 from g2l.overlays import write_geojson, write_thumbnail
 from g2l.patches import PatchIndex, write_coords
+from g2l.rows import write_rows
 from g2l.slides import Slide
 from g2l.tissue import read_mask
 

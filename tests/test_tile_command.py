@@ -336,7 +336,7 @@ def test_no_flipped_bit_in_an_h5_file_gives_a_traceback(finished):
     folder = data / "tiles" / "mine"
     path, rng = folder / "patches" / "a_patches.h5", random.Random(0)
     sound = path.read_bytes()
-    settings = Settings(Limits(0.25, 256, 0, False, 0.5, 0.1, 3.5), jpeg_quality=90)
+    settings = Settings(Limits(0.25, 256, 0, False, False, 0.5, 0.1, 3.5), jpeg_quality=90)
     job, row = Job(folder, settings, None, False), read_rows(folder)["a"]
     slide = CohortSlide("a", data / "slides" / "mine" / "a.svs")
     assert is_finished(slide, row, job)
