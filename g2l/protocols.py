@@ -218,7 +218,7 @@ def logistic_path(
     """
     n, width = x.shape
     value, basis = torch.linalg.eigh(x @ x.T if n < width else x.T @ x)
-    solid = value > value[-1] * 1e-7
+    solid = value > value[-1] * 10 * torch.finfo(x.dtype).eps
     value, basis = value[solid], basis[:, solid]
     if n < width:
         basis = x.T @ basis / value.sqrt()
