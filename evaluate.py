@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.arguments import Help, add_running_arguments, directory, whole
 from g2l.benchmarks import Benchmark, cohort_of, leaked
@@ -89,8 +90,8 @@ REMEDIES = {
     "name": "rename one of the two, or take another folder by --results",
     "unreadable": "mend them, or allow more by --max-unreadable",
 }
-Predictions = dict[str, dict[str, np.ndarray]]  # of each model, see `predict`
-Folds = dict[str, tuple[np.ndarray, np.ndarray]]  # see `make_folds`
+Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
+Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
 
 
 def name_models(args: argparse.Namespace) -> tuple[list[str], str | None, str | None]:
@@ -176,15 +177,15 @@ def extract(
     return cards, models_of, lost, failures
 
 
-def tells_apart(x: np.ndarray) -> bool:
+def tells_apart(x: ndarray) -> bool:
     """Whether the embeddings x (N, dim) of readable images differ beyond rounding."""
     known = x[np.isfinite(x).all(1)]
     return len(known) > 0 and bool(np.ptp(known, 0).max() > 1e-6 * np.abs(known).max())
 
 
 def without_leaks(
-    benchmark: Benchmark, x: dict[str, np.ndarray], study: Study
-) -> tuple[np.ndarray, list[str], list[str]]:
+    benchmark: Benchmark, x: dict[str, ndarray], study: Study
+) -> tuple[ndarray, list[str], list[str]]:
     """The rows (N,) that every model may be measured on, notes, and the models that are marked.
 
     Left out are unreadable images, and those of patients that a student has seen; --leaks mark
@@ -258,31 +259,31 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
 
 def make_folds(benchmark: Benchmark, study: Study) -> Folds:
     """Folds (N,) of kNN and of the probe by the ending of their protocol's name."""
-    endings = {"": True, "-ungrouped": False} if study.paper_splits else {"": True}
     folds = {}
-    for ending, grouped in endings.items():
-        tenths = split(benchmark.labels, benchmark.groups, 10, 0, grouped)
-        own = tenths
-        if study.folds != 10:
-            own = split(benchmark.labels, benchmark.groups, study.folds, 0, grouped)
-        folds[ending] = own, tenths
+    for ending, grouped in {"": True, "-ungrouped": False}.items():
+        if grouped or study.paper_splits:
+            own = split(benchmark.labels, benchmark.groups, study.folds, grouped=grouped)
+            tenths = own
+            if study.folds != 10:
+                tenths = split(benchmark.labels, benchmark.groups, 10, grouped=grouped)
+            folds[ending] = own, tenths
     return folds
 
 
 def predict(
     benchmark: Benchmark,
-    x: np.ndarray,
+    x: ndarray,
     folds: Folds,
     study: Study,
     lot: np.random.Generator | None = None,
-) -> tuple[dict[str, np.ndarray], list[dict]]:
+) -> tuple[dict[str, ndarray], list[dict]]:
     """kNN and probe of one model's features x (N, D): its predictions, and rows of results.
 
     Predictions of the grouped folds: fold (N,), knn (N,), neighbors (N, k), and scores (seeds, N,
     classes), NaN outside each test part. lot: x knows nothing, and it draws the neighbours of kNN.
     """
     labels, classes, device = benchmark.labels, len(benchmark.classes), study.device_used
-    predictions: dict[str, np.ndarray] = {}
+    predictions: dict[str, ndarray] = {}
     rows = []
     for ending, (fold, tenths) in folds.items():
         if lot:
@@ -301,17 +302,18 @@ def predict(
     return predictions, rows
 
 
-def score_knn(guess: np.ndarray, labels: np.ndarray, fold: np.ndarray, name: str) -> list[dict]:
+def score_knn(guess: ndarray, labels: ndarray, fold: ndarray, name: str) -> list[dict]:
     """Rows of kNN: accuracy of every fold beside its share of the commonest class, and recall."""
     common = np.bincount(labels).argmax()
-    rows: list[dict] = [{"metric": "balanced accuracy", "value": recall(guess, labels)}]
-    for f in range(fold.max() + 1):
-        for metric, hits in ("accuracy", guess == labels), ("majority", labels == common):
-            rows.append({"metric": metric, "fold": f, "value": hits[fold == f].mean()})
-    return [{"protocol": name} | row for row in rows]
+    rows = [{"protocol": name, "metric": "balanced accuracy", "value": recall(guess, labels)}]
+    for metric, hits in ("accuracy", guess == labels), ("majority", labels == common):
+        for f in range(fold.max() + 1):
+            value = hits[fold == f].mean()
+            rows.append({"protocol": name, "metric": metric, "fold": f, "value": value})
+    return rows
 
 
-def score_probe(tried: Sequence, labels: np.ndarray, name: str) -> list[dict]:
+def score_probe(tried: Sequence, labels: ndarray, name: str) -> list[dict]:
     """Rows of the probe: AUC and balanced accuracy of every seed whose split the groups allow."""
     rows = []
     for seed, probe in enumerate(tried):
@@ -319,26 +321,34 @@ def score_probe(tried: Sequence, labels: np.ndarray, name: str) -> list[dict]:
             scores, c = probe
             test = np.isfinite(scores[:, 0])
             base = {"protocol": name, "seed": seed, "C": c}
-            found = macro_auc(scores[test], labels[test])[0]
-            rows.append(base | {"metric": "auc", "value": found})
-            found = recall(scores[test].argmax(1), labels[test])
-            rows.append(base | {"metric": "balanced accuracy", "value": found})
+            area = macro_auc(scores[test], labels[test])[0]
+            balanced = recall(scores[test].argmax(1), labels[test])
+            for metric, value in ("auc", area), ("balanced accuracy", balanced):
+                rows.append(base | {"metric": metric, "value": value})
     return rows
 
 
 def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
-    """Rows of the model "chance": what features that know nothing score, by the very same code."""
+    """Rows of the model "chance": what features that know nothing score by the very same code.
+
+    One of every measure for each draw, the mean over the folds or seeds that define it.
+    """
     rows = []
     for draw in range(BLIND_DRAWS):
         lot = np.random.default_rng(draw)
         x = lot.normal(size=(len(benchmark), BLIND_WIDTH)).astype(np.float32)
-        found = predict(benchmark, x, folds, study, lot)[1]
-        rows += [row | {"draw": draw} for row in found]
+        found: dict[tuple, list[float]] = {}
+        for row in predict(benchmark, x, folds, study, lot)[1]:
+            if np.isfinite(row["value"]):
+                found.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
+        for (protocol, metric), values in found.items():
+            row = {"protocol": protocol, "metric": metric, "draw": draw}
+            rows.append(row | {"value": np.mean(values)})
     return rows
 
 
 def measure_models(
-    benchmark: Benchmark, x: dict[str, np.ndarray], study: Study
+    benchmark: Benchmark, x: dict[str, ndarray], study: Study
 ) -> tuple[Predictions, dict[str, str], list[dict]]:
     """Of every model, and of chance: predictions, the key of all they depend on, and results.
 
@@ -359,32 +369,32 @@ def measure_models(
         shown = display(name)
         path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
         known, found = load_predictions(path, key), recorded(study.results, key)
-        base = {"benchmark": benchmark.name, "model": shown}
-        start = time.perf_counter()
-        if name == "chance" and not found:
-            new = blind_rows(benchmark, folds, study)
-            found = record(study.results, [base | row for row in new], key=key)
-        elif name != "chance" and not (known and found):
-            known, new = predict(benchmark, x[name], folds, study)
+        if known is None or not found:
+            start = time.perf_counter()
+            if name == "chance":
+                known, new = {}, blind_rows(benchmark, folds, study)
+            else:
+                known, new = predict(benchmark, x[name], folds, study)
+            base = {"benchmark": benchmark.name, "model": shown}
             found = record(study.results, [base | row for row in new], key=key)
             save_predictions(path, key, known)
             took = f"kNN and linear probe, {time.perf_counter() - start:.1f} s"
             print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
-        if known:
-            predictions[name] = known
+        predictions[name] = known
         rows += found
+    del predictions["chance"]
     return predictions, keys, rows
 
 
 def compare_models(
-    benchmark: Benchmark, x: dict[str, np.ndarray], predictions: Predictions, study: Study
+    benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
     rows = cka_rows(x, benchmark.groups, study.teacher, study.device_used, study.baseline)
     ends = [name for name in (study.teacher, study.baseline) if name in x]
     for name, other in [(n, o) for n in x for o in ends if n not in (o, study.teacher)]:
         gains = paired(predictions[name], predictions[other], benchmark.labels, benchmark.groups)
-        base = {"model": name, "other": other, "protocol": "paired"}
+        base: dict = {"model": name, "other": other, "protocol": "paired"}
         for kind, (value, low, high, parts) in gains.items():
             row = base | {"metric": kind, "value": value, "low": low, "high": high}
             rows.append(row | {"parts": parts})
@@ -394,7 +404,7 @@ def compare_models(
     return rows
 
 
-def evaluate_benchmark(benchmark: Benchmark, x: dict[str, np.ndarray], study: Study) -> list[dict]:
+def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study) -> list[dict]:
     """All protocols for all models on one benchmark, recorded and drawn: its rows of results.
 
     x: features (N, dim) by model name; rows of NaN are unreadable images. What is there is kept.
@@ -411,13 +421,34 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, np.ndarray], study: St
     draw = not study.no_pictures and not (compared and drawn.is_file())
     if not compared:
         new = compare_models(benchmark, x, predictions, study)
-        data = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
+        data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
         data |= {"metric": "images", "value": len(benchmark), "notes": notes, "marked": marked}
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
     if draw:
         draw_benchmark(benchmark, predictions, replace(study, rows=rows))
     return rows
+
+
+def evaluate_all(
+    found: list[Benchmark], models_of: dict[str, list[str]], embed: Callable, study: Study
+) -> tuple[list[Benchmark], list[dict], list[str]]:
+    """One benchmark after another: those that could be measured, their rows, and what failed."""
+    done, rows, failures = [], model_rows(study), []
+    for benchmark in found:
+        x = {name: embed(name, benchmark, False) for name in models_of[benchmark.name]}
+        alike = [name for name in x if not tells_apart(x[name])]
+        for name in alike:
+            del x[name]
+            where = f"{display(name)} on {benchmark.name}"
+            failures.append(f"{where}: every image has the same embedding")
+        try:
+            if x:
+                rows += evaluate_benchmark(benchmark, x, study)
+                done.append(benchmark)
+        except UserError as error:
+            failures.append(explain(error, REMEDIES) or "")
+    return done, rows, failures
 
 
 def model_rows(study: Study) -> list[dict]:
@@ -538,7 +569,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     found, failed = load_benchmarks(args.benchmark, published, args.data, args.results / "index")
     failures = [explain(error, REMEDIES) or "" for error in failed]
 
-    def embed(name: str, benchmark: Benchmark, together: bool = True) -> np.ndarray:
+    def embed(name: str, benchmark: Benchmark, together: bool = True) -> ndarray:
         return features(
             name,
             benchmark,
@@ -571,23 +602,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         device_used=str(device),
         argv=argv,
     )
-    rows, done = model_rows(study), []
-    for benchmark in found:
-        x = {}
-        for name in models_of[benchmark.name]:
-            array = embed(name, benchmark, False)
-            if tells_apart(array):
-                x[name] = array
-            else:
-                failures.append(
-                    f"{display(name)} on {benchmark.name}: every image has the same embedding"
-                )
-        try:
-            if x:
-                rows += evaluate_benchmark(benchmark, x, study)
-                done.append(benchmark)
-        except UserError as error:
-            failures.append(explain(error, REMEDIES) or "")
+    done, rows, broken = evaluate_all(found, models_of, embed, study)
+    failures += broken
     failures = list(dict.fromkeys(failures))
     if done:
         show(replace(study, found=done, rows=rows), failures, args.json)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.errors import UserError
 
@@ -26,7 +27,7 @@ class ImageSource(Sequence[Any]):
 
     def __init__(
         self,
-        items: Sequence | np.ndarray,
+        items: Sequence | ndarray,
         make: Callable[[Any], Any],
         files: Sequence[Path] = (),
         rule: str = "",
@@ -46,7 +47,7 @@ class ImageSource(Sequence[Any]):
 class Rows(ImageSource):
     """Some rows of another image source, in the given order."""
 
-    def __init__(self, source: Sequence, rows: np.ndarray):
+    def __init__(self, source: Sequence, rows: ndarray):
         files = getattr(source, "files", ())  # a source that is no files is known by its ids alone
         files = [files[i] for i in rows] if files else ()
         super().__init__(rows, source.__getitem__, files, getattr(source, "rule", ""))
@@ -127,7 +128,7 @@ def open_slide(file: Path) -> Slide:
         raise OSError(str(error)) from error
 
 
-def read_image(file: Path, side: int = 1) -> np.ndarray:
+def read_image(file: Path, side: int = 1) -> ndarray:
     """An image of 8 bits a channel as (H, W, 3) uint8, transparent parts white.
 
     Sides below `side` px are padded to it: what is missing repeats the edge, half on each end.
@@ -154,7 +155,7 @@ def read_image(file: Path, side: int = 1) -> np.ndarray:
     return np.pad(pixels, [*ends, (0, 0)], mode="edge")
 
 
-def cut_up(file: Path, side: int) -> np.ndarray:
+def cut_up(file: Path, side: int) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)
     rows, columns = image.shape[0] // side, image.shape[1] // side

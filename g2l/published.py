@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, load_folder, make_benchmark
 from g2l.errors import UserError
@@ -144,7 +145,7 @@ VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
 VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ignored
 
 
-def majority(maps: Sequence[np.ndarray], values: dict[int, int]) -> np.ndarray:
+def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
     """Class map (H, W) on which most of the experts who drew agree.
 
     It is -1 where none drew or two classes tie.
@@ -159,7 +160,7 @@ def majority(maps: Sequence[np.ndarray], values: dict[int, int]) -> np.ndarray:
 
 def grid_benchmark(
     name: str,
-    shares_of: Callable[[Path], np.ndarray],
+    shares_of: Callable[[Path], ndarray],
     images: dict[Path, list[Path]],
     classes: list[str],
     group: Callable[[Path], str],
@@ -202,7 +203,7 @@ def grid_benchmark(
 
 def gleason_shares(
     core: Path, maps: dict[Path, list[Path]], values: dict[int, int], side: int = 256
-) -> np.ndarray:
+) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
     from PIL import Image
 
@@ -260,7 +261,7 @@ def load_arvaniti(root: Path, cache: Path) -> list[Benchmark]:
     return gleason_benchmark("gleason-arvaniti", cores, maps, VALUES_ZURICH, root, cache)
 
 
-def drawn_share(mask: Path, size: tuple[int, int], side: int) -> np.ndarray:
+def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
     """Share (rows, columns) that is not 0 in every square of a TIFF mask of (height, width) px.
 
     Its tiles or strips are read one by one: whole, a mask has gigapixels. OSError for a damaged one
@@ -294,7 +295,7 @@ def drawn_share(mask: Path, size: tuple[int, int], side: int) -> np.ndarray:
 AGGC = ["Stroma", "Normal", "G3", "G4", "G5"]
 
 
-def aggc_shares(slide: Path, masks: dict[Path, list[Path]], side: int = 256) -> np.ndarray:
+def aggc_shares(slide: Path, masks: dict[Path, list[Path]], side: int = 256) -> ndarray:
     """Share (5, rows, columns) of each class in the squares of a slide; no mask, no such class."""
     with open_slide(slide) as opened:
         size = opened.height, opened.width

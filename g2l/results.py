@@ -112,7 +112,8 @@ def claim(results: Path, origins: dict[str, str]) -> None:
 def save_predictions(path: Path, key: str, predictions: dict[str, np.ndarray]) -> None:
     """Predictions (see `evaluate.predict`) as one .npz file."""
     with atomic(path) as temporary:
-        np.savez_compressed(temporary, key=key, **predictions)
+        arrays: dict = {"key": key, **predictions}
+        np.savez_compressed(temporary, **arrays)
 
 
 def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:

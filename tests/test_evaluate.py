@@ -25,7 +25,7 @@ from g2l.images import ImageFiles, Rows
 from g2l.models import load_model, save_student
 from g2l.registry import REGISTRY
 from g2l.report import paper_value, verdict
-from g2l.results import read_metrics
+from g2l.results import claim, read_metrics
 
 ONE, TWO = "timm:resnet10t", "timm:mobilenetv3_small_050"
 FAST = ["--input-size", "32", "--k", "5", "--seeds", "2", "--device", "cpu"]
@@ -249,6 +249,63 @@ def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_featur
     assert go(folder, *quick, w=changed) == 0
     assert not np.allclose(load_file(path)["features"], second, atol=1e-3)
     assert not list(path.parent.glob("*.part"))
+
+
+def figures(folder):
+    """Table 2 as it stands, without the paired differences."""
+    return (folder.parent / "results" / "table2.md").read_text().split("## Paired")[0]
+
+
+def test_corrected_labels_leave_no_figure_of_the_old_and_lost_rows_are_measured_anew(
+    folder, weights
+):
+    assert go(folder, "--no-pictures", w=weights) == 0
+    metrics = folder.parent / "results" / "metrics.jsonl"
+    first, lines = figures(folder), metrics.read_text().splitlines()
+    metrics.write_text("\n".join(r for r in lines if '"auc"' not in r) + "\n")
+    assert go(folder, "--no-pictures", w=weights) == 0 and figures(folder) == first
+    metrics.unlink()
+    assert go(folder, "--no-pictures", w=weights) == 0 and figures(folder) == first
+    table, rng = (folder / "labels.csv").read_text().splitlines(), np.random.default_rng(1)
+    for i in range(1, len(table)):  # four patients, too few for the probe, and labels by lot
+        image = table[i].split(",")[0]
+        table[i] = f"{image},{'abc'[rng.integers(3)]},q{i % 4},x"
+    (folder / "labels.csv").write_text("\n".join(table) + "\n")
+    assert go(folder, "--no-pictures", w=weights) == 0
+    kept = {r["key"] for r in rows(folder, model=ONE, protocol="probe")}
+    assert kept and kept.isdisjoint(r["key"] for r in rows(folder, model=ONE, protocol="knn"))
+    probe = [line for line in figures(folder).splitlines() if line.startswith("| mine")][2:]
+    assert all(line.endswith("| – |") for line in probe)
+
+
+def test_a_name_stands_for_one_model_and_one_benchmark(tmp_path):
+    one, two = tmp_path / "a" / "mine", tmp_path / "b" / "mine"
+    one.mkdir(parents=True)
+    two.mkdir(parents=True)
+    claim(tmp_path, {"benchmark mine": str(one), "model uni": "uni"})
+    claim(tmp_path, {"benchmark mine": str(one)})
+    with pytest.raises(UserError, match="holds the benchmark mine of .*a/mine, not .*b/mine"):
+        claim(tmp_path, {"benchmark mine": str(two)})
+    with pytest.raises(UserError, match="holds the model uni of uni, not"):
+        claim(tmp_path, {"model uni": str(two)})
+    one.rmdir()  # moved, perhaps
+    claim(tmp_path, {"benchmark mine": str(two)})
+
+
+def test_a_model_that_gives_every_image_one_embedding_is_told_and_passed_over(
+    folder, weights, capsys, monkeypatch
+):
+    original = g2l.features.features
+
+    def features(name, *args, **options):
+        x = original(name, *args, **options)
+        return np.full_like(x, 0.5) if name == TWO else x
+
+    monkeypatch.setattr("evaluate.features", features)
+    assert go(folder, "--no-pictures", "--teacher", TWO, names=(ONE, TWO)) == 1
+    captured = capsys.readouterr()
+    assert f"{TWO} on mine: every image has the same embedding" in captured.err
+    assert "mine: 36 images" in captured.out
 
 
 def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
@@ -563,8 +620,9 @@ sys.exit(evaluate.main(sys.argv[1:]))"""
 
 def test_two_processes_write_one_metrics_file(tmp_path):
     code = (
-        "import sys\nfrom g2l.results import record\nfor i in range(30):\n    record(sys.argv[1], [{'model': sys.argv[2], "
-        "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'fold': i, 'value': i}])"
+        "import sys\nfrom pathlib import Path\nfrom g2l.results import record\n"
+        "for i in range(30):\n    record(Path(sys.argv[1]), [{'model': sys.argv[2], 'other': i, "
+        "'benchmark': 'b', 'protocol': 'p', 'metric': 'm', 'value': i}])"
     )
     jobs = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT)
