@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
 from g2l.features import display
@@ -35,8 +36,7 @@ STYLE: Any = {
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **more: Any):
-    """A figure and its axes (rows, columns), each `width` x `height` inches; no display is needed.
-    """
+    """A figure and its axes (rows, columns), each `width` x `height` inches; no display is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,8 +48,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **more: Any):
 
 
 def save_figure(figure, path: Path, key: str = "") -> None:
-    """Write a matplotlib figure whole or not at all, with the key of what it shows; let go of it.
-    """
+    """Write a matplotlib figure whole or not at all, with the key of what it shows; let go of it."""
     from matplotlib import pyplot
 
     with atomic(path) as temporary:
@@ -106,7 +105,7 @@ def draw_figure1(study: Any, on: str = "tp53") -> None:
     save_figure(figure, Path(study.results) / "figure1.png")
 
 
-def with_margins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_margins(scores: ndarray) -> tuple[ndarray, ndarray]:
     """Mean and half its 95 % interval of scores ([benchmarks,] models, 3): mean, sd and folds."""
     from scipy.stats import t
 
@@ -115,9 +114,8 @@ def with_margins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return value.mean(0), np.sqrt((margins**2).sum(0)) / len(value)
 
 
-def against(axis, x: list[float], y: np.ndarray, margins: np.ndarray, study: Any) -> None:
-    """One half of Figure 1: a mark per model; the axis is logarithmic where x spans a factor of 5.
-    """
+def against(axis, x: list[float], y: ndarray, margins: ndarray, study: Any) -> None:
+    """One half of Figure 1: a mark per model; the axis is logarithmic where x spans a factor of 5."""
     marks = {"teacher": "^", "before distillation": "s", "": "o"}
     for i, name in enumerate(study.models):
         part = role(name, study)
@@ -180,7 +178,7 @@ def draw_cka(benchmark: Benchmark, predictions: dict[str, dict], mean: dict):
     return figure
 
 
-def heat(axis, values: np.ndarray, top: float, form: str, names: list[str]) -> None:
+def heat(axis, values: ndarray, top: float, form: str, names: list[str]) -> None:
     """A matrix of numbers from 0 to `top` as colours, each with its text; rows and columns have
     names.
     """
@@ -212,7 +210,7 @@ def draw_gallery(benchmark: Benchmark, name: str, predicted: dict):
     return draw_sheet(title, FRAMES, lines)
 
 
-def worth_seeing(labels: np.ndarray, guess: np.ndarray, neighbors: np.ndarray) -> list[int]:
+def worth_seeing(labels: ndarray, guess: ndarray, neighbors: ndarray) -> list[int]:
     """Three rows predicted right, at random, and three wrong, by the surest vote, of many classes.
 
     Rows of neighbours (N, k) are those that voted for `guess` (N,).
@@ -228,7 +226,7 @@ def worth_seeing(labels: np.ndarray, guess: np.ndarray, neighbors: np.ndarray) -
     return rows
 
 
-def picture(benchmark: Benchmark, i: int) -> np.ndarray:
+def picture(benchmark: Benchmark, i: int) -> ndarray:
     """One (H, W, 3) picture of item i: the image, the whole region, or the slide's thumbnail."""
     source: Any = benchmark.images
     if benchmark.level == "slide":

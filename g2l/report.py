@@ -38,10 +38,16 @@ def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
     }
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
+Cells = str | list[str]  # of a row: a list, or a text with tabs between the cells
+
+
+def markdown(head: Cells, rows: Sequence[Cells]) -> str:
     """A Markdown table."""
-    table = [head, ["---"] * len(head), *rows]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in table]
+    lines = []
+    for row in (head, *rows):
+        text = row if isinstance(row, str) else "\t".join(row)
+        lines.append(text.replace("|", "\\|").replace("\t", " | "))
+    lines.insert(1, "---" + " | ---" * lines[0].count(" | "))
     return "".join(f"| {line} |\n" for line in lines)
 
 
@@ -49,7 +55,9 @@ def ranked(values: Sequence[float | None], texts: list[str]) -> list[str]:
     """The best text bold, the second underlined, as the paper prints."""
     rounded = [None if v is None else round(v, 4) for v in values]
     order = sorted({v for v in rounded if v is not None}, reverse=True)
-    marks: dict[float | None, str] = {v: mark for v, mark in zip(order, ("**{}**", "<u>{}</u>"), strict=False)}
+    marks: dict[float | None, str] = {
+        v: mark for v, mark in zip(order, ("**{}**", "<u>{}</u>"), strict=False)
+    }
     return [marks.get(v, "{}").format(t) for v, t in zip(rounded, texts, strict=True)]
 
 
@@ -162,14 +170,12 @@ class Tables:
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = [
-            [
-                *(row["benchmark"], row["model"], row["other"]),
-                *(PAIRED[row["metric"]], with_interval(row), verdict(row)),
-            ]
+            f"{row['benchmark']}\t{row['model']}\t{row['other']}\t{PAIRED[row['metric']]}\t"
+            f"{with_interval(row)}\t{verdict(row)}"
             for row in self.paired([b.name for b in study.found])
         ]
         if rows:
-            head = ["benchmark", "model", "other", "measure", "difference", "reading"]
+            head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
                 "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 "
                 "resamplings of whole groups; for CKA by the jackknife. Fewer than "
@@ -314,24 +320,27 @@ def write_report(study: Any, tables: str, failures: list[str]) -> None:
 
 def model_table(study: Any) -> str:
     """What each model is, with its size and speed."""
-    head = ["model", "role", "parameters", "width", "embedding", "input px"]
-    rows = []
-    for name, card in study.cards.items():
-        size, speed = f"{card['parameters'] / 1e6:,.1f} M", f"{card['ms_per_image']:.1f}"
-        rows.append([display(name), role(name, study), size, str(card["dim"]), card["embedding"]])
-        rows[-1] += [str(card["input_size"]), speed, str(card["weights"])]
-    return markdown([*head, f"ms per image ({study.device_used})", "weights"], rows)
+    head = "model\trole\tparameters\twidth\tembedding\tinput px\tms per image ({})\tweights"
+    rows = [
+        f"{display(name)}\t{role(name, study)}\t{card['parameters'] / 1e6:,.1f} M\t{card['dim']}\t"
+        f"{card['embedding']}\t{card['input_size']}\t{card['ms_per_image']:.1f}\t{card['weights']}"
+        for name, card in study.cards.items()
+    ]
+    return markdown(head.format(study.device_used), rows)
 
 
 def benchmark_table(study: Any) -> str:
     """What each benchmark holds, and what is to be known of it."""
     rows, data = [], Tables(study).data
-    for about in (data[b.name] for b in study.found):
+    for name in (b.name for b in study.found):
+        about = data[name]
         counts = zip(about["classes"], about["counts"], strict=True)
-        rows.append([about["benchmark"], about["level"], str(about["value"]), str(about["groups"])])
-        rows[-1].append(", ".join(f"{kind} {count}" for kind, count in counts))
-        rows[-1].append("; ".join(about["notes"]) or "–")
-    return markdown(["benchmark", "level", "images", "groups", "classes", "notes"], rows)
+        kinds = ", ".join(f"{kind} {count}" for kind, count in counts)
+        notes = "; ".join(about["notes"]) or "–"
+        rows.append(
+            f"{name}\t{about['level']}\t{about['value']}\t{about['groups']}\t{kinds}\t{notes}"
+        )
+    return markdown("benchmark\tlevel\timages\tgroups\tclasses\tnotes", rows)
 
 
 def picture_links(study: Any, benchmark: str) -> str:
