@@ -48,12 +48,13 @@ from g2l.features import (
     models_at_hand,
     report_failures,
 )
-from g2l.files import digest, safe, write_text
+from g2l.files import clear_leftovers, digest, safe, write_text
 from g2l.images import ImageFiles, ImageSource
 from g2l.multicentre import load_multicentre, unlabelled
 from g2l.paper import paper_name
 from g2l.patches import PatchIndex
 from g2l.pictures import is_drawn, save_figure
+from g2l.report import provenance
 from g2l.results import read_metrics, record
 from g2l.robust import KS, codes, deciding, draw_sample, index_of, intervals, measure, neighbors
 from g2l.robust_report import (
@@ -99,8 +100,7 @@ class IndexStudy:
         if found.centers is None:
             raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
         self.labels, self.centers, self.groups, self.slides = (
-            codes(names)
-            for names in (found.labels, found.centers, found.groups, self.slide_names)
+            codes(names) for names in (found.labels, found.centers, found.groups, self.slide_names)
         )
         self.kinds = {
             "class": [found.classes[i] for i in np.unique(found.labels)],
@@ -288,7 +288,9 @@ def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     print(aligned(section(kept).split("### By class")[0]))
     if files:
         index.draw_pictures(out, digest(base, list(cards.items()), args.map))
-    write_text(args.results / "table3.md", table3(args.results))
+    made = provenance(load[models[0]]["device"])
+    write_text(args.results / "table3.md", table3(args.results) + made)
+    clear_leftovers(out)
     print(f"table: {args.results / 'table3.md'}")
     return report_failures(failures, {name: lost} if lost else {})
 
@@ -372,7 +374,7 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
     for (model, kind, s), values in found.items():
         base |= {"model": model}
         rows += [base | {"metric": f"{kind} {s:g} {m}", "value": v} for m, v in values.items()]
-    record(args.results, rows)
+    record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
     text = shift_table(name, int(fine.sum()), steps, found, list(x))
     out = args.results / "robustness" / safe(name)
     write_text(out / "shifts.md", text)

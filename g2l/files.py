@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISDIR
@@ -75,6 +76,14 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+def clear_leftovers(folder: Path, seconds: float = 600) -> None:
+    """Remove the temporary files of killed runs from a folder: those untouched for so long."""
+    for path in folder.glob(".*.tmp.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def read_json(path: Path) -> dict:

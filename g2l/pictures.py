@@ -73,8 +73,7 @@ def draw_figure1(study: Any, on: str = "tp53") -> None:
     on: the benchmark; the first that every model has if it was not measured, "mean" for all of
     these. Intervals are Student's over the folds.
     """
-    mean = means(study.results)
-    scores = {}
+    mean, scores = means(study.rows), {}
     for benchmark in study.found:
         keys = [("knn", "accuracy", display(n), benchmark.name) for n in study.models]
         if all(key in mean for key in keys):
@@ -138,7 +137,7 @@ def draw_benchmark(
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
-    folder, mean = Path(study.results) / "pictures", means(study.results)
+    folder, mean = Path(study.results) / "pictures", means(study.rows)
     draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
     for kind, draw in draws.items():
         path = folder / f"{kind}-{safe(benchmark.name)}.png"

@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 
 from g2l.features import display
-from g2l.files import safe, write_text
+from g2l.files import clear_leftovers, safe, write_text
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
-from g2l.results import read_metrics
 
 PAIRED = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}
 
 
-def means(results: Path) -> dict[tuple, tuple[float, float, int]]:
+def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
     """(protocol, metric, model, benchmark[, other]) -> mean, sd and number of folds or seeds."""
     found: dict[tuple, list[float]] = {}
-    for row in read_metrics(results):
+    for row in rows:
         fields = ("protocol", "metric", "model", "benchmark", "other")
         key = tuple(row[field] for field in fields if field in row)
         if row["value"] is not None:
@@ -73,17 +72,26 @@ def families(names: Sequence[str]) -> dict[str, list[str]]:
     return rows
 
 
+def provenance(device: object) -> str:
+    """The last line of a table: the command, revision, versions and device that made it."""
+    from g2l.runs import describe_setting
+
+    setting = describe_setting()
+    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    command, revision = f"python {setting['command']}", setting["revision"] or "unknown"
+    return f"\nMade by `{command}`, revision {revision}, with {versions}, on {device}.\n"
+
+
 class Tables:
     """What Tables 1 and 2 of a study are made of."""
 
     def __init__(self, study: Any):
         self.study = study
-        self.rows = read_metrics(study.results)
-        self.mean = means(study.results)
+        self.mean = means(study.rows)
         self.models = [display(n) for n in study.models]
         self.teacher = display(study.teacher) if study.teacher in study.models else None
-        self.metadata = {r["model"]: r["metadata"] for r in self.rows if r["protocol"] == "model"}
-        self.data = {r["benchmark"]: r for r in self.rows if r["protocol"] == "data"}
+        self.metadata = {r["model"]: r["metadata"] for r in study.rows if r["protocol"] == "model"}
+        self.data = {r["benchmark"]: r for r in study.rows if r["protocol"] == "data"}
 
     def average(self, members: list[str], protocol: str, metric: str, model: str, *other):
         """Mean and standard deviation, averaged over benchmarks; None unless each has them."""
@@ -128,8 +136,8 @@ class Tables:
             rows.append([label.replace("-binary", ""), str(images), *cells])
         return (
             f"# Table 1: CKA to {self.teacher}\n\nUnbiased CKA ± its standard error (jackknife "
-            "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows of "
-            "one side shuffled: its chance level]. Unrelated features have an unbiased CKA of 0. The "
+            "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows "
+            "of one side shuffled: chance]. Unrelated features have an unbiased CKA of 0. The "
             "embeddings are those used downstream, before the projector. Bold: best, underlined: "
             "second."
             "\n\n" + markdown(["benchmark", "images", *others], rows)
@@ -165,7 +173,8 @@ class Tables:
         text = [
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
-            "counts only where the paired comparison below says so."
+            "counts only where the paired comparison below says so. Chance is what random features "
+            "score by the same code, mean ± sd over draws."
             + (" ⚠: the student has seen some of the patients." if marked else "")
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
@@ -192,31 +201,27 @@ class Tables:
 
         paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
         rows = [
-            [label, self.chance(members, protocol, metric), *cells]
+            [label, *self.blind(members, protocol, metric), *cells]
             for label, members, cells in self.body(
                 [b.name for b in self.study.found], self.models, cell, paper
             )
         ]
-        blind = "majority class" if metric == "accuracy" else "chance"
-        return markdown(["benchmark", blind, *self.models], rows)
+        blind = ["chance", "majority class"] if metric == "accuracy" else ["chance"]
+        return markdown(["benchmark", *blind, *self.models], rows)
 
-    def chance(self, members: list[str], protocol: str, metric: str) -> str:
-        """What a guess scores: the commonest class, half the area, or one class of all."""
+    def blind(self, members: list[str], protocol: str, metric: str) -> list[str]:
+        """What random features score by the same code; for accuracy also the commonest class."""
+        cells = [score(*self.average(members, protocol, metric, "chance"))]
         if metric == "accuracy":
-            known = [self.average(members, protocol, "majority", m)[0] for m in self.models]
-            value = next((v for v in known if v is not None), None)  # the same for all that have it
-        elif metric == "auc":
-            value = 0.5
-        else:
-            value = np.mean([1 / np.count_nonzero(self.data[b]["counts"]) for b in members])
-        return score(value)
+            cells.append(score(self.average(members, protocol, "majority", "chance")[0]))
+        return cells
 
     def paired(self, benchmarks: list[str]) -> list[dict]:
         """The paired differences of the models to the teacher and the baseline, in their order."""
         ends = [display(n) for n in (self.study.teacher, self.study.baseline)]
         rows = {
             (r["benchmark"], r["model"], r["other"], r["metric"]): r
-            for r in self.rows
+            for r in self.study.rows
             if r["protocol"] == "paired" and r["other"] in self.models
         }
         order = itertools.product(benchmarks, self.models, self.models, PAIRED)
@@ -244,8 +249,10 @@ class Tables:
                 f"{model:{width}}{about['parameters'] / 1e6:>7.1f} M"
                 f"{about['ms_per_image']:>8.1f}   {cka:<16}{knn:<16}{probe}"
             )
-        majority = self.chance([benchmark], "knn", "accuracy")
-        lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}{majority:<16}0.500")
+        knn, majority = self.blind([benchmark], "knn", "accuracy")
+        probe = self.blind([benchmark], "probe", "auc")[0]
+        lines.append(f"{'chance':{width + 20}}{'0.000':<16}{knn:<16}{probe}")
+        lines.append(f"{'majority class':{width + 36}}{majority}")
         for row in self.paired([benchmark]):
             lines.append(
                 f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
@@ -280,10 +287,11 @@ def write_tables(study: Any) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
     tables = Tables(study)
     one, two = tables.table1(), tables.table2()
+    made = provenance(study.device_used)
     if one:
-        write_text(Path(study.results) / "table1.md", one)
-    write_text(Path(study.results) / "table2.md", two)
-    return one + "\n\n" + two
+        write_text(Path(study.results) / "table1.md", one + made)
+    write_text(Path(study.results) / "table2.md", two + made)
+    return f"{one}\n\n{two}{made}"
 
 
 def summarize(study: Any) -> str:
@@ -304,18 +312,20 @@ def role(name: str, study: Any) -> str:
 
 def write_report(study: Any, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    command = " ".join(["python evaluate.py", *study.argv])
-    text = ["# Evaluation", f"Written by `{command}` on {study.device_used}."]
+    results = Path(study.results)
+    for folder in (results, results / "pictures"):
+        clear_leftovers(folder)
+    text = ["# Evaluation"]
     if failures:
         text.append("**Not evaluated:** " + "; ".join(failures))
     shown = not study.no_pictures
-    if shown and (Path(study.results) / "figure1.png").is_file():
+    if shown and (results / "figure1.png").is_file():
         text.append("![accuracy against size and time](figure1.png)")
     text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
     text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
     if shown:
         text += [f"## {b.name}\n\n" + picture_links(study, b.name) for b in study.found]
-    write_text(Path(study.results) / "report.md", "\n\n".join(text))
+    write_text(results / "report.md", "\n\n".join(text))
 
 
 def model_table(study: Any) -> str:

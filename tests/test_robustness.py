@@ -1,6 +1,7 @@
 """robustness.py: from images to Table 3, its pictures and its honest reading; shifts; faults."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from conftest import torchrun
 from PIL import Image
 
 import robustness
+from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
 from g2l.multicentre import load_multicentre
+from g2l.pictures import save_figure
 from g2l.results import read_metrics
 from g2l.robust import KS, codes
+from g2l.robust_report import draw_map
 
 
 @pytest.fixture
@@ -240,6 +244,95 @@ def test_the_map_says_what_its_patches_are(folder, fake, monkeypatch, capsys):
         )
     assert re.fullmatch(r"mine: the \d\d patches drawn in 5 samples", titles[0])
     assert titles[1] == "mine: the 108 patches drawn in 1 sample"
+
+
+def relabel(folder: Path, old: str, new: str) -> None:
+    table = folder / "labels.csv"
+    table.write_text(table.read_text().replace(old, new))
+
+
+def test_models_measured_on_other_labels_or_centres_are_not_set_side_by_side(folder, fake, capsys):
+    results = folder.parent / "r"
+    more = ("--benchmark", folder, "--results", results, "--no-pictures")
+    call(capsys, "--models", "place", *more, "--per-class", 9)
+    call(capsys, "--models", "place", *more)
+    relabel(folder, ",dots,", ",plain,")  # corrected labels: what was measured on others goes
+    call(capsys, "--models", "tissue", *more)
+    text = (results / "table3.md").read_text()
+    assert text.count("## mine") == 1 and "| tissue |" in text
+    assert "place" not in text and "dots" not in text
+    relabel(folder, ",centre-", ",hospital-")
+    call(capsys, "--models", "tissue", *more)
+    text = (results / "table3.md").read_text()
+    assert "hospital-2" in text and "centre-2" not in text
+    drawn = [int(n) for n in re.findall(r"(\d+) of \d+", text.split("### Patches")[1])]
+    assert f"{sum(drawn)} patches were drawn" in text
+
+
+def test_no_reading_where_each_centre_holds_one_class(folder, fake, capsys):
+    for i, tissue in enumerate(("dots", "plain", "stripes")):
+        table = (folder / "labels.csv").read_text()
+        (folder / "labels.csv").write_text(
+            re.sub(rf",{tissue},(patient-\d),centre-\d", rf",{tissue},\1,site-{i}", table)
+        )
+    more = ("--benchmark", folder, "--results", folder.parent / "r", "--no-pictures")
+    status, out, _ = call(capsys, "--models", "tissue", "place", *more)
+    assert status == 0 and "No reading is given. Only 0% of the patches" in out
+    assert "institutions instead of TCGA's" in out and "withheld" in out
+    text = (folder.parent / "r" / "table3.md").read_text()
+    assert "above chance" not in text and "below chance" not in text
+    assert "| **" not in text  # no best either
+
+
+def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake, capsys):
+    out = folder.parent / "r" / "robustness" / "mine"
+    command = ("--models", "tissue", "--benchmark", folder, "--results", folder.parent / "r")
+    call(capsys, *command)
+    left = out / ".map.1234.abcdef.tmp.png"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    (out / "gallery-tissue.png").unlink()
+    before = (out / "map.png").stat().st_mtime_ns
+    call(capsys, *command)
+    assert (out / "gallery-tissue.png").is_file() and not left.exists()
+    assert (out / "map.png").stat().st_mtime_ns == before
+    call(capsys, *command, "--seed", 3)  # other patches: drawn again
+    assert (out / "map.png").stat().st_mtime_ns != before
+
+
+def test_table_names_what_made_it(folder, fake, capsys):
+    more = ("--benchmark", folder, "--results", folder.parent / "r", "--no-pictures")
+    call(capsys, "--models", "tissue", *more, "--device", "cpu")
+    last = (folder.parent / "r" / "table3.md").read_text().splitlines()[-1]
+    assert last.startswith("Made by `python ") and "torch 2." in last and last.endswith("on cpu.")
+
+
+@pytest.mark.parametrize("count", [21, 32])
+def test_map_stays_whole_with_many_centres(count, tmp_path):
+    sites = [f"hospital {i % count} of somewhere" for i in range(4 * count)]
+    benchmark = Benchmark(
+        "many",
+        "patch",
+        [],
+        sites,
+        np.arange(len(sites)) % 5,
+        ["invasive tumour", "in-situ tumour", "tumour stroma", "inflamed stroma", "necrosis"],
+        sites,
+        sites,
+    )
+    x = {"a model": np.random.default_rng(0).normal(size=(len(sites), 8))}
+    figure = draw_map("many", benchmark, x, np.arange(len(sites)), "pca")
+    figure.canvas.draw()
+    boxes = [legend.get_window_extent() for legend in figure.legends]
+    boxes += [axis.get_tightbbox() for axis in figure.axes]
+    for i, box in enumerate(boxes):
+        assert min(box.width, box.height) > 100 or i < len(figure.legends)
+        for other in boxes[i + 1 :]:
+            assert not (
+                min(box.x1, other.x1) - max(box.x0, other.x0) > 2
+                and min(box.y1, other.y1) - max(box.y0, other.y0) > 2
+            )
+    save_figure(figure, tmp_path / "map.png")
 
 
 def test_the_slide_is_excluded_where_it_is_known(folder, fake, capsys):
