@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.arguments import Help, add_running_arguments, directory, share, whole
 from g2l.benchmarks import Benchmark, leaked
@@ -47,12 +48,13 @@ from g2l.features import (
     models_at_hand,
     report_failures,
 )
-from g2l.files import digest, safe, write_text
+from g2l.files import clear_stale, digest, safe, write_text
 from g2l.images import ImageFiles, ImageSource
 from g2l.multicentre import load_multicentre, unlabelled
 from g2l.paper import paper_name
 from g2l.patches import PatchIndex
 from g2l.pictures import is_drawn, save_figure
+from g2l.report import provenance
 from g2l.results import read_metrics, record
 from g2l.robust import KS, codes, deciding, draw_sample, index_of, intervals, measure, neighbors
 from g2l.robust_report import (
@@ -82,40 +84,175 @@ REMEDIES = {
 }
 
 
-@dataclasses.dataclass
-class Cohort:
-    """Patches of several centres, and who is who among them: small integers (n,) for each noun."""
+class IndexStudy:
+    """The robustness index on one benchmark: who is who, which patches are drawn, what was counted.
 
-    benchmark: Benchmark
-    slide_names: list[str]
+    labels, centers, slides and groups are small integers (n,); `samples` hold rows of each sample.
+    """
 
-    def __post_init__(self):
+    def __init__(self, args: argparse.Namespace):
+        folder = folder_of(args)
+        self.args = args
+        self.benchmark, self.slide_names = load_multicentre(
+            folder, args.patch_size, args.min_fraction
+        )
         found = self.benchmark
-        self.labels, self.centers, self.groups, self.slides = map(
-            codes, (found.labels, found.centers, found.groups, self.slide_names)
+        if found.centers is None:
+            raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
+        self.labels, self.centers, self.groups, self.slides = (
+            codes(names) for names in (found.labels, found.centers, found.groups, self.slide_names)
         )
-        self.classes = [found.classes[i] for i in np.unique(found.labels)]
-        self.sites = np.unique(found.centers).tolist()
-        self.data = digest(
-            *(PROTOCOL_VERSION, data_stamp(found), found.labels.tolist(), found.classes),
-            *(found.centers, found.groups, self.slide_names),
-        )
+        self.kinds = {
+            "class": [found.classes[i] for i in np.unique(found.labels)],
+            "center": np.unique(found.centers).tolist(),
+        }
+        classes, centers = map(len, self.kinds.values())
+        if min(classes, centers) < 2:
+            raise UserError(
+                f"{found.name}: {classes} classes and {centers} centres; the index sets one against "
+                "the other and needs two of each",
+                mend="design",
+            )
+        by_group = self.slide_names == found.groups and (folder / "labels.csv").is_file()
+        self.kin = "of the same group" if by_group else "on the same slide"
 
+    def settings(self) -> str:
+        """How patches are drawn and compared; results of one wording stand in one section."""
+        args, drawn = self.args, "all patches"
+        if args.per_class:
+            cell = "class and centre" if args.per_center else "class"
+            drawn = f"at most {args.per_class} patches of each {cell}"
+        fate = "included" if args.include_same_slide else "excluded"
+        scale = "as they are" if args.raw else "L2-normalised"
+        words = [drawn, f"neighbours {self.kin} {fate}", f"features {scale}"]
+        return "; ".join(words + ["patients of the students left out"] * args.exclude_seen)
 
-def read_cohort(args: argparse.Namespace) -> Cohort:
-    """The benchmark that the command names; UserError unless it has two classes and two centres."""
-    folder = folder_of(args)
-    benchmark, slides = load_multicentre(folder, args.patch_size, args.min_fraction)
-    if benchmark.centers is None:
-        raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
-    cohort = Cohort(benchmark, slides)
-    if min(len(cohort.classes), len(cohort.sites)) < 2:
-        raise UserError(
-            f"{benchmark.name}: {len(cohort.classes)} classes and {len(cohort.sites)} centres; the "
-            "index sets one against the other and needs two of each",
-            mend="design",
-        )
-    return cohort
+    def who(self, rows: ndarray) -> tuple:
+        """Labels, centres, slides (None if their own patches count as neighbours) and patients."""
+        slides = None if self.args.include_same_slide else self.slides[rows]
+        return self.labels[rows], self.centers[rows], slides, self.groups[rows]
+
+    def draw(self, pool: ndarray) -> Benchmark:
+        """Draw the samples from the rows `pool`; the patches that need features.
+
+        Files get features whole, as evaluate.py keeps them too; patches of TIGER only where drawn.
+        """
+        args, found, self.pool = self.args, self.benchmark, pool
+        who = self.labels[pool], self.centers[pool], self.slides[pool]
+        seeds = range(args.seed, args.seed + (args.samples if args.per_class else 1))
+        draw = partial(draw_sample, *who, args.per_class, args.per_center)
+        self.samples = [pool[draw(seed)] for seed in seeds]
+        self.used = np.full(len(found), isinstance(found.images, ImageFiles))
+        self.used[np.concatenate(self.samples)] = True
+        if self.used.all():
+            return found
+        own = f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"
+        return dataclasses.replace(found.subset(self.used), source=own)
+
+    def take(self, arrays: dict[str, ndarray]) -> int:
+        """Take each model's features of what was drawn; how many patches were unreadable.
+
+        Raises UserError where a sample leaves the index nothing to choose between.
+        """
+        self.x, fine = {}, self.used.copy()
+        for name, array in arrays.items():
+            self.x[name] = np.full((len(self.used), array.shape[1]), np.nan, np.float32)
+            self.x[name][self.used] = array
+            fine &= np.isfinite(self.x[name]).all(1)
+        self.samples = [sample[fine[sample]] for sample in self.samples]
+        for sample in self.samples:
+            classes, centers, slides, _ = (
+                len(np.unique(values[sample]))
+                for values in (self.labels, self.centers, self.slides, self.groups)
+            )
+            if min(classes, centers) < 2 or len(sample) <= KS[0]:
+                lack = f"a sample has fewer than two classes, two centres or {KS[0] + 1} patches"
+                raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
+            if slides < 2 and not self.args.include_same_slide:
+                raise UserError(
+                    f"{self.benchmark.name}: all patches are of slide {self.slide_names[sample[0]]}, "
+                    "whose own are no neighbours",
+                    mend="slides",
+                )
+        if all(np.array_equal(self.samples[0], other) for other in self.samples):
+            del self.samples[1:]  # each draw took everything: their spread would say nothing
+        return int((self.used & ~fine).sum())
+
+    def base(self) -> dict:
+        """What all rows share, with keys of what was read and of the patches drawn."""
+        found = self.benchmark
+        place = found.centers, found.groups, self.slide_names
+        read = PROTOCOL_VERSION, data_stamp(found), found.labels.tolist(), found.classes, place
+        drawn = [found.ids[i] for sample in self.samples for i in sample]
+        base = {"benchmark": found.name, "protocol": "robustness", "settings": self.settings()}
+        return base | {"data": digest(read), "patches": digest(drawn)}
+
+    def measure(self) -> Iterator[dict]:
+        """Rows of results of chance and every model, sample by sample; `counts` keeps what they
+        saw.
+        """
+        k_max = min(max(KS), min(map(len, self.samples)) - 1)
+        self.counts: dict[str, list[ndarray]] = {name: [] for name in ("chance", *self.x)}
+        for seed, sample in enumerate(self.samples, self.args.seed):
+            count = partial(measure, normalize=not self.args.raw, k_max=k_max)
+            for name, kept in self.counts.items():
+                x = self.x[name][sample] if name in self.x else None
+                for draw in range(1 if name in self.x else BLIND_DRAWS):
+                    luck = seed if name in self.x else BLIND_DRAWS * seed + draw
+                    counts, values = count(x, *self.who(sample), seed=luck)
+                    base = {"model": name, "seed": seed, "draw": draw}
+                    for (metric, k), value in values.items():
+                        yield base | {"metric": metric, "k": k, "value": value}
+                kept.append(counts)
+        yield from intervals({}, self.counts, [self.groups[sample] for sample in self.samples])
+
+    def one_by_one(self) -> Iterator[dict]:
+        """Rows of results for each class and each centre."""
+        k_max = self.counts["chance"][0].shape[-1]
+        k = [k for k in KS if k <= k_max][:3][-1]
+        for field, target in (("class", self.labels), ("center", self.centers)):
+            for (i, kind), name in itertools.product(enumerate(self.kinds[field]), self.counts):
+                totals = zip(self.counts[name], self.samples, strict=True)
+                each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in totals]
+                row = {"model": name, "metric": f"index_by_{field}", field: kind, "k": k}
+                yield row | {"value": np.mean(each)}
+
+    def design(self) -> Iterator[dict]:
+        """Rows on the patches: how many of each class and centre, and the share that can decide."""
+        for (i, kind), (j, site) in itertools.product(*map(enumerate, self.kinds.values())):
+            cell = (self.labels == i) & (self.centers == j)
+            drawn, there = int(cell[self.samples[0]].sum()), int(cell[self.pool].sum())
+            row = {"model": "data", "metric": "cell", "class": kind, "center": site}
+            yield row | {"value": drawn, "available": there}
+        shares = [deciding(*self.who(sample)[:3]) for sample in self.samples]
+        yield {"model": "data", "metric": "deciding", "value": np.mean(shares)}
+
+    def model_row(self, name: str, about: dict) -> dict:
+        """How many of the patients a model has seen, and its name in the paper."""
+        known = np.unique(self.groups[leaked(self.benchmark, about)])
+        row = {"model": name, "metric": "seen", "value": len(known)}
+        paper = paper_name(name, about["metadata"])
+        return row | {"patients": int(self.groups.max()) + 1, "paper": paper}
+
+    def draw_pictures(self, out: Path, key: str) -> None:
+        """Index, map and galleries, but those that show this already."""
+        found, first = self.benchmark, self.samples[0]
+        drawn = np.unique(np.concatenate(self.samples))
+        some = np.sort(np.random.default_rng(0).permutation(drawn)[:800])
+        among = f"{len(some)} of " if len(some) < len(drawn) else ""
+        times = f"{len(self.samples)} sample{'s' * (len(self.samples) > 1)}"
+        title = f"{found.name}: {among}the {len(drawn)} patches drawn in {times}"
+        draws = {
+            "index": partial(draw_index, found.name, self.counts),
+            "map": partial(draw_map, title, found, self.x, some, self.args.map),
+        }
+        for name, array in self.x.items():
+            rows = neighbors(array[first], 5, self.who(first)[2], not self.args.raw)[1]
+            draws[f"gallery-{safe(name)}"] = partial(draw_misled, name, found, first, rows)
+        for picture, draw in draws.items():
+            if not is_drawn(out / f"{picture}.png", key):
+                save_figure(draw(), out / f"{picture}.png", key)
+        print(f"pictures: {out}/index.png, map.png, gallery-*.png")
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -123,196 +260,39 @@ def folder_of(args: argparse.Namespace) -> Path:
     return args.benchmark or args.data / "benchmarks" / "tiger"
 
 
-def draw_samples(cohort: Cohort, args: argparse.Namespace, pool: np.ndarray) -> list[np.ndarray]:
-    """Rows of each seeded sample drawn from the rows `pool`; one sample where it takes all."""
-    who = [values[pool] for values in (cohort.labels, cohort.centers, cohort.slides)]
-    seeds = range(args.seed, args.seed + (args.samples if args.per_class else 1))
-    samples = [pool[draw_sample(*who, args.per_class, args.per_center, seed)] for seed in seeds]
-    if all(np.array_equal(samples[0], other) for other in samples):
-        return samples[:1]  # each draw took everything: their spread would say nothing
-    return samples
-
-
-def check_samples(cohort: Cohort, samples: list[np.ndarray], same_slide: bool) -> None:
-    """UserError where a sample leaves the index nothing to choose between."""
-    name = cohort.benchmark.name
-    for sample in samples:
-        classes, centers, slides = (
-            len(np.unique(values[sample]))
-            for values in (cohort.labels, cohort.centers, cohort.slides)
-        )
-        if min(classes, centers) < 2 or len(sample) <= KS[0]:
-            raise UserError(
-                f"{name}: a sample has fewer than two classes, two centres or {KS[0] + 1} patches",
-                mend="sample",
-            )
-        if slides < 2 and not same_slide:
-            raise UserError(
-                f"{name}: all patches are of slide {cohort.slide_names[sample[0]]}, whose own are no "
-                "neighbours",
-                mend="slides",
-            )
-
-
-def describe_settings(cohort: Cohort, args: argparse.Namespace) -> str:
-    """How patches are drawn and compared, in words; results of one wording stand in one section."""
-    by_group = cohort.slide_names == cohort.benchmark.groups
-    by_group &= (folder_of(args) / "labels.csv").is_file()
-    drawn = "all patches"
-    if args.per_class:
-        cell = "class and centre" if args.per_center else "class"
-        drawn = f"at most {args.per_class} patches of each {cell}"
-    kin = "of the same group" if by_group else "on the same slide"
-    fate = "included" if args.include_same_slide else "excluded"
-    scale = "as they are" if args.raw else "L2-normalised"
-    words = [drawn, f"neighbours {kin} {fate}", f"features {scale}"]
-    return "; ".join(words + ["patients of the students left out"] * args.exclude_seen)
-
-
 def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
-    cohort = read_cohort(args)
-    benchmark, name = cohort.benchmark, cohort.benchmark.name
-    pool = np.arange(len(benchmark))
+    index = IndexStudy(args)
+    name, pool = index.benchmark.name, np.arange(len(index.labels))
     if args.exclude_seen:
-        seen = [leaked(benchmark, card(n, args.results, **load[n])) for n in models]
-        pool = np.flatnonzero(~np.any(seen, 0))
+        for model in models:
+            about = card(model, args.results, **load[model])
+            pool = pool[~leaked(index.benchmark, about)[pool]]
         if not len(pool):
             raise UserError(f"{name}: the students saw every patient of it", mend="seen")
-    samples = draw_samples(cohort, args, pool)
-    # Files get features whole, as evaluate.py keeps them too; patches of TIGER only where drawn.
-    used = np.full(len(benchmark), isinstance(benchmark.images, ImageFiles))
-    used[np.concatenate(samples)] = True
-    own = f"{name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"
-    part = dataclasses.replace(benchmark.subset(used), source=own)
-    gathered = gather({"": benchmark if used.all() else part}, args, models, load)
+    gathered = gather({"": index.draw(pool)}, args, models, load)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
-    x = {}
-    for model, parts in arrays.items():
-        x[model] = np.full((len(benchmark), parts[""].shape[1]), np.nan, np.float32)
-        x[model][used] = parts[""]
-    lost = used & ~np.all([np.isfinite(array).all(1) for array in x.values()], 0)
-    samples = [sample[~lost[sample]] for sample in samples]
-    check_samples(cohort, samples, args.include_same_slide)
-    base = {
-        "benchmark": name,
-        "protocol": "robustness",
-        "settings": describe_settings(cohort, args),
-        "data": cohort.data,
-        "patches": digest([benchmark.ids[i] for sample in samples for i in sample]),
-    }
-    measured, counts = measure_models(cohort, x, samples, args)
-    rows = [*measured, *describe_design(cohort, samples, pool, args)]
-    rows += [describe_model(cohort, n, about) for n, about in cards.items()]
-    names = [] if args.no_pictures else ["index", "map", *(f"gallery-{safe(n)}" for n in x)]
-    files = [f"{picture}.png" for picture in names]
+    lost = index.take({model: parts[""] for model, parts in arrays.items()})
+    base = index.base()
+    rows = [*index.measure(), *index.one_by_one(), *index.design()]
+    rows += [index.model_row(model, about) for model, about in cards.items()]
+    out, files = args.results / "robustness" / safe(name), []
+    if not args.no_pictures:
+        files = ["index.png", "map.png", *(f"gallery-{safe(model)}.png" for model in cards)]
     rows.append({"model": "data", "metric": "pictures", "value": len(files), "files": files})
-    record(
-        args.results,
-        [base | row for row in rows],
-        same=("model", "benchmark", "protocol", "settings"),
-    )
+    whole = ("model", "benchmark", "protocol", "settings")
+    record(args.results, [base | row for row in rows], same=whole)
     kept = [row for row in read_metrics(args.results) if base.items() <= row.items()]
     print(aligned(section(kept).split("### By class")[0]))
-    if names:
-        draw_pictures(cohort, x, samples, counts, args, digest(base, list(cards.items())))
-    write_text(args.results / "table3.md", table3(args.results))
+    if files:
+        index.draw_pictures(out, digest(base, list(cards.items()), args.map))
+    made = provenance(load[models[0]]["device"])
+    write_text(args.results / "table3.md", table3(args.results) + made)
+    clear_stale(out)
     print(f"table: {args.results / 'table3.md'}")
-    return report_failures(failures, {name: int(lost.sum())} if lost.any() else {})
-
-
-def measure_models(
-    cohort: Cohort, x: dict[str, np.ndarray], samples: list[np.ndarray], args: argparse.Namespace
-) -> tuple[list[dict], dict[str, list[np.ndarray]]]:
-    """Rows of results, and the counts (4, n, k) of each sample, of chance and every model."""
-    k_max = min(max(KS), min(map(len, samples)) - 1)
-    rows: list[dict] = []
-    counts: dict[str, list[np.ndarray]] = {name: [] for name in ("chance", *x)}
-    for seed, sample in enumerate(samples, args.seed):
-        how = {"normalize": not args.raw, "k_max": k_max}
-        who = [cohort.labels[sample], cohort.centers[sample], None, cohort.groups[sample]]
-        if not args.include_same_slide:
-            who[2] = cohort.slides[sample]
-        found = {
-            name: [measure(array[sample], *who, seed=seed, **how)] for name, array in x.items()
-        }
-        draws = range(BLIND_DRAWS * seed, BLIND_DRAWS * (seed + 1))
-        found["chance"] = [measure(None, *who, seed=draw, **how) for draw in draws]
-        for name, measured in found.items():
-            counts[name].append(measured[0][0])
-            for draw, (_, values) in enumerate(measured):
-                base = {"model": name, "seed": seed, "draw": draw}
-                rows += [base | {"metric": m, "k": k, "value": v} for (m, k), v in values.items()]
-    rows += intervals({}, counts, [cohort.groups[sample] for sample in samples])
-    k = [k for k in KS if k <= k_max][:3][-1]
-    for field, target, kinds in (
-        ("class", cohort.labels, cohort.classes),
-        ("center", cohort.centers, cohort.sites),
-    ):
-        for (i, kind), name in itertools.product(enumerate(kinds), counts):
-            totals = zip(counts[name], samples, strict=True)
-            each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in totals]
-            row = {"model": name, "metric": f"index_by_{field}", field: kind, "k": k}
-            rows.append(row | {"value": np.mean(each)})
-    return rows, counts
-
-
-def describe_design(
-    cohort: Cohort, samples: list[np.ndarray], pool: np.ndarray, args: argparse.Namespace
-) -> Iterator[dict]:
-    """Rows on the patches: how many of each class and centre, and the share that can decide."""
-    sites = list(enumerate(cohort.sites))
-    for (i, kind), (j, site) in itertools.product(enumerate(cohort.classes), sites):
-        cell = (cohort.labels == i) & (cohort.centers == j)
-        drawn, there = int(cell[samples[0]].sum()), int(cell[pool].sum())
-        row = {"model": "data", "metric": "cell", "class": kind, "center": site}
-        yield row | {"value": drawn, "available": there}
-    shares = []
-    for sample in samples:
-        slides = None if args.include_same_slide else cohort.slides[sample]
-        shares.append(deciding(cohort.labels[sample], cohort.centers[sample], slides))
-    yield {"model": "data", "metric": "deciding", "value": np.mean(shares)}
-
-
-def describe_model(cohort: Cohort, name: str, about: dict) -> dict:
-    """Row on a model: how many of the patients it has seen, and its name in the paper."""
-    known = np.unique(cohort.groups[leaked(cohort.benchmark, about)])
-    row = {"model": name, "metric": "seen", "value": len(known)}
-    paper = paper_name(name, about["metadata"])
-    return row | {"patients": int(cohort.groups.max()) + 1, "paper": paper}
-
-
-def draw_pictures(
-    cohort: Cohort,
-    x: dict[str, np.ndarray],
-    samples: list[np.ndarray],
-    counts: dict[str, list[np.ndarray]],
-    args: argparse.Namespace,
-    key: str,
-) -> None:
-    """Index, map and galleries of the benchmark, but those that show this already."""
-    out = args.results / "robustness" / safe(cohort.benchmark.name)
-    drawn = np.unique(np.concatenate(samples))
-    some = np.sort(np.random.default_rng(0).permutation(drawn)[:800])
-    among = f"{len(some)} of " if len(some) < len(drawn) else ""
-    times = f"{len(samples)} sample{'s' * (len(samples) > 1)}"
-    title = f"{cohort.benchmark.name}: {among}the {len(drawn)} patches drawn in {times}"
-    draws = {
-        "index": partial(draw_index, cohort.benchmark.name, counts),
-        "map": partial(draw_map, title, cohort.benchmark, x, some, args.map),
-    }
-    first = samples[0]
-    slides = None if args.include_same_slide else cohort.slides[first]
-    for name, array in x.items():
-        rows = neighbors(array[first], 5, slides, not args.raw)[1]
-        draws[f"gallery-{safe(name)}"] = partial(draw_misled, name, cohort.benchmark, first, rows)
-    for picture, draw in draws.items():
-        path, shows = out / f"{picture}.png", digest(key, args.map)
-        if not is_drawn(path, shows):
-            save_figure(draw(), path, shows)
-    print(f"pictures: {out}/index.png, map.png, gallery-*.png")
+    return report_failures(failures, {name: lost} if lost else {})
 
 
 def gather(
@@ -375,33 +355,28 @@ def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
 def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
+    name = patches.name
     if len(patches) < 3:
         raise UserError(
-            f"{patches.name}: {len(patches)} patches; three are needed to tell self from others"
+            f"{name}: {len(patches)} patches; three are needed to tell self from others"
         )
     steps = {kind: sorted(args.strengths or SHIFTS[kind][3]) for kind in args.perturb}
-    parts = {"": dataclasses.replace(patches, name=f"{patches.name}-unchanged")}
+    parts: dict = {"": dataclasses.replace(patches, name=f"{name}-unchanged")}
     for kind, strengths in steps.items():
         parts |= {(kind, s): shifted(patches, kind, s) for s in strengths}
     gathered = gather(parts, args, models, load)
     if gathered is None:
         return 0
     x, _, failures = gathered
-    fine = np.isfinite(np.concatenate([a for arrays in x.values() for a in arrays.values()], 1))
-    fine = fine.all(1)
-    found, rows = {}, []
-    for name, arrays in x.items():
-        still = arrays.pop("")[fine]
-        for kind in steps:
-            found[name, kind, SHIFTS[kind][1]] = displacement(still, still)
-        for (kind, s), moved in arrays.items():
-            found[name, kind, s] = values = displacement(still, moved[fine])
-            base = {"model": name, "benchmark": patches.name, "protocol": "perturb"}
-            base["images"] = int(fine.sum())
-            rows += [base | {"metric": f"{kind} {s:g} {m}", "value": v} for m, v in values.items()]
-    record(args.results, rows)
-    text = shift_table(patches.name, int(fine.sum()), steps, found, list(x))
-    out = args.results / "robustness" / safe(patches.name)
+    found, fine = follow(x, steps)
+    base = {"benchmark": name, "protocol": "perturb", "images": int(fine.sum())}
+    rows = []
+    for (model, kind, s), values in found.items():
+        base |= {"model": model}
+        rows += [base | {"metric": f"{kind} {s:g} {m}", "value": v} for m, v in values.items()]
+    record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
+    text = shift_table(name, int(fine.sum()), steps, found, list(x))
+    out = args.results / "robustness" / safe(name)
     write_text(out / "shifts.md", text)
     print(aligned(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
     if not args.no_pictures:
@@ -409,7 +384,21 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
         for kind, strengths in steps.items():
             save_figure(draw_shift(kind, strengths, image, found, list(x)), out / f"{kind}.png")
         print(f"curves: {out}/*.png")
-    return report_failures(failures, {} if fine.all() else {patches.name: int((~fine).sum())})
+    return report_failures(failures, {} if fine.all() else {name: int((~fine).sum())})
+
+
+def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict], ndarray]:
+    """`displacement` by (model, kind, strength), the unchanged among them; the rows (n,) readable."""
+    arrays = [array for parts in x.values() for array in parts.values()]
+    fine = np.all([np.isfinite(array).all(1) for array in arrays], 0)
+    found = {}
+    for name, parts in x.items():
+        still = parts[""][fine]
+        for kind, strengths in steps.items():
+            found[name, kind, SHIFTS[kind][1]] = displacement(still, still)
+            for s in strengths:
+                found[name, kind, s] = displacement(still, parts[kind, s][fine])
+    return found, fine
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISDIR
@@ -123,6 +124,14 @@ def separator(header: str) -> str:
     of.
     """
     return max(",;\t", key=header.count)
+
+
+def clear_stale(folder: Path, seconds: float = 600) -> None:
+    """Remove the temporary files of killed runs from a folder: those untouched for so long."""
+    for path in folder.glob(".*.tmp.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def read_json(path: Path) -> dict:

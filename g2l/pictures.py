@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
 from g2l.features import display
@@ -73,8 +74,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
     on: the benchmark; the first that every model has if it was not measured, "mean" for all of
     these. Intervals are Student's over the folds.
     """
-    mean = means(study.rows)
-    scores = {}
+    mean, scores = means(study.rows), {}
     for benchmark in study.found:
         keys = [("knn", "accuracy", display(n), benchmark.name) for n in study.models]
         if all(key in mean for key in keys):
@@ -105,7 +105,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
     save_figure(figure, Path(study.results) / "figure1.png")
 
 
-def with_margins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_margins(scores: ndarray) -> tuple[ndarray, ndarray]:
     """Mean and half its 95 % interval of scores ([benchmarks,] models, 3): mean, sd and folds."""
     from scipy.stats import t
 
@@ -114,7 +114,7 @@ def with_margins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return value.mean(0), np.sqrt((margins**2).sum(0)) / len(value)
 
 
-def against(axis, x: list[float], y: np.ndarray, margins: np.ndarray, study: Study) -> None:
+def against(axis, x: list[float], y: ndarray, margins: ndarray, study: Study) -> None:
     """One half of Figure 1: a mark per model; the axis is logarithmic where x spans a factor of 5."""
     marks = {"teacher": "^", "before distillation": "s", "": "o"}
     for i, name in enumerate(study.models):
@@ -178,7 +178,7 @@ def draw_cka(benchmark: Benchmark, predictions: dict[str, dict], mean: dict):
     return figure
 
 
-def heat(axis, values: np.ndarray, top: float, form: str, names: list[str]) -> None:
+def heat(axis, values: ndarray, top: float, form: str, names: list[str]) -> None:
     """A matrix of numbers from 0 to `top` as colours, each with its text; rows and columns have
     names.
     """
@@ -210,7 +210,7 @@ def draw_gallery(benchmark: Benchmark, name: str, predicted: dict):
     return draw_sheet(title, FRAMES, lines)
 
 
-def worth_seeing(labels: np.ndarray, guess: np.ndarray, neighbors: np.ndarray) -> list[int]:
+def worth_seeing(labels: ndarray, guess: ndarray, neighbors: ndarray) -> list[int]:
     """Three rows predicted right, at random, and three wrong, by the surest vote, of many classes.
 
     Rows of neighbours (N, k) are those that voted for `guess` (N,).
@@ -226,7 +226,7 @@ def worth_seeing(labels: np.ndarray, guess: np.ndarray, neighbors: np.ndarray) -
     return rows
 
 
-def picture(benchmark: Benchmark, i: int) -> np.ndarray:
+def picture(benchmark: Benchmark, i: int) -> ndarray:
     """One (H, W, 3) picture of item i: the image, the whole region, or the slide's thumbnail."""
     source: Any = benchmark.images
     if benchmark.level == "slide":

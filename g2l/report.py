@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from g2l.features import display
-from g2l.files import safe, write_text
+from g2l.files import clear_stale, safe, write_text
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
 from g2l.results import Study
@@ -37,10 +37,16 @@ def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
     }
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
+Cells = str | list[str]  # of a row: a list, or a text with tabs between the cells
+
+
+def markdown(head: Cells, rows: Sequence[Cells]) -> str:
     """A Markdown table."""
-    table = [head, ["---"] * len(head), *rows]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in table]
+    lines = []
+    for row in (head, *rows):
+        text = row if isinstance(row, str) else "\t".join(row)
+        lines.append(text.replace("|", "\\|").replace("\t", " | "))
+    lines.insert(1, "---" + " | ---" * lines[0].count(" | "))
     return "".join(f"| {line} |\n" for line in lines)
 
 
@@ -66,17 +72,26 @@ def families(names: Sequence[str]) -> dict[str, list[str]]:
     return rows
 
 
+def provenance(device: object) -> str:
+    """The last line of a table: the command, revision, versions and device that made it."""
+    from g2l.runs import describe_setting
+
+    setting = describe_setting()
+    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    command, revision = f"python {setting['command']}", setting["revision"] or "unknown"
+    return f"\nMade by `{command}`, revision {revision}, with {versions}, on {device}.\n"
+
+
 class Tables:
     """What Tables 1 and 2 of a study are made of."""
 
     def __init__(self, study: Study):
         self.study = study
-        self.rows = study.rows
         self.mean = means(study.rows)
         self.models = [display(n) for n in study.models]
         self.teacher = display(study.teacher) if study.teacher in study.models else None
-        self.metadata = {r["model"]: r["metadata"] for r in self.rows if r["protocol"] == "model"}
-        self.data = {r["benchmark"]: r for r in self.rows if r["protocol"] == "data"}
+        self.metadata = {r["model"]: r["metadata"] for r in study.rows if r["protocol"] == "model"}
+        self.data = {r["benchmark"]: r for r in study.rows if r["protocol"] == "data"}
 
     def average(self, members: list[str], protocol: str, metric: str, model: str, *other):
         """Mean and standard deviation, averaged over benchmarks; None unless each has them."""
@@ -121,8 +136,8 @@ class Tables:
             rows.append([label.replace("-binary", ""), str(images), *cells])
         return (
             f"# Table 1: CKA to {self.teacher}\n\nUnbiased CKA ± its standard error (jackknife "
-            "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows of "
-            "one side shuffled: its chance level]. Unrelated features have an unbiased CKA of 0. The "
+            "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows "
+            "of one side shuffled: chance]. Unrelated features have an unbiased CKA of 0. The "
             "embeddings are those used downstream, before the projector. Bold: best, underlined: "
             "second."
             "\n\n" + markdown(["benchmark", "images", *others], rows)
@@ -158,19 +173,18 @@ class Tables:
         text = [
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
-            "counts only where the paired comparison below says so."
+            "counts only where the paired comparison below says so. Chance is what random features "
+            "score by the same code, mean ± sd over draws."
             + (" ⚠: the student has seen some of the patients." if marked else "")
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = [
-            [
-                *(row["benchmark"], row["model"], row["other"]),
-                *(PAIRED[row["metric"]], with_interval(row), verdict(row)),
-            ]
+            f"{row['benchmark']}\t{row['model']}\t{row['other']}\t{PAIRED[row['metric']]}\t"
+            f"{with_interval(row)}\t{verdict(row)}"
             for row in self.paired([b.name for b in study.found])
         ]
         if rows:
-            head = ["benchmark", "model", "other", "measure", "difference", "reading"]
+            head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
                 "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 "
                 "resamplings of whole groups; for CKA by the jackknife. Fewer than "
@@ -187,31 +201,27 @@ class Tables:
 
         paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
         rows = [
-            [label, self.chance(members, protocol, metric), *cells]
+            [label, *self.blind(members, protocol, metric), *cells]
             for label, members, cells in self.body(
                 [b.name for b in self.study.found], self.models, cell, paper
             )
         ]
-        blind = "majority class" if metric == "accuracy" else "chance"
-        return markdown(["benchmark", blind, *self.models], rows)
+        blind = ["chance", "majority class"] if metric == "accuracy" else ["chance"]
+        return markdown(["benchmark", *blind, *self.models], rows)
 
-    def chance(self, members: list[str], protocol: str, metric: str) -> str:
-        """What a guess scores: the commonest class, half the area, or one class of all."""
+    def blind(self, members: list[str], protocol: str, metric: str) -> list[str]:
+        """What random features score by the same code; for accuracy also the commonest class."""
+        cells = [score(*self.average(members, protocol, metric, "chance"))]
         if metric == "accuracy":
-            known = [self.average(members, protocol, "majority", m)[0] for m in self.models]
-            value = next((v for v in known if v is not None), None)  # the same for all that have it
-        elif metric == "auc":
-            value = 0.5
-        else:
-            value = np.mean([1 / np.count_nonzero(self.data[b]["counts"]) for b in members])
-        return score(value)
+            cells.append(score(self.average(members, protocol, "majority", "chance")[0]))
+        return cells
 
     def paired(self, benchmarks: list[str]) -> list[dict]:
         """The paired differences of the models to the teacher and the baseline, in their order."""
         ends = [display(n) for n in (self.study.teacher, self.study.baseline)]
         rows = {
             (r["benchmark"], r["model"], r["other"], r["metric"]): r
-            for r in self.rows
+            for r in self.study.rows
             if r["protocol"] == "paired" and r["other"] in self.models
         }
         order = itertools.product(benchmarks, self.models, self.models, PAIRED)
@@ -239,8 +249,10 @@ class Tables:
                 f"{model:{width}}{about['parameters'] / 1e6:>7.1f} M"
                 f"{about['ms_per_image']:>8.1f}   {cka:<16}{knn:<16}{probe}"
             )
-        majority = self.chance([benchmark], "knn", "accuracy")
-        lines.append(f"{'majority class / chance':{width + 20}}{'0.000':<16}{majority:<16}0.500")
+        knn, majority = self.blind([benchmark], "knn", "accuracy")
+        probe = self.blind([benchmark], "probe", "auc")[0]
+        lines.append(f"{'chance':{width + 20}}{'0.000':<16}{knn:<16}{probe}")
+        lines.append(f"{'majority class':{width + 36}}{majority}")
         for row in self.paired([benchmark]):
             lines.append(
                 f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
@@ -275,10 +287,11 @@ def write_tables(study: Study) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
     tables = Tables(study)
     one, two = tables.table1(), tables.table2()
+    made = provenance(study.device_used)
     if one:
-        write_text(Path(study.results) / "table1.md", one)
-    write_text(Path(study.results) / "table2.md", two)
-    return one + "\n\n" + two
+        write_text(Path(study.results) / "table1.md", one + made)
+    write_text(Path(study.results) / "table2.md", two + made)
+    return f"{one}\n\n{two}{made}"
 
 
 def summarize(study: Study) -> str:
@@ -299,40 +312,45 @@ def role(name: str, study: Study) -> str:
 
 def write_report(study: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    command = " ".join(["python evaluate.py", *study.argv])
-    text = ["# Evaluation", f"Written by `{command}` on {study.device_used}."]
+    results = Path(study.results)
+    for folder in (results, results / "pictures"):
+        clear_stale(folder)
+    text = ["# Evaluation"]
     if failures:
         text.append("**Not evaluated:** " + "; ".join(failures))
     shown = not study.no_pictures
-    if shown and (Path(study.results) / "figure1.png").is_file():
+    if shown and (results / "figure1.png").is_file():
         text.append("![accuracy against size and time](figure1.png)")
     text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
     text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
     if shown:
         text += [f"## {b.name}\n\n" + picture_links(study, b.name) for b in study.found]
-    write_text(Path(study.results) / "report.md", "\n\n".join(text))
+    write_text(results / "report.md", "\n\n".join(text))
 
 
 def model_table(study: Study) -> str:
     """What each model is, with its size and speed."""
-    head = ["model", "role", "parameters", "width", "embedding", "input px"]
-    rows = []
-    for name, card in study.cards.items():
-        size, speed = f"{card['parameters'] / 1e6:,.1f} M", f"{card['ms_per_image']:.1f}"
-        rows.append([display(name), role(name, study), size, str(card["dim"]), card["embedding"]])
-        rows[-1] += [str(card["input_size"]), speed, str(card["weights"])]
-    return markdown([*head, f"ms per image ({study.device_used})", "weights"], rows)
+    head = "model\trole\tparameters\twidth\tembedding\tinput px\tms per image ({})\tweights"
+    rows = [
+        f"{display(name)}\t{role(name, study)}\t{card['parameters'] / 1e6:,.1f} M\t{card['dim']}\t"
+        f"{card['embedding']}\t{card['input_size']}\t{card['ms_per_image']:.1f}\t{card['weights']}"
+        for name, card in study.cards.items()
+    ]
+    return markdown(head.format(study.device_used), rows)
 
 
 def benchmark_table(study: Study) -> str:
     """What each benchmark holds, and what is to be known of it."""
     rows, data = [], Tables(study).data
-    for about in (data[b.name] for b in study.found):
+    for name in (b.name for b in study.found):
+        about = data[name]
         counts = zip(about["classes"], about["counts"], strict=True)
-        rows.append([about["benchmark"], about["level"], str(about["value"]), str(about["groups"])])
-        rows[-1].append(", ".join(f"{kind} {count}" for kind, count in counts))
-        rows[-1].append("; ".join(about["notes"]) or "–")
-    return markdown(["benchmark", "level", "images", "groups", "classes", "notes"], rows)
+        kinds = ", ".join(f"{kind} {count}" for kind, count in counts)
+        notes = "; ".join(about["notes"]) or "–"
+        rows.append(
+            f"{name}\t{about['level']}\t{about['value']}\t{about['groups']}\t{kinds}\t{notes}"
+        )
+    return markdown("benchmark\tlevel\timages\tgroups\tclasses\tnotes", rows)
 
 
 def picture_links(study: Study, benchmark: str) -> str:

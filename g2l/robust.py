@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.protocols import FEW, recall, vote
 
@@ -23,12 +24,12 @@ BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
 
 
-def codes(values: Sequence) -> np.ndarray:
+def codes(values: Sequence) -> ndarray:
     """Small integers for any labels (n,), numbered in sorted order."""
     return np.unique(np.asarray(values), return_inverse=True)[1].ravel()
 
 
-def alike(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def alike(*parts: ndarray) -> tuple[ndarray, ndarray]:
     """Of each row the number and the size of the group of rows that agree in all `parts`, (n,)
     ints.
     """
@@ -36,7 +37,7 @@ def alike(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return group.ravel(), counts[group.ravel()]
 
 
-def rank_within(key: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+def rank_within(key: ndarray, *parts: ndarray) -> ndarray:
     """Rank from 0 of each row's key among the rows that agree in all of `parts`."""
     group = alike(*parts)[0]
     order = np.lexsort((key, group))
@@ -46,13 +47,13 @@ def rank_within(key: np.ndarray, *parts: np.ndarray) -> np.ndarray:
 
 
 def draw_sample(
-    labels: np.ndarray,
-    centers: np.ndarray,
-    slides: np.ndarray,
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray,
     count: int,
     per_center: bool,
     seed: int,
-) -> np.ndarray:
+) -> ndarray:
     """Sorted rows of a sample: `count` patches of each class, or of each class and centre; 0 takes
     all.
 
@@ -67,8 +68,8 @@ def draw_sample(
 
 
 def neighbors(
-    x: np.ndarray, k: int, slides: np.ndarray | None, normalize: bool
-) -> tuple[np.ndarray, np.ndarray]:
+    x: ndarray, k: int, slides: ndarray | None, normalize: bool
+) -> tuple[ndarray, ndarray]:
     """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D).
 
     Itself and its own slide are left out (`slides` None: only itself); -1 where no candidate is
@@ -89,14 +90,14 @@ def neighbors(
     return distances.numpy(), rows.numpy()
 
 
-def tally(rows: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
+def tally(rows: ndarray, labels: ndarray, centers: ndarray) -> ndarray:
     """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
     tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
     kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
     return (kinds & (rows >= 0)).cumsum(-1)
 
 
-def candidates(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | None) -> np.ndarray:
+def candidates(labels: ndarray, centers: ndarray, slides: ndarray | None) -> ndarray:
     """How many SS, SO, OS, OO each patch may choose from: (4, n), itself and its own slide left
     out.
     """
@@ -108,7 +109,7 @@ def candidates(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | Non
     return np.stack([both, tissue - both, place - both, every - tissue - place + both])
 
 
-def deciding(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | None) -> float:
+def deciding(labels: ndarray, centers: ndarray, slides: ndarray | None) -> float:
     """Share of the patches that can choose between their class elsewhere (SO) and their centre
     (OS).
     """
@@ -116,31 +117,31 @@ def deciding(labels: np.ndarray, centers: np.ndarray, slides: np.ndarray | None)
     return float((pool[1:3] > 0).all(0).mean())
 
 
-def chance(pool: np.ndarray, k: int) -> np.ndarray:
+def chance(pool: ndarray, k: int) -> ndarray:
     """What `tally` gives in expectation for neighbours drawn blindly from `pool` (4, n): (4, n, k)."""
     total = pool.sum(0)
     drawn = np.minimum(total[:, None], np.arange(1, k + 1))
     return (pool / np.maximum(total, 1))[..., None] * drawn
 
 
-def index_of(counts: np.ndarray) -> np.ndarray:
+def index_of(counts: ndarray) -> ndarray:
     """Robustness index (SS + SO) / (SS + OS) of counts (4, ...); nan where no neighbour shares the
     centre.
     """
     return ratio(counts[0] + counts[1], counts[0] + counts[2])
 
 
-def bounded_of(counts: np.ndarray) -> np.ndarray:
+def bounded_of(counts: ndarray) -> ndarray:
     """PathoROB's bounded index SO / (SO + OS) of counts (4, ...); nan where there is neither."""
     return ratio(counts[1], counts[1] + counts[2])
 
 
-def ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+def ratio(over: ndarray, under: ndarray) -> ndarray:
     """over / under, nan where `under` is 0."""
     return np.where(under, over / np.where(under, under, 1), np.nan)
 
 
-def target_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
+def target_probe(x: ndarray, target: ndarray, groups: ndarray, seed: int = 0) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
     Ridge classifier on standardised features, strength by leave-one-out on the training part, five
@@ -164,23 +165,23 @@ def target_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray, seed: in
         return recall(cross_val_predict(model, x, target, groups=groups, cv=folds), target)
 
 
-def testable(target: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def testable(target: ndarray, groups: ndarray) -> ndarray:
     """Rows (n,) whose target occurs in more than one patient."""
     several = [t for t in np.unique(target) if len(np.unique(groups[target == t])) > 1]
     return np.isin(target, several)
 
 
 def measure(
-    x: np.ndarray | None,
-    labels: np.ndarray,
-    centers: np.ndarray,
-    slides: np.ndarray | None,
-    groups: np.ndarray,
+    x: ndarray | None,
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray | None,
+    groups: ndarray,
     *,
     seed: int = 0,
     normalize: bool = True,
     k_max: int = 20,
-) -> tuple[np.ndarray, dict]:
+) -> tuple[ndarray, dict]:
     """Counts (4, n, k_max) and {(metric, k): value} of features x (n, D) on one sample.
 
     With x None the indices are those that chance gives, and kNN and probes are measured on random
@@ -215,7 +216,7 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def bootstrap(counts: list[np.ndarray], groups: list[np.ndarray], seed: int = 0) -> np.ndarray:
+def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> ndarray:
     """Index (DRAWS, k) of resampled patients, averaged over samples.
 
     counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
@@ -234,9 +235,7 @@ def bootstrap(counts: list[np.ndarray], groups: list[np.ndarray], seed: int = 0)
     return np.mean(values, 0)
 
 
-def intervals(
-    base: dict, counts: dict[str, list[np.ndarray]], groups: list[np.ndarray]
-) -> list[dict]:
+def intervals(base: dict, counts: dict[str, list[ndarray]], groups: list[ndarray]) -> list[dict]:
     """95 % intervals over patients of each model's index, and of the difference of each pair of
     models.
 

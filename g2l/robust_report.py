@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
 from g2l.files import safe
@@ -85,7 +86,7 @@ class Readings:
         want["metric"] = metric
         return [row for row in self.rows if want.items() <= row.items()]
 
-    def values(self, metric: str, model: str, **want: Any) -> np.ndarray:
+    def values(self, metric: str, model: str, **want: Any) -> ndarray:
         """Values of one model, nan where they are not defined."""
         return np.array([row["value"] for row in self.of(metric, model=model, **want)], float)
 
@@ -176,13 +177,13 @@ def behind(held: Readings) -> str:
         cells = [held.show(m, name, k=held.k) for m in ("bounded", "knn_class", "knn_center")]
         cells += [held.show(m, name) for m in ("probe_class", "probe_center")]
         rows.append([name, two(held.values("index", name, k=held.k).mean() / blind), *cells])
-    head = "model, index / chance, bounded, kNN class, kNN centre, probe class, probe centre"
+    head = "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre"
     return (
         f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy of "
         f"the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
         "should be found; the centre is found as far as the features hold it. Chance is what random "
         "features score in the same way, mean ± standard deviation of several draws.\n\n"
-        + markdown(head.split(", "), rows)
+        + markdown(head, rows)
     )
 
 
@@ -199,11 +200,11 @@ def over_patients(held: Readings) -> str:
             reading = f"{word} {other or 'chance'}" if held.deciding >= DECIDING else "withheld"
             interval = f"{two(row['low'])} to {two(row['high'])}"
         pair = f"{name} − {other}" if other else name
-        rows.append([pair, two(row["value"]), interval, reading])
+        rows.append(f"{pair}\t{two(row['value'])}\t{interval}\t{reading}")
     return (
         f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the patients, "
         f"the same for all models; fewer than {FEW} patients allow none.\n\n"
-        + markdown(["model", "index", "interval", "reading"], rows)
+        + markdown("model\tindex\tinterval\treading", rows)
     )
 
 
@@ -271,7 +272,7 @@ def aligned(text: str) -> str:
     return "\n".join(out)
 
 
-def draw_index(title: str, counts: dict[str, list[np.ndarray]]):
+def draw_index(title: str, counts: dict[str, list[ndarray]]):
     """Index and bounded index of each model over k: mean and range of the samples, and chance."""
     figure, axes = canvas(1, 2, 5.2, 4)
     rules = {"robustness index": index_of, "bounded index": bounded_of}
@@ -294,9 +295,7 @@ def draw_index(title: str, counts: dict[str, list[np.ndarray]]):
     return figure
 
 
-def draw_map(
-    title: str, benchmark: Benchmark, x: dict[str, np.ndarray], rows: np.ndarray, method: str
-):
+def draw_map(title: str, benchmark: Benchmark, x: dict[str, ndarray], rows: ndarray, method: str):
     """Each model's embedding of `rows` in two dimensions, coloured by class and by centre."""
     views = {
         "class": np.array(benchmark.classes)[benchmark.labels[rows]],
@@ -318,7 +317,7 @@ def draw_map(
     return figure
 
 
-def flatten(x: np.ndarray, method: str) -> np.ndarray:
+def flatten(x: ndarray, method: str) -> ndarray:
     """Features (n, D) in two dimensions (n, 2), by PCA or by t-SNE after it; L2-normalised first."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -331,7 +330,7 @@ def flatten(x: np.ndarray, method: str) -> np.ndarray:
     return flat[:, :2]
 
 
-def draw_misled(name: str, benchmark: Benchmark, sample: np.ndarray, rows: np.ndarray):
+def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray):
     """The queries of a sample that their neighbours mislead most, at most one per patient.
 
     Their five nearest neighbours `rows` (n, 5) most often share the centre but not the tissue.
@@ -357,7 +356,7 @@ def draw_misled(name: str, benchmark: Benchmark, sample: np.ndarray, rows: np.nd
     return draw_sheet(title, {"query": "black"} | dict(KINDS.values()), lines)
 
 
-def draw_shift(kind: str, strengths: list[float], image: np.ndarray, found: dict, names: list[str]):
+def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict, names: list[str]):
     """One patch at every strength above the models' curves of cosine, distance and recognition.
 
     found: `displacement` by (model, kind, strength), the strength that changes nothing among them.

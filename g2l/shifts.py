@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from numpy import ndarray
 
 # What each strength means, where it changes nothing, which can be asked for, and which are tried.
 SHIFTS = {
@@ -25,7 +26,7 @@ SHIFTS = {
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
-def shift(image: np.ndarray, kind: str, strength: float) -> np.ndarray:
+def shift(image: ndarray, kind: str, strength: float) -> ndarray:
     """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification changed; same shape."""
     from PIL import Image
 
@@ -62,7 +63,7 @@ def shift(image: np.ndarray, kind: str, strength: float) -> np.ndarray:
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
 
 
-def displacement(base: np.ndarray, moved: np.ndarray) -> dict[str, float]:
+def displacement(base: ndarray, moved: ndarray) -> dict[str, float]:
     """How far features (n, D) of changed patches lie from those of the same patches unchanged.
 
     cosine to the unchanged patch, mean; distance to it over the median distance between two patches (L2-normalised),
