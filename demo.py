@@ -125,7 +125,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float)
         size = coarse.shape[1] * step, coarse.shape[0] * step
         coarse = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR))
     field = coarse[: shape[0], : shape[1]]
-    return np.asarray((field - field.mean()) / field.std())
+    return (field - field.mean()) / field.std()
 
 
 def tissue_map(rng: np.random.Generator, side: int) -> np.ndarray:
@@ -187,9 +187,9 @@ class Section:
     def __init__(self, rng: np.random.Generator, types: np.ndarray):
         self.rng, self.types, self.shape = rng, types, types.shape
         self.where = {name: types == number for number, name in enumerate(CLASSES)}
-        self.y: np.ndarray
-        self.x: np.ndarray
-        self.y, self.x = np.indices(self.shape, dtype=np.float32)
+        places = np.indices(self.shape, dtype=np.float32)
+        self.y: np.ndarray = places[0]
+        self.x: np.ndarray = places[1]
         self.eosin = np.zeros(self.shape, np.float32)
         self.blue = np.zeros(self.shape, np.float32)  # haematoxylin outside nuclei
         self.packed = np.zeros(self.shape, bool)  # where ducts are packed with cells

@@ -3,10 +3,11 @@
 
     python tests/bench_tile.py SLIDE... [--patches 400] [--mpp UM]
 
-For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second in scan order and in random
-order, by `Slide.read`, by `PatchIndex.read`, and by OpenSlide's read_region with its conversion to RGB. Patches are
-compared pixel by pixel first; no rate is printed for pixels that differ. At the end the whole command, from start
-to exit, on the first slide. Run it on a machine that does nothing else.
+For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second in scan
+order and in random order, by `Slide.read`, by `PatchIndex.read`, and by OpenSlide's read_region
+with its conversion to RGB. Patches are compared pixel by pixel first; no rate is printed for pixels
+that differ. At the end the whole command, from start to exit, on the first slide. Run it on a
+machine that does nothing else.
 """
 
 import argparse
@@ -21,13 +22,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from g2l.grid import tile_slide  # noqa: E402
-from g2l.patches import PatchIndex  # noqa: E402
-from g2l.slides import Slide  # noqa: E402
+from g2l.grid import tile_slide
+from g2l.patches import PatchIndex
+from g2l.slides import Slide
 
 
 def rates(places, *readers, repeats: int = 5) -> list[float]:
-    """Median patches per CPU second of each reader over `repeats` passes in turn, each with empty caches."""
+    """Median patches per CPU second of each reader over `repeats` passes in turn, each with empty
+    caches."""
     seconds = [[] for _ in readers]
     for _ in range(repeats):
         for opened, taken in zip(readers, seconds, strict=True):

@@ -47,7 +47,8 @@ def write_slide(
     missing=(),
     **options,
 ):
-    """A pyramidal tiled TIFF as scanners write it: JPEG (YCbCr or RGB) or JPEG 2000 tiles, Aperio's description."""
+    """A pyramidal tiled TIFF as scanners write it: JPEG (YCbCr or RGB) or JPEG 2000 tiles, Aperio's
+    description."""
     height, width = image.shape[:2]
     options = {"tile": (tile_size, tile_size), "metadata": None} | options
     with tifffile.TiffWriter(path) as file:

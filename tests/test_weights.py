@@ -194,6 +194,7 @@ class Bomb:
 
 
 def damage(kind, folder, state):
+    """A weight file, or folder, that is damaged in this way."""
     file = folder / "w.safetensors"
     save_file(state, file)
     if kind == "missing":
@@ -206,28 +207,33 @@ def damage(kind, folder, state):
         file.write_text("<html>Please log in</html>" * 10)
     elif kind == "empty folder":
         file.unlink()
-        file = folder
+        return folder
     elif kind == "renamed":
         save_file({f"x.{k}": v for k, v in state.items()}, file)
     elif kind == "one tensor less":
         save_file({k: v for k, v in state.items() if k != "blocks.1.mlp.fc1.bias"}, file)
     else:
-        file = folder / "w.bin"
-        if kind == "cut bin":
-            torch.save(state, file)
-            file.write_bytes(file.read_bytes()[:-200])
-        elif kind == "hostile":
-            torch.save({**state, "extra": Bomb()}, file)
-        elif kind == "hostile old pickle":
-            file.write_bytes(pickle.dumps(Bomb()))
-        elif kind == "whole network":
-            torch.save(torch.nn.Linear(2, 2), file)
-        elif kind == "no tensors":
-            torch.save({"epoch": 3}, file)
-        elif kind == "no names":
-            torch.save(dict(enumerate(state.values())), file)
-        elif kind == "empty":
-            file.write_bytes(b"")
+        return damaged_pickle(kind, folder / "w.bin", state)
+    return file
+
+
+def damaged_pickle(kind, file, state):
+    """The same for PyTorch's own format."""
+    contents = {
+        "cut bin": state,
+        "hostile": {**state, "extra": Bomb()},
+        "whole network": torch.nn.Linear(2, 2),
+        "no tensors": {"epoch": 3},
+        "no names": dict(enumerate(state.values())),
+    }
+    if kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "hostile old pickle":
+        file.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save(contents[kind], file)
+    if kind == "cut bin":
+        file.write_bytes(file.read_bytes()[:-200])
     return file
 
 
