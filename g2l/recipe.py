@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -208,10 +208,7 @@ def _shape_of_rows(model: Model, tokens: str, device: torch.device) -> tuple[int
 
 
 class Step:
-    """Teacher, student and optimizer, and what one step does with them, not waiting for the device.
-
-    `mark` is called with the name of each part of a step when it has been queued.
-    """
+    """Teacher, student and optimizer, and what a step does with them. It does not wait for them."""
 
     def __init__(
         self,
@@ -221,10 +218,9 @@ class Step:
         device: torch.device,
         precision: torch.dtype,
         world: int = 1,
-        mark: Callable[[str], object] = str,  # by default nobody listens
     ):
-        self.teacher, self.distiller, self.args = teacher, distiller, args
-        self.device, self.mark = device, mark
+        self.teacher, self.distiller = teacher, distiller
+        self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16
         convolutional = not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens)
         self.layout = torch.channels_last if convolutional else torch.contiguous_format
@@ -257,7 +253,6 @@ class Step:
             with self._gradients_shared(number == len(batches)):
                 loss, spread = self._forward(images, params)
                 (loss / len(batches)).backward()
-            self.mark("backward")
             losses.append(loss.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -265,7 +260,6 @@ class Step:
             nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.mark("optimizer")
         loss = sum(losses[1:], losses[0]) / len(batches)
         return torch.stack([loss, norm, spread])
 
@@ -278,20 +272,12 @@ class Step:
     def _forward(self, images: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, P, P) -> (loss, spread) of both models' views of one augmentation."""
         images = images.to(self.device, non_blocking=True)
-        self.mark("data")
         crops = augment(images, self.args.crop, params).contiguous(memory_format=self.layout)
-        self.mark("augmentation")
         with torch.no_grad():
             target = token_rows(self.teacher, crops, self.args.tokens)
-        self.mark("teacher")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.parallel is not None:
-                return self.parallel(crops, target)
-            student = self.distiller.features(crops)  # in two parts, so that each can be timed
-            self.mark("student forward")
-            loss = self.distiller.loss(student, target)
-            self.mark("loss")
-            return loss, feature_spread(student)
+            model = self.parallel or self.distiller
+            return model(crops, target)
 
 
 def _ordered_mean(_, bucket):

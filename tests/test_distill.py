@@ -37,6 +37,7 @@ from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.recipe import Step
 from g2l.runs import Run
+from g2l.stream import Heldout
 
 
 @pytest.fixture(scope="module")
@@ -674,3 +675,13 @@ def test_profile_tells_where_the_time_goes(capsys):
     assert load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, (
         "the plain way stays its own"
     )
+
+
+def test_a_student_that_became_less_like_its_teacher_is_warned_of(
+    data, tmp_path, capsys, monkeypatch
+):
+    found = iter([{"cka": 0.5, "spread": 1.0}, {"cka": 0.4, "spread": 1.0}])
+    monkeypatch.setattr(Heldout, "measure", lambda self, student: next(found))
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 2)) == 0
+    output = capsys.readouterr().out
+    assert "warning: the student is less like its teacher" in output and "cohort" in output
