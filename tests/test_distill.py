@@ -217,7 +217,7 @@ def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
 @pytest.fixture(scope="module")
 def three_ranks(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("ranks")
-    result = torchrun(3, "distill.py", *command(data, runs, "r", "--max-steps", 40))
+    result = torchrun(3, "distill.py", *command(data, runs, "r", "--max-steps", 24))
     assert result.returncode == 0, result.stdout + result.stderr
     return runs / "r"
 
@@ -227,7 +227,7 @@ def test_a_rank_leaves_the_job_when_it_is_done(data, tmp_path, one_rank):
 
 
 def test_three_ranks_equal_three_accumulated_batches(data, three_ranks, tmp_path):
-    assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 3)) == 0
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 24, "--accumulate", 3)) == 0
     one, two = losses(tmp_path / "r"), losses(three_ranks)
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)
     np.testing.assert_allclose(
@@ -252,9 +252,9 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_r
 
 @pytest.mark.slow
 def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
+    arguments = command(data, tmp_path, "r", "--max-steps", 24, "--checkpoint-steps", 3)
     process = start(arguments, ranks=3)
-    wait_for_step(process, tmp_path / "r", random.Random(0).randint(4, 25))
+    wait_for_step(process, tmp_path / "r", random.Random(0).randint(4, 10))
     kill(process)
     assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
     result = torchrun(3, "distill.py", *arguments)
@@ -266,7 +266,7 @@ def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_pa
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
+    arguments = command(data, tmp_path, "r", "--max-steps", 24, "--checkpoint-steps", 3)
     process = start(
         arguments,
         ranks=3,
