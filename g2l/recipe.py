@@ -49,26 +49,17 @@ def token_rows(model: Model, images: Tensor, tokens: str) -> Tensor:
 class Distiller(nn.Module):
     """The student, the projector to the teacher's width (linear, no bias), and their loss."""
 
-    def __init__(
-        self,
-        student: Model,
-        width: int,
-        teacher_width: int,
-        args: Namespace,
-        group=None,
-    ):
+    def __init__(self, student: Model, width: int, teacher_width: int, args: Namespace):
         super().__init__()
-        self.student, self.args, self.group = student, args, group
+        self.student, self.args = student, args
+        several = args.sync and rank_and_world()[1] > 1
+        self.group = torch.distributed.group.WORLD if several else None
         random = torch.Generator().manual_seed(args.seed)
         uniform = torch.rand(width, teacher_width, generator=random) * 2 - 1
         self.projector = nn.Parameter(uniform * width**-0.5)
         affine = args.normalize == "student-affine"
         self.scale = nn.Parameter(torch.ones(teacher_width)) if affine else None
         self.shift = nn.Parameter(torch.zeros(teacher_width)) if affine else None
-
-    def features(self, images: Tensor) -> Tensor:
-        """Rows of the student (R, Ds) for images (B, 3, S, S) in [0, 1]."""
-        return token_rows(self.student, images, self.args.tokens)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Rows of the student (R, Ds) and of the teacher (R, Dt) -> scalar, fp32."""
@@ -95,7 +86,7 @@ class Distiller(nn.Module):
 
     def forward(self, images: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """-> (loss, spread of the student's rows)."""
-        student = self.features(images)
+        student = token_rows(self.student, images, self.args.tokens)
         return self.loss(student, teacher), feature_spread(student)
 
 
@@ -177,12 +168,9 @@ def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, f
     if rows != others:
         text = f"for the same crop {args.teacher} has {rows} tokens and {args.student} {others}"
         raise UserError(text, "tokens")
-    group = None
-    if args.sync and rank_and_world()[1] > 1:
-        group = torch.distributed.group.WORLD
-        if device.type == "cuda":
-            student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
-    distiller = Distiller(student, width, teacher_width, args, group).to(device)
+    distiller = Distiller(student, width, teacher_width, args).to(device)
+    if distiller.group and device.type == "cuda":
+        student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     distiller.requires_grad_(True)
     for model in (teacher, student):
         if not (teacher.num_prefix_tokens and student.num_prefix_tokens):
