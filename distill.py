@@ -273,9 +273,14 @@ class Training:
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
-            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
-            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
-            row |= {
+            row = {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "grad_norm": norm,
+                "spread": spread,
+                "above_mean": self.stop.count,
                 "images_per_second": round(rate * self.images, 2),
                 "mfu": round(rate / self.peak, 4),
             }
@@ -385,7 +390,12 @@ def default_name(args: Namespace) -> str:
 
 
 def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
-    """The parts of a run's identity that take opening and loading: cohort and weights."""
+    """The parts of a run's identity that take opening and loading: cohort and weights.
+
+    Rank 0's only: it alone compares and writes, and a giant's fingerprint takes a while.
+    """
+    if rank_and_world()[0] > 0:
+        return {}
     counts = np.asarray(index.counts).tolist()
     cohort = [list(index.slides), list(index.patient), counts, index.patch_size]
     rows = read_rows(index.folder)
