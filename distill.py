@@ -8,7 +8,8 @@ frozen teacher and the student see the same crop, each in its own normalisation 
 embedding goes through a linear projector to the teacher's width -> batch norm on both ->
 log(sum |difference|^4). The projector is dropped afterwards: runs/NAME/student is the bare student.
 Kill it at any moment and run the same command again: it goes on where it was. SIGTERM, Ctrl-C and
-SIGUSR1 write a checkpoint first. With torchrun's --max-restarts it goes on by itself; set
+SIGUSR1 (SLURM's --signal; torchrun needs --signals-to-handle=SIGTERM,SIGINT,SIGUSR1) write a
+checkpoint first. With torchrun's --max-restarts it goes on by itself; set
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, since otherwise the new processes look for one another
 at the addresses of the old ones (pytorch issue 135712).
 
@@ -273,9 +274,14 @@ class Training:
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
-            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
-            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
-            row |= {
+            row = {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "grad_norm": norm,
+                "spread": spread,
+                "above_mean": self.stop.count,
                 "images_per_second": round(rate * self.images, 2),
                 "mfu": round(rate / self.peak, 4),
             }
@@ -385,7 +391,12 @@ def default_name(args: Namespace) -> str:
 
 
 def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
-    """The parts of a run's identity that take opening and loading: cohort and weights."""
+    """The parts of a run's identity that take opening and loading: cohort and weights.
+
+    Rank 0's only: it alone compares and writes, and a giant's fingerprint takes a while.
+    """
+    if rank_and_world()[0] > 0:
+        return {}
     counts = np.asarray(index.counts).tolist()
     cohort = [list(index.slides), list(index.patient), counts, index.patch_size]
     rows = read_rows(index.folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,26 +50,17 @@ def token_rows(model: Model, images: Tensor, tokens: str) -> Tensor:
 class Distiller(nn.Module):
     """The student, the projector to the teacher's width (linear, no bias), and their loss."""
 
-    def __init__(
-        self,
-        student: Model,
-        width: int,
-        teacher_width: int,
-        args: Namespace,
-        group=None,
-    ):
+    def __init__(self, student: Model, width: int, teacher_width: int, args: Namespace):
         super().__init__()
-        self.student, self.args, self.group = student, args, group
+        self.student, self.args = student, args
+        several = args.sync and rank_and_world()[1] > 1
+        self.group = torch.distributed.group.WORLD if several else None
         random = torch.Generator().manual_seed(args.seed)
         uniform = torch.rand(width, teacher_width, generator=random) * 2 - 1
         self.projector = nn.Parameter(uniform * width**-0.5)
         affine = args.normalize == "student-affine"
         self.scale = nn.Parameter(torch.ones(teacher_width)) if affine else None
         self.shift = nn.Parameter(torch.zeros(teacher_width)) if affine else None
-
-    def features(self, images: Tensor) -> Tensor:
-        """Rows of the student (R, Ds) for images (B, 3, S, S) in [0, 1]."""
-        return token_rows(self.student, images, self.args.tokens)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Rows of the student (R, Ds) and of the teacher (R, Dt) -> scalar, fp32."""
@@ -96,7 +87,7 @@ class Distiller(nn.Module):
 
     def forward(self, images: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """-> (loss, spread of the student's rows)."""
-        student = self.features(images)
+        student = token_rows(self.student, images, self.args.tokens)
         return self.loss(student, teacher), feature_spread(student)
 
 
@@ -178,12 +169,9 @@ def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, f
     if rows != others:
         text = f"for the same crop {args.teacher} has {rows} tokens and {args.student} {others}"
         raise UserError(text, "tokens")
-    group = None
-    if args.sync and rank_and_world()[1] > 1:
-        group = torch.distributed.group.WORLD
-        if device.type == "cuda":
-            student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
-    distiller = Distiller(student, width, teacher_width, args, group).to(device)
+    distiller = Distiller(student, width, teacher_width, args).to(device)
+    if distiller.group and device.type == "cuda":
+        student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     distiller.requires_grad_(True)
     for model in (teacher, student):
         if not (teacher.num_prefix_tokens and student.num_prefix_tokens):
@@ -209,10 +197,7 @@ def _shape_of_rows(model: Model, tokens: str, device: torch.device) -> tuple[int
 
 
 class Step:
-    """Teacher, student and optimizer, and what one step does with them, not waiting for the device.
-
-    `mark` is called with the name of each part of a step when it has been queued.
-    """
+    """Teacher, student and optimizer, and what a step does with them. It does not wait for them."""
 
     def __init__(
         self,
@@ -222,10 +207,9 @@ class Step:
         device: torch.device,
         precision: torch.dtype,
         world: int = 1,
-        mark: Callable[[str], object] = str,  # by default nobody listens
     ):
-        self.teacher, self.distiller, self.args = teacher, distiller, args
-        self.device, self.mark = device, mark
+        self.teacher, self.distiller = teacher, distiller
+        self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16
         convolutional = not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens)
         self.layout = torch.channels_last if convolutional else torch.contiguous_format
@@ -258,7 +242,6 @@ class Step:
             with self._gradients_shared(number == len(batches)):
                 loss, spread = self._forward(images, params)
                 (loss / len(batches)).backward()
-            self.mark("backward")
             losses.append(loss.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -266,7 +249,6 @@ class Step:
             nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.mark("optimizer")
         loss = sum(losses[1:], losses[0]) / len(batches)
         return torch.stack([loss, norm, spread])
 
@@ -279,20 +261,12 @@ class Step:
     def _forward(self, images: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, P, P) -> (loss, spread) of both models' views of one augmentation."""
         images = images.to(self.device, non_blocking=True)
-        self.mark("data")
         crops = augment(images, self.args.crop, params).contiguous(memory_format=self.layout)
-        self.mark("augmentation")
         with torch.no_grad():
             target = token_rows(self.teacher, crops, self.args.tokens)
-        self.mark("teacher")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.parallel is not None:
-                return self.parallel(crops, target)
-            student = self.distiller.features(crops)  # in two parts, so that each can be timed
-            self.mark("student forward")
-            loss = self.distiller.loss(student, target)
-            self.mark("loss")
-            return loss, feature_spread(student)
+            model = self.parallel or self.distiller
+            return model(crops, target)
 
 
 def _ordered_mean(_, bucket):

@@ -234,19 +234,20 @@ class Run:
         evals = [row for row in log if "cka" in row]
         if not steps:
             return
-        x, loss = _column(steps, "step"), _column(steps, "loss")
-        window = max(1, min(100, len(loss) // 10))
-        mean = np.convolve(loss, np.full(window, 1 / window), "valid")
+        window = max(1, min(100, len(steps) // 10))
+        mean = np.convolve([row["loss"] for row in steps], np.full(window, 1 / window), "valid")
         figure, (top, middle, bottom) = plt.subplots(
             3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
         )
-        top.plot(x, loss, color="lightsteelblue", lw=0.8, label="loss")
-        top.plot(x[window - 1 :], mean, label=f"mean of {window} steps")
+        _plot(top, steps, "loss", color="lightsteelblue", lw=0.8)
+        top.plot(
+            [row["step"] for row in steps[window - 1 :]], mean, label=f"mean of {window} steps"
+        )
         top.set_ylabel("loss")
-        middle.plot(_column(evals, "step"), _column(evals, "cka"), "o-")
+        _plot(middle, evals, "cka", marker="o")
         middle.set_ylabel("CKA to the teacher\n(unbiased, fixed patches)")
-        bottom.plot(x, _column(steps, "lr"), label="learning rate")
-        bottom.plot(x, _column(steps, "weight_decay"), label="weight decay")
+        _plot(bottom, steps, "lr")
+        _plot(bottom, steps, "weight_decay")
         bottom.set_yscale("log")
         bottom.set_xlabel("step")
         for axes in (top, bottom):
@@ -273,8 +274,10 @@ class Run:
             save_image(torch.cat(rows), path, nrow=len(rows[0]), padding=4, pad_value=1)
 
 
-def _column(rows: list[dict], name: str) -> list:
-    return [row[name] for row in rows]
+def _plot(axes, rows: list[dict], name: str, **style) -> None:
+    """One quantity of the log over steps."""
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row[name] for row in rows], label=name.replace("_", " "), **style)
 
 
 def _move_on(newer: Path, older: Path) -> None:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distill
 from distill import load_pair
+from g2l import recipe
 from g2l.arguments import whole
 from g2l.augment import BLUR_P, BLUR_SIGMA, BLUR_SIZE, FLIP_P, JITTER, JITTER_P
 from g2l.devices import default_workers, describe_device, pick_precision
@@ -102,9 +103,45 @@ class OurStep:
         )
         workers = default_workers(args.workers, device)
         self.stream = load(batches, range(1 << 20), workers, device.type == "cuda")
+        self.mark: Mark = str
+        self._watch(distiller)
+
+    def _watch(self, distiller: Distiller) -> None:
+        """Mark the parts of a step from outside: after each function that does one of them."""
+        augment, rows = recipe.augment, recipe.token_rows
+
+        def augment_marked(*args):
+            self.mark("data")
+            crops = augment(*args)
+            self.mark("augmentation")
+            return crops
+
+        def rows_marked(model, *args):
+            found = rows(model, *args)
+            self.mark("student forward" if model is distiller.student else "teacher")
+            return found
+
+        recipe.augment, recipe.token_rows = augment_marked, rows_marked
+        loss = distiller.loss
+
+        def loss_marked(*args):
+            value = loss(*args)
+            self.mark("loss")
+            return value
+
+        distiller.loss = loss_marked  # type: ignore[method-assign]
+
+        def backward_ended(*_) -> None:
+            self.mark("backward")
+
+        def step_ended(*_) -> None:
+            self.mark("optimizer")
+
+        self.step.optimizer.register_step_pre_hook(backward_ended)
+        self.step.optimizer.register_step_post_hook(step_ended)
 
     def __call__(self, mark: Mark) -> None:
-        self.step.mark = mark
+        self.mark = mark
         batches = [next(self.stream)[:2] for _ in range(self.args.accumulate)]
         self.step(batches, self.args.lr, self.args.weight_decay)
 

@@ -37,6 +37,7 @@ from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.recipe import Step
 from g2l.runs import Run
+from g2l.stream import Heldout
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
 @pytest.fixture(scope="module")
 def three_ranks(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("ranks")
-    result = torchrun(3, "distill.py", *command(data, runs, "r", "--max-steps", 40))
+    result = torchrun(3, "distill.py", *command(data, runs, "r", "--max-steps", 24))
     assert result.returncode == 0, result.stdout + result.stderr
     return runs / "r"
 
@@ -226,7 +227,7 @@ def test_a_rank_leaves_the_job_when_it_is_done(data, tmp_path, one_rank):
 
 
 def test_three_ranks_equal_three_accumulated_batches(data, three_ranks, tmp_path):
-    assert distill.main(command(data, tmp_path, "r", "--max-steps", 40, "--accumulate", 3)) == 0
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 24, "--accumulate", 3)) == 0
     one, two = losses(tmp_path / "r"), losses(three_ranks)
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-6)
     np.testing.assert_allclose(
@@ -251,9 +252,9 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, three_r
 
 @pytest.mark.slow
 def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
+    arguments = command(data, tmp_path, "r", "--max-steps", 24, "--checkpoint-steps", 3)
     process = start(arguments, ranks=3)
-    wait_for_step(process, tmp_path / "r", random.Random(0).randint(4, 25))
+    wait_for_step(process, tmp_path / "r", random.Random(0).randint(4, 10))
     kill(process)
     assert not (tmp_path / "r" / "student").exists(), "killed too late to test anything"
     result = torchrun(3, "distill.py", *arguments)
@@ -265,7 +266,7 @@ def test_three_ranks_killed_and_resumed_equal_unbroken(data, three_ranks, tmp_pa
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_restarted_by_torchrun_and_goes_on(data, three_ranks, tmp_path):
-    arguments = command(data, tmp_path, "r", "--max-steps", 40, "--checkpoint-steps", 3)
+    arguments = command(data, tmp_path, "r", "--max-steps", 24, "--checkpoint-steps", 3)
     process = start(
         arguments,
         ranks=3,
@@ -674,3 +675,13 @@ def test_profile_tells_where_the_time_goes(capsys):
     assert load_model("timm:test_vit", "random").net.blocks[0].attn.fused_attn, (
         "the plain way stays its own"
     )
+
+
+def test_a_student_that_became_less_like_its_teacher_is_warned_of(
+    data, tmp_path, capsys, monkeypatch
+):
+    found = iter([{"cka": 0.5, "spread": 1.0}, {"cka": 0.4, "spread": 1.0}])
+    monkeypatch.setattr(Heldout, "measure", lambda self, student: next(found))
+    assert distill.main(command(data, tmp_path, "r", "--max-steps", 2)) == 0
+    output = capsys.readouterr().out
+    assert "warning: the student is less like its teacher" in output and "cohort" in output
