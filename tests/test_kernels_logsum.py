@@ -456,8 +456,10 @@ class Vendor(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not (function.is_view or "empty" in function.name())
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        launches = not function.is_view and "empty" not in function.name()
+        self.count += launches and isinstance(out, torch.Tensor)
+        return out
 
 
 def step(rows, dtype, weight_dtype, transposed=False):
