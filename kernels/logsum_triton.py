@@ -14,6 +14,7 @@ added in a fixed order; no atomics. Imported on first use on a GPU.
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -395,10 +396,15 @@ def _dense(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _ceil(count, size):  # triton.cdiv takes much longer
+    return -(-count // size)
+
+
 def _tiles(rows, columns, config):
-    return triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, config["COLUMNS"])
+    return _ceil(rows, config["ROWS"]) * _ceil(columns, config["COLUMNS"])
 
 
+@functools.cache
 def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
     """Tile and launch parameters of the forward kernel for a batch of `rows`."""
     padded = max(16, triton.next_power_of_2(rows))
@@ -412,6 +418,7 @@ def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
     }
 
 
+@functools.cache
 def shares_config(rows: int, operand: torch.dtype) -> dict:
     most = 32 if operand == torch.float32 else 64
     padded = min(most, max(16, triton.next_power_of_2(rows)))
@@ -419,12 +426,14 @@ def shares_config(rows: int, operand: torch.dtype) -> dict:
     return {"ROWS": padded, "COLUMNS": 32, "STEP": 64, "num_warps": warps, "num_stages": 2}
 
 
+@functools.cache
 def gradients_config(rows: int, operand: torch.dtype) -> dict:
     """Of the fused path; there the rows are what is summed over."""
     config = shares_config(rows, operand)
     return config | {"ROWS": 64, "STEP": config["ROWS"]}
 
 
+@functools.cache
 def tiled_config(operand: torch.dtype) -> dict:
     """Of the sweeps and of the gradients of many rows."""
     if operand == torch.float32:
@@ -437,7 +446,7 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     student, teacher = _dense(student), _dense(teacher)
     inner, kind = student.shape[1], _TYPES[o.operand]
     config = fused_forward_config(rows, o.operand)
-    programs, split = triton.cdiv(features, config["COLUMNS"]), triton.cdiv(features, SHARE)
+    programs, split = _ceil(features, config["COLUMNS"]), _ceil(features, SHARE)
     loss, factor, partial = _floats(student), _floats(student, 2), _floats(student, 2, programs)
     grad_y = _floats(student, rows if o.need_grad else 0, features)
     columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
@@ -449,7 +458,7 @@ def fused_forward(student, weight, teacher, scale, shift, o):
             o.norm_eps, o.alpha, o.normalize, o.need_grad, kind, **config,
         )  # fmt: skip
         config = shares_config(rows, o.operand)
-        grid = (triton.cdiv(inner, config["COLUMNS"]), triton.cdiv(rows, config["ROWS"]), split)
+        grid = (_ceil(inner, config["COLUMNS"]), _ceil(rows, config["ROWS"]), split)
         shares_kernel[grid if o.need_grad else (1,)](
             partial, loss, factor, grad_y, weight, shares, programs, rows, inner, features,
             *weight.stride(), o.eps, o.alpha, o.need_grad, SHARE, kind, **config,
@@ -472,7 +481,7 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     student, teacher = _dense(student), _dense(teacher)
     operand = weight.to(o.operand).contiguous()
     tile_rows = tiled_config(o.operand)["ROWS"]
-    tiles, slices = triton.cdiv(rows, tile_rows), triton.cdiv(features, SLICE)
+    tiles, slices = _ceil(rows, tile_rows), _ceil(features, SLICE)
     columns, loss, factor = _floats(student, 6, features), _floats(student), _floats(student, 2)
     moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
     partial = _floats(student, 2, tiles, slices)
@@ -480,11 +489,11 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     with _on(student):
         if o.normalize != "none":
             _sweep("moments", *inputs, moments, partial, rows, o)
-            merge_kernel[(triton.cdiv(features, BLOCK["COLUMNS"]),)](
+            merge_kernel[(_ceil(features, BLOCK["COLUMNS"]),)](
                 moments, columns, rows, features, o.norm_eps, tile_rows, **BLOCK
             )
         _sweep("loss", *inputs, sums, partial, rows, o)
-        sums_kernel[(triton.cdiv(2 * features, BLOCK["COLUMNS"]),)](
+        sums_kernel[(_ceil(2 * features, BLOCK["COLUMNS"]),)](
             sums, columns, partial, loss, factor, tiles * slices, tiles, features, o.eps, o.alpha,
             **BLOCK,
         )  # fmt: skip
@@ -505,8 +514,8 @@ def backward(
     dtype, gradient = weight.dtype, first
     if not len(shares):
         config, dtype = tiled_config(o.operand), torch.float32  # added up over the parts
-        part = max(PART_ROWS, triton.cdiv(rows, PARTS))
-        part = triton.cdiv(part, config["ROWS"]) * config["ROWS"]
+        part = max(PART_ROWS, _ceil(rows, PARTS))
+        part = _ceil(part, config["ROWS"]) * config["ROWS"]
         operand = first if first.numel() else weight
         gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
     d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=dtype)
