@@ -29,55 +29,56 @@ BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 
 
 def logsum_configurations(kind: str):
-    """Those of log_sum_loss, with the types of an autocast user's tensors; see configurations."""
+    """Those of log_sum_loss, with the types of an autocast user's tensors; see configurations.
+
+    All of them for fp32 tensors under bf16 autocast, which need most shared memory; for other types
+    the largest and the most used.
+    """
     from kernels import logsum_triton as logsum
 
     both = {"ALPHA": 4.0, "NORMALIZE": "both", "scale": None, "shift": None}
-    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine", "NEED_GRAD": True}
+    affine = {"ALPHA": 2.5, "NORMALIZE": "student-affine"}
     found = []  # kernel, label, parameters, types, whether it multiplies
-    for operand, of_rows, of_weight in (  # types of products, of student and teacher, of weight
-        ("bf16", "fp32", "fp32"),
-        ("bf16", "bf16", "fp32"),
-        ("fp16", "fp16", "fp16"),
-        ("fp32", "fp32", "fp32"),
+    for operand, of_rows, of_weight, sizes in (  # types of products, student and teacher, weight
+        (torch.bfloat16, "fp32", "fp32", (16, 32, 64, 128, 256)),
+        (torch.bfloat16, "bf16", "fp32", (32, 256)),
+        (torch.float16, "fp16", "fp16", (32, 256)),
+        (torch.float32, "fp32", "fp32", (32, 256)),
     ):
-        case = f"{operand} of {of_rows} rows, {of_weight} weight"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[operand]
-        common = {"OPERAND": logsum._TYPES[dtype], "SLICE": logsum.SLICE}
-        common |= {"SHARE": logsum.SHARE, "SHARES": 4, "NEED_GRAD": True, "stride_wf": 1}
+        name = logsum._TYPES[operand].name
+        case = f"{name}, rows {of_rows}, weight {of_weight}"
+        common = {"OPERAND": logsum._TYPES[operand], "SLICE": logsum.SLICE, "stride_wf": 1}
+        common |= {"SHARE": logsum.SHARE, "SHARES": 4, "NEED_GRAD": True}
         types = {x: f"*{of_rows}" for x in ("student", "teacher", "d_student")}
         types |= {x: f"*{of_weight}" for x in ("weight", "d_weight")}
         types |= {"start": "i32", "tiles": "i32", "eps": "fp32", "norm_eps": "fp32"}
-        cores = operand != "fp32"
-        for rows in (16, 32, 64, 128, 256):
+        for rows in sizes:
             label, few = f"{case}, {rows} rows", common | both
-            forward = few | logsum.fused_config(rows, dtype)
-            found.append(("fused_forward", label, forward, types, cores))
-            if rows <= 64:
-                shares = few | logsum.shares_config(rows, dtype)
-                gradients = few | logsum.gradients_config(rows, dtype)
-                found.append(("shares", label, shares, types, cores))
-                found.append(("gradients", label, gradients, types, cores))
-        label = f"{case}, 32 rows, affine, alpha 2.5, nn.Linear's layout"
-        linear = common | affine | {"stride_wi": 1} | logsum.fused_config(32, dtype)
-        del linear["stride_wf"]
-        found.append(("fused_forward", label, linear, types, cores))
+            for kernel in ("fused_forward", "shares", "gradients"):
+                config = getattr(logsum, f"{kernel}_config")(rows, operand)
+                if kernel == "fused_forward" or rows <= 64:
+                    found.append((kernel, label, few | config, types))
         # many rows: weight and gradient have the type of the products, d_weight is added up in fp32
-        many = common | logsum.tiled_config(dtype) | {"SHARES": 0}
-        types = types | {x: f"*{operand}" for x in ("weight", "grad_y")} | {"d_weight": "*fp32"}
-        found.append(("gradients", f"{case}, many rows", many, types, cores))
-        for stage in ("moments", "loss", "gradient"):
-            out = {"out": f"*{operand}"} if stage == "gradient" else {}
-            for options in (both, affine):
-                label = f"{case}, {stage}, {options['NORMALIZE']}"
-                flags = many | options | {"STAGE": stage}
-                found.append(("sweep", label, flags, types | out, cores))
-    found.append(("merge", "", {"ROWS": 128, **logsum.BLOCK}, types, False))
-    found.append(("sums", "", {"ALPHA": 4.0, **logsum.BLOCK}, types, False))
-    for kernel, label, parameters, types, cores in found:
+        many = common | logsum.tiled_config(operand) | {"SHARES": 0}
+        types = types | {x: f"*{name}" for x in ("weight", "grad_y", "out")} | {"d_weight": "*fp32"}
+        found.append(("gradients", f"{case}, many rows", many, types))
+        found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
+        if len(sizes) > 2:
+            linear = common | affine | {"stride_wi": 1} | logsum.fused_forward_config(32, operand)
+            del linear["stride_wf"]
+            found.append(("fused_forward", f"{case}, affine, nn.Linear's layout", linear, types))
+            flags = many | affine | {"STAGE": "gradient"}
+            found.append(("sweep", f"{case}, gradient, affine", flags, types))
+            for stage in ("moments", "loss"):
+                flags = many | both | {"STAGE": stage}
+                found.append(("sweep", f"{case}, {stage}", flags, types | {"out": "*fp32"}))
+    found.append(("merge", "", {"ROWS": 128, **logsum.BLOCK}, types))
+    found.append(("sums", "", {"ALPHA": 4.0, **logsum.BLOCK}, types))
+    for kernel, label, parameters, types in found:
         function = getattr(logsum, f"{kernel}_kernel")
         names = (*function.arg_names, "num_warps", "num_stages")
         parameters = {name: value for name, value in parameters.items() if name in names}
+        cores = parameters.get("OPERAND", logsum._TYPES[torch.float32]).name != "fp32"
         yield kernel, label, function, parameters, types, cores
 
 

@@ -115,8 +115,9 @@ class LogSumLoss(torch.nn.Module):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Rows (..., Ds) and (..., Dt) -> the loss."""
-        own = {"scale": self.scale, "shift": self.shift}
-        return log_sum_loss(student, self.weight, teacher, **own, **self.options)
+        return log_sum_loss(
+            student, self.weight, teacher, scale=self.scale, shift=self.shift, **self.options
+        )
 
 
 def _check_options(alpha, normalize, reduction, eps, norm_eps, scale, shift, group):
@@ -311,21 +312,17 @@ def _(student, weight, teacher, scale, shift, *options):
     return loss, factor, first, second, loss.new_empty(third)
 
 
-def _backward(grad, factor, first, second, third, student, weight, teacher, scale, shift, *options):
+def _backward(grad, factor, first, second, third, student, weight, *rest):
     """-> gradients of student and weight, each empty where not needed."""
-    *options, need_student, need_weight = options
-    o = Options(*options)
-    path = _path(student, o)
-    if path == "torch":
+    *inputs, need_student, need_weight = rest
+    o = Options(*inputs[3:])
+    if _path(student, o) == "torch":
         inputs = (grad, factor, first, student, weight, o.operand)
         return _reference_backward(*inputs, need_student, need_weight)
-    import kernels.logsum_triton as logsum_triton
+    from kernels.logsum_triton import backward
 
-    saved, needs = (grad, factor, first), (need_student, need_weight)
-    if path == "fused":
-        return logsum_triton.fused_backward(*saved, third, student, weight, o, *needs)
-    inputs = (second, student, weight, teacher, scale, shift)
-    return logsum_triton.tiled_backward(*saved, *inputs, o, *needs)
+    saved = (grad, factor, first, second, third, student, weight, *inputs[:3])
+    return backward(*saved, o, need_student, need_weight)
 
 
 _backward_op = torch.library.custom_op(

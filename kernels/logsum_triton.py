@@ -14,6 +14,7 @@ added in a fixed order; no atomics. Imported on first use on a GPU.
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -229,20 +230,18 @@ def gradients_kernel(
     unit = tl.load(factor + 1)
     scale = tl.load(grad).to(tl.float32) * tl.load(factor) / unit
     pid = tl.program_id(0)
-    if pid < weight_programs:
-        blocks = tl.cdiv(features, COLUMNS)
-        row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
-        m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    of_weight = pid < weight_programs
+    blocks = tl.cdiv(tl.where(of_weight, features, inner), COLUMNS)
+    pid -= tl.where(of_weight, 0, weight_programs)
+    row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
+    m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    if of_weight:
         product = _product(
             student + row, grad_y + column, m < inner, n < features, rows,
             1, stride_sb, features, 1, None, unit if SHARES else None, OPERAND, STEP,
         )  # fmt: skip
         _store(d_weight, product * scale, row, column, inner, features, start > 0, SLICE)
     else:
-        pid -= weight_programs
-        blocks = tl.cdiv(inner, COLUMNS)
-        row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
-        m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         if SHARES:
             product = tl.zeros((ROWS, COLUMNS), tl.float32)
             real = (m < rows)[:, None] & (n < inner)[None, :]
@@ -397,11 +396,16 @@ def _dense(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _ceil(count, size):  # triton.cdiv takes much longer
+    return -(-count // size)
+
+
 def _tiles(rows, columns, config):
-    return triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, config["COLUMNS"])
+    return _ceil(rows, config["ROWS"]) * _ceil(columns, config["COLUMNS"])
 
 
-def fused_config(rows: int, operand: torch.dtype) -> dict:
+@functools.cache
+def fused_forward_config(rows: int, operand: torch.dtype) -> dict:
     """Tile and launch parameters of the forward kernel for a batch of `rows`."""
     padded = max(16, triton.next_power_of_2(rows))
     step = min(128, 4096 // padded)  # fp32 tiles of three steps fit into every device
@@ -414,6 +418,7 @@ def fused_config(rows: int, operand: torch.dtype) -> dict:
     }
 
 
+@functools.cache
 def shares_config(rows: int, operand: torch.dtype) -> dict:
     most = 32 if operand == torch.float32 else 64
     padded = min(most, max(16, triton.next_power_of_2(rows)))
@@ -421,12 +426,14 @@ def shares_config(rows: int, operand: torch.dtype) -> dict:
     return {"ROWS": padded, "COLUMNS": 32, "STEP": 64, "num_warps": warps, "num_stages": 2}
 
 
+@functools.cache
 def gradients_config(rows: int, operand: torch.dtype) -> dict:
     """Of the fused path; there the rows are what is summed over."""
     config = shares_config(rows, operand)
     return config | {"ROWS": 64, "STEP": config["ROWS"]}
 
 
+@functools.cache
 def tiled_config(operand: torch.dtype) -> dict:
     """Of the sweeps and of the gradients of many rows."""
     if operand == torch.float32:
@@ -438,8 +445,8 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     rows, features = teacher.shape
     student, teacher = _dense(student), _dense(teacher)
     inner, kind = student.shape[1], _TYPES[o.operand]
-    config = fused_config(rows, o.operand)
-    programs, split = triton.cdiv(features, config["COLUMNS"]), triton.cdiv(features, SHARE)
+    config = fused_forward_config(rows, o.operand)
+    programs, split = _ceil(features, config["COLUMNS"]), _ceil(features, SHARE)
     loss, factor, partial = _floats(student), _floats(student, 2), _floats(student, 2, programs)
     grad_y = _floats(student, rows if o.need_grad else 0, features)
     columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
@@ -451,39 +458,12 @@ def fused_forward(student, weight, teacher, scale, shift, o):
             o.norm_eps, o.alpha, o.normalize, o.need_grad, kind, **config,
         )  # fmt: skip
         config = shares_config(rows, o.operand)
-        grid = (triton.cdiv(inner, config["COLUMNS"]), triton.cdiv(rows, config["ROWS"]), split)
+        grid = (_ceil(inner, config["COLUMNS"]), _ceil(rows, config["ROWS"]), split)
         shares_kernel[grid if o.need_grad else (1,)](
             partial, loss, factor, grad_y, weight, shares, programs, rows, inner, features,
             *weight.stride(), o.eps, o.alpha, o.need_grad, SHARE, kind, **config,
         )  # fmt: skip
     return loss, factor, grad_y, columns, shares
-
-
-def fused_backward(grad, factor, grad_y, shares, student, weight, o, need_student, need_weight):
-    student = _dense(student)
-    d_student = student.new_empty(student.shape if need_student else 0)
-    d_weight = weight.new_empty(weight.shape if need_weight else 0)
-    with _on(student):
-        _gradients(
-            grad, factor, grad_y, student, weight, shares, d_student, d_weight, 0, len(shares),
-            o.operand, gradients_config(len(student), o.operand),
-        )  # fmt: skip
-    return d_student, d_weight
-
-
-def _gradients(
-    grad, factor, grad_y, student, weight, shares, d_student, d_weight, start, split,
-    operand, config,
-):  # fmt: skip
-    (rows, inner), features = student.shape, grad_y.shape[1]
-    weights = _tiles(inner, features, config) if d_weight.numel() else 0
-    students = _tiles(rows, inner, config) if d_student.numel() else 0
-    if weights + students:
-        gradients_kernel[(weights + students,)](
-            grad, factor, grad_y, student, weight, shares, d_student, d_weight,
-            rows, inner, features, start, weights, student.stride(0),
-            split, SLICE, _TYPES[operand], **config,
-        )  # fmt: skip
 
 
 def _sweep(stage, student, weight, teacher, columns, scale, shift, factor, out, partial, count, o):
@@ -501,7 +481,7 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     student, teacher = _dense(student), _dense(teacher)
     operand = weight.to(o.operand).contiguous()
     tile_rows = tiled_config(o.operand)["ROWS"]
-    tiles, slices = triton.cdiv(rows, tile_rows), triton.cdiv(features, SLICE)
+    tiles, slices = _ceil(rows, tile_rows), _ceil(features, SLICE)
     columns, loss, factor = _floats(student, 6, features), _floats(student), _floats(student, 2)
     moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
     partial = _floats(student, 2, tiles, slices)
@@ -509,11 +489,11 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     with _on(student):
         if o.normalize != "none":
             _sweep("moments", *inputs, moments, partial, rows, o)
-            merge_kernel[(triton.cdiv(features, BLOCK["COLUMNS"]),)](
+            merge_kernel[(_ceil(features, BLOCK["COLUMNS"]),)](
                 moments, columns, rows, features, o.norm_eps, tile_rows, **BLOCK
             )
         _sweep("loss", *inputs, sums, partial, rows, o)
-        sums_kernel[(triton.cdiv(2 * features, BLOCK["COLUMNS"]),)](
+        sums_kernel[(_ceil(2 * features, BLOCK["COLUMNS"]),)](
             sums, columns, partial, loss, factor, tiles * slices, tiles, features, o.eps, o.alpha,
             **BLOCK,
         )  # fmt: skip
@@ -522,25 +502,35 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     return loss, factor, operand, columns, _floats(student, 0)
 
 
-def tiled_backward(
-    grad, factor, operand, columns, student, weight, teacher, scale, shift, o,
+def backward(
+    grad, factor, first, second, shares, student, weight, teacher, scale, shift, o,
     need_student, need_weight,
 ):  # fmt: skip
-    rows, features = teacher.shape
-    student, teacher = _dense(student), _dense(teacher)
-    operand = operand if operand.numel() else weight
+    """Of both paths: few rows have shares and their whole gradient at the projection, `first`."""
+    (rows, features), inner = teacher.shape, student.shape[1]
     d_student = student.new_empty(student.shape if need_student else 0)
-    d_weight = _floats(weight, *(weight.shape if need_weight else (0,)))
-    config = tiled_config(o.operand)
-    part = max(PART_ROWS, triton.cdiv(rows, PARTS))
-    part = triton.cdiv(part, config["ROWS"]) * config["ROWS"]
-    gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
+    student, teacher = _dense(student), _dense(teacher)
+    config, part, operand = gradients_config(rows, o.operand), rows, weight
+    dtype, gradient = weight.dtype, first
+    if not len(shares):
+        config, dtype = tiled_config(o.operand), torch.float32  # added up over the parts
+        part = max(PART_ROWS, _ceil(rows, PARTS))
+        part = _ceil(part, config["ROWS"]) * config["ROWS"]
+        operand = first if first.numel() else weight
+        gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=dtype)
+    of_weight = need_weight * _tiles(inner, features, config)
     with _on(student):
         for start in range(0, rows, part):
             a, t, out = (x[start : start + part] for x in (student, teacher, d_student))
             g = gradient[: len(a)]
-            _sweep("gradient", a, operand, t, columns, scale, shift, factor, g, factor, rows, o)
-            _gradients(
-                grad, factor, g, a, operand, columns, out, d_weight, start, 0, o.operand, config
-            )
+            if not len(shares):
+                _sweep("gradient", a, operand, t, second, scale, shift, factor, g, factor, rows, o)
+            of_student = need_student * _tiles(len(a), inner, config)
+            if of_weight + of_student:
+                gradients_kernel[(of_weight + of_student,)](
+                    grad, factor, g, a, operand, shares, out, d_weight,
+                    len(a), inner, features, start, of_weight, a.stride(0),
+                    len(shares), SLICE, _TYPES[o.operand], **config,
+                )  # fmt: skip
     return d_student, d_weight.to(weight.dtype)

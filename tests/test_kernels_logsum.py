@@ -456,8 +456,10 @@ class Vendor(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not (function.is_view or "empty" in function.name())
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        launches = not function.is_view and "empty" not in function.name()
+        self.count += launches and isinstance(out, torch.Tensor)
+        return out
 
 
 def step(rows, dtype, weight_dtype, transposed=False):
@@ -551,7 +553,6 @@ SHAPES = [  # rows, inner, features, operand, alpha, strided
     (16, 64, 32, torch.float16, 4.0, False),
     (70, 17, 40, torch.float32, 1.0, True),
     (130, 20, 18, torch.float16, 3.0, True),
-    (70, 40, 400, torch.float16, 4.0, False),
 ]
 
 
@@ -571,6 +572,7 @@ def test_triton(
     from kernels import logsum_triton
 
     monkeypatch.setattr(logsum, "_path", lambda *_: path)
+    monkeypatch.setattr(logsum_triton, "SHARE", 64)  # several shares
     monkeypatch.setattr(logsum_triton, "PART_ROWS", 1)  # several parts, the last one ragged
     small = {"ROWS": 16, "COLUMNS": 32, "STEP": 16}
     config = logsum_triton.tiled_config
@@ -625,9 +627,8 @@ def test_triton_through_the_public_function(monkeypatch, poisoned):
 
 
 @interpreted
-@pytest.mark.parametrize("rows", [32, 2048])
-@pytest.mark.parametrize("residual", [1.0, 0.03])
-@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("rows", [32, 600])
+@pytest.mark.parametrize(("residual", "size"), [(1.0, 1e-3), (0.03, 1.0)])
 def test_triton_loses_no_gradient_in_fp16(monkeypatch, rows, residual, size):
     """`size` of the projection: batch norm multiplies gradients by its inverse."""
     student = torch.randn(rows, 32).half().requires_grad_()
