@@ -42,7 +42,7 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     ValueError for NaN and infinity.
     """
     _check([x], "x")
-    if x.shape[0] < 2:
+    if len(x) < 2:
         raise ValueError("x: a covariance needs at least 2 rows")
     # Only for the compiler: an operator's first call imports Dynamo, which takes seconds.
     run = _covariance_op if torch.compiler.is_compiling() else _covariance
@@ -74,14 +74,9 @@ def cka(
             return tables[0][0, 0], tables[1][0, 0]
         return tables[0, 0]
     _check(xs, "xs")
-    _check(ys, "ys")
-    n = xs[0].shape[0]
-    if ys[0].shape[0] != n:
-        raise ValueError(f"ys: {ys[0].shape[0]} rows, but xs has {n}")
-    if ys[0].device != xs[0].device:
-        raise ValueError(f"ys: on {ys[0].device}, but xs is on {xs[0].device}")
-    if n < 4:
-        raise ValueError(f"xs: CKA needs at least 4 rows, got {n}")
+    _check(ys, "ys", first=xs[0])
+    if len(xs[0]) < 4:
+        raise ValueError(f"xs: CKA needs at least 4 rows, got {len(xs[0])}")
     run = _cka_op if torch.compiler.is_compiling() else _cka
     tables = run([x.detach() for x in xs], [y.detach() for y in ys])
     unbiased, biased = tables
@@ -90,7 +85,8 @@ def cka(
     return unbiased if estimator == "unbiased" else biased
 
 
-def _check(features, name):
+def _check(features, name, first=None):
+    """Every one a (N, D) tensor with the rows and the device of the first."""
     if isinstance(features, torch.Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"{name}: expected a list of (N, D) tensors, got {type(features).__name__}")
     if len(features) == 0:
@@ -103,11 +99,12 @@ def _check(features, name):
             raise TypeError(f"{where}: expected a floating-point tensor, got {x.dtype}")
         if x.dim() != 2 or 0 in x.shape:
             raise ValueError(f"{where}: expected shape (N, D), got {tuple(x.shape)}")
-        first = features[0]
-        if x.shape[0] != first.shape[0]:
-            raise ValueError(f"{where}: {x.shape[0]} rows, but {name}[0] has {first.shape[0]}")
+        if first is None:
+            first = x
+        if len(x) != len(first):
+            raise ValueError(f"{where}: {len(x)} rows, but the first set has {len(first)}")
         if x.device != first.device:
-            raise ValueError(f"{where}: on {x.device}, but {name}[0] is on {first.device}")
+            raise ValueError(f"{where}: on {x.device}, but the first set is on {first.device}")
 
 
 def _check_finite(features, name):
@@ -174,7 +171,8 @@ def _by_features(sets, pairs, wide):
 
     The centred rows of all sets lie side by side, CHUNK_ROWS at a time.
     """
-    n, device = sets[0].shape[0], sets[0].device
+    n = len(sets[0])
+    device = sets[0].device
     ends = list(itertools.accumulate(x.shape[1] for x in sets))
     starts = [0, *ends[:-1]]
     means = [_mean(x) for x in sets]
@@ -204,12 +202,13 @@ def _by_features(sets, pairs, wide):
 
 def _lots(sets):
     """Numbers of sets that share a batched product: of one width, on a CPU what its caches hold."""
-    n, on_cpu = sets[0].shape[0], sets[0].device.type == "cpu"
     lots = []
     order = sorted(range(len(sets)), key=lambda i: sets[i].shape[1])
     for width, members in itertools.groupby(order, key=lambda i: sets[i].shape[1]):
         chosen = list(members)
-        size = max(1, CACHED // (n * width)) if on_cpu else len(chosen)
+        size = len(chosen)
+        if sets[0].device.type == "cpu":
+            size = max(1, CACHED // (len(sets[0]) * width))
         lots += [chosen[first : first + size] for first in range(0, len(chosen), size)]
     return lots
 
@@ -224,13 +223,16 @@ def _by_grams(sets, wide):
     Blocks of rows of all Gram matrices, what is on or below the diagonal left out. Where one block
     is all, centred features are needed once, and all lots have them in the same memory.
     """
-    n, count = sets[0].shape[0], len(sets)
+    n = len(sets[0])
+    count = len(sets)
     lengths = torch.empty(count, n, dtype=wide, device=sets[0].device)
-    lots, step = _lots(sets), _gram_rows(n, count)
+    lots = _lots(sets)
+    step = _gram_rows(n, count)
     sizes = [sum(n * sets[i].shape[1] for i in lot) for lot in lots]
     memory = lengths.new_empty(max(sizes) if step == n else sum(sizes))
     buffer = lengths.new_empty(count * step * n)
-    stacks, used = [], 0
+    stacks = []
+    used = 0
     inner = np.zeros((count, count))
     for begin in range(0, n, step):
         rows = min(step, n - begin)
@@ -258,7 +260,8 @@ def _numpy(x):
 def _grams_are_cheaper(sets, pairs):
     """A row costs n (sum of widths) by Grams, for all pairs together and less what is below the
     diagonal, and by features the product of two widths for each pair."""
-    n, widths = sets[0].shape[0], [x.shape[1] for x in sets]
+    n = len(sets[0])
+    widths = [x.shape[1] for x in sets]
     above = (1 + _gram_rows(n, len(sets)) / n) / 2
     by_features = sum(widths[i] * widths[j] * (0.6 if i == j else 1.0) for i, j in pairs)
     return n * (sum(widths) + len(sets) ** 2) * above < by_features
@@ -266,13 +269,20 @@ def _grams_are_cheaper(sets, pairs):
 
 def _inner_products(sets, pairs, wide):
     """-> (unbiased, biased) sums of this file's head (2, sets, sets), largest terms of own ones."""
-    n, grams = sets[0].shape[0], _grams_are_cheaper(sets, pairs)
-    inner, lengths = _by_grams(sets, wide) if grams else _by_features(sets, pairs, wide)
-    inner = np.maximum(inner, inner.T)
-    norms = lengths**2
-    dots, sums = norms @ norms.T, norms.sum(1)
-    off = inner if grams else inner - dots
-    unbiased = off + np.outer(sums, sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * dots
+    n = len(sets[0])
+    if _grams_are_cheaper(sets, pairs):
+        inner, lengths = _by_grams(sets, wide)
+        norms = lengths**2
+        dots = norms @ norms.T
+        off = inner
+    else:
+        inner, lengths = _by_features(sets, pairs, wide)
+        norms = lengths**2
+        dots = norms @ norms.T
+        off = np.maximum(inner, inner.T) - dots
+    sums = norms.sum(1)
+    unbiased = off - 2 / (n - 2) * dots
+    unbiased += np.outer(sums, sums) / ((n - 1) * (n - 2))
     return np.stack((unbiased, off + dots)), inner.diagonal()
 
 
@@ -290,9 +300,13 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
             places[name] = len(sets)
             sets.append(x)
         place.append(places[name])
-    left, right = place[: len(xs)], place[len(xs) :]
-    pairs = {(min(i, j), max(i, j)) for i in left for j in right} | {(i, i) for i in place}
-    wide, device = _wide(sets), xs[0].device
+    left = place[: len(xs)]
+    right = place[len(xs) :]
+    pairs = {(i, i) for i in place}
+    for i, j in itertools.product(left, right):
+        pairs.add((min(i, j), max(i, j)))
+    wide = _wide(sets)
+    device = xs[0].device
     precision = "ieee" if device.type == "cpu" else "tf32"
     with torch.autocast(device.type, enabled=False), np.errstate(all="ignore"):
         with pinned_products(precision):
@@ -320,16 +334,18 @@ def _scaled(x):
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
-    wide, mean, (n, width) = _wide([x]), _mean(x), x.shape
+    wide = _wide([x])
+    mean = _mean(x).to(wide)
+    width = x.shape[1]
     total = x.new_zeros(width, width, dtype=wide)
     with torch.autocast(x.device.type, enabled=False), pinned_products("ieee"):
         for part in x.split(CHUNK_ROWS):
-            z = part.to(wide) - mean.to(wide)
+            z = part.to(wide) - mean
             for a in range(0, width, TILE):  # what lies below a tile on the diagonal is mirrored
                 total[a : a + TILE, a:].addmm_(z[:, a : a + TILE].T, z[:, a:])
     if not total.diagonal().isfinite().all():
         _check_finite([x], "x")
-    return (total.triu() + total.triu(1).T) / (n - 1)
+    return (total.triu() + total.triu(1).T) / (len(x) - 1)
 
 
 _cka_op = torch.library.custom_op("g2l::cka", _cka, mutates_args=())
