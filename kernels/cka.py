@@ -145,24 +145,26 @@ def _centre(x, out, norms, mean=None):
     torch.linalg.vector_norm(out, dim=1, out=norms)
 
 
-def _blocks(starts, ends, pairs, tile):
-    """Products to take: (set, its columns (a, b), columns (c, d) that they are multiplied with).
+def _blocks(columns, pairs, tile):
+    """Products to take: (set, its columns, columns that they are multiplied with), side by side.
 
     Columns of a set go tile by tile. Sets that follow one another go in one product; within the
     tile's own set it begins at the tile, as what lies below the diagonal is there already.
     """
     blocks = []
     for i in sorted({i for i, _ in pairs}):
-        runs = []
+        runs: list[list[int]] = []  # of partners
         for j in sorted(j for first, j in pairs if first == i):
-            if runs and runs[-1][1] == j - 1:
-                runs[-1][1] = j
+            if runs and runs[-1][-1] == j - 1:
+                runs[-1].append(j)
             else:
-                runs.append([j, j])
-        for a in range(starts[i], ends[i], tile):
-            for first, last in runs:
-                begin = a if first == i else starts[first]
-                blocks.append((i, (a, min(a + tile, ends[i])), (begin, ends[last])))
+                runs.append([j])
+        end = columns[i].stop
+        for start in range(columns[i].start, end, tile):
+            part = slice(start, min(start + tile, end))
+            for run in runs:
+                begin = start if run[0] == i else columns[run[0]].start
+                blocks.append((i, part, slice(begin, columns[run[-1]].stop)))
     return blocks
 
 
@@ -172,40 +174,43 @@ def _by_features(sets, pairs, wide):
     The centred rows of all sets lie side by side, CHUNK_ROWS at a time.
     """
     n = len(sets[0])
-    device = sets[0].device
-    ends = list(itertools.accumulate(x.shape[1] for x in sets))
-    starts = [0, *ends[:-1]]
+    columns = []
+    width = 0
+    for x in sets:
+        columns.append(slice(width, width + x.shape[1]))
+        width += x.shape[1]
     means = [_mean(x) for x in sets]
-    side = torch.empty(min(n, CHUNK_ROWS), ends[-1], dtype=wide, device=device)
-    lengths = torch.empty(len(sets), n, dtype=wide, device=device)
-    blocks = _blocks(starts, ends, pairs, TILE if device.type == "cpu" else ends[-1])
-    products = [side.new_empty(b - a, d - c) for _, (a, b), (c, d) in blocks]
+    side = torch.empty(min(n, CHUNK_ROWS), width, dtype=wide, device=sets[0].device)
+    lengths = side.new_empty(len(sets), n)
+    blocks = _blocks(columns, pairs, TILE if side.device.type == "cpu" else width)
+    products = []
+    for _, part, beside in blocks:
+        shape = (part.stop - part.start, beside.stop - beside.start)
+        products.append(side.new_empty(shape))
     for begin in range(0, n, CHUNK_ROWS):
         z = side[: n - begin]
         rows = slice(begin, begin + len(z))
-        for x, mean, a, b, length in zip(sets, means, starts, ends, lengths, strict=True):
-            _centre(x[rows], z[:, a:b], length[rows], mean)
-        for (_, (a, b), (c, d)), product in zip(blocks, products, strict=True):
-            product.addmm_(z[:, a:b].T, z[:, c:d], beta=int(begin > 0))
+        for k, x in enumerate(sets):
+            _centre(x[rows], z[:, columns[k]], lengths[k, rows], means[k])
+        for product, (_, part, beside) in zip(products, blocks, strict=True):
+            product.addmm_(z[:, part].T, z[:, beside], beta=int(begin > 0))
     inner = np.zeros((len(sets), len(sets)))
-    for (i, (_, b), (c, d)), product in zip(blocks, products, strict=True):
-        squares = _numpy(torch.linalg.vector_norm(product, dim=0)) ** 2
-        if c < ends[i]:
-            squares[b - c : ends[i] - c] *= (
-                2  # above the diagonal of X^T X, for what is below it too
-            )
-        for j in range(len(sets)):
-            if c <= ends[j] - 1 < d:
-                inner[i, j] += squares[max(starts[j], c) - c : ends[j] - c].sum()
+    squares = np.empty(width)
+    for product, (i, part, beside) in zip(products, blocks, strict=True):
+        squares[:] = 0
+        squares[beside] = _numpy(torch.linalg.vector_norm(product, dim=0)) ** 2
+        squares[part.stop : columns[i].stop] *= 2  # and for what is below the diagonal of X^T X
+        for j, own in enumerate(columns):
+            inner[i, j] += squares[own].sum()
     return inner, _numpy(lengths)
 
 
 def _lots(sets):
     """Numbers of sets that share a batched product: of one width, on a CPU what its caches hold."""
     lots = []
-    order = sorted(range(len(sets)), key=lambda i: sets[i].shape[1])
-    for width, members in itertools.groupby(order, key=lambda i: sets[i].shape[1]):
-        chosen = list(members)
+    widths = [x.shape[1] for x in sets]
+    for width in sorted(set(widths)):
+        chosen = [i for i in range(len(sets)) if widths[i] == width]
         size = len(chosen)
         if sets[0].device.type == "cpu":
             size = max(1, CACHED // (len(sets[0]) * width))
@@ -229,18 +234,17 @@ def _by_grams(sets, wide):
     lots = _lots(sets)
     step = _gram_rows(n, count)
     sizes = [sum(n * sets[i].shape[1] for i in lot) for lot in lots]
-    memory = lengths.new_empty(max(sizes) if step == n else sum(sizes))
+    shared = lengths.new_empty(max(sizes) if step == n else 0)
     buffer = lengths.new_empty(count * step * n)
     stacks = []
-    used = 0
     inner = np.zeros((count, count))
     for begin in range(0, n, step):
         rows = min(step, n - begin)
         grams = buffer[: count * rows * (n - begin)].view(count, rows, n - begin)
         for k, part in enumerate(grams.split([len(lot) for lot in lots])):
             if begin == 0:
-                room = memory[: sizes[k]] if step == n else memory[used : used + sizes[k]]
-                used += sizes[k]
+                size = sizes[k]
+                room = shared[:size] if step == n else lengths.new_empty(size)
                 stacks.append(room.view(len(lots[k]), n, -1))
                 for i, out in zip(lots[k], stacks[k], strict=True):
                     _centre(sets[i], out, lengths[i])
@@ -321,9 +325,10 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
             tables, _ = _inner_products([_scaled(x) for x in sets], pairs, torch.float64)
         own = np.sqrt(tables.diagonal(axis1=1, axis2=2))
         own = np.where(own > 0, own, np.nan)
-        cross = tables[:, left][:, :, right]
-        result = np.clip(cross / own[:, left, None] / own[:, None, right], -1, 1)
-    return torch.from_numpy(np.ascontiguousarray(result)).to(device)
+        tables /= own[:, :, None]
+        tables /= own[:, None, :]
+        chosen = tables[:, left][:, :, right].clip(-1, 1)
+    return torch.from_numpy(np.ascontiguousarray(chosen)).to(device)
 
 
 def _scaled(x):
@@ -342,7 +347,8 @@ def _covariance(x: torch.Tensor) -> torch.Tensor:
         for part in x.split(CHUNK_ROWS):
             z = part.to(wide) - mean
             for a in range(0, width, TILE):  # what lies below a tile on the diagonal is mirrored
-                total[a : a + TILE, a:].addmm_(z[:, a : a + TILE].T, z[:, a:])
+                right = z[:, a:]
+                total[a : a + TILE, a:].addmm_(right[:, :TILE].T, right)
     if not total.diagonal().isfinite().all():
         _check_finite([x], "x")
     return (total.triu() + total.triu(1).T) / (len(x) - 1)

@@ -1,11 +1,11 @@
 """Everything to measure on a machine with one GPU and no network, in one command of 8 minutes.
 
-    python -m kernels.gpu_day --out DIR
+    python tests/gpu_day.py --out DIR
 
 Steps run one after another, each with a time limit of its own; one that fails or takes too long is
 recorded, and the next one runs. DIR/gpu_day.json and DIR/gpu_day.md then hold what each step said,
 the rows of the benchmark, where the time of each kernel goes, and the predictions of
-kernels/README.md beside what was measured. It runs from the root of the repository.
+kernels/README.md beside what was measured.
 """
 
 import argparse
@@ -21,21 +21,24 @@ from pathlib import Path
 
 import torch
 
-from kernels import bench
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script it is run from tests/
+
+from kernels import bench  # noqa: E402
 
 BUDGET = 480  # seconds for all steps
-README = Path(__file__).with_name("README.md")
+README = ROOT / "kernels" / "README.md"
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_kernels_gpu.py"]
 
 
 def steps(out: Path) -> dict[str, tuple[list, int]]:
     """name -> (arguments of Python, seconds that it may take)."""
-    rows = str(out / "bench.json")
+    rows = str(out.resolve() / "bench.json")
     return {
         "tests against fp64": ([*PYTEST, "-k", "not fuzz"], 80),
         "fuzz": ([*PYTEST, "-k", "fuzz"], 50),
         "kernels against rivals": (["-m", "kernels.bench", "--json", rows], 150),
-        "profile of each kernel": (["-m", "kernels.gpu_day", "--profile"], 45),
+        "profile of each kernel": (["tests/gpu_day.py", "--profile"], 45),
         "training step": (["tests/bench_step.py"], 80),
         "foundation models": (["-m", "g2l.models", "--speed"], 75),
     }
@@ -47,7 +50,7 @@ def run_step(arguments: list, limit: float) -> dict:
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         command = [sys.executable, *arguments]
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = process.wait(limit)
@@ -144,7 +147,7 @@ def profile(case: bench.Case, device: torch.device) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.gpu_day",
+        prog="python tests/gpu_day.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
