@@ -78,8 +78,9 @@ def cka(
     if len(xs[0]) < 4:
         raise ValueError(f"xs: CKA needs at least 4 rows, got {len(xs[0])}")
     run = _cka_op if torch.compiler.is_compiling() else _cka
-    tables = run([x.detach() for x in xs], [y.detach() for y in ys])
-    unbiased, biased = tables
+    left = [x.detach() for x in xs]
+    right = [y.detach() for y in ys]
+    unbiased, biased = run(left, right)
     if estimator == "both":
         return unbiased, biased
     return unbiased if estimator == "unbiased" else biased
@@ -267,8 +268,12 @@ def _grams_are_cheaper(sets, pairs):
     n = len(sets[0])
     widths = [x.shape[1] for x in sets]
     above = (1 + _gram_rows(n, len(sets)) / n) / 2
-    by_features = sum(widths[i] * widths[j] * (0.6 if i == j else 1.0) for i, j in pairs)
-    return n * (sum(widths) + len(sets) ** 2) * above < by_features
+    by_grams = n * (sum(widths) + len(sets) ** 2) * above
+    by_features = 0.0
+    for i, j in pairs:
+        share = 0.6 if i == j else 1.0
+        by_features += share * widths[i] * widths[j]
+    return by_grams < by_features
 
 
 def _inner_products(sets, pairs, wide):
@@ -351,7 +356,8 @@ def _covariance(x: torch.Tensor) -> torch.Tensor:
                 total[a : a + TILE, a:].addmm_(right[:, :TILE].T, right)
     if not total.diagonal().isfinite().all():
         _check_finite([x], "x")
-    return (total.triu() + total.triu(1).T) / (len(x) - 1)
+    upper = total / (len(x) - 1)
+    return upper.triu() + upper.triu(1).T
 
 
 _cka_op = torch.library.custom_op("g2l::cka", _cka, mutates_args=())
@@ -365,4 +371,5 @@ def _(xs, ys):
 
 @_covariance_op.register_fake
 def _(x):
-    return x.new_empty(x.shape[1], x.shape[1], dtype=_wide([x]))
+    width = x.shape[1]
+    return x.new_empty(width, width, dtype=_wide([x]))

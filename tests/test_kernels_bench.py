@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import shutil
 import time
 
 import gpu_day
 import pytest
 import torch
 
+import kernels
 from kernels import bench
 
 CPU = torch.device("cpu")
@@ -108,6 +110,35 @@ def test_predicted_shapes_are_shapes_of_the_benchmark(monkeypatch):
         assert row["kernel"] in text
         assert all(number in text for number in re.findall(r"^\d+", row["shape"]))
     assert shapes
+
+
+def test_readme_and_package_say_who_they_are():
+    text = gpu_day.README.read_text()
+    assert "PyPI" in text and "transformers" in text
+    assert kernels.__version__.startswith("0.0.")
+
+
+def test_transformers_does_without_a_package_of_this_name():
+    pytest.importorskip("transformers")
+    from transformers.utils import is_kernels_available
+
+    assert not is_kernels_available()
+
+
+def test_the_folder_works_under_another_name(tmp_path):
+    copy = tmp_path / "g2l_kernels"
+    shutil.copytree(gpu_day.ROOT / "kernels", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in copy.glob("*.py"):
+        file.write_text(file.read_text().replace("from kernels", "from g2l_kernels"))
+    program = (
+        "import torch, g2l_kernels as k; x = torch.randn(9, 3);"
+        "k.cka(x, x), k.covariance(x), k.knn(x, 2), k.log_sum_loss(x, x.T @ x, x);"
+        "assert not any(name.split('.')[0] == 'kernels' for name in sys.modules)"
+    )
+    result = gpu_day.run_step(
+        ["-c", f"import sys; sys.path[0] = {str(tmp_path)!r}; {program}"], 120
+    )
+    assert result["status"] == 0, result["output"]
 
 
 def test_profile_names_operations():

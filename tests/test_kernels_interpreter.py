@@ -1,8 +1,9 @@
 """The Triton kernels against the plain references, run by Triton's interpreter on a CPU.
 
-TRITON_INTERPRET has to be set before Triton is imported, so the tests below run in a process of their own, which the
-test at the end starts for each kernel. Types are fp32 and fp16: the interpreter's bf16 product is wrong. Memory is
-poisoned: what a kernel leaves unwritten shows as NaN or as a wrong number.
+TRITON_INTERPRET has to be set before Triton is imported, so the tests below run in a process of
+their own, which the test at the end starts for each kernel. Types are fp32 and fp16: the
+interpreter's bf16 product is wrong. Memory is poisoned: what a kernel leaves unwritten shows as NaN
+or as a wrong number.
 """
 
 import importlib
