@@ -1,4 +1,4 @@
-"""The kernels' plain PyTorch paths and operators against formulas written out in fp64 and other libraries, on a CPU."""
+"""The kernels' PyTorch paths and operators on a CPU, against fp64 formulas and other libraries."""
 
 import importlib
 import math
@@ -450,7 +450,7 @@ def test_knn_names_the_bad_argument(error, name, arguments, options):
         knn(*arguments, **options)
 
 
-# --- operators and import ---------------------------------------------------------------------------------------------
+# --- operators and import -------------------------------------------------------------------------
 
 
 def operator_samples():
@@ -544,7 +544,8 @@ x = torch.randn(20, 4)
 knn(x, 3), cka([x], [x]), covariance(x)
 w = torch.randn(4, 5, requires_grad=True)
 log_sum_loss(x, w, torch.randn(20, 5)).backward()
-assert not any(name.startswith(("torch._dynamo", "torch._inductor", "sympy")) for name in sys.modules), "slow imports"
+slow = ("torch._dynamo", "torch._inductor", "sympy")
+assert not any(name.startswith(slow) for name in sys.modules), "slow imports"
 """
     done = run_python(program)
     assert done.returncode == 0, done.stderr[-2000:]

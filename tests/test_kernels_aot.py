@@ -1,4 +1,4 @@
-"""Every Triton kernel, in every configuration a launcher can choose, compiled for real GPUs without having one."""
+"""Every Triton kernel in every configuration that a launcher can choose, compiled for real GPUs."""
 
 import re
 
