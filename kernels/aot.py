@@ -1,10 +1,11 @@
-"""Compile every Triton kernel for real devices on a machine that has none, and tell what the compilers made of it.
+"""Compile every Triton kernel for real devices on a machine that has none; tell what comes of it.
 
     python -m kernels.aot                       the table of all configurations on all targets
     python -m kernels.aot --write kernels/README.md      put it between the marks in that file
 
-A configuration is a set of tile and launch parameters that a launcher can choose, with the options that need most
-registers. For each: shared memory, registers, spills, and whether the matrix products became tensor-core instructions.
+A configuration is a set of tile and launch parameters that a launcher can choose, with the options
+that need most registers. For each: shared memory, registers, spills, and whether the matrix
+products became tensor-core instructions.
 """
 
 import argparse
@@ -131,9 +132,10 @@ def knn_configurations(kind: str):
 
 
 def configurations(target: str):
-    """Yield (kernel, label, jitted function, parameters, argument types, whether it must use tensor cores).
+    """Yield (kernel, label, jitted function, parameters, argument types, needs tensor cores).
 
-    Parameters are those that the launchers choose on that target, argument types only those that are not *fp32 or i32.
+    Parameters are those that the launchers choose on that target, argument types only those that
+    are not *fp32 or i32.
     """
     kind = {"gfx942": "hip", "sm_90": "hopper"}.get(target, "cuda")
     yield from logsum_configurations(kind)
@@ -142,7 +144,10 @@ def configurations(target: str):
 
 
 def compiled(target: str, function, parameters: dict, types: dict) -> dict:
-    """Compile one configuration for a target -> shared (bytes), registers, spills (bytes; registers on AMD), code."""
+    """Compile one configuration for a target.
+
+    -> shared memory in bytes, warps, registers, spills (bytes; on AMD registers) and code.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -186,9 +191,9 @@ def compiled(target: str, function, parameters: dict, types: dict) -> dict:
     if backend == "cuda":
         return result | {"code": kernel.asm["ptx"]} | _cubin_usage(kernel.asm["cubin"])
     code = kernel.asm["amdgcn"]
-    number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # noqa: E731
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return result | {"code": code, "registers": number("vgpr_count"), "spills": spills}
+    counts = dict(re.findall(r"\.(\w+_count):\s+(\d+)", code))
+    spills = int(counts["vgpr_spill_count"]) + int(counts["sgpr_spill_count"])
+    return result | {"code": code, "registers": int(counts["vgpr_count"]), "spills": spills}
 
 
 def _cubin_usage(cubin: bytes) -> dict:
@@ -212,8 +217,8 @@ def table() -> str:
 
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
-        "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / registers of "
-        "a thread / spills; `tc` where the products are tensor-core instructions.",
+        "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / "
+        "registers of a thread / spills; `tc` where the products are tensor-core instructions.",
         "",
         f"| kernel | configuration | {' | '.join(TARGETS)} |",
         f"|---|---|{'---|' * len(TARGETS)}",

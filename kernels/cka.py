@@ -42,7 +42,7 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     ValueError for NaN and infinity.
     """
     _check([x], "x")
-    if x.shape[0] < 2:
+    if len(x) < 2:
         raise ValueError("x: a covariance needs at least 2 rows")
     # Only for the compiler: an operator's first call imports Dynamo, which takes seconds.
     run = _covariance_op if torch.compiler.is_compiling() else _covariance
@@ -74,23 +74,20 @@ def cka(
             return tables[0][0, 0], tables[1][0, 0]
         return tables[0, 0]
     _check(xs, "xs")
-    _check(ys, "ys")
-    n = xs[0].shape[0]
-    if ys[0].shape[0] != n:
-        raise ValueError(f"ys: {ys[0].shape[0]} rows, but xs has {n}")
-    if ys[0].device != xs[0].device:
-        raise ValueError(f"ys: on {ys[0].device}, but xs is on {xs[0].device}")
-    if n < 4:
-        raise ValueError(f"xs: CKA needs at least 4 rows, got {n}")
+    _check(ys, "ys", first=xs[0])
+    if len(xs[0]) < 4:
+        raise ValueError(f"xs: CKA needs at least 4 rows, got {len(xs[0])}")
     run = _cka_op if torch.compiler.is_compiling() else _cka
-    tables = run([x.detach() for x in xs], [y.detach() for y in ys])
-    unbiased, biased = tables
+    left = [x.detach() for x in xs]
+    right = [y.detach() for y in ys]
+    unbiased, biased = run(left, right)
     if estimator == "both":
         return unbiased, biased
     return unbiased if estimator == "unbiased" else biased
 
 
-def _check(features, name):
+def _check(features, name, first=None):
+    """Every one a (N, D) tensor with the rows and the device of the first."""
     if isinstance(features, torch.Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"{name}: expected a list of (N, D) tensors, got {type(features).__name__}")
     if len(features) == 0:
@@ -103,11 +100,12 @@ def _check(features, name):
             raise TypeError(f"{where}: expected a floating-point tensor, got {x.dtype}")
         if x.dim() != 2 or 0 in x.shape:
             raise ValueError(f"{where}: expected shape (N, D), got {tuple(x.shape)}")
-        first = features[0]
-        if x.shape[0] != first.shape[0]:
-            raise ValueError(f"{where}: {x.shape[0]} rows, but {name}[0] has {first.shape[0]}")
+        if first is None:
+            first = x
+        if len(x) != len(first):
+            raise ValueError(f"{where}: {len(x)} rows, but the first set has {len(first)}")
         if x.device != first.device:
-            raise ValueError(f"{where}: on {x.device}, but {name}[0] is on {first.device}")
+            raise ValueError(f"{where}: on {x.device}, but the first set is on {first.device}")
 
 
 def _check_finite(features, name):
@@ -148,24 +146,26 @@ def _centre(x, out, norms, mean=None):
     torch.linalg.vector_norm(out, dim=1, out=norms)
 
 
-def _blocks(starts, ends, pairs, tile):
-    """Products to take: (set, its columns (a, b), columns (c, d) that they are multiplied with).
+def _blocks(columns, pairs, tile):
+    """Products to take: (set, its columns, columns that they are multiplied with), side by side.
 
     Columns of a set go tile by tile. Sets that follow one another go in one product; within the
     tile's own set it begins at the tile, as what lies below the diagonal is there already.
     """
     blocks = []
     for i in sorted({i for i, _ in pairs}):
-        runs = []
+        runs: list[list[int]] = []  # of partners
         for j in sorted(j for first, j in pairs if first == i):
-            if runs and runs[-1][1] == j - 1:
-                runs[-1][1] = j
+            if runs and runs[-1][-1] == j - 1:
+                runs[-1].append(j)
             else:
-                runs.append([j, j])
-        for a in range(starts[i], ends[i], tile):
-            for first, last in runs:
-                begin = a if first == i else starts[first]
-                blocks.append((i, (a, min(a + tile, ends[i])), (begin, ends[last])))
+                runs.append([j])
+        end = columns[i].stop
+        for start in range(columns[i].start, end, tile):
+            part = slice(start, min(start + tile, end))
+            for run in runs:
+                begin = start if run[0] == i else columns[run[0]].start
+                blocks.append((i, part, slice(begin, columns[run[-1]].stop)))
     return blocks
 
 
@@ -174,42 +174,47 @@ def _by_features(sets, pairs, wide):
 
     The centred rows of all sets lie side by side, CHUNK_ROWS at a time.
     """
-    n, device = sets[0].shape[0], sets[0].device
-    ends = list(itertools.accumulate(x.shape[1] for x in sets))
-    starts = [0, *ends[:-1]]
+    n = len(sets[0])
+    columns = []
+    width = 0
+    for x in sets:
+        columns.append(slice(width, width + x.shape[1]))
+        width += x.shape[1]
     means = [_mean(x) for x in sets]
-    side = torch.empty(min(n, CHUNK_ROWS), ends[-1], dtype=wide, device=device)
-    lengths = torch.empty(len(sets), n, dtype=wide, device=device)
-    blocks = _blocks(starts, ends, pairs, TILE if device.type == "cpu" else ends[-1])
-    products = [side.new_empty(b - a, d - c) for _, (a, b), (c, d) in blocks]
+    side = torch.empty(min(n, CHUNK_ROWS), width, dtype=wide, device=sets[0].device)
+    lengths = side.new_empty(len(sets), n)
+    blocks = _blocks(columns, pairs, TILE if side.device.type == "cpu" else width)
+    products = []
+    for _, part, beside in blocks:
+        shape = (part.stop - part.start, beside.stop - beside.start)
+        products.append(side.new_empty(shape))
     for begin in range(0, n, CHUNK_ROWS):
         z = side[: n - begin]
         rows = slice(begin, begin + len(z))
-        for x, mean, a, b, length in zip(sets, means, starts, ends, lengths, strict=True):
-            _centre(x[rows], z[:, a:b], length[rows], mean)
-        for (_, (a, b), (c, d)), product in zip(blocks, products, strict=True):
-            product.addmm_(z[:, a:b].T, z[:, c:d], beta=int(begin > 0))
+        for k, x in enumerate(sets):
+            _centre(x[rows], z[:, columns[k]], lengths[k, rows], means[k])
+        for product, (_, part, beside) in zip(products, blocks, strict=True):
+            product.addmm_(z[:, part].T, z[:, beside], beta=int(begin > 0))
     inner = np.zeros((len(sets), len(sets)))
-    for (i, (_, b), (c, d)), product in zip(blocks, products, strict=True):
-        squares = _numpy(torch.linalg.vector_norm(product, dim=0)) ** 2
-        if c < ends[i]:
-            squares[b - c : ends[i] - c] *= (
-                2  # above the diagonal of X^T X, for what is below it too
-            )
-        for j in range(len(sets)):
-            if c <= ends[j] - 1 < d:
-                inner[i, j] += squares[max(starts[j], c) - c : ends[j] - c].sum()
+    squares = np.empty(width)
+    for product, (i, part, beside) in zip(products, blocks, strict=True):
+        squares[:] = 0
+        squares[beside] = _numpy(torch.linalg.vector_norm(product, dim=0)) ** 2
+        squares[part.stop : columns[i].stop] *= 2  # and for what is below the diagonal of X^T X
+        for j, own in enumerate(columns):
+            inner[i, j] += squares[own].sum()
     return inner, _numpy(lengths)
 
 
 def _lots(sets):
     """Numbers of sets that share a batched product: of one width, on a CPU what its caches hold."""
-    n, on_cpu = sets[0].shape[0], sets[0].device.type == "cpu"
     lots = []
-    order = sorted(range(len(sets)), key=lambda i: sets[i].shape[1])
-    for width, members in itertools.groupby(order, key=lambda i: sets[i].shape[1]):
-        chosen = list(members)
-        size = max(1, CACHED // (n * width)) if on_cpu else len(chosen)
+    widths = [x.shape[1] for x in sets]
+    for width in sorted(set(widths)):
+        chosen = [i for i in range(len(sets)) if widths[i] == width]
+        size = len(chosen)
+        if sets[0].device.type == "cpu":
+            size = max(1, CACHED // (len(sets[0]) * width))
         lots += [chosen[first : first + size] for first in range(0, len(chosen), size)]
     return lots
 
@@ -224,21 +229,23 @@ def _by_grams(sets, wide):
     Blocks of rows of all Gram matrices, what is on or below the diagonal left out. Where one block
     is all, centred features are needed once, and all lots have them in the same memory.
     """
-    n, count = sets[0].shape[0], len(sets)
+    n = len(sets[0])
+    count = len(sets)
     lengths = torch.empty(count, n, dtype=wide, device=sets[0].device)
-    lots, step = _lots(sets), _gram_rows(n, count)
+    lots = _lots(sets)
+    step = _gram_rows(n, count)
     sizes = [sum(n * sets[i].shape[1] for i in lot) for lot in lots]
-    memory = lengths.new_empty(max(sizes) if step == n else sum(sizes))
+    shared = lengths.new_empty(max(sizes) if step == n else 0)
     buffer = lengths.new_empty(count * step * n)
-    stacks, used = [], 0
+    stacks = []
     inner = np.zeros((count, count))
     for begin in range(0, n, step):
         rows = min(step, n - begin)
         grams = buffer[: count * rows * (n - begin)].view(count, rows, n - begin)
         for k, part in enumerate(grams.split([len(lot) for lot in lots])):
             if begin == 0:
-                room = memory[: sizes[k]] if step == n else memory[used : used + sizes[k]]
-                used += sizes[k]
+                size = sizes[k]
+                room = shared[:size] if step == n else lengths.new_empty(size)
                 stacks.append(room.view(len(lots[k]), n, -1))
                 for i, out in zip(lots[k], stacks[k], strict=True):
                     _centre(sets[i], out, lengths[i])
@@ -258,21 +265,33 @@ def _numpy(x):
 def _grams_are_cheaper(sets, pairs):
     """A row costs n (sum of widths) by Grams, for all pairs together and less what is below the
     diagonal, and by features the product of two widths for each pair."""
-    n, widths = sets[0].shape[0], [x.shape[1] for x in sets]
+    n = len(sets[0])
+    widths = [x.shape[1] for x in sets]
     above = (1 + _gram_rows(n, len(sets)) / n) / 2
-    by_features = sum(widths[i] * widths[j] * (0.6 if i == j else 1.0) for i, j in pairs)
-    return n * (sum(widths) + len(sets) ** 2) * above < by_features
+    by_grams = n * (sum(widths) + len(sets) ** 2) * above
+    by_features = 0.0
+    for i, j in pairs:
+        share = 0.6 if i == j else 1.0
+        by_features += share * widths[i] * widths[j]
+    return by_grams < by_features
 
 
 def _inner_products(sets, pairs, wide):
     """-> (unbiased, biased) sums of this file's head (2, sets, sets), largest terms of own ones."""
-    n, grams = sets[0].shape[0], _grams_are_cheaper(sets, pairs)
-    inner, lengths = _by_grams(sets, wide) if grams else _by_features(sets, pairs, wide)
-    inner = np.maximum(inner, inner.T)
-    norms = lengths**2
-    dots, sums = norms @ norms.T, norms.sum(1)
-    off = inner if grams else inner - dots
-    unbiased = off + np.outer(sums, sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * dots
+    n = len(sets[0])
+    if _grams_are_cheaper(sets, pairs):
+        inner, lengths = _by_grams(sets, wide)
+        norms = lengths**2
+        dots = norms @ norms.T
+        off = inner
+    else:
+        inner, lengths = _by_features(sets, pairs, wide)
+        norms = lengths**2
+        dots = norms @ norms.T
+        off = np.maximum(inner, inner.T) - dots
+    sums = norms.sum(1)
+    unbiased = off - 2 / (n - 2) * dots
+    unbiased += np.outer(sums, sums) / ((n - 1) * (n - 2))
     return np.stack((unbiased, off + dots)), inner.diagonal()
 
 
@@ -290,9 +309,13 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
             places[name] = len(sets)
             sets.append(x)
         place.append(places[name])
-    left, right = place[: len(xs)], place[len(xs) :]
-    pairs = {(min(i, j), max(i, j)) for i in left for j in right} | {(i, i) for i in place}
-    wide, device = _wide(sets), xs[0].device
+    left = place[: len(xs)]
+    right = place[len(xs) :]
+    pairs = {(i, i) for i in place}
+    for i, j in itertools.product(left, right):
+        pairs.add((min(i, j), max(i, j)))
+    wide = _wide(sets)
+    device = xs[0].device
     precision = "ieee" if device.type == "cpu" else "tf32"
     with torch.autocast(device.type, enabled=False), np.errstate(all="ignore"):
         with pinned_products(precision):
@@ -307,9 +330,10 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
             tables, _ = _inner_products([_scaled(x) for x in sets], pairs, torch.float64)
         own = np.sqrt(tables.diagonal(axis1=1, axis2=2))
         own = np.where(own > 0, own, np.nan)
-        cross = tables[:, left][:, :, right]
-        result = np.clip(cross / own[:, left, None] / own[:, None, right], -1, 1)
-    return torch.from_numpy(np.ascontiguousarray(result)).to(device)
+        tables /= own[:, :, None]
+        tables /= own[:, None, :]
+        chosen = tables[:, left][:, :, right].clip(-1, 1)
+    return torch.from_numpy(np.ascontiguousarray(chosen)).to(device)
 
 
 def _scaled(x):
@@ -320,16 +344,20 @@ def _scaled(x):
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
-    wide, mean, (n, width) = _wide([x]), _mean(x), x.shape
+    wide = _wide([x])
+    mean = _mean(x).to(wide)
+    width = x.shape[1]
     total = x.new_zeros(width, width, dtype=wide)
     with torch.autocast(x.device.type, enabled=False), pinned_products("ieee"):
         for part in x.split(CHUNK_ROWS):
-            z = part.to(wide) - mean.to(wide)
+            z = part.to(wide) - mean
             for a in range(0, width, TILE):  # what lies below a tile on the diagonal is mirrored
-                total[a : a + TILE, a:].addmm_(z[:, a : a + TILE].T, z[:, a:])
+                right = z[:, a:]
+                total[a : a + TILE, a:].addmm_(right[:, :TILE].T, right)
     if not total.diagonal().isfinite().all():
         _check_finite([x], "x")
-    return (total.triu() + total.triu(1).T) / (n - 1)
+    upper = total / (len(x) - 1)
+    return upper.triu() + upper.triu(1).T
 
 
 _cka_op = torch.library.custom_op("g2l::cka", _cka, mutates_args=())
@@ -343,4 +371,5 @@ def _(xs, ys):
 
 @_covariance_op.register_fake
 def _(x):
-    return x.new_empty(x.shape[1], x.shape[1], dtype=_wide([x]))
+    width = x.shape[1]
+    return x.new_empty(width, width, dtype=_wide([x]))
