@@ -151,30 +151,30 @@ def origins_of(models: list[str], found: list[Benchmark]) -> dict[str, str]:
 
 
 def extract(
-    models: list[str], found: list[Benchmark], embed: Callable, describe: Callable
-) -> tuple[dict[str, dict], dict[str, list[str]], dict[str, int], list[str]]:
+    models: list[str],
+    found: list[Benchmark],
+    embed: Callable,
+    describe: Callable,
+    failures: list[str],
+) -> tuple[dict[str, dict], dict[str, list[str]]]:
     """Features of every model on every benchmark into the cache, by all ranks together.
 
     embed(model, benchmark) gives the features (N, dim), describe(model) the model's card. Returns
-    the cards, the models that each benchmark has, its unreadable images, and what failed.
+    the cards, and the models that each benchmark has; what failed goes to `failures`.
     """
     cards: dict[str, dict] = {}
-    models_of: dict[str, list[str]] = {b.name: [] for b in found}
-    lost, failures = {}, []
+    models_of: dict[str, list[str]] = {benchmark.name: [] for benchmark in found}
     for name in models:
         for benchmark in found:
             try:
-                missing = int(np.isnan(embed(name, benchmark)).any(1).sum())
+                embed(name, benchmark)
                 cards[name] = describe(name)
+                models_of[benchmark.name].append(name)
             except UserError as error:
                 failures.append(explain(error, REMEDIES) or "")
                 if name not in cards:
                     break  # the model itself cannot be loaded
-            else:
-                models_of[benchmark.name].append(name)
-                if missing:
-                    lost[benchmark.name] = missing
-    return cards, models_of, lost, failures
+    return cards, models_of
 
 
 def tells_apart(x: ndarray) -> bool:
@@ -431,24 +431,36 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
 
 
 def evaluate_all(
-    found: list[Benchmark], models_of: dict[str, list[str]], embed: Callable, study: Study
-) -> tuple[list[Benchmark], list[dict], list[str]]:
-    """One benchmark after another: those that could be measured, their rows, and what failed."""
-    done, rows, failures = [], model_rows(study), []
+    found: list[Benchmark],
+    models_of: dict[str, list[str]],
+    embed: Callable,
+    study: Study,
+    failures: list[str],
+) -> tuple[Study, dict[str, int]]:
+    """One benchmark after another: the study with what was measured, and the unreadable images.
+
+    See `extract` for embed and failures.
+    """
+    done, rows, lost = [], model_rows(study), {}
     for benchmark in found:
-        x = {name: embed(name, benchmark, False) for name in models_of[benchmark.name]}
-        alike = [name for name in x if not tells_apart(x[name])]
-        for name in alike:
-            del x[name]
-            where = f"{display(name)} on {benchmark.name}"
-            failures.append(f"{where}: every image has the same embedding")
+        x = {}
+        for name in models_of[benchmark.name]:
+            array = embed(name, benchmark, False)
+            missing = int(np.isnan(array).any(1).sum())
+            if missing:
+                lost[benchmark.name] = missing
+            if tells_apart(array):
+                x[name] = array
+            else:
+                where = f"{display(name)} on {benchmark.name}"
+                failures.append(f"{where}: every image has the same embedding")
         try:
             if x:
                 rows += evaluate_benchmark(benchmark, x, study)
                 done.append(benchmark)
         except UserError as error:
             failures.append(explain(error, REMEDIES) or "")
-    return done, rows, failures
+    return replace(study, found=done, rows=rows), lost
 
 
 def model_rows(study: Study) -> list[dict]:
@@ -585,10 +597,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     def describe(name: str) -> dict:
         return card(name, args.results, weights=weights[name], **options)
 
-    if rank == 0:
-        claim(args.results, origins_of(models, found))
-    cards, models_of, lost, broken = extract(models, found, embed, describe)
-    failures += broken
+    claim(args.results, origins_of(models, found))
+    cards, models_of = extract(models, found, embed, describe, failures)
     loaded_model.cache_clear()
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
@@ -602,11 +612,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         device_used=str(device),
         argv=argv,
     )
-    done, rows, broken = evaluate_all(found, models_of, embed, study)
-    failures += broken
+    study, lost = evaluate_all(found, models_of, embed, study, failures)
     failures = list(dict.fromkeys(failures))
-    if done:
-        show(replace(study, found=done, rows=rows), failures, args.json)
+    if study.found:
+        show(study, failures, args.json)
     return report_failures(failures, lost)
 
 
