@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -236,8 +237,8 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
             f"{name}: all {len(labels)} images are of class {classes[labels[0]]}; two "
             "classes are needed to tell anything apart"
         )
-    pairs = set(zip(labels.tolist(), benchmark.groups, strict=True))
-    class_groups = np.bincount([c for c, _ in pairs], minlength=len(classes)).tolist()
+    held = np.asarray(benchmark.groups)
+    class_groups = [len(set(held[labels == c])) for c in range(len(classes))]
     groups, notes = len(set(benchmark.groups)), []
     thin = [f"{c} ({n})" for c, n in zip(classes, class_groups, strict=True) if 0 < n < 5]
     if thin:
@@ -356,21 +357,23 @@ def measure_models(
     """
     about = [
         [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
-        [benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
+        [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
         [benchmark.groups, benchmark.centers, PROTOCOL_VERSION],
     ]
     keys = {"chance": digest(about)}
     for name in x:
-        keys[name] = digest(study.cards[name]["fingerprint"], data_stamp(benchmark), about)
+        # the name, too: a copy under another name has rows of its own
+        keys[name] = digest(name, study.cards[name]["fingerprint"], data_stamp(benchmark), about)
     predictions: Predictions = {}
     rows = []
-    folds = make_folds(benchmark, study)
+    folds: Folds = {}
     for name, key in keys.items():
         shown = display(name)
         path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
         known, found = load_predictions(path, key), recorded(study.results, key)
         if known is None or not found:
             start = time.perf_counter()
+            folds = folds or make_folds(benchmark, study)
             if name == "chance":
                 known, new = {}, blind_rows(benchmark, folds, study)
             else:
@@ -390,14 +393,15 @@ def compare_models(
     benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
-    rows = cka_rows(x, benchmark.groups, study.teacher, study.device_used, study.baseline)
-    ends = [name for name in (study.teacher, study.baseline) if name in x]
-    for name, other in [(n, o) for n in x for o in ends if n not in (o, study.teacher)]:
-        gains = paired(predictions[name], predictions[other], benchmark.labels, benchmark.groups)
-        base: dict = {"model": name, "other": other, "protocol": "paired"}
-        for kind, (value, low, high, parts) in gains.items():
-            row = base | {"metric": kind, "value": value, "low": low, "high": high}
-            rows.append(row | {"parts": parts})
+    labels, groups, teacher = benchmark.labels, benchmark.groups, study.teacher
+    rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
+    for name, other in itertools.product(x, (teacher, study.baseline)):
+        if other in x and name not in (other, teacher):
+            gains = paired(predictions[name], predictions[other], labels, groups)
+            base = {"model": name, "other": other, "protocol": "paired"}
+            for kind, found in gains.items():
+                figures = zip(("value", "low", "high", "parts"), found, strict=True)
+                rows.append(base | {"metric": kind} | dict(figures))
     for row in rows:
         row["benchmark"] = benchmark.name
         row["model"], row["other"] = display(row["model"]), display(row["other"])
