@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.benchmarks import Benchmark, load_folder, make_benchmark
+from g2l.benchmarks import Benchmark, inside, load_folder, make_benchmark
 from g2l.errors import UserError
 from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
 from g2l.images import ImageFiles, Regions, SlidePatches, Squares, open_slide
@@ -28,9 +28,7 @@ def find_files(root: Path, pattern: str, what: str) -> list[Path]:
     """Files of this name pattern, in either case, below root; UserError that says what is there."""
     hits = [p for p in files_below(root) if fnmatch(p.name.lower(), pattern.lower())]
     if not hits:
-        names = sorted(p.name for p in root.iterdir())[:6] if root.is_dir() else ["no such folder"]
-        found = ", ".join(names) or "nothing"
-        raise UserError(f"{root}: no {pattern} ({what}) in it; found: {found}")
+        raise UserError(f"{root}: no {pattern} ({what}) in it; found: {inside(root)}")
     return hits
 
 
