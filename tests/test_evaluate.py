@@ -285,7 +285,7 @@ def test_a_name_stands_for_one_model_and_one_benchmark(tmp_path):
     two.mkdir(parents=True)
     claim(tmp_path, {"benchmark mine": str(one), "model uni": "uni"})
     claim(tmp_path, {"benchmark mine": str(one)})
-    with pytest.raises(UserError, match="holds the benchmark mine of .*a/mine, not .*b/mine"):
+    with pytest.raises(UserError, match=r"holds the benchmark mine of .*a/mine, not .*b/mine"):
         claim(tmp_path, {"benchmark mine": str(two)})
     with pytest.raises(UserError, match="holds the model uni of uni, not"):
         claim(tmp_path, {"model uni": str(two)})
