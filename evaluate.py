@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -151,30 +152,30 @@ def origins_of(models: list[str], found: list[Benchmark]) -> dict[str, str]:
 
 
 def extract(
-    models: list[str], found: list[Benchmark], embed: Callable, describe: Callable
-) -> tuple[dict[str, dict], dict[str, list[str]], dict[str, int], list[str]]:
+    models: list[str],
+    found: list[Benchmark],
+    embed: Callable,
+    describe: Callable,
+    failures: list[str],
+) -> tuple[dict[str, dict], dict[str, list[str]]]:
     """Features of every model on every benchmark into the cache, by all ranks together.
 
     embed(model, benchmark) gives the features (N, dim), describe(model) the model's card. Returns
-    the cards, the models that each benchmark has, its unreadable images, and what failed.
+    the cards, and the models that each benchmark has; what failed goes to `failures`.
     """
     cards: dict[str, dict] = {}
-    models_of: dict[str, list[str]] = {b.name: [] for b in found}
-    lost, failures = {}, []
+    models_of: dict[str, list[str]] = {benchmark.name: [] for benchmark in found}
     for name in models:
         for benchmark in found:
             try:
-                missing = int(np.isnan(embed(name, benchmark)).any(1).sum())
+                embed(name, benchmark)
                 cards[name] = describe(name)
+                models_of[benchmark.name].append(name)
             except UserError as error:
                 failures.append(explain(error, REMEDIES) or "")
                 if name not in cards:
                     break  # the model itself cannot be loaded
-            else:
-                models_of[benchmark.name].append(name)
-                if missing:
-                    lost[benchmark.name] = missing
-    return cards, models_of, lost, failures
+    return cards, models_of
 
 
 def tells_apart(x: ndarray) -> bool:
@@ -236,8 +237,8 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
             f"{name}: all {len(labels)} images are of class {classes[labels[0]]}; two "
             "classes are needed to tell anything apart"
         )
-    pairs = set(zip(labels.tolist(), benchmark.groups, strict=True))
-    class_groups = np.bincount([c for c, _ in pairs], minlength=len(classes)).tolist()
+    held = np.asarray(benchmark.groups)
+    class_groups = [len(set(held[labels == c])) for c in range(len(classes))]
     groups, notes = len(set(benchmark.groups)), []
     thin = [f"{c} ({n})" for c, n in zip(classes, class_groups, strict=True) if 0 < n < 5]
     if thin:
@@ -356,21 +357,23 @@ def measure_models(
     """
     about = [
         [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
-        [benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
+        [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
         [benchmark.groups, benchmark.centers, PROTOCOL_VERSION],
     ]
     keys = {"chance": digest(about)}
     for name in x:
-        keys[name] = digest(study.cards[name]["fingerprint"], data_stamp(benchmark), about)
+        # the name, too: a copy under another name has rows of its own
+        keys[name] = digest(name, study.cards[name]["fingerprint"], data_stamp(benchmark), about)
     predictions: Predictions = {}
     rows = []
-    folds = make_folds(benchmark, study)
+    folds: Folds = {}
     for name, key in keys.items():
         shown = display(name)
         path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
         known, found = load_predictions(path, key), recorded(study.results, key)
         if known is None or not found:
             start = time.perf_counter()
+            folds = folds or make_folds(benchmark, study)
             if name == "chance":
                 known, new = {}, blind_rows(benchmark, folds, study)
             else:
@@ -390,14 +393,15 @@ def compare_models(
     benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
-    rows = cka_rows(x, benchmark.groups, study.teacher, study.device_used, study.baseline)
-    ends = [name for name in (study.teacher, study.baseline) if name in x]
-    for name, other in [(n, o) for n in x for o in ends if n not in (o, study.teacher)]:
-        gains = paired(predictions[name], predictions[other], benchmark.labels, benchmark.groups)
-        base: dict = {"model": name, "other": other, "protocol": "paired"}
-        for kind, (value, low, high, parts) in gains.items():
-            row = base | {"metric": kind, "value": value, "low": low, "high": high}
-            rows.append(row | {"parts": parts})
+    labels, groups, teacher = benchmark.labels, benchmark.groups, study.teacher
+    rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
+    for name, other in itertools.product(x, (teacher, study.baseline)):
+        if other in x and name not in (other, teacher):
+            gains = paired(predictions[name], predictions[other], labels, groups)
+            base = {"model": name, "other": other, "protocol": "paired"}
+            for kind, found in gains.items():
+                figures = zip(("value", "low", "high", "parts"), found, strict=True)
+                rows.append(base | {"metric": kind} | dict(figures))
     for row in rows:
         row["benchmark"] = benchmark.name
         row["model"], row["other"] = display(row["model"]), display(row["other"])
@@ -431,24 +435,36 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
 
 
 def evaluate_all(
-    found: list[Benchmark], models_of: dict[str, list[str]], embed: Callable, study: Study
-) -> tuple[list[Benchmark], list[dict], list[str]]:
-    """One benchmark after another: those that could be measured, their rows, and what failed."""
-    done, rows, failures = [], model_rows(study), []
+    found: list[Benchmark],
+    models_of: dict[str, list[str]],
+    embed: Callable,
+    study: Study,
+    failures: list[str],
+) -> tuple[Study, dict[str, int]]:
+    """One benchmark after another: the study with what was measured, and the unreadable images.
+
+    See `extract` for embed and failures.
+    """
+    done, rows, lost = [], model_rows(study), {}
     for benchmark in found:
-        x = {name: embed(name, benchmark, False) for name in models_of[benchmark.name]}
-        alike = [name for name in x if not tells_apart(x[name])]
-        for name in alike:
-            del x[name]
-            where = f"{display(name)} on {benchmark.name}"
-            failures.append(f"{where}: every image has the same embedding")
+        x = {}
+        for name in models_of[benchmark.name]:
+            array = embed(name, benchmark, False)
+            missing = int(np.isnan(array).any(1).sum())
+            if missing:
+                lost[benchmark.name] = missing
+            if tells_apart(array):
+                x[name] = array
+            else:
+                where = f"{display(name)} on {benchmark.name}"
+                failures.append(f"{where}: every image has the same embedding")
         try:
             if x:
                 rows += evaluate_benchmark(benchmark, x, study)
                 done.append(benchmark)
         except UserError as error:
             failures.append(explain(error, REMEDIES) or "")
-    return done, rows, failures
+    return replace(study, found=done, rows=rows), lost
 
 
 def model_rows(study: Study) -> list[dict]:
@@ -585,10 +601,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     def describe(name: str) -> dict:
         return card(name, args.results, weights=weights[name], **options)
 
-    if rank == 0:
-        claim(args.results, origins_of(models, found))
-    cards, models_of, lost, broken = extract(models, found, embed, describe)
-    failures += broken
+    claim(args.results, origins_of(models, found))
+    cards, models_of = extract(models, found, embed, describe, failures)
     loaded_model.cache_clear()
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
@@ -602,11 +616,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         device_used=str(device),
         argv=argv,
     )
-    done, rows, broken = evaluate_all(found, models_of, embed, study)
-    failures += broken
+    study, lost = evaluate_all(found, models_of, embed, study, failures)
     failures = list(dict.fromkeys(failures))
-    if done:
-        show(replace(study, found=done, rows=rows), failures, args.json)
+    if study.found:
+        show(study, failures, args.json)
     return report_failures(failures, lost)
 
 

@@ -61,6 +61,13 @@ class Benchmark:
         )
 
 
+def inside(folder: Path) -> str:
+    """The first names in a folder, for an error that tells what is there instead."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+
+
 def load_folder(folder: Path) -> Benchmark:
     """A user's own benchmark: folder/labels.csv with the columns image,label,group[,center].
 
@@ -70,11 +77,9 @@ def load_folder(folder: Path) -> Benchmark:
     folder = Path(folder)
     table = folder / "labels.csv"
     if not table.is_file():
-        names = sorted(p.name for p in folder.iterdir())[:5] if folder.is_dir() else []
-        found = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
         raise UserError(
-            f"{table}: not found (in {folder}: {found}); a benchmark folder holds images and a "
-            "labels.csv with the columns image,label,group and, for robustness.py, center"
+            f"{table}: not found (in {folder}: {inside(folder)}); a benchmark folder holds images "
+            "and a labels.csv with the columns image,label,group and, for robustness.py, center"
         )
     why = " -- group is the patient, so that none is on both sides of a split"
     rows = read_table(table, ("image", "label", "group"), ("center",), why)

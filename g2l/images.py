@@ -15,6 +15,9 @@ from g2l.errors import UserError
 if TYPE_CHECKING:
     from g2l.slides import Slide
 
+PATCH = 256  # px, side of the tissue patches of a slide
+MPP = 0.25  # and their micrometres per pixel
+REGION = 224  # px, side of the patches of a region
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
@@ -67,8 +70,8 @@ class Regions(ImageSource):
     over is not used.
     """
 
-    def __init__(self, files: Sequence[Path], side: int = 224):
-        super().__init__(files, functools.partial(cut_up, side=side), files, f"grid {side}")
+    def __init__(self, files: Sequence[Path]):
+        super().__init__(files, cut_up, files, f"grid {REGION}")
 
 
 class Squares(ImageSource):
@@ -100,18 +103,17 @@ class Squares(ImageSource):
 class SlidePatches(ImageSource):
     """Whole slides, each as a lazy stack of its tissue patches, found as tile.py finds them."""
 
-    def __init__(self, files: Sequence[Path], mpp: float = 0.25, patch_size: int = 256):
-        make = functools.partial(tissue_of, mpp=mpp, patch_size=patch_size)
-        super().__init__(files, make, files, f"tissue {patch_size} at {mpp}")
+    def __init__(self, files: Sequence[Path]):
+        super().__init__(files, tissue_of, files, f"tissue {PATCH} at {MPP}")
 
 
-def tissue_of(file: Path, mpp: float, patch_size: int) -> Squares:
+def tissue_of(file: Path) -> Squares:
     """The tissue patches of a slide; OSError for one without."""
     from g2l.grid import tile_slide
 
     with open_slide(file) as slide:
         try:
-            tiling = tile_slide(slide, mpp=mpp, patch_size=patch_size)
+            tiling = tile_slide(slide, mpp=MPP, patch_size=PATCH)
         except UserError as error:  # named, counted and passed over like any unreadable image
             raise OSError(f"{slide.name}: {error}") from error
     squares = [(file, int(x), int(y)) for x, y in tiling.coords]
@@ -155,7 +157,7 @@ def read_image(file: Path, side: int = 1) -> ndarray:
     return np.pad(pixels, [*ends, (0, 0)], mode="edge")
 
 
-def cut_up(file: Path, side: int) -> ndarray:
+def cut_up(file: Path, side: int = REGION) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)
     rows, columns = image.shape[0] // side, image.shape[1] // side

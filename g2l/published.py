@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.benchmarks import Benchmark, load_folder, make_benchmark
+from g2l.benchmarks import Benchmark, inside, load_folder, make_benchmark
 from g2l.errors import UserError
 from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
 from g2l.images import ImageFiles, Regions, SlidePatches, Squares, open_slide
@@ -28,9 +28,7 @@ def find_files(root: Path, pattern: str, what: str) -> list[Path]:
     """Files of this name pattern, in either case, below root; UserError that says what is there."""
     hits = [p for p in files_below(root) if fnmatch(p.name.lower(), pattern.lower())]
     if not hits:
-        names = sorted(p.name for p in root.iterdir())[:6] if root.is_dir() else ["no such folder"]
-        found = ", ".join(names) or "nothing"
-        raise UserError(f"{root}: no {pattern} ({what}) in it; found: {found}")
+        raise UserError(f"{root}: no {pattern} ({what}) in it; found: {inside(root)}")
     return hits
 
 
@@ -139,6 +137,7 @@ def load_breakhis(root: Path, cache: Path) -> list[Benchmark]:
     return result or [make_benchmark("breakhis", "region", [], [], [], root)]
 
 
+SIDE = 256  # of the squares that are cut from cores and slides, px
 GLEASON = ["benign", "G3", "G4", "G5"]
 # Values of Gleason2019's maps by class; 6 is a slip that most readers take for benign.
 VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
@@ -167,9 +166,8 @@ def grid_benchmark(
     notes: list[str],
     root: Path,
     cache: Path,
-    side: int = 256,
 ) -> Benchmark:
-    """Squares of `side` px of which one class covers at least half.
+    """Squares of SIDE px of which one class covers at least half.
 
     shares_of(image) gives the share (classes, rows, columns) that each class covers of the squares
     of an image; an image for which it raises OSError is left out with a note. images: each with
@@ -177,7 +175,7 @@ def grid_benchmark(
     left out. What is found is kept in `cache` until a file changes.
     """
     files = [*images, *(mask for masks in images.values() for mask in masks)]
-    path, key = cache / f"{name}.json", digest([stamp(f) for f in files], str(root), side)
+    path, key = cache / f"{name}.json", digest([stamp(f) for f in files], str(root), SIDE)
     known = read_json(path)
     if known.get("key") != key:
         found = []
@@ -188,7 +186,8 @@ def grid_benchmark(
                 notes.append(f"{file.name} left out: {error}")
                 continue
             for r, c in np.argwhere((shares >= 0.5).sum(0) == 1).tolist():
-                found.append((str(file), c * side, r * side, int(shares[:, r, c].argmax())))
+                label = int(shares[:, r, c].argmax())
+                found.append((str(file), c * SIDE, r * SIDE, label))
         known = {"key": key, "rows": found, "notes": notes}
         write_text(path, json.dumps(known))
     squares, rows = [], []
@@ -197,13 +196,11 @@ def grid_benchmark(
         squares.append((file, x, y))
         rows.append((f"{file.stem}_{x}_{y}", classes[label], group(file)))
     return make_benchmark(
-        name, "patch", Squares(squares, side), rows, classes, root, known["notes"]
+        name, "patch", Squares(squares, SIDE), rows, classes, root, known["notes"]
     )
 
 
-def gleason_shares(
-    core: Path, maps: dict[Path, list[Path]], values: dict[int, int], side: int = 256
-) -> ndarray:
+def gleason_shares(core: Path, maps: dict[Path, list[Path]], values: dict[int, int]) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
     from PIL import Image
 
@@ -216,9 +213,10 @@ def gleason_shares(
                 raise OSError(f"{file}: no map of one channel and the size of its core")
             masks.append(np.asarray(mask))
     classes = majority(masks, values)
-    rows, columns = size[1] // side, size[0] // side
-    squares = classes[: rows * side, : columns * side].reshape(rows, side, columns, side)
-    return np.stack([(squares == c).mean((1, 3)) for c in range(len(GLEASON))])
+    rows, columns = size[1] // SIDE, size[0] // SIDE
+    whole = classes[: rows * SIDE, : columns * SIDE]
+    squares = whole.reshape(rows, SIDE, columns, SIDE)
+    return np.stack([(squares == c).mean((1, 3)) for c in range(4)])
 
 
 def gleason_benchmark(
@@ -295,13 +293,13 @@ def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
 AGGC = ["Stroma", "Normal", "G3", "G4", "G5"]
 
 
-def aggc_shares(slide: Path, masks: dict[Path, list[Path]], side: int = 256) -> ndarray:
+def aggc_shares(slide: Path, masks: dict[Path, list[Path]]) -> ndarray:
     """Share (5, rows, columns) of each class in the squares of a slide; no mask, no such class."""
     with open_slide(slide) as opened:
         size = opened.height, opened.width
-    shares = np.zeros((len(AGGC), size[0] // side, size[1] // side))
+    shares = np.zeros((5, size[0] // SIDE, size[1] // SIDE))
     for mask in masks[slide]:
-        shares[AGGC.index(first_part(mask))] = drawn_share(mask, size, side)
+        shares[AGGC.index(first_part(mask))] = drawn_share(mask, size, SIDE)
     return shares
 
 
@@ -455,6 +453,17 @@ def at_hand(data: Path, name: str) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def load_published(name: str, data: Path, cache: Path) -> list[Benchmark]:
+    """A published benchmark below `data`; a note says how much of it is there."""
+    about = PUBLISHED[name]
+    loaded = about.load(data / "benchmarks" / name, cache)
+    images = {b.source or b.name: len(b) for b in loaded}  # tasks that share them count once
+    for benchmark in loaded:
+        count = f"{sum(images.values()):,} found, published {about.count}"
+        benchmark.notes.insert(0, count)
+    return loaded
+
+
 def load_benchmarks(
     folders: Sequence[Path], names: Sequence[str], data: Path, cache: Path
 ) -> tuple[list[Benchmark], list[UserError]]:
@@ -462,25 +471,18 @@ def load_benchmarks(
 
     data: published ones lie below its benchmarks/NAME. cache: folder for indices of squares.
     """
+    jobs: list[tuple[str, Callable]] = []
+    for folder in folders:
+        jobs.append(("", lambda folder=folder: [load_folder(folder)]))
+    for name in names:
+        jobs.append((f"{name}: ", functools.partial(load_published, name, data, cache)))
     found: list[Benchmark] = []
     failed = []
-    for folder in folders:
+    for name, load in jobs:
         try:
-            found.append(load_folder(folder))
+            found += load()
         except (UserError, PermissionError) as error:
-            failed.append(UserError(str(error)))
-    for name in names:
-        about = PUBLISHED[name]
-        try:
-            loaded = about.load(Path(data) / "benchmarks" / name, cache)
-        except (UserError, PermissionError) as error:
-            failed.append(UserError(f"{name}: {error}", mend=getattr(error, "mend", "")))
-            continue
-        images = {b.source or b.name: len(b) for b in loaded}  # tasks that share them count once
-        for benchmark in loaded:
-            count = f"{sum(images.values()):,} found, published {about.count}"
-            benchmark.notes.insert(0, count)
-        found += loaded
+            failed.append(UserError(f"{name}{error}", getattr(error, "mend", "")))
     named = [benchmark.name for benchmark in found]
     twice = [name for name in named if named.count(name) > 1]
     if twice:

@@ -1,4 +1,4 @@
-"""Every published benchmark read from a small tree in its published naming, with the traps that its users know."""
+"""Every published benchmark from a small tree in its published naming, with its known traps."""
 
 import csv
 import json
@@ -314,9 +314,8 @@ def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
         "Subset2_Train_007_512_256": "G5",
     }
     assert set(b.groups) == {"Subset1_Train_001", "Subset2_Train_007"}
-    assert (
-        b.notes[0] == "3 of 3 slides with masks" and "Subset1_Train_083.tiff left out" in b.notes[1]
-    )
+    assert b.notes[0] == "3 of 3 slides with masks"
+    assert "Subset1_Train_083.tiff left out" in b.notes[1]
     assert b.images[0].shape == (256, 256, 3) and b.images[0].mean() == pytest.approx(180, abs=2)
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py as a user runs it: images and labels in, tables and pictures out; and what happens when it goes wrong."""
+"""evaluate.py as a user runs it: images and labels in, tables and pictures out, or an error."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ FAST = ["--input-size", "32", "--k", "5", "--seeds", "2", "--device", "cpu"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """36 images of three classes (stripes of different width and colour) from twelve patients of two centres."""
+    """36 images of three classes (stripes of different width), 12 patients, 2 centres."""
     rng, rows = np.random.default_rng(0), ["image,label,group,center"]
     (tmp_path / "mine").mkdir()
     for i in range(36):
@@ -168,6 +168,7 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     monkeypatch.setattr(
         "g2l.models.load_model", lambda *a, **k: pytest.fail("a model was loaded again")
     )
+    monkeypatch.setattr("evaluate.predict", lambda *a, **k: pytest.fail("measured again"))
     loaded_model.cache_clear()
     assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
@@ -175,7 +176,7 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
 
 
 def test_one_network_has_one_speed(folder, monkeypatch):
-    """A student before and after distillation is the same network; timed twice, the machine's noise parts them."""
+    """A student before and after distillation is one network: timed twice, noise parts them."""
     student, results, clock = (
         folder.parent / "student",
         folder.parent / "results",
@@ -427,7 +428,7 @@ def test_blanks_and_windows_line_ends_make_no_classes_of_their_own(folder):
 
 
 def test_images_of_other_kinds_are_read_as_seen_or_refused(tmp_path):
-    """Transparent parts are white, as a slide's background is; 16 bits once came out white without a word."""
+    """Transparent parts are white, as a slide's background is; 16 bits once came out white."""
     pixels = np.full((8, 8, 3), 120, np.uint8)
     hole = np.dstack([pixels, np.repeat([[0] * 4 + [255] * 4], 8, 0)]).astype(np.uint8)
     for name, image in {
@@ -483,7 +484,7 @@ def test_results_that_cannot_be_written_are_an_error_without_a_traceback(folder,
 
 
 def test_report_links_nothing_that_is_not_there(folder, weights):
-    """A model that fails on one of two benchmarks has no gallery there, and Figure 1 leaves that benchmark out."""
+    """A model that fails on one of two benchmarks has no gallery there; Figure 1 leaves it out."""
     other = folder.parent / "other"
     shutil.copytree(folder, other)
     original = g2l.features.features
@@ -595,7 +596,8 @@ original = g2l.features.atomic
 if {moment!r} == "features half written":
     g2l.features.atomic = half
 else:
-    setattr(evaluate, {{"before the first predictions": "save_predictions"}}.get({moment!r}, "write_tables"), die)
+    names = {{"before the first predictions": "save_predictions"}}
+    setattr(evaluate, names.get({moment!r}, "write_tables"), die)
 sys.exit(evaluate.main(sys.argv[1:]))"""
     args = [
         "--models",

@@ -166,12 +166,10 @@ def test_every_strength_of_the_probe_reaches_scikit_learns_optimum(classes):
     rng = np.random.default_rng(0)
     labels = rng.integers(classes, size=300)
     x = rng.normal(size=(classes, 30))[labels] + rng.normal(size=(300, 30)) * np.logspace(0, 2, 30)
-    z = ((x @ rng.normal(size=(30, 30))) / 30).astype(np.float32)
-    for c, weights, bias in logistic_path(torch.from_numpy(z).double(), torch.from_numpy(labels)):
-        plain = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9).fit(
-            z.astype(float), labels
-        )
-        said = (torch.from_numpy(z).double() @ weights + bias).softmax(1).numpy()
+    z = x @ rng.normal(size=(30, 30)) / 30
+    for c, weights, bias in logistic_path(torch.from_numpy(z), torch.from_numpy(labels)):
+        plain = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9).fit(z, labels)
+        said = (torch.from_numpy(z) @ weights + bias).softmax(1).numpy()
         assert np.allclose(said, plain.predict_proba(z), atol=5e-3), c
 
 
