@@ -109,8 +109,8 @@ class IndexStudy:
         classes, centers = map(len, self.kinds.values())
         if min(classes, centers) < 2:
             raise UserError(
-                f"{found.name}: {classes} classes and {centers} centres; the index sets one against "
-                "the other and needs two of each",
+                f"{found.name}: {classes} classes and {centers} centres; the index sets one "
+                "against the other and needs two of each",
                 mend="design",
             )
         by_group = self.slide_names == found.groups and (folder / "labels.csv").is_file()
@@ -138,6 +138,8 @@ class IndexStudy:
         Files get features whole, as evaluate.py keeps them too; patches of TIGER only where drawn.
         """
         args, found, self.pool = self.args, self.benchmark, pool
+        if not len(pool):
+            raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
         who = self.labels[pool], self.centers[pool], self.slides[pool]
         seeds = range(args.seed, args.seed + (args.samples if args.per_class else 1))
         draw = partial(draw_sample, *who, args.per_class, args.per_center)
@@ -170,8 +172,8 @@ class IndexStudy:
                 raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
             if slides < 2 and not self.args.include_same_slide:
                 raise UserError(
-                    f"{self.benchmark.name}: all patches are of slide {self.slide_names[sample[0]]}, "
-                    "whose own are no neighbours",
+                    f"{self.benchmark.name}: all patches are of slide "
+                    f"{self.slide_names[sample[0]]}, whose own are no neighbours",
                     mend="slides",
                 )
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
@@ -263,14 +265,12 @@ def folder_of(args: argparse.Namespace) -> Path:
 def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
-    name, pool = index.benchmark.name, np.arange(len(index.labels))
-    if args.exclude_seen:
-        for model in models:
-            about = card(model, args.results, **load[model])
-            pool = pool[~leaked(index.benchmark, about)[pool]]
-        if not len(pool):
-            raise UserError(f"{name}: the students saw every patient of it", mend="seen")
-    gathered = gather({"": index.draw(pool)}, args, models, load)
+    name = index.benchmark.name
+    unseen = np.arange(len(index.labels))
+    for model in models if args.exclude_seen else ():
+        about = card(model, args.results, **load[model])
+        unseen = unseen[~leaked(index.benchmark, about)[unseen]]
+    gathered = gather({"": index.draw(unseen)}, args, models, load)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
@@ -388,7 +388,7 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
 
 
 def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict], ndarray]:
-    """`displacement` by (model, kind, strength), the unchanged among them; the rows (n,) readable."""
+    """`displacement` by (model, kind, strength), unchanged ones too; the rows (n,) readable."""
     arrays = [array for parts in x.values() for array in parts.values()]
     fine = np.all([np.isfinite(array).all(1) for array in arrays], 0)
     found = {}
