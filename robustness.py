@@ -1,5 +1,4 @@
-"""Stage 4 of G2L: does a model see the tissue or the hospital it came from? Table 3, and what it
-needs to be read.
+"""Stage 4 of G2L: does a model see the tissue, or the hospital it came from? Table 3, explained.
 
     python robustness.py                                     # all models at hand, on TIGER
     python robustness.py --models h-optimus-0 runs/NAME/student --benchmark DIR
@@ -401,6 +400,87 @@ def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict
     return found, fine
 
 
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags on which patches are drawn and how they are compared."""
+    draw = parser.add_argument_group("sampling")
+    draw.add_argument(
+        "--per-class",
+        type=partial(whole, least=0),
+        default=40,
+        metavar="N",
+        help="patches of each class; 0 takes all",
+    )
+    draw.add_argument(
+        "--per-center", action="store_true", help="N patches of each class and centre instead"
+    )
+    draw.add_argument(
+        "--samples",
+        type=whole,
+        default=5,
+        metavar="N",
+        help="number of seeded samples, which show the spread",
+    )
+    draw.add_argument(
+        "--seed", type=partial(whole, least=0), default=0, help="seed of the first sample"
+    )
+    draw.add_argument(
+        "--exclude-seen",
+        action="store_true",
+        help="leave out patients that a student was distilled on; otherwise the table marks it",
+    )
+    draw.add_argument(
+        "--patch-size",
+        type=whole,
+        default=224,
+        metavar="PX",
+        help="TIGER: side of a patch, 0.5 µm/px",
+    )
+    draw.add_argument(
+        "--min-fraction",
+        type=share,
+        default=0.75,
+        metavar="SHARE",
+        help="TIGER: how much of a patch its class must cover",
+    )
+    index = parser.add_argument_group("index")
+    index.add_argument(
+        "--include-same-slide",
+        action="store_true",
+        help="let neighbours come from the patch's own "
+        "slide, as the paper seems to; it raises the counts of both class and centre",
+    )
+    index.add_argument(
+        "--raw", action="store_true", help="compare features as they are instead of L2-normalised"
+    )
+
+
+def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the shifts of stain and scanner."""
+    shifts = parser.add_argument_group("shifts of stain and scanner, instead of the index")
+    shifts.add_argument(
+        "--perturb",
+        nargs="+",
+        choices=list(SHIFTS),
+        metavar="KIND",
+        help="change patches and follow "
+        f"the features: {', '.join(SHIFTS)}; needs no centres, any folder of images will do",
+    )
+    shifts.add_argument(
+        "--strengths",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="strengths of the change; a range is tried if none is given: "
+        + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()),
+    )
+    shifts.add_argument(
+        "--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them"
+    )
+    shifts.add_argument(
+        "--patches", type=whole, default=200, metavar="N", help="number of patches to follow"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     from g2l.devices import add_model_arguments
@@ -422,78 +502,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with labels.csv (image,label,group,"
         "center and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; "
-        "DATA/benchmarks/tiger",
+        "default: DATA/benchmarks/tiger",
     )
     where.add_argument(
-        "--data", type=Path, default=Path("data"), help="its benchmarks/ and tiles/ are looked in"
+        "--data", type=Path, default=Path("data"), help="folder that holds benchmarks/ and tiles/"
     )
-    draw = parser.add_argument_group("sampling")
-    draw.add_argument(
-        "--per-class",
-        type=partial(whole, least=0),
-        default=40,
-        metavar="N",
-        help="patches of each class; 0 takes all",
-    )
-    draw.add_argument(
-        "--per-center", action="store_true", help="N patches of each class and centre instead"
-    )
-    draw.add_argument(
-        "--samples", type=whole, default=5, metavar="N", help="seeded samples, for their spread"
-    )
-    draw.add_argument("--seed", type=partial(whole, least=0), default=0, help="of the first sample")
-    draw.add_argument(
-        "--exclude-seen",
-        action="store_true",
-        help="leave out patients that a student was distilled on; otherwise the table marks it",
-    )
-    draw.add_argument(
-        "--patch-size",
-        type=whole,
-        default=224,
-        metavar="PX",
-        help="TIGER: side of a patch, 0.5 µm/px",
-    )
-    draw.add_argument(
-        "--min-fraction",
-        type=share,
-        default=0.75,
-        metavar="SHARE",
-        help="TIGER: a class must cover it",
-    )
-    index = parser.add_argument_group("index")
-    index.add_argument(
-        "--include-same-slide",
-        action="store_true",
-        help="let neighbours come from the patch's own "
-        "slide, as the paper seems to; it raises the counts of both class and centre",
-    )
-    index.add_argument(
-        "--raw", action="store_true", help="compare features as they are instead of L2-normalised"
-    )
-    shifts = parser.add_argument_group("shifts of stain and scanner, instead of the index")
-    shifts.add_argument(
-        "--perturb",
-        nargs="+",
-        choices=list(SHIFTS),
-        metavar="KIND",
-        help="change patches and follow "
-        f"the features: {', '.join(SHIFTS)}; needs no centres, any folder of images will do",
-    )
-    shifts.add_argument(
-        "--strengths",
-        nargs="+",
-        type=float,
-        metavar="S",
-        help="of the change, a range if not given; "
-        + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()),
-    )
-    shifts.add_argument(
-        "--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them"
-    )
-    shifts.add_argument(
-        "--patches", type=whole, default=200, metavar="N", help="how many to follow"
-    )
+    add_index_arguments(parser)
+    add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
     run.add_argument(
         "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"

@@ -218,7 +218,7 @@ class Tables:
 
     def paired(self, benchmarks: list[str]) -> list[dict]:
         """The paired differences of the models to the teacher and the baseline, in their order."""
-        ends = [display(n) for n in (self.study.teacher, self.study.baseline)]
+        ends = [display(n) for n in (self.study.teacher, self.study.baseline) if n]
         rows = {
             (r["benchmark"], r["model"], r["other"], r["metric"]): r
             for r in self.study.rows

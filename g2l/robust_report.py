@@ -47,8 +47,8 @@ def table3(results: Path) -> str:
     text = (
         "# Table 3: robustness index\n\nNeighbours of the same class / neighbours of the same "
         "centre, summed over all patches. **1 is no threshold**: *chance* is what features that "
-        "know nothing score on the same sample, and where every model ends as k grows. Above chance "
-        "the tissue weighs more than the centre, below it the centre.\n\n"
+        "know nothing score on the same sample, and where every model ends as k grows. Above "
+        "chance the tissue weighs more than the centre, below it the centre.\n\n"
     )
     for key in dict.fromkeys((row["benchmark"], row["settings"]) for row in rows):
         text += section([row for row in rows if (row["benchmark"], row["settings"]) == key])
