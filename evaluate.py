@@ -31,6 +31,7 @@ from numpy import ndarray
 
 from g2l.arguments import Help, add_running_arguments, directory, whole
 from g2l.benchmarks import Benchmark, cohort_of, leaked
+from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import UserError, exit_status, explain
 from g2l.features import (
     card,
@@ -83,7 +84,7 @@ STUDY_FLAGS = [
     "no_pictures",
 ]
 
-REMEDIES = {
+REMEDIES = MODEL_REMEDIES | {
     "benchmark data": "`python evaluate.py --list` says where to get it; unpack the archive below "
     "this folder as it comes",
     "benchmark names": "rename one of the folders of --benchmark",
@@ -421,16 +422,14 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
     predictions, keys, rows = measure_models(benchmark, x, study)
     key = digest(keys, study.teacher, study.baseline, study.leaks, notes)
     compared = recorded(study.results, key)
-    drawn = study.results / "pictures" / f"confusion-{safe(benchmark.name)}.png"
-    draw = not study.no_pictures and not (compared and drawn.is_file())
     if not compared:
         new = compare_models(benchmark, x, predictions, study)
         data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
         data |= {"metric": "images", "value": len(benchmark), "notes": notes, "marked": marked}
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
-    if draw:
-        draw_benchmark(benchmark, predictions, replace(study, rows=rows))
+    if not study.no_pictures:
+        draw_benchmark(benchmark, predictions, replace(study, rows=rows), key)
     return rows
 
 
@@ -479,11 +478,11 @@ def model_rows(study: Study) -> list[dict]:
     return record(study.results, rows)
 
 
-def show(study: Study, failures: list[str], as_json: bool) -> None:
+def show(study: Study, failures: list[str], as_json: bool, on: str) -> None:
     """Tables, figure and report of what this run measured or found, and one screen of it."""
     tables = write_tables(study)
     if not study.no_pictures:
-        draw_figure1(study)
+        draw_figure1(study, on)
     write_report(study, tables, failures)
     if as_json:
         print(json.dumps([row for row in study.rows if row["benchmark"]]))
@@ -493,8 +492,6 @@ def show(study: Study, failures: list[str], as_json: bool) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from g2l.devices import add_model_arguments
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     what = parser.add_argument_group("what to compare")
     what.add_argument(
@@ -529,6 +526,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     everything += "hand; says what is missing and where it is"
     what.add_argument("--all", action="store_true", help=everything)
+    figure = "benchmark of Figure 1, or mean; the first measured where it is not"
+    what.add_argument("--figure1", default="tp53", metavar="NAME", help=figure)
     what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
@@ -570,7 +569,6 @@ def add_protocol_arguments(how) -> None:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Extract what is missing, measure what is new, write tables and pictures: the exit status."""
-    from g2l.devices import model_options
     from g2l.ranks import leave_distributed, setup_distributed
     from g2l.weights import parse_weights
 
@@ -619,7 +617,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     study, lost = evaluate_all(found, models_of, embed, study, failures)
     failures = list(dict.fromkeys(failures))
     if study.found:
-        show(study, failures, args.json)
+        show(study, failures, args.json, args.figure1)
     return report_failures(failures, lost)
 
 

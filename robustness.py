@@ -1,5 +1,4 @@
-"""Stage 4 of G2L: does a model see the tissue or the hospital it came from? Table 3, and what it
-needs to be read.
+"""Stage 4 of G2L: does a model see the tissue, or the hospital it came from? Table 3, explained.
 
     python robustness.py                                     # all models at hand, on TIGER
     python robustness.py --models h-optimus-0 runs/NAME/student --benchmark DIR
@@ -109,8 +108,8 @@ class IndexStudy:
         classes, centers = map(len, self.kinds.values())
         if min(classes, centers) < 2:
             raise UserError(
-                f"{found.name}: {classes} classes and {centers} centres; the index sets one against "
-                "the other and needs two of each",
+                f"{found.name}: {classes} classes and {centers} centres; the index sets one "
+                "against the other and needs two of each",
                 mend="design",
             )
         by_group = self.slide_names == found.groups and (folder / "labels.csv").is_file()
@@ -138,6 +137,8 @@ class IndexStudy:
         Files get features whole, as evaluate.py keeps them too; patches of TIGER only where drawn.
         """
         args, found, self.pool = self.args, self.benchmark, pool
+        if not len(pool):
+            raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
         who = self.labels[pool], self.centers[pool], self.slides[pool]
         seeds = range(args.seed, args.seed + (args.samples if args.per_class else 1))
         draw = partial(draw_sample, *who, args.per_class, args.per_center)
@@ -170,8 +171,8 @@ class IndexStudy:
                 raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
             if slides < 2 and not self.args.include_same_slide:
                 raise UserError(
-                    f"{self.benchmark.name}: all patches are of slide {self.slide_names[sample[0]]}, "
-                    "whose own are no neighbours",
+                    f"{self.benchmark.name}: all patches are of slide "
+                    f"{self.slide_names[sample[0]]}, whose own are no neighbours",
                     mend="slides",
                 )
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
@@ -263,14 +264,12 @@ def folder_of(args: argparse.Namespace) -> Path:
 def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
-    name, pool = index.benchmark.name, np.arange(len(index.labels))
-    if args.exclude_seen:
-        for model in models:
-            about = card(model, args.results, **load[model])
-            pool = pool[~leaked(index.benchmark, about)[pool]]
-        if not len(pool):
-            raise UserError(f"{name}: the students saw every patient of it", mend="seen")
-    gathered = gather({"": index.draw(pool)}, args, models, load)
+    name = index.benchmark.name
+    unseen = np.arange(len(index.labels))
+    for model in models if args.exclude_seen else ():
+        about = card(model, args.results, **load[model])
+        unseen = unseen[~leaked(index.benchmark, about)[unseen]]
+    gathered = gather({"": index.draw(unseen)}, args, models, load)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
@@ -388,7 +387,7 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
 
 
 def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict], ndarray]:
-    """`displacement` by (model, kind, strength), the unchanged among them; the rows (n,) readable."""
+    """`displacement` by (model, kind, strength), unchanged ones too; the rows (n,) readable."""
     arrays = [array for parts in x.values() for array in parts.values()]
     fine = np.all([np.isfinite(array).all(1) for array in arrays], 0)
     found = {}
@@ -399,6 +398,87 @@ def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict
             for s in strengths:
                 found[name, kind, s] = displacement(still, parts[kind, s][fine])
     return found, fine
+
+
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags on which patches are drawn and how they are compared."""
+    draw = parser.add_argument_group("sampling")
+    draw.add_argument(
+        "--per-class",
+        type=partial(whole, least=0),
+        default=40,
+        metavar="N",
+        help="patches of each class; 0 takes all",
+    )
+    draw.add_argument(
+        "--per-center", action="store_true", help="N patches of each class and centre instead"
+    )
+    draw.add_argument(
+        "--samples",
+        type=whole,
+        default=5,
+        metavar="N",
+        help="number of seeded samples, which show the spread",
+    )
+    draw.add_argument(
+        "--seed", type=partial(whole, least=0), default=0, help="seed of the first sample"
+    )
+    draw.add_argument(
+        "--exclude-seen",
+        action="store_true",
+        help="leave out patients that a student was distilled on; otherwise the table marks it",
+    )
+    draw.add_argument(
+        "--patch-size",
+        type=whole,
+        default=224,
+        metavar="PX",
+        help="TIGER: side of a patch, 0.5 µm/px",
+    )
+    draw.add_argument(
+        "--min-fraction",
+        type=share,
+        default=0.75,
+        metavar="SHARE",
+        help="TIGER: how much of a patch its class must cover",
+    )
+    index = parser.add_argument_group("index")
+    index.add_argument(
+        "--include-same-slide",
+        action="store_true",
+        help="let neighbours come from the patch's own "
+        "slide, as the paper seems to; it raises the counts of both class and centre",
+    )
+    index.add_argument(
+        "--raw", action="store_true", help="compare features as they are instead of L2-normalised"
+    )
+
+
+def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the shifts of stain and scanner."""
+    shifts = parser.add_argument_group("shifts of stain and scanner, instead of the index")
+    shifts.add_argument(
+        "--perturb",
+        nargs="+",
+        choices=list(SHIFTS),
+        metavar="KIND",
+        help="change patches and follow "
+        f"the features: {', '.join(SHIFTS)}; needs no centres, any folder of images will do",
+    )
+    shifts.add_argument(
+        "--strengths",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="strengths of the change; a range is tried if none is given: "
+        + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()),
+    )
+    shifts.add_argument(
+        "--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them"
+    )
+    shifts.add_argument(
+        "--patches", type=whole, default=200, metavar="N", help="number of patches to follow"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -422,78 +502,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with labels.csv (image,label,group,"
         "center and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; "
-        "DATA/benchmarks/tiger",
+        "default: DATA/benchmarks/tiger",
     )
     where.add_argument(
-        "--data", type=Path, default=Path("data"), help="its benchmarks/ and tiles/ are looked in"
+        "--data", type=Path, default=Path("data"), help="folder that holds benchmarks/ and tiles/"
     )
-    draw = parser.add_argument_group("sampling")
-    draw.add_argument(
-        "--per-class",
-        type=partial(whole, least=0),
-        default=40,
-        metavar="N",
-        help="patches of each class; 0 takes all",
-    )
-    draw.add_argument(
-        "--per-center", action="store_true", help="N patches of each class and centre instead"
-    )
-    draw.add_argument(
-        "--samples", type=whole, default=5, metavar="N", help="seeded samples, for their spread"
-    )
-    draw.add_argument("--seed", type=partial(whole, least=0), default=0, help="of the first sample")
-    draw.add_argument(
-        "--exclude-seen",
-        action="store_true",
-        help="leave out patients that a student was distilled on; otherwise the table marks it",
-    )
-    draw.add_argument(
-        "--patch-size",
-        type=whole,
-        default=224,
-        metavar="PX",
-        help="TIGER: side of a patch, 0.5 µm/px",
-    )
-    draw.add_argument(
-        "--min-fraction",
-        type=share,
-        default=0.75,
-        metavar="SHARE",
-        help="TIGER: a class must cover it",
-    )
-    index = parser.add_argument_group("index")
-    index.add_argument(
-        "--include-same-slide",
-        action="store_true",
-        help="let neighbours come from the patch's own "
-        "slide, as the paper seems to; it raises the counts of both class and centre",
-    )
-    index.add_argument(
-        "--raw", action="store_true", help="compare features as they are instead of L2-normalised"
-    )
-    shifts = parser.add_argument_group("shifts of stain and scanner, instead of the index")
-    shifts.add_argument(
-        "--perturb",
-        nargs="+",
-        choices=list(SHIFTS),
-        metavar="KIND",
-        help="change patches and follow "
-        f"the features: {', '.join(SHIFTS)}; needs no centres, any folder of images will do",
-    )
-    shifts.add_argument(
-        "--strengths",
-        nargs="+",
-        type=float,
-        metavar="S",
-        help="of the change, a range if not given; "
-        + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()),
-    )
-    shifts.add_argument(
-        "--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them"
-    )
-    shifts.add_argument(
-        "--patches", type=whole, default=200, metavar="N", help="how many to follow"
-    )
+    add_index_arguments(parser)
+    add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
     run.add_argument(
         "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"

@@ -36,8 +36,14 @@ STYLE: Any = {
 }
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **more: Any):
-    """A figure and its axes (rows, columns), each `width` x `height` inches; no display is needed."""
+def canvas(
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    **more: Any,
+):
+    """A figure and its axes (rows, columns), each `width` x `height` inches; needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,8 +54,12 @@ def canvas(rows: int, columns: int, width: float, height: float, **more: Any):
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **more)
 
 
-def save_figure(figure, path: Path, key: str = "") -> None:
-    """Write a matplotlib figure whole or not at all, with the key of what it shows; let go of it."""
+def save_figure(
+    figure,
+    path: Path,
+    key: str = "",
+) -> None:
+    """Write a figure whole or not at all, with the key of what it shows; let go of it."""
     from matplotlib import pyplot
 
     with atomic(path) as temporary:
@@ -114,8 +124,14 @@ def with_margins(scores: ndarray) -> tuple[ndarray, ndarray]:
     return value.mean(0), np.sqrt((margins**2).sum(0)) / len(value)
 
 
-def against(axis, x: list[float], y: ndarray, margins: ndarray, study: Study) -> None:
-    """One half of Figure 1: a mark per model; the axis is logarithmic where x spans a factor of 5."""
+def against(
+    axis,
+    x: list[float],
+    y: ndarray,
+    margins: ndarray,
+    study: Study,
+) -> None:
+    """One half of Figure 1: a mark per model; logarithmic where x spans a factor of 5."""
     marks = {"teacher": "^", "before distillation": "s", "": "o"}
     for i, name in enumerate(study.models):
         part = role(name, study)
@@ -132,7 +148,10 @@ def against(axis, x: list[float], y: ndarray, margins: ndarray, study: Study) ->
 
 
 def draw_benchmark(
-    benchmark: Benchmark, predictions: dict[str, dict], study: Study, key: str = ""
+    benchmark: Benchmark,
+    predictions: dict[str, dict],
+    study: Study,
+    key: str = "",
 ) -> None:
     """Below results/pictures: confusion and CKA matrices of all models, and a gallery for each.
 
@@ -150,7 +169,11 @@ def draw_benchmark(
             save_figure(draw_gallery(benchmark, name, predicted), path, key)
 
 
-def draw_confusion(benchmark: Benchmark, predictions: dict[str, dict], _: dict):
+def draw_confusion(
+    benchmark: Benchmark,
+    predictions: dict[str, dict],
+    _: dict,
+):
     """The confusion matrix of each model's kNN, in percent of each true class."""
     n = len(benchmark.classes)
     side = max(2.6, 0.55 * n + 1.3)
@@ -166,7 +189,11 @@ def draw_confusion(benchmark: Benchmark, predictions: dict[str, dict], _: dict):
     return figure
 
 
-def draw_cka(benchmark: Benchmark, predictions: dict[str, dict], mean: dict):
+def draw_cka(
+    benchmark: Benchmark,
+    predictions: dict[str, dict],
+    mean: dict,
+):
     """The unbiased CKA of every pair of models."""
     names = [display(name) for name in predictions]
     keys = [[("cka", "unbiased", a, benchmark.name, b) for b in names] for a in names]
@@ -178,7 +205,13 @@ def draw_cka(benchmark: Benchmark, predictions: dict[str, dict], mean: dict):
     return figure
 
 
-def heat(axis, values: ndarray, top: float, form: str, names: list[str]) -> None:
+def heat(
+    axis,
+    values: ndarray,
+    top: float,
+    form: str,
+    names: list[str],
+) -> None:
     """A matrix of numbers from 0 to `top` as colours, each with its text; rows and columns have
     names.
     """
@@ -191,7 +224,11 @@ def heat(axis, values: ndarray, top: float, form: str, names: list[str]) -> None
     axis.set_yticks(range(len(names)), names)
 
 
-def draw_gallery(benchmark: Benchmark, name: str, predicted: dict):
+def draw_gallery(
+    benchmark: Benchmark,
+    name: str,
+    predicted: dict,
+):
     """Three queries that kNN got right and three that it got wrong, each with its neighbours."""
     labels, guess, neighbors = benchmark.labels, predicted["knn"], predicted["neighbors"]
     lines = []
@@ -210,7 +247,11 @@ def draw_gallery(benchmark: Benchmark, name: str, predicted: dict):
     return draw_sheet(title, FRAMES, lines)
 
 
-def worth_seeing(labels: ndarray, guess: ndarray, neighbors: ndarray) -> list[int]:
+def worth_seeing(
+    labels: ndarray,
+    guess: ndarray,
+    neighbors: ndarray,
+) -> list[int]:
     """Three rows predicted right, at random, and three wrong, by the surest vote, of many classes.
 
     Rows of neighbours (N, k) are those that voted for `guess` (N,).
@@ -235,7 +276,11 @@ def picture(benchmark: Benchmark, i: int) -> ndarray:
     return read_image(source.files[i]) if benchmark.level == "region" else source[i]
 
 
-def draw_sheet(title: str, colors: dict[str, str], lines: list[list[tuple]]):
+def draw_sheet(
+    title: str,
+    colors: dict[str, str],
+    lines: list[list[tuple]],
+):
     """A figure of lines of images, each (pixels (H, W, 3), caption, a key of `colors` for its
     frame).
     """

@@ -88,6 +88,8 @@ class Tables:
     def __init__(self, study: Study):
         self.study = study
         self.mean = means(study.rows)
+        undefined = [row for row in study.rows if row["value"] is None and "other" not in row]
+        self.undefined = means([row | {"value": 1.0} for row in undefined])
         self.models = [display(n) for n in study.models]
         self.teacher = display(study.teacher) if study.teacher in study.models else None
         self.metadata = {r["model"]: r["metadata"] for r in study.rows if r["protocol"] == "model"}
@@ -174,7 +176,9 @@ class Tables:
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
             "counts only where the paired comparison below says so. Chance is what random features "
-            "score by the same code, mean ± sd over draws."
+            "score by the same code, mean ± sd over draws. Where the vote is tied, the class whose "
+            "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
+            "one class only, which leaves the measure undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
@@ -197,7 +201,11 @@ class Tables:
 
         def cell(members: list[str], model: str) -> tuple[float | None, str]:
             value, sd = self.average(members, protocol, metric, model)
-            return value, score(value, sd)
+            keys = [(protocol, metric, model, benchmark) for benchmark in members]
+            missing = sum(self.undefined[key][2] for key in keys if key in self.undefined)
+            defined = sum(self.mean[key][2] for key in keys if key in self.mean)
+            parts = f" ({defined} of {defined + missing} splits)" if missing else ""
+            return value, score(value, sd) + parts
 
         paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
         rows = [
@@ -218,7 +226,7 @@ class Tables:
 
     def paired(self, benchmarks: list[str]) -> list[dict]:
         """The paired differences of the models to the teacher and the baseline, in their order."""
-        ends = [display(n) for n in (self.study.teacher, self.study.baseline)]
+        ends = [display(n) for n in (self.study.teacher, self.study.baseline) if n]
         rows = {
             (r["benchmark"], r["model"], r["other"], r["metric"]): r
             for r in self.study.rows

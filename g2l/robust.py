@@ -24,7 +24,7 @@ BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
 
 
-def codes(values: Sequence) -> ndarray:
+def codes(values: Sequence | ndarray) -> ndarray:
     """Small integers for any labels (n,), numbered in sorted order."""
     return np.unique(np.asarray(values), return_inverse=True)[1].ravel()
 
@@ -68,7 +68,10 @@ def draw_sample(
 
 
 def neighbors(
-    x: ndarray, k: int, slides: ndarray | None, normalize: bool
+    x: ndarray,
+    k: int,
+    slides: ndarray | None,
+    normalize: bool,
 ) -> tuple[ndarray, ndarray]:
     """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D).
 
@@ -90,14 +93,22 @@ def neighbors(
     return distances.numpy(), rows.numpy()
 
 
-def tally(rows: ndarray, labels: ndarray, centers: ndarray) -> ndarray:
+def tally(
+    rows: ndarray,
+    labels: ndarray,
+    centers: ndarray,
+) -> ndarray:
     """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
     tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
     kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
     return (kinds & (rows >= 0)).cumsum(-1)
 
 
-def candidates(labels: ndarray, centers: ndarray, slides: ndarray | None) -> ndarray:
+def candidates(
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray | None,
+) -> ndarray:
     """How many SS, SO, OS, OO each patch may choose from: (4, n), itself and its own slide left
     out.
     """
@@ -109,7 +120,11 @@ def candidates(labels: ndarray, centers: ndarray, slides: ndarray | None) -> nda
     return np.stack([both, tissue - both, place - both, every - tissue - place + both])
 
 
-def deciding(labels: ndarray, centers: ndarray, slides: ndarray | None) -> float:
+def deciding(
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray | None,
+) -> float:
     """Share of the patches that can choose between their class elsewhere (SO) and their centre
     (OS).
     """
@@ -118,7 +133,7 @@ def deciding(labels: ndarray, centers: ndarray, slides: ndarray | None) -> float
 
 
 def chance(pool: ndarray, k: int) -> ndarray:
-    """What `tally` gives in expectation for neighbours drawn blindly from `pool` (4, n): (4, n, k)."""
+    """What `tally` gives on average for neighbours drawn blindly from `pool` (4, n): (4, n, k)."""
     total = pool.sum(0)
     drawn = np.minimum(total[:, None], np.arange(1, k + 1))
     return (pool / np.maximum(total, 1))[..., None] * drawn
@@ -141,7 +156,12 @@ def ratio(over: ndarray, under: ndarray) -> ndarray:
     return np.where(under, over / np.where(under, under, 1), np.nan)
 
 
-def target_probe(x: ndarray, target: ndarray, groups: ndarray, seed: int = 0) -> float:
+def target_probe(
+    x: ndarray,
+    target: ndarray,
+    groups: ndarray,
+    seed: int = 0,
+) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
     Ridge classifier on standardised features, strength by leave-one-out on the training part, five
@@ -216,7 +236,11 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> ndarray:
+def bootstrap(
+    counts: list[ndarray],
+    groups: list[ndarray],
+    seed: int = 0,
+) -> ndarray:
     """Index (DRAWS, k) of resampled patients, averaged over samples.
 
     counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
@@ -235,7 +259,11 @@ def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> nd
     return np.mean(values, 0)
 
 
-def intervals(base: dict, counts: dict[str, list[ndarray]], groups: list[ndarray]) -> list[dict]:
+def intervals(
+    base: dict,
+    counts: dict[str, list[ndarray]],
+    groups: list[ndarray],
+) -> list[dict]:
     """95 % intervals over patients of each model's index, and of the difference of each pair of
     models.
 

@@ -45,10 +45,10 @@ def table3(results: Path) -> str:
     drawn = {row["benchmark"]: row for row in rows if row["metric"] == "pictures"}
     rows = [r for r in rows if r["metric"] != "pictures" or r is drawn[r["benchmark"]]]
     text = (
-        "# Table 3: robustness index\n\nNeighbours of the same class / neighbours of the same centre"
-        ", summed over all patches. **1 is no threshold**: *chance* is what features that know "
-        "nothing score on the same sample, and where every model ends as k grows. Above chance the "
-        "tissue weighs more than the centre, below it the centre.\n\n"
+        "# Table 3: robustness index\n\nNeighbours of the same class / neighbours of the same "
+        "centre, summed over all patches. **1 is no threshold**: *chance* is what features that "
+        "know nothing score on the same sample, and where every model ends as k grows. Above "
+        "chance the tissue weighs more than the centre, below it the centre.\n\n"
     )
     for key in dict.fromkeys((row["benchmark"], row["settings"]) for row in rows):
         text += section([row for row in rows if (row["benchmark"], row["settings"]) == key])
@@ -86,11 +86,21 @@ class Readings:
         want["metric"] = metric
         return [row for row in self.rows if want.items() <= row.items()]
 
-    def values(self, metric: str, model: str, **want: Any) -> ndarray:
+    def values(
+        self,
+        metric: str,
+        model: str,
+        **want: Any,
+    ) -> ndarray:
         """Values of one model, nan where they are not defined."""
         return np.array([row["value"] for row in self.of(metric, model=model, **want)], float)
 
-    def show(self, metric: str, model: str, **want: Any) -> str:
+    def show(
+        self,
+        metric: str,
+        model: str,
+        **want: Any,
+    ) -> str:
         """Their mean, and for what chance was drawn for their standard deviation."""
         values = self.values(metric, model, **want)
         drawn = model == "chance" and metric not in ("index", "bounded")
@@ -135,11 +145,12 @@ def what_was_drawn(held: Readings) -> str:
     )
     if held.deciding < DECIDING:
         text += (
-            f"\n**No reading is given.** Only {held.deciding:.0%} of the patches can choose between a "
-            "neighbour of their class in another centre and one of another class in their own. Below "
-            f"{DECIDING:.0%} the index says how the data were collected, not what a model sees. "
-            "Centres that hold several classes usually mend it, for instance institutions instead "
-            "of TCGA's tissue source sites.\n"
+            f"\n**No reading is given.** Only {held.deciding:.0%} of the patches can choose "
+            "between a neighbour of their class in another centre and one of another class in "
+            "their own. "
+            f"Below {DECIDING:.0%} the index says how the data were collected, not what a model "
+            "sees. Centres that hold several classes usually mend it, for instance institutions "
+            "instead of TCGA's tissue source sites.\n"
         )
     return text
 
@@ -179,10 +190,10 @@ def behind(held: Readings) -> str:
         rows.append([name, two(held.values("index", name, k=held.k).mean() / blind), *cells])
     head = "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre"
     return (
-        f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy of "
-        f"the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
-        "should be found; the centre is found as far as the features hold it. Chance is what random "
-        "features score in the same way, mean ± standard deviation of several draws.\n\n"
+        f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy "
+        f"of the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
+        "should be found; the centre is found as far as the features hold it. Chance is what "
+        "random features score in the same way, mean ± standard deviation of several draws.\n\n"
         + markdown(head, rows)
     )
 
@@ -202,13 +213,17 @@ def over_patients(held: Readings) -> str:
         pair = f"{name} − {other}" if other else name
         rows.append(f"{pair}\t{two(row['value'])}\t{interval}\t{reading}")
     return (
-        f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the patients, "
-        f"the same for all models; fewer than {FEW} patients allow none.\n\n"
+        f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the "
+        f"patients, the same for all models; fewer than {FEW} patients allow none.\n\n"
         + markdown("model\tindex\tinterval\treading", rows)
     )
 
 
-def one_by_one(held: Readings, field: str, title: str) -> str:
+def one_by_one(
+    held: Readings,
+    field: str,
+    title: str,
+) -> str:
     """The index of the patches of each class, or of each centre."""
     names, metric = [*held.models, "chance"], f"index_by_{field}"
     rows = []
@@ -237,12 +252,16 @@ def patches_table(held: Readings) -> str:
 
 
 def shift_table(
-    name: str, count: int, steps: dict[str, list], found: dict, models: list[str]
+    name: str,
+    count: int,
+    steps: dict[str, list],
+    found: dict,
+    models: list[str],
 ) -> str:
     """shifts.md: how far the features of changed patches go, by kind and strength of the change."""
     text = (
-        f"# Shifts of stain and scanner\n\n{count} patches of {name}. Distance of a changed patch to "
-        "itself over the median distance of two patches (1: as far as any other), and the share "
+        f"# Shifts of stain and scanner\n\n{count} patches of {name}. Distance of a changed patch "
+        "to itself over the median distance of two patches (1: as far as any other), and the share "
         "still nearest to themselves.\n\n"
     )
     for kind, strengths in steps.items():
@@ -295,13 +314,19 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
     return figure
 
 
-def draw_map(title: str, benchmark: Benchmark, x: dict[str, ndarray], rows: ndarray, method: str):
+def draw_map(
+    title: str,
+    benchmark: Benchmark,
+    x: dict[str, ndarray],
+    rows: ndarray,
+    method: str,
+):
     """Each model's embedding of `rows` in two dimensions, coloured by class and by centre."""
     views = {
         "class": np.array(benchmark.classes)[benchmark.labels[rows]],
         "centre": np.array(benchmark.centers)[rows],
     }
-    figure, axes = canvas(len(x), 2, 4.4, 3.4)
+    figure, axes = canvas(len(x), 2, 5.2, 3.4)
     for (name, array), pair in zip(x.items(), axes, strict=True):
         flat = flatten(array[rows], method)
         for axis, (by, values) in zip(pair, views.items(), strict=True):
@@ -309,16 +334,18 @@ def draw_map(title: str, benchmark: Benchmark, x: dict[str, ndarray], rows: ndar
                 look = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i // len(COLORS) % 5]}
                 axis.scatter(*flat[values == value].T, s=9, lw=0, label=value, **look)
             axis.set(xticks=[], yticks=[], title=f"{name}, by {by}")
-    for axis, side in zip(axes[-1], ("left", "right"), strict=True):
+    legends = (("lower center", 2), ("right upper", 16))  # where, and rows at most
+    for axis, (place, height) in zip(axes[0], legends, strict=True):
         handles, names = axis.get_legend_handles_labels()
-        figure.legend(handles, names, loc=f"outside lower {side}", ncols=3, markerscale=2)
+        columns = -(-len(names) // height)
+        figure.legend(handles, names, loc=f"outside {place}", ncols=columns, markerscale=2)
     how = "t-SNE" if method == "tsne" else "first two PCA axes"
     figure.suptitle(f"{title}, {how}")
     return figure
 
 
 def flatten(x: ndarray, method: str) -> ndarray:
-    """Features (n, D) in two dimensions (n, 2), by PCA or by t-SNE after it; L2-normalised first."""
+    """Features (n, D) in two dimensions (n, 2), L2-normalised: by PCA, or by t-SNE after it."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -330,7 +357,12 @@ def flatten(x: ndarray, method: str) -> ndarray:
     return flat[:, :2]
 
 
-def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray):
+def draw_misled(
+    name: str,
+    benchmark: Benchmark,
+    sample: ndarray,
+    rows: ndarray,
+):
     """The queries of a sample that their neighbours mislead most, at most one per patient.
 
     Their five nearest neighbours `rows` (n, 5) most often share the centre but not the tissue.
@@ -356,7 +388,13 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
     return draw_sheet(title, {"query": "black"} | dict(KINDS.values()), lines)
 
 
-def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict, names: list[str]):
+def draw_shift(
+    kind: str,
+    strengths: list[float],
+    image: ndarray,
+    found: dict,
+    names: list[str],
+):
     """One patch at every strength above the models' curves of cosine, distance and recognition.
 
     found: `displacement` by (model, kind, strength), the strength that changes nothing among them.

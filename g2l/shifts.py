@@ -1,4 +1,8 @@
-"""TODO."""
+"""Changes of stain and scanner that a patch may meet, and how far a model's features follow them.
+
+`shift` changes an image by one kind and strength, `displacement` compares features before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,36 @@ SHIFTS = {
         (-0.9, 9),
         (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4),
     ),
-    "brightness": ("intensity × (1 + s)", 0, (-1, 9), (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3)),
+    "brightness": (
+        "intensity × (1 + s)",
+        0,
+        (-1, 9),
+        (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3),
+    ),
     "blur": ("standard deviation of a Gaussian, px", 0, (0, 50), (0.5, 1, 2, 3, 4)),
-    "jpeg": ("JPEG quality", 100, (1, 100), (90, 70, 50, 30, 10)),
+    "jpeg": (
+        "JPEG quality",
+        100,
+        (1, 100),
+        (90, 70, 50, 30, 10),
+    ),
     "scale": ("magnification", 1, (0.1, 10), (0.5, 0.71, 0.84, 1.19, 1.41, 2)),
 }
 
 
-# Optical densities of haematoxylin, eosin and a residual in red, green, blue (Ruifrok and Johnston 2001).
+# Optical densities of haematoxylin, eosin and a residual in red, green and blue, from Ruifrok and
+# Johnston (2001).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
-def shift(image: ndarray, kind: str, strength: float) -> ndarray:
-    """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification changed; same shape."""
+def shift(
+    image: ndarray,
+    kind: str,
+    strength: float,
+) -> ndarray:
+    """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification
+    changed; same shape.
+    """
     from PIL import Image
 
     if kind == "stain":
@@ -43,42 +64,46 @@ def shift(image: ndarray, kind: str, strength: float) -> ndarray:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=int(strength))
         return np.asarray(Image.open(buffer))
-    else:  # seen at another magnification: the middle enlarged, or the whole shrunk and mirrored at the edges
-        height, width = image.shape[:2]
-        h, w = round(height * min(1, 1 / strength)), round(width * min(1, 1 / strength))
-        top, left = (height - h) // 2, (width - w) // 2
-        size = (
-            (width, height) if strength > 1 else (round(width * strength), round(height * strength))
-        )
-        changed = np.asarray(
-            Image.fromarray(image[top : top + h, left : left + w]).resize(
-                size, Image.Resampling.BICUBIC
-            )
-        )
-        pad = [
-            (gap // 2, gap - gap // 2)
-            for gap in (height - changed.shape[0], width - changed.shape[1])
-        ]
-        return np.pad(changed, [*pad, (0, 0)], mode="symmetric")
+    else:
+        return rescale(image, strength)
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
+
+
+def rescale(image: ndarray, strength: float) -> ndarray:
+    """An image at another magnification: its middle enlarged, or all shrunk, mirrored around."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    inner = min(1, 1 / strength)
+    h, w = round(height * inner), round(width * inner)
+    top, left = (height - h) // 2, (width - w) // 2
+    part = Image.fromarray(image[top : top + h, left : left + w])
+    outer = min(1, strength)
+    size = round(width * outer), round(height * outer)
+    changed = np.asarray(part.resize(size, Image.Resampling.BICUBIC))
+    gaps = height - size[1], width - size[0]
+    pad = [(gap // 2, gap - gap // 2) for gap in gaps]
+    return np.pad(changed, [*pad, (0, 0)], mode="symmetric")
 
 
 def displacement(base: ndarray, moved: ndarray) -> dict[str, float]:
     """How far features (n, D) of changed patches lie from those of the same patches unchanged.
 
-    cosine to the unchanged patch, mean; distance to it over the median distance between two patches (L2-normalised),
-    median; first: share of patches that are still nearest to themselves; rank of itself among all, median.
+    cosine to the unchanged patch, mean; distance to it over the median distance between two patches
+    (L2-normalised), median; first: share of patches that are still nearest to themselves; rank of
+    itself among all, median.
     """
-    base, moved = (a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12) for a in (base, moved))
-    similar, own = moved @ base.T, np.einsum("nd,nd->n", moved, base)
+    base = base / np.linalg.norm(base, axis=1, keepdims=True).clip(1e-12)
+    moved = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-12)
+    similar = moved @ base.T
+    own = np.einsum("nd,nd->n", moved, base)
     apart = np.sqrt(np.clip(2 - 2 * (base @ base.T), 0, None))[np.triu_indices(len(base), 1)]
+    gone = np.linalg.norm(base - moved, axis=1)
     np.fill_diagonal(similar, -np.inf)
     rank = 1 + (similar >= own[:, None]).sum(1)  # a tie is no recognition
     return {
         "cosine": float(own.mean()),
-        "distance": float(
-            np.median(np.linalg.norm(base - moved, axis=1)) / max(np.median(apart), 1e-12)
-        ),
+        "distance": float(np.median(gone) / max(np.median(apart), 1e-12)),
         "first": float((rank == 1).mean()),
         "rank": float(np.median(rank)),
         "others": float(1 - np.mean(apart**2) / 2),

@@ -24,7 +24,7 @@ from g2l.files import atomic
 from g2l.images import ImageFiles, Rows
 from g2l.models import load_model, save_student
 from g2l.registry import REGISTRY
-from g2l.report import paper_value, verdict
+from g2l.report import verdict
 from g2l.results import claim, read_metrics
 
 ONE, TWO = "timm:resnet10t", "timm:mobilenetv3_small_050"
@@ -722,16 +722,6 @@ def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch
 def test_a_student_that_is_not_there_is_made_by_distill(folder, capsys):
     assert go(folder, names=("runs/x/student",)) == 1
     assert "error: runs/x/student: no such folder; distill.py makes it" in capsys.readouterr().err
-
-
-def test_paper_numbers_stand_beside_ours_only_where_names_match():
-    g2l = {"mine": {"teacher": "h-optimus-0", "student": "hibou-l"}}
-    assert paper_value("knn", "mine", "idc", g2l) == " (paper 0.923)"
-    assert paper_value("cka", "mine", "bracs", g2l) == " (paper 0.968)"
-    assert paper_value("cka", "hibou-l", "bracs", {}) == " (paper 0.759)"
-    assert paper_value("probe", "uni", "chimera", {}) == " (paper 0.857)"
-    assert paper_value("knn", "timm:resnet10t", "idc", {}) == ""
-    assert paper_value("knn", "virchow", "idc", {}) == ""
 
 
 def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsys, monkeypatch):

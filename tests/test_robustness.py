@@ -296,7 +296,7 @@ def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake
     call(capsys, *command)
     assert (out / "gallery-tissue.png").is_file() and not left.exists()
     assert (out / "map.png").stat().st_mtime_ns == before
-    call(capsys, *command, "--seed", 3)  # other patches: drawn again
+    call(capsys, *command, "--per-class", 9)  # other patches: drawn again
     assert (out / "map.png").stat().st_mtime_ns != before
 
 
