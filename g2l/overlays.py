@@ -45,8 +45,9 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
     gap = 2 if side > 24 else side > 4
     corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
     for left, top, right, bottom in corners.round().astype(int).tolist():
-        box = left, top, max(left, right - 1 - gap), max(top, bottom - 1 - gap)
-        draw.rectangle(box, fill, edge)
+        right = max(left, right - 1 - gap)
+        bottom = max(top, bottom - 1 - gap)
+        draw.rectangle((left, top, right, bottom), fill, edge)
     for polygon in outlines(tiling.mask):
         for ring in polygon:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)

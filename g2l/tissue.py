@@ -8,7 +8,6 @@ first where somebody has drawn the tissue.
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -21,6 +20,13 @@ from g2l.slides import Slide
 
 # Classes of annotations that are not tissue.
 NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
+
+
+# Ratio of the Laplacian's power between octaves, and the blur in patch pixels that leaves it.
+BLUR = (
+    (0.1, 0.16, 0.215, 0.35, 0.55),
+    (6, 4, 3, 2, 0),
+)
 
 
 def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
@@ -62,16 +68,19 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     A tinted or dim lamp is no colour of the tissue. Pure white is no glass: it was not scanned.
     """
     green = planes[1].astype(np.int16)
-    flat = (low > 60) & (low < 254) & (high - low < 64)
-    flat[1:] &= abs(green[1:] - green[:-1]) <= 2
-    flat[:, 1:] &= abs(green[:, 1:] - green[:, :-1]) <= 2
+    flat = (low > 60) & (low < 254)
+    flat &= high - low < 64
+    flat[1:] &= abs(np.diff(green, axis=0)) <= 2
+    flat[:, 1:] &= abs(np.diff(green, axis=1)) <= 2
     share = flat.mean()
     if share <= 0.01:
         return [245, 245, 245]
-    flat &= green + 20 >= np.percentile(green[flat], 90)
+    bright = np.percentile(green[flat], 90) - 20
+    flat &= green >= bright
     tint = [float(np.median(plane[flat])) for plane in planes]
     # Where there is little of it, it may be pale tissue: not to be corrected away.
-    least = max(tint) * (0.8 if share > 0.1 else 0.94)
+    least = 0.8 if share > 0.1 else 0.94
+    least *= max(tint)
     return [max(value, least) for value in tint]
 
 
@@ -83,9 +92,9 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     """
     from scipy import ndimage
 
-    by_green = 1 / np.maximum(green, 1e-6)
-    red_share = red * by_green
-    blue_share = blue * by_green
+    most = np.maximum(green, 1e-6)
+    red_share = red / most
+    blue_share = blue / most
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
     pen |= (red_share > 0.97) & (red > 0.7)  # dark blue; dense haematoxylin has 0.93
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
@@ -130,10 +139,13 @@ def _without_specks(mask: NDArray, smallest: float) -> NDArray:
 def _otsu(values: NDArray) -> float:
     """Otsu's threshold of values in [0, 1], on 256 bins: the split that sets its sides apart."""
     counts = np.histogram(values, 256, (0, 1))[0].astype(float)
-    below, weighted = np.cumsum(counts), np.cumsum(counts * np.arange(256))
-    apart = (weighted * below[-1] - weighted[-1] * below) ** 2
-    apart /= np.maximum(below * (below[-1] - below), 1)
-    return (int(apart.argmax()) + 0.5) / 256
+    below = np.cumsum(counts)
+    weighted = np.cumsum(counts * np.arange(256))
+    whole = below[-1]
+    apart = (weighted * whole - weighted[-1] * below) ** 2
+    apart /= np.maximum(below * (whole - below), 1)
+    best = int(apart.argmax())
+    return (best + 0.5) / 256
 
 
 def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
@@ -166,22 +178,23 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
     factor = size0 / side
     blur = np.zeros(len(coords), np.float32)
     blocks = coords // (16 * size0)
-    order = np.lexsort((blocks[:, 0], blocks[:, 1]))
-    borders = np.flatnonzero(np.diff(blocks[order], axis=0).any(1)) + 1
-    for members in np.split(order, borders):
-        origin = coords[members].min(0)
-        places = np.round((coords[members] - origin) / factor).astype(int)
+    order = np.lexsort(blocks.T)
+    changes = np.diff(blocks[order], axis=0).any(axis=1)
+    for members in np.split(order, np.flatnonzero(changes) + 1):
+        origin = coords[members].min(axis=0)
+        places = (coords[members] - origin) / factor
+        places = places.round().astype(int)
         x0, y0 = origin.tolist()
-        w, h = (places.max(0) + side).tolist()
-        green = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)[..., 1]
-        patches = [green[y : y + side, x : x + side] for x, y in places.tolist()]
-        fine = np.stack(patches).astype(np.float32)
+        w, h = (places.max(axis=0) + side).tolist()
+        image = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)
+        green = image[..., 1].astype(np.float32)
+        fine = np.stack([green[y : y + side, x : x + side] for x, y in places.tolist()])
         pairs = fine[:, ::2] + fine[:, 1::2]
-        coarse = (pairs[:, :, ::2] + pairs[:, :, 1::2]) / 4
+        coarse = pairs[..., ::2] + pairs[..., 1::2]
         # 10: noise of compression, all that strong blur leaves.
         sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)
-        ratio = sharp / np.maximum(_laplacian_power(coarse), 1)
-        blur[members] = np.interp(ratio, (0.1, 0.16, 0.215, 0.35, 0.55), (6, 4, 3, 2, 0))
+        ratio = sharp / np.maximum(_laplacian_power(coarse / 4), 1)
+        blur[members] = np.interp(ratio, *BLUR)
     return blur
 
 
@@ -213,11 +226,13 @@ def read_mask(
         labels = np.asarray(picture if plain else picture.convert("RGB"))
         lossy = picture.format == "JPEG"
     values = np.atleast_3d(labels).max(axis=2)
-    h, w = values.shape
-    if abs(math.log(w * shape[0] / (h * shape[1]))) > 0.02 + sum(1 / n for n in (w, h, *shape)):
-        text = f"{path}: {w} x {h} px, another aspect than the slide's"
+    height, width = values.shape
+    aspect = width / height * shape[0] / shape[1]
+    if abs(aspect - 1) > 0.02 + 2 / min(*values.shape, *shape):
+        text = f"{path}: {width} x {height} px, another aspect than the slide's"
         raise UserError(f"{text}; a mask covers the whole slide")
-    tissue = Image.fromarray(values * 2.0 > values.max() if lossy else values != 0)
+    least = values.max() / 2 if lossy else 0
+    tissue = Image.fromarray(values > least)
     return np.asarray(tissue.resize(shape[::-1], Image.Resampling.NEAREST))
 
 
@@ -225,20 +240,28 @@ def _draw_polygons(
     path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
 ) -> NDArray:
     """Each polygon on its own, so that a hole erases only what is its own."""
-    drawn = {True: Image.new("1", shape[::-1]), False: Image.new("1", shape[::-1])}
+    size = shape[::-1]
+    drawn = {
+        True: Image.new("1", size),
+        False: Image.new("1", size),
+    }
     try:
-        for polygon, wanted in _polygons(json.loads(path.read_text(encoding="utf-8"))):
-            rings = [np.array([point[:2] for point in ring], float) for ring in polygon]
-            rings = [(ring + origin) / scale - 0.5 for ring in rings]
-            if not all((abs(ring) < 1e6).all() for ring in rings):  # not NaN either
-                raise ValueError("coordinates that are no numbers or lie far outside")
-            left, top = np.floor(rings[0].min(0)).clip(-1, shape[::-1]).astype(int).tolist()
-            right, bottom = np.ceil(rings[0].max(0)).clip(-1, shape[::-1]).astype(int).tolist()
-            piece = Image.new("1", (right - left + 1, bottom - top + 1))
+        features = json.loads(path.read_text(encoding="utf-8"))
+        for polygon, wanted in _polygons(features):
+            rings = []
+            for ring in polygon:
+                corners = np.array([point[:2] for point in ring], float)
+                corners = (corners + origin) / scale - 0.5
+                if not (abs(corners) < 1e6).all():  # not NaN either
+                    raise ValueError("coordinates that are no numbers or lie far outside")
+                rings.append(corners)
+            first = np.floor(rings[0].min(axis=0)).clip(-1, size).astype(int)
+            last = np.ceil(rings[0].max(axis=0)).clip(-1, size).astype(int)
+            piece = Image.new("1", (last - first + 1).tolist())
             draw = ImageDraw.Draw(piece)
-            for number, ring in enumerate(rings):  # the outer ring, then holes
-                draw.polygon((ring - (left, top)).ravel().tolist(), fill=int(number == 0))
-            drawn[wanted].paste(1, (left, top), piece)
+            for number, corners in enumerate(rings):  # the outer ring, then holes
+                draw.polygon((corners - first).ravel().tolist(), fill=int(number == 0))
+            drawn[wanted].paste(1, first.tolist(), piece)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
     return np.asarray(drawn[True]) & ~np.asarray(drawn[False])
