@@ -277,8 +277,8 @@ class Slide:
             return np.concatenate([upper, lower])
         left, top, right, bottom = x / d, y / d, (x + w) / d, (y + h) / d
         zoom = scale / d
-        aligned = _whole(1, zoom) and _whole(d, x, y, w, h)
-        mean = draft or (aligned and w * out_h == h * out_w)
+        aligned = _whole(1, zoom) and _whole(d, x, y, w, h) and w * out_h == h * out_w
+        mean = draft or aligned
         margin = 0 if mean else 2 * math.ceil(max(1, zoom))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(right) + margin, math.ceil(bottom) + margin
@@ -287,7 +287,7 @@ class Slide:
         if len(self.damaged) > noted and d > level.shrink:  # a finer level holds the place too
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
-        if aligned and zoom == 1 and source.shape[:2] == (out_h, out_w):
+        if aligned and zoom == 1:
             return source
         box = left - x0, top - y0, right - x0, bottom - y0
         filter = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC

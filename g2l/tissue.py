@@ -98,13 +98,15 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
     pen |= (red_share > 0.97) & (red > 0.7)  # dark blue; dense haematoxylin has 0.93
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
-    # Black, brown, green on tissue; then red.
-    pen |= (blue_share > 0.8) & (red_share > 0.6) & (green > 0.3)
-    pen |= (blue_share > 0.65) & (red_share < 0.25) & (green > 0.65)
+    mixed = (blue_share > 0.8) & (red_share > 0.6)  # black, brown, green on tissue
+    pen |= mixed & (green > 0.3)
+    pure = (blue_share > 0.65) & (red_share < 0.25)  # red
+    pen |= pure & (green > 0.65)
     pen = _without_specks(_open(pen & ~void), 12)
     # A stroke has weaker parts, and a pale rim.
     weak = (red_share > 0.93) & (red > 0.3)
-    weak |= (blue_share > 0.6) & (red_share < 0.3) & (green > 0.4)
+    pure = (blue_share > 0.6) & (red_share < 0.3)
+    weak |= pure & (green > 0.4)
     whole = ndimage.binary_propagation(pen, mask=pen | weak)
     return _grow(whole, 3)
 
@@ -121,7 +123,8 @@ def _grow(mask: NDArray, by: int) -> NDArray:
 def _open(mask: NDArray) -> NDArray:
     """The mask without what is narrower than 2 pixels."""
     pairs = mask[:-1] & mask[1:]
-    squares = np.pad(pairs[:, :-1] & pairs[:, 1:], 1)
+    squares = pairs[:, :-1] & pairs[:, 1:]
+    squares = np.pad(squares, 1)
     pairs = squares[:-1] | squares[1:]
     return pairs[:, :-1] | pairs[:, 1:]
 
@@ -155,15 +158,18 @@ def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
     """
     from scipy import ndimage
 
-    total = np.pad(values.cumsum(0, dtype=float).cumsum(1), ((1, 0), (1, 0)))
+    total = values.cumsum(axis=0, dtype=float).cumsum(axis=1)
+    total = np.pad(total, ((1, 0), (1, 0)))
 
     def integral(x, y):
         return ndimage.map_coordinates(total, [y, x], order=1, mode="nearest")
 
     left, top = places.T
     right, bottom = left + side, top + side
-    inside = integral(right, bottom) - integral(left, bottom)
-    inside += integral(left, top) - integral(right, top)
+    inside = integral(right, bottom)
+    inside -= integral(left, bottom)
+    inside -= integral(right, top)
+    inside += integral(left, top)
     return inside / side**2
 
 
@@ -188,9 +194,13 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
         w, h = (places.max(axis=0) + side).tolist()
         image = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)
         green = image[..., 1].astype(np.float32)
-        fine = np.stack([green[y : y + side, x : x + side] for x, y in places.tolist()])
-        pairs = fine[:, ::2] + fine[:, 1::2]
-        coarse = pairs[..., ::2] + pairs[..., 1::2]
+        patches = []
+        for x, y in places.tolist():
+            rows = green[y : y + side]
+            patches.append(rows[:, x : x + side])
+        fine = np.stack(patches)
+        coarse = fine[:, ::2] + fine[:, 1::2]
+        coarse = coarse[..., ::2] + coarse[..., 1::2]
         # 10: noise of compression, all that strong blur leaves.
         sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)
         ratio = sharp / np.maximum(_laplacian_power(coarse / 4), 1)
@@ -201,9 +211,11 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
 def _laplacian_power(images: NDArray, step: int = 1) -> NDArray:
     """(n,) mean squared 4-neighbour Laplacian of (n, h, w) images, of every `step`-th row."""
     rows = images[:, 1:-1:step]
+    above = images[:, :-2:step]
+    below = images[:, 2::step]
     inner = 4 * rows[..., 1:-1]
-    inner -= images[:, :-2:step, 1:-1]
-    inner -= images[:, 2::step, 1:-1]
+    inner -= above[..., 1:-1]
+    inner -= below[..., 1:-1]
     inner -= rows[..., :-2]
     inner -= rows[..., 2:]
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
