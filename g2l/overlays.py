@@ -6,6 +6,7 @@ import contextlib
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,8 @@ def outlines(mask: NDArray) -> list[list[NDArray]]:
     from contourpy import FillType, contour_generator
 
     padded = np.pad(mask.astype(np.float32), 1)
-    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
+    generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
+    points, offsets = generator.filled(0.5, 2)
     polygons = []
     for corners, starts in zip(points, offsets, strict=True):
         polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])

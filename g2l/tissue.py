@@ -38,7 +38,7 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     from scipy import ndimage
 
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
-    low = np.minimum.reduce(planes)
+    low = np.minimum.reduce(planes)  # several times the speed of image.min(axis=2)
     high = np.maximum.reduce(planes)
     void = high < 25  # black borders
     light, density = [], []  # relative to the glass
@@ -48,18 +48,21 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
     pen = _ink(density[0], density[1], density[2], void)
 
-    chroma = np.maximum.reduce(light) - np.minimum.reduce(light)
+    chroma = np.maximum.reduce(light)
+    chroma -= np.minimum.reduce(light)
     smooth = ndimage.uniform_filter(chroma, 3)
     clear = ~(void | pen)
     least = np.clip(_otsu(smooth[clear][::5]), 0.045, 0.09)
     mask = (smooth > least) & ~pen
     mask &= chroma > least / 2  # keeps the smoothing from widening it
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
-    mask = ~_grow(~_grow(mask, 1), 1)
+    mask = _grow(mask, 1)
+    mask = ~_grow(~mask, 1)
     mask = _without_specks(mask, smallest)
     mask = ~_without_specks(~mask, smallest)
     gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
-    return mask & clear & ~gap, pen
+    mask &= clear & ~gap
+    return mask, pen
 
 
 def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
@@ -145,8 +148,10 @@ def _otsu(values: NDArray) -> float:
     below = np.cumsum(counts)
     weighted = np.cumsum(counts * np.arange(256))
     whole = below[-1]
-    apart = (weighted * whole - weighted[-1] * below) ** 2
-    apart /= np.maximum(below * (whole - below), 1)
+    apart = weighted * whole
+    apart -= weighted[-1] * below
+    sides = below * (whole - below)
+    apart = apart**2 / np.maximum(sides, 1)
     best = int(apart.argmax())
     return (best + 0.5) / 256
 
@@ -188,8 +193,8 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
     changes = np.diff(blocks[order], axis=0).any(axis=1)
     for members in np.split(order, np.flatnonzero(changes) + 1):
         origin = coords[members].min(axis=0)
-        places = (coords[members] - origin) / factor
-        places = places.round().astype(int)
+        places = coords[members] - origin
+        places = (places / factor).round().astype(int)
         x0, y0 = origin.tolist()
         w, h = (places.max(axis=0) + side).tolist()
         image = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)
