@@ -291,9 +291,7 @@ def _polygons(node, wanted=True):
             yield from _polygons(part, wanted)
         return
     kind = (node.get("properties") or {}).get("classification") or {}
-    wanted = wanted and not re.match(
-        "(?i)ignore|background|exclude|art[ei]fact", kind.get("name", "")
-    )
+    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
