@@ -102,19 +102,14 @@ def tile_slide(
         tissue_mask = read_mask(mask, tissue_mask.shape, scale, slide.origin)
 
     step = max(1, round(size0 * (patch_size - overlap) / patch_size))
-    x, y = np.meshgrid(
-        np.arange(0, slide.width - size0 + 1, step), np.arange(0, slide.height - size0 + 1, step)
-    )
-    coords = np.stack([x.ravel(), y.ravel()], 1).astype(np.int64)
-    side, places = size0 / scale, coords / scale
-    tissue = mean_in_squares(tissue_mask, places, side)
+    coords, tissue = _lay_grid(slide, tissue_mask, size0, step, scale)
     keep = tissue >= max(min_tissue, 1e-6) if min_tissue > 0 else tissue >= 0
     if not keep.any():
         raise _no_tissue(tissue_mask, pen_mask, min_tissue)
-    coords, places = coords[keep], places[keep]
+    coords = coords[keep]
     measures = {
         "tissue": tissue[keep],
-        "pen": mean_in_squares(pen_mask, places, side),
+        "pen": mean_in_squares(pen_mask, coords / scale, size0 / scale),
         "blur": measure_blur(slide, coords, size0, patch_size),
     }
     bad = {"pen": measures["pen"] > max_pen, "blur": measures["blur"] > max_blur}
@@ -126,19 +121,8 @@ def tile_slide(
         "blur": bad["blur"].mean(),
     }
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    return Tiling(
-        coords[keep],
-        size0,
-        patch_size,
-        got,
-        measures,
-        tissue_mask,
-        image,
-        scale,
-        summary,
-        _doubts(slide) + warnings,
-        unreadable,
-    )
+    found = measures, tissue_mask, image, scale, summary, _doubts(slide) + warnings, unreadable
+    return Tiling(coords[keep], size0, patch_size, got, *found)
 
 
 def _check_length(slide: Slide) -> None:
@@ -176,6 +160,16 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     if seen.mean() < 0.5 and not (low[seen] > 0.25 * high[seen]).mean() > 0.5:
         raise SkippedSlide("mostly black: fluorescence or an empty scan, not bright-field")
     return image, scale
+
+
+def _lay_grid(
+    slide: Slide, tissue: NDArray, size0: int, step: int, scale: float
+) -> tuple[NDArray, NDArray]:
+    """All whole patches (N, 2), and the share of tissue on each."""
+    columns = np.arange(0, slide.width - size0 + 1, step)
+    rows = np.arange(0, slide.height - size0 + 1, step)
+    coords = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+    return coords, mean_in_squares(tissue, coords / scale, size0 / scale)
 
 
 def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:

@@ -6,6 +6,7 @@ import contextlib
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,9 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
     gap = 2 if side > 24 else side > 4
     corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
     for left, top, right, bottom in corners.round().astype(int).tolist():
-        box = left, top, max(left, right - 1 - gap), max(top, bottom - 1 - gap)
-        draw.rectangle(box, fill, edge)
+        right = max(left, right - 1 - gap)
+        bottom = max(top, bottom - 1 - gap)
+        draw.rectangle((left, top, right, bottom), fill, edge)
     for polygon in outlines(tiling.mask):
         for ring in polygon:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)
@@ -57,7 +59,8 @@ def outlines(mask: NDArray) -> list[list[NDArray]]:
     from contourpy import FillType, contour_generator
 
     padded = np.pad(mask.astype(np.float32), 1)
-    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2)
+    generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
+    points, offsets = generator.filled(0.5, 2)
     polygons = []
     for corners, starts in zip(points, offsets, strict=True):
         polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])

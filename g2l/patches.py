@@ -49,8 +49,9 @@ def write_coords(
     native = tiling.size0 == tiling.patch_size
     target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 1)
     # TRIDENT floors patch_size * level0 / target, which shall be the side at level 0.
-    level0 = math.nextafter(target * tiling.size0 / tiling.patch_size, math.inf)
-    level0 = round(level0, 9) if round(level0, 9) % 1 == 0 else level0
+    level0 = target * tiling.size0 / tiling.patch_size
+    while tiling.patch_size * level0 // target < tiling.size0:
+        level0 = math.nextafter(level0, math.inf)
     size, found = [slide.width, slide.height], slide.path.stat()
     attributes = {
         "patch_size": tiling.patch_size,
@@ -94,8 +95,11 @@ def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: An
 
 def write_clam_list(folder: Path) -> None:
     """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
-    names = [name for name, row in read_rows(folder).items() if row["size0"] == row["patch_size"]]
-    write_text(folder / "clam.csv", "\n".join(["slide_id", *names, ""]))
+    lines = ["slide_id"]
+    for name, row in read_rows(folder).items():
+        if row["status"] == "done" and row["size0"] == row["patch_size"]:
+            lines.append(name)
+    write_text(folder / "clam.csv", "\n".join(lines) + "\n")
 
 
 def magnification(mpp: float) -> int:
@@ -375,11 +379,9 @@ class PatchIndex:
             self._slide_file(number, handle.layout)
         slide = Slide(self._paths[number], self._mpps[number], cache=4 << 20)
         using = [other for other in self._open.values() if other.slide]
-        held = slide.memory
-        for count, other in enumerate(reversed(using), 2):
-            assert other.slide
-            held += other.slide.memory
-            if count > min(SLIDES, self.handles) or held > PIXELS:
+        held = sum(other.slide.memory for other in using if other.slide)
+        if len(using) >= min(SLIDES, self.handles) or held + slide.memory > PIXELS:
+            for other in using:
                 other.close_slide()
         return slide
 

@@ -97,6 +97,9 @@ class TiffReader(Reader):
         page = self._pages[0]
         if (page.dtype, int(page.planarconfig)) != (np.uint8, 1) or page.samplesperpixel < 3:
             raise ValueError("not 8-bit RGB")
+        ends = np.add(page.dataoffsets, page.databytecounts)
+        if ends.max() > self._slide.filehandle.size:
+            raise UserError(f"{self.path}: cut short: it ends within its pixels; copy it again")
         self.sizes = [(page.imagewidth, page.imagelength) for page in self._pages]
         x, y = page.resolution
         self.properties = {

@@ -22,10 +22,12 @@ from PIL import Image
 
 from g2l.errors import PatchError
 from g2l.readers import PLAIN, open_reader
-from g2l.tiff import Recent, Tiles, assemble
+from g2l.tiff import Recent, TileReader, Tiles, assemble
 
 KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
 SUFFIXES = tuple(KINDS.split())
+MPP = "openslide.mpp-x", "openslide.mpp-y", "aperio.MPP"
+Place = tuple[int, int, int, int]  # x, y, width, height in pixels of a level
 PIECE = 8e6  # source pixels that are read at once
 
 
@@ -149,8 +151,8 @@ class Slide:
             x, y = index % columns * codec.width, index // columns * codec.height
             part = x, y, min(codec.width, self.width - x), min(codec.height, self.height - y)
             with contextlib.suppress(PatchError):
-                ours = self._from_tiles(level, *part, True)
-                return np.array_equal(ours, self._from_reader(level, *part, True))
+                ours = self._from_tiles(level, part, True)
+                return np.array_equal(ours, self._from_reader(level, part, True))
         return False
 
     def _choose_drafts(self) -> None:
@@ -181,47 +183,47 @@ class Slide:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _from_tiles(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
+    def _from_tiles(self, level: Level, place: Place, strict: bool) -> NDArray:
         tiles, shrink = level.tiles, level.shrink
-        assert tiles is not None
-        tw, th = tiles.codec.width // shrink, tiles.codec.height // shrink
-
-        def decode(index):
-            return tiles.codec.decode(tiles.compressed(self.file, index), shrink)
+        assert tiles
+        whole = shrink == 1 and tiles.codec.holds(*place)
 
         def tile(row, column):
             index = row * tiles.columns + column
+
+            def decode():
+                return tiles.codec.decode(tiles.compressed(self.file, index), shrink)
+
+            # A whole tile is not asked for twice.
+            return decode() if whole else self._recent.get((level, index), decode)
+
+        sides = tiles.codec.width // shrink, tiles.codec.height // shrink
+        return assemble(tile if strict else self._lenient(tile, level, *sides), *sides, *place)
+
+    def _lenient(self, tile: TileReader, level: Level, tw: int, th: int) -> TileReader:
+        """`tile`, but white and noted in `damaged` where it cannot be read."""
+
+        def lenient(row, column):
             try:
-                if tiles.codec.holds(x, y, w, h) and shrink == 1:
-                    return decode(index)  # a whole tile is not asked for twice
-                return self._recent.get((level, index), lambda: decode(index))
+                return tile(row, column)
             except PatchError as error:
-                if strict:
-                    raise
-                self._note_damage(level, column * tw, row * th, error)
+                x, y = (round(n * level.downsample) for n in (column * tw, row * th))
+                self.damaged.append(f"x={x}, y={y}: {error}")
                 return np.full((th, tw, 3), 255, np.uint8)
 
-        return assemble(tile, tw, th, x, y, w, h)
+        return lenient
 
-    def _note_damage(self, level: Level, x: int, y: int, error: Exception) -> None:
-        place = f"x={round(x * level.downsample)}, y={round(y * level.downsample)}"
-        self.damaged.append(f"{place}: {error}")
-
-    def _from_reader(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
+    def _from_reader(self, level: Level, place: Place, strict: bool) -> NDArray:
         try:
-            return self._reader.region(level.number, x, y, w, h)
-        except PatchError as error:
+            return self._reader.region(level.number, *place)
+        except PatchError:
             if strict:
                 raise
-            if w * h <= 256 * 256 or len(self.damaged) > 50:
-                self._note_damage(level, x, y, error)
-                return np.full((h, w, 3), 255, np.uint8)
-        if w >= h:
-            halves = (x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)
-        else:
-            halves = (x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)
-        parts = [self._from_reader(level, *half, strict) for half in halves]
-        return np.concatenate(parts, axis=int(w >= h))
+
+        def tile(row, column):
+            return self._reader.region(level.number, column * 256, row * 256, 256, 256)
+
+        return assemble(self._lenient(tile, level, 256, 256), 256, 256, *place)
 
     def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
@@ -233,12 +235,12 @@ class Slide:
         part = None
         if level.tiles:
             try:
-                part = self._from_tiles(level, *place, strict)
+                part = self._from_tiles(level, place, strict)
             except PatchError:
                 if level.number < 0:
                     raise
         if part is None:  # also what our decoder refuses: the reader decides what is damaged
-            part = self._from_reader(level, *place, strict)
+            part = self._from_reader(level, place, strict)
         if part.shape[:2] == (h, w):
             return part
         out = np.full((h, w, 3), 255, np.uint8)
@@ -267,31 +269,27 @@ class Slide:
         scale = min(w / out_w, h / out_h)
         level = self._level((x, y, w, h), scale, draft, below)
         d = level.downsample
-        if w * h / d**2 > PIECE and max(out_w, out_h) > 64:
-            along, out = (1, out_w) if out_w > out_h else (0, out_h)
-            parts = []
-            for a, b in ((0, out // 2), (out // 2, out)):
-                if along:
-                    part = x + a * w / out, y, (b - a) * w / out, h, b - a, out_h
-                else:
-                    part = x, y + a * h / out, w, (b - a) * h / out, out_w, b - a
-                parts.append(self.area(*part, draft, below))
-            return np.concatenate(parts, axis=along)
-        left, top, zoom = x / d, y / d, scale / d
-        aligned = zoom == int(zoom) and not any(n % d for n in (x, y, w, h))
-        exact = aligned and (w / d, h / d) == (out_w, out_h)
-        mean = draft or (aligned and (w / out_w, h / out_h) == (scale, scale))
+        if w * h / d**2 > PIECE and out_h > 1:
+            cut = out_h // 2
+            high = h * cut / out_h
+            upper = self.area(x, y, w, high, out_w, cut, draft, below)
+            lower = self.area(x, y + high, w, h - high, out_w, out_h - cut, draft, below)
+            return np.concatenate([upper, lower])
+        left, top, right, bottom = x / d, y / d, (x + w) / d, (y + h) / d
+        zoom = scale / d
+        aligned = _whole(1, zoom) and _whole(d, x, y, w, h) and w * out_h == h * out_w
+        mean = draft or aligned
         margin = 0 if mean else 2 * math.ceil(max(1, zoom))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
-        x1, y1 = math.ceil(left + w / d) + margin, math.ceil(top + h / d) + margin
+        x1, y1 = math.ceil(right) + margin, math.ceil(bottom) + margin
         noted = len(self.damaged)
         source = self._region(level, x0, y0, x1 - x0, y1 - y0, not draft)
         if len(self.damaged) > noted and d > level.shrink:  # a finer level holds the place too
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
-        if exact:
+        if aligned and zoom == 1:
             return source
-        box = (left - x0, top - y0, left - x0 + w / d, top - y0 + h / d)
+        box = left - x0, top - y0, right - x0, bottom - y0
         filter = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
         return np.asarray(Image.fromarray(source).resize((out_w, out_h), filter, box))
 
@@ -304,13 +302,10 @@ class Slide:
         best = self.levels[0]
         for level in self.drafts if draft else (*self.levels, *self.drafts):
             d = level.downsample
-            if d > scale * 1.01 or d >= below:
-                continue
-            if not draft and level.shrink > 1:
-                assert level.tiles
-                if d != scale or any(n % d for n in box) or not level.tiles.codec.is_jpeg:
-                    continue
-            if (d, -level.shrink) > (best.downsample, -best.shrink):
+            fits = d <= scale * 1.01 and d < below
+            if level.tiles and level.shrink > 1 and not draft:
+                fits = d == scale and level.tiles.codec.is_jpeg and _whole(d, *box)
+            if fits and (d, -level.shrink) > (best.downsample, -best.shrink):
                 best = level
         return best
 
@@ -331,6 +326,10 @@ class Slide:
         scale = max(1, max(self.width, self.height) / max_side)
         size = max(1, round(self.width / scale)), max(1, round(self.height / scale))
         return self.area(0, 0, self.width, self.height, *size, draft=True)
+
+
+def _whole(unit: float, *numbers: float) -> bool:
+    return all(number % unit == 0 for number in numbers)
 
 
 def _shrunken(level: Level, by: int) -> Level:
@@ -370,22 +369,26 @@ def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
 
     Implausible values are refused, which the second value then says.
     """
-    tag, refused = "TIFF resolution tags", ""
-    x, y = (_number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy")
+    tag = "TIFF resolution tags"
+    x, y, aperio = (_number(properties.get(name, "")) for name in MPP)
     if x > 0 and y > 0 and abs(math.log(x / y)) > 0.02:
         return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
     generic = properties.get("openslide.vendor") == "generic-tiff"
-    candidates = [
-        (_ome_size(properties.get("tiff.ImageDescription", "")), "OME PhysicalSizeX"),
-        (math.sqrt(x * y) if x > 0 and y > 0 else x, tag if generic else "openslide.mpp-x"),
-        (_number(properties.get("aperio.MPP", "")), "aperio.MPP"),
-    ]
     units = {"centimeter": 1e4, "inch": 25400.0}
     unit = units.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
     resolution = _number(properties.get("tiff.XResolution", ""))
-    candidates.append((unit / resolution if resolution > 0 else math.nan, tag))
-    for value, source in candidates:
-        most = 10 if source == tag else 100  # tags often hold 72 dots per inch: 352.8 µm
+    candidates = [
+        (_ome_size(properties.get("tiff.ImageDescription", "")), "OME PhysicalSizeX", 100),
+        # Tags often hold 72 dots per inch: 352.8 µm.
+        (
+            math.sqrt(max(x, 0) * max(y, 0)) or math.nan,
+            *((tag, 10) if generic else ("openslide.mpp-x", 100)),
+        ),
+        (aperio, "aperio.MPP", 100),
+        (unit / (resolution or math.nan), tag, 10),
+    ]
+    refused = ""
+    for value, source, most in candidates:
         if 0.02 <= value <= most:
             return round(value, 5), source
         if not math.isnan(value):

@@ -177,9 +177,10 @@ class Recent:
         return tile
 
 
-def assemble(
-    tile: Callable[[int, int], NDArray], tw: int, th: int, x: int, y: int, w: int, h: int
-) -> NDArray:
+TileReader = Callable[[int, int], NDArray]  # row, column
+
+
+def assemble(tile: TileReader, tw: int, th: int, x: int, y: int, w: int, h: int) -> NDArray:
     """(h, w, 3) uint8 at (x, y) of a picture in tiles of tw x th px; by tile(row, column)."""
     out = np.empty((h, w, 3), np.uint8)
     for row in range(y // th, (y + h - 1) // th + 1):

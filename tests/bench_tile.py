@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How fast tile.py is on a slide of yours, beside OpenSlide in the same run.
+"""How fast tile.py is on a slide of yours, beside OpenSlide and FastSlide in the same run.
 
     python tests/bench_tile.py SLIDE... [--patches 400] [--mpp UM]
 
-For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second in scan
-order and in random order, by `Slide.read`, by `PatchIndex.read`, and by OpenSlide's read_region
-with its conversion to RGB. Patches are compared pixel by pixel first; no rate is printed for pixels
-that differ. At the end the whole command, from start to exit, on the first slide. Run it on a
-machine that does nothing else.
+For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second, native in
+scan and in random order, off the grid of tiles, and resampled to half the scale, by `Slide.read`,
+by OpenSlide's read_region with its conversion to RGB (and Pillow), and by FastSlide where that is
+installed; JPEG tiles by simplejpeg alone. Native patches are compared pixel by pixel with
+OpenSlide's first; no rate is printed for pixels that differ. At the end the whole command, from
+start to exit, and `PatchIndex.read`. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -19,6 +20,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import openslide
+import simplejpeg
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,10 +30,14 @@ from g2l.grid import tile_slide
 from g2l.patches import PatchIndex
 from g2l.slides import Slide
 
+try:
+    import fastslide
+except ImportError:
+    fastslide = None
+
 
 def rates(places, *readers, repeats: int = 5) -> list[float]:
-    """Median patches per CPU second of each reader over `repeats` passes in turn, each with empty
-    caches."""
+    """Median patches per CPU second of each reader over `repeats` passes, with empty caches."""
     seconds = [[] for _ in readers]
     for _ in range(repeats):
         for opened, taken in zip(readers, seconds, strict=True):
@@ -41,9 +49,47 @@ def rates(places, *readers, repeats: int = 5) -> list[float]:
     return [len(places) / sorted(taken)[repeats // 2] for taken in seconds]
 
 
-def bench(path: Path, patches: int, mpp: float | None) -> None:
-    import openslide
+def raw_rate(slide: Slide, count: int) -> float:
+    """Level-0 tiles per CPU second that simplejpeg decodes from memory."""
+    tiles = slide.levels[0].tiles
+    full = np.flatnonzero(tiles.counts)[:count].tolist()
+    data = [tiles.codec.standalone(tiles.compressed(slide.file, index)) for index in full]
 
+    def exact():
+        return lambda data: simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
+
+    return rates(data, exact)[0]
+
+
+def compare(name: str, path: Path, places: list, side: int, out: int) -> None:
+    """Prints patches per CPU second of all readers: squares of `side` px resampled to `out`."""
+
+    def resized(pixels):
+        return pixels if side == out else np.asarray(Image.fromarray(pixels).resize((out, out), 3))
+
+    def by_openslide():
+        slide = openslide.OpenSlide(str(path))
+        return lambda place: resized(
+            np.asarray(slide.read_region(place, 0, (side, side)).convert("RGB"))
+        )
+
+    def by_fastslide():
+        slide = fastslide.FastSlide.from_file_path(str(path))
+        return lambda place: resized(slide.read_region(tuple(place), 0, (side, side)).numpy())
+
+    def ours():
+        slide = Slide(path)
+        return lambda place: slide.read(*place, side, out)
+
+    readers = [ours, by_openslide, *([by_fastslide] if fastslide else [])]
+    found = rates(places, *readers)
+    text = f"  {name:9} Slide.read {found[0]:6.0f} patches/s"
+    for other, rate in zip(("OpenSlide", "FastSlide"), found[1:], strict=False):
+        text += f", {other} {rate:6.0f} ({found[0] / rate:.1f}x)"
+    print(text, flush=True)
+
+
+def bench(path: Path, patches: int, mpp: float | None) -> None:
     start = time.process_time()
     with Slide(path, mpp=mpp) as slide:
         opened = time.process_time() - start
@@ -57,37 +103,31 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         kind = "raw tiles" if slide.levels[0].tiles else "OpenSlide"
         print(
-            f"\n{path.name}: {slide.width} x {slide.height}, {len(slide.levels)} levels, read by {kind}"
-            f"\n  open {opened * 1e3:.0f} ms; segmentation, grid and blur of {len(tiling.coords)} patches: "
-            f"{seconds:.2f} s CPU, {memory:.0f} MB"
+            f"\n{path.name}: {slide.width} x {slide.height}, {len(slide.levels)} levels, read by "
+            f"{kind}\n  open {opened * 1e3:.0f} ms; segmentation, grid and blur of "
+            f"{len(tiling.coords)} patches: {seconds:.2f} s CPU, {memory:.0f} MB"
         )
 
-        size = tiling.size0
-
-        def plain():
-            reference = openslide.OpenSlide(str(path))
-            return lambda place: np.asarray(
-                reference.read_region(place, 0, (size, size)).convert("RGB")
-            )
-
-        def ours():
-            opened = Slide(path)
-            return lambda place: opened.read(*place, size, size)
-
-        scan = [tuple(place) for place in tiling.coords[:patches].tolist()]
+        places = tiling.coords[:patches]
         chosen = np.random.default_rng(0).permutation(len(tiling.coords))[:patches]
-        scattered = [tuple(place) for place in tiling.coords[chosen].tolist()]
-        if not all(
-            np.array_equal(plain()(place), slide.read(*place, size, size))
-            for place in scattered[:50]
-        ):
-            print("  patches differ from OpenSlide's (transparent pixels?): no rates")
-            return
-        for order, places in (("scan", scan), ("random", scattered)):
-            slow, fast = rates(places, plain, ours)
-            print(
-                f"  {order:6} order: OpenSlide {slow:6.0f} patches/s, Slide.read {fast:6.0f} ({fast / slow:.1f}x)"
-            )
+        size = tiling.size0
+        reference = openslide.OpenSlide(str(path))
+        for x, y in tiling.coords[chosen[:50]].tolist():
+            theirs = np.asarray(reference.read_region((x, y), 0, (size, size)).convert("RGB"))
+            if not np.array_equal(theirs, slide.read(x, y, size, size)):
+                print("  patches differ from OpenSlide's (transparent pixels?): no rates")
+                return
+        tiles = slide.levels[0].tiles
+        if tiles and tiles.codec.is_jpeg:
+            print(f"  tiles by simplejpeg alone: {raw_rate(slide, patches):.0f} a second")
+    orders = {
+        "scan": (places, size, size),
+        "random": (tiling.coords[chosen], size, size),
+        "off grid": (tiling.coords[chosen] + 100, size, size),
+        "1/2 scale": (np.unique(places // (2 * size), axis=0) * 2 * size, 2 * size, size),
+    }
+    for name, (where, side, out) in orders.items():
+        compare(name, path, where.tolist(), side, out)
 
     with tempfile.TemporaryDirectory() as folder:
         slides = Path(folder) / "slides"
@@ -113,8 +153,8 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
         subprocess.run(command, check=True, capture_output=True)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         print(
-            f"  whole command: {wall:.2f} s from start to exit, {after.ru_utime - before.ru_utime:.2f} s CPU, "
-            f"{after.ru_maxrss / 1024:.0f} MB"
+            f"  whole command: {wall:.2f} s from start to exit, "
+            f"{after.ru_utime - before.ru_utime:.2f} s CPU, {after.ru_maxrss / 1024:.0f} MB"
         )
 
         def opened():

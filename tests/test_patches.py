@@ -447,14 +447,15 @@ def test_few_file_handles_are_no_fault_of_the_patches(tmp_path):
     assert done.stdout.split() == ["40", "40", "7"], done.stderr[-500:]
 
 
-def test_a_forked_child_keeps_no_file_of_its_parent_open(cohort):
-    index = PatchIndex(cohort)
+def test_a_forked_child_keeps_no_file_of_its_parent_open(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path / "mine")
+    index = PatchIndex(tmp_path / "mine")
     for start in index.starts:
         index.read(int(start))
-    assert any(path.endswith("a_patches.h5") for path in open_files())
+    assert any(path.startswith(str(tmp_path)) for path in open_files())
     with multiprocessing.get_context("fork").Pool(1) as pool:
         theirs = pool.apply(open_files)
-    assert not any("patches.h5" in path or path.endswith(".svs") for path in theirs)
+    assert not any(path.startswith(str(tmp_path)) for path in theirs)
 
 
 def open_files():
