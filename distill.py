@@ -34,7 +34,13 @@ import torch
 
 from g2l.arguments import Help
 from g2l.augment import BLUR_SIZE, augment
-from g2l.devices import add_model_arguments, default_workers, describe_device, pick_precision
+from g2l.devices import (
+    MODEL_REMEDIES,
+    add_model_arguments,
+    default_workers,
+    describe_device,
+    pick_precision,
+)
 from g2l.errors import GO_ON, UserError, exit_status
 from g2l.files import digest
 from g2l.models import Model, load_model, save_student
@@ -593,7 +599,7 @@ def check(args: Namespace) -> None:
         raise UserError(f"--sync: only --loss logsum is computed over all ranks, not {args.loss}")
 
 
-REMEDIES = {
+REMEDIES = MODEL_REMEDIES | {
     "export": "make room and run the same command again, which exports from the checkpoint",
     "held out": "raise --hold-out, or take --hold-out 0",
     "memory": "lower --batch-size, and raise --accumulate for as many patches a step",

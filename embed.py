@@ -160,11 +160,12 @@ class Collector:
             target.finish()
         self.seconds += time.monotonic() - start
 
-    def close(self) -> None:
-        """Wait for the writer; what it could not write is raised here."""
+    def close(self) -> float:
+        """Wait for the writer, and raise what it could not write; the seconds it wrote."""
         for job in self.jobs:
             job.result()
         self.writer.shutdown()
+        return self.seconds
 
 
 def targets_of(index: PatchIndex, name: str, model: Model) -> dict[int, SlideFeatures]:
@@ -238,8 +239,8 @@ def stream(
         for images, readable, problems in loader:
             arrived = time.monotonic()
             told["waiting"] += arrived - asked
-            for problem in problems[: max(0, 5 - told["unreadable"])]:
-                bar.note(problem)
+            if problems and not told["unreadable"]:
+                bar.note(problems[0])
             told["unreadable"] += len(problems)
             images = images.to(device, non_blocking=True)
             for forward, collector in zip(forwards, collectors, strict=True):
@@ -248,9 +249,7 @@ def stream(
             asked = time.monotonic()
             told["network"] += asked - arrived
             bar.step(len(readable))
-    for collector in collectors:
-        collector.close()
-        told["writing"] += collector.seconds
+    told["writing"] = sum(collector.close() for collector in collectors)
     return told
 
 

@@ -37,6 +37,7 @@ from numpy import ndarray
 
 from g2l.arguments import Help, add_running_arguments, directory, share, whole
 from g2l.benchmarks import Benchmark, leaked
+from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import UserError, exit_status, explain
 from g2l.features import (
     card,
@@ -70,7 +71,7 @@ from g2l.shifts import SHIFTS, displacement, shift
 
 PROTOCOL_VERSION = 2  # raised on purpose when the same input would give other numbers
 BLIND_DRAWS = 5  # of random features for each sample, whose kNN and probes are the chance levels
-REMEDIES = {
+REMEDIES = MODEL_REMEDIES | {
     "centres": "add the hospital or scanner of each image, or use --perturb, which needs none",
     "coverage": "lower --min-fraction or --patch-size",
     "design": "--perturb needs no centres",
@@ -483,8 +484,6 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    from g2l.devices import add_model_arguments
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument(
         "--models",
@@ -518,7 +517,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Name the models, then measure the index or follow the shifts; the exit status."""
-    from g2l.devices import model_options
     from g2l.weights import parse_weights
 
     models = args.models or models_at_hand(args.weights or (), args.runs)

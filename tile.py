@@ -43,6 +43,7 @@ from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_stat
 from g2l.files import flush, locked, write_text
 from g2l.gdc import ask_gdc, check_own, download, downloaded_mark
 from g2l.overlays import write_contact_sheet
+from g2l.patches import write_clam_list
 from g2l.pool import Pool
 from g2l.progress import Progress
 from g2l.rows import Rows, read_rows, write_rows
@@ -549,7 +550,7 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
             row["reason"] = reason_of(error)
         row["seconds"] = f"{perf_counter() - start:.2f}"
         write_rows(job.folder, [row])
-        if row["status"] != "failed":
+        if row["status"] != "failed" and not row.get("unreadable"):
             discard(slide, job)
         return row
 
@@ -603,6 +604,7 @@ def summarize(slides: list[CohortSlide], job: Job) -> int:
             if not job.settings.made(row, slide):
                 text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
                 raise UserError(text, "settings")
+    write_clam_list(job.folder)
     if done:
         renew_contact_sheet(job.folder)
     failed = [row for row in rows if row["status"] == "failed"]

@@ -290,8 +290,7 @@ def _polygons(node, wanted=True):
         for part in node:
             yield from _polygons(part, wanted)
         return
-    kind = (node.get("properties") or {}).get("classification") or {}
-    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
+    wanted = wanted and not NOT_TISSUE.match(_class_of(node))
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
@@ -300,6 +299,12 @@ def _polygons(node, wanted=True):
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
         yield from _polygons(below or [], wanted)
+
+
+def _class_of(node: dict) -> str:
+    """The name of a feature's class, as QuPath writes it; "" for none."""
+    kind = (node.get("properties") or {}).get("classification") or {}
+    return kind.get("name") or ""
 
 
 def find_mask(folder: Path, name: str) -> Path:

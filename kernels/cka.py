@@ -134,7 +134,7 @@ def _mean(x):
 def _centre(x, out, norms, mean=None):
     """out = x less its column means, norms = lengths of its rows; by Triton rounded to TF32."""
     if out.dtype == torch.float32 and use_triton(x.device):
-        from kernels import cka_triton
+        import kernels.cka_triton as cka_triton
 
         cka_triton.centre(x, _mean(x) if mean is None else mean, out, norms)
         return

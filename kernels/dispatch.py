@@ -48,7 +48,7 @@ def pinned_products(precision: str):
     with "medium" a CPU that can multiplies in bf16. The switches are the process's, not the
     thread's.
     """
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch, value in zip(switches, (precision, "ieee"), strict=True):

@@ -21,6 +21,7 @@ import warnings
 
 import torch
 
+from kernels.bound import FP32, directions, lower, operands
 from kernels.dispatch import use_triton
 
 # Only sampled_addmm is used, which has long been what it is.
@@ -114,8 +115,6 @@ def _check_groups(base, query, groups, query_groups):
 
 # --- what both paths share ---------------------------------------------------------------------
 
-FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
-TINY = 2.0**-120  # more than a sum of 2,560 products of scaled rows loses to underflow
 UNRESOLVED = 2.0**-480  # below it squares of fp64 numbers no greater than 1 underflow
 MIX = 0x2545F4914F6CDD1D  # odd, so that products with its powers modulo 2^64 lose no bit
 
@@ -164,58 +163,6 @@ def _fp32_products():
                 switch.fp32_precision = precision
 
 
-def _rounded(x, unit):
-    """x in fp32, or rounded to nearest to TF32's 11 bits, where the hardware would cut."""
-    x = x.float()
-    return x if unit < TF32 else (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
-
-
-def _operands(base, query, metric, unit):
-    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), gamma, and the scale squared.
-
-    The rows are fp32, scaled so that their squares are fp32 numbers, too, and centred (or, for
-    cosine, of length 1). `unit` is the rounding unit of the product's operands. For any order of
-    summation in fp32 the computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <=
-    2 gamma (|q|^2 + |b|^2), and TINY for what is lost below fp32's range. gamma collects D
-    additions, a few more roundings and the operands' own; tensor cores (unit TF32) cut where
-    others round, at sums of 4 products and before each, which is less than 4 units an addition.
-    """
-    addition = FP32 if unit < TF32 else 4 * FP32
-    gamma = (base.shape[1] + 16) * addition + 2.02 * unit
-    if metric == "cosine":
-        b = _rounded(_directions(base), unit)
-        q = b if query is base else _rounded(_directions(query), unit)
-        # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        one = b.new_ones((), dtype=torch.float64)
-        return q, b, one.expand(len(q)), one.expand(len(b)), gamma, one
-    wide = torch.promote_types(base.dtype, torch.float32)
-    both = (base,) if query is base else (base, query)
-    largest = torch.stack([side for x in both for side in x.aminmax()]).abs().amax()
-    # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have
-    # a square.
-    exponent = -largest.to(wide).frexp()[1].clamp(-126, 126)
-    scale = torch.ldexp(torch.ones_like(largest, dtype=wide), exponent)
-    scaled = base.to(wide) * scale
-    mean = scaled.mean(0)
-    b = _rounded(scaled.sub_(mean), unit)
-    q = b if query is base else _rounded((query.to(wide) * scale).sub_(mean), unit)
-    squares_b = b.double().square().sum(1)
-    squares_q = squares_b if query is base else q.double().square().sum(1)
-    return q, b, squares_q, squares_b, gamma, scale.double().square()
-
-
-def _lower(squares, gamma):
-    """A half of the lower bound: units * |q - b|^2 >= lower_q + lower_b - 2 q.b."""
-    return (squares * (1 - 2 * gamma) - TINY).float()
-
-
-def _directions(x):
-    """Rows of length 1 in fp64; a row of zeros stays one."""
-    x = x.double()
-    length = x.norm(dim=1, keepdim=True)
-    return x / length.masked_fill(length == 0, 1)
-
-
 def _moderate(base, query, metric):
     """fp64 rows whose squares are numbers, too: scaled by powers of two -> base, query, scale.
 
@@ -243,7 +190,8 @@ SET = 8  # members of a set of the screen
 
 
 def _direct(base, query, rows, candidates, metric):
-    """Distances in fp64 of query[rows (R,)] to base[candidates (R, C)]: squared, or twice the cosine's."""
+    """Distances in fp64 of query[rows (R,)] to base[candidates (R, C)]: squared, or twice the
+    cosine's."""
     step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
     for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
@@ -265,7 +213,8 @@ def _ordered(distance, index, k):
 
 
 def _blocks(labels, queries, height, device):
-    """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go together."""
+    """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go
+    together."""
     if labels is None:
         return [(rows, None) for rows in torch.arange(queries, device=device).split(height)]
     order = labels.argsort(stable=True)
@@ -286,8 +235,8 @@ class _Screen:
 
     def __init__(self, base, query, own, groups, labels, metric):
         self.own, self.groups, self.labels, self.n = own, groups, labels, len(base)
-        q, b, squares_q, squares_b, gamma, self.units = _operands(base, query, metric, FP32)
-        self.half_q, self.half_b = _lower(squares_q, gamma), _lower(squares_b, gamma)
+        q, b, squares_q, squares_b, gamma, self.units = operands(base, query, metric, FP32)
+        self.half_q, self.half_b = lower(squares_q, gamma), lower(squares_b, gamma)
         self.panel = -(-self.n // (-(-self.n // PANEL) * SET**2)) * SET**2
         self.width = -(-self.n // self.panel) * self.panel
         # base's half of the bound is one more column of the product: 1 times it is exact
@@ -327,7 +276,8 @@ class _Screen:
             score[:, : len(groups)].masked_fill_(same, math.inf)
 
     def below(self, rows, limit):
-        """Pairs (row of `rows`, row of base) that may be nearer than `limit` (R,), as two index tensors."""
+        """Pairs (row of `rows`, row of base) that may be nearer than `limit` (R,), as two index
+        tensors."""
         self.table[: self.n, -1] = self.half_b
         score = self.probe[rows] @ self.table[: self.n].T
         self._mask(score, rows, 0, None)
@@ -368,7 +318,7 @@ class _Rescan:
         self.by_products = base.device.type == "cpu" and base.dtype != torch.float64
         if not self.by_products:
             return
-        wide = _directions if metric == "cosine" else torch.Tensor.double
+        wide = directions if metric == "cosine" else torch.Tensor.double
         self.b = wide(base)
         self.q = self.b if query is base else wide(query)
         self.squares_b, self.squares_q = (self._squares(x) for x in (self.b, self.q))
@@ -417,9 +367,11 @@ class _Rescan:
 
 
 def _reference(base, k, query, own, groups, query_groups, metric):
-    """The operator in PyTorch -> (squared distances (Q, k), indices (Q, k), rows without a certificate (Q,) bool).
+    """The operator in PyTorch -> (squared distances (Q, k), indices (Q, k), rows without a
+    certificate (Q,) bool).
 
-    own (Q,): the row of base that a query is itself, -1 for none; or None. Cosine distances are doubled.
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Cosine distances are
+    doubled.
     """
     n, queries, found = len(base), len(query), min(k, len(base))
     distances = query.new_full((queries, k), math.inf, dtype=torch.float64)
@@ -471,7 +423,7 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
     alone = query is None
-    query = base if alone else query
+    query = base if query is None else query
     query_groups = groups if alone else query_groups
     if len(base) == 0 or len(query) == 0:
         return _nothing(query, k)
@@ -483,23 +435,35 @@ def _search(
         own = torch.arange(len(base), device=base.device)
     kept = _first_copies(base, groups, k + 1)
     if kept is not None:
-        base, groups = base[kept], None if groups is None else groups[kept]
-        if own is not None:
-            own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
-    with torch.autocast(base.device.type, enabled=False), _fp32_products():
-        if base.dtype == torch.float64 or not use_triton(base.device):
-            search = _reference
-        else:
-            from kernels.knn_triton import search
-        distance, index, redone = search(base, k, query, own, groups, query_groups, metric)
-    if base.dtype == torch.float64:
-        _check_resolved(base, query, distance, index)
+        base, groups, own = _only(kept, base, groups, own)
+    distance, index, redone = _run(base, query, k, own, groups, query_groups, metric)
     if kept is not None:
         index = torch.where(index < 0, -1, kept[index])
-    distance = (
-        distance.div_(2).clamp_(min=0) if metric == "cosine" else distance.sqrt_().mul_(scale)
-    )
+    if metric == "cosine":
+        distance = distance.div_(2).clamp_(min=0)
+    else:
+        distance = distance.sqrt_().mul_(scale)
     return distance.to(_wide(rows)), index, redone
+
+
+def _only(kept, base, groups, own):
+    """Base, its groups and each query's own row (-1: none) with nothing but the rows `kept`."""
+    if own is not None:
+        own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
+    return base[kept], None if groups is None else groups[kept], own
+
+
+def _run(base, query, k, own, groups, query_groups, metric):
+    """One of the two paths -> squared distances, indices, rows searched again."""
+    double = base.dtype == torch.float64
+    with torch.autocast(base.device.type, enabled=False), _fp32_products():
+        search = _reference
+        if not double and use_triton(base.device):
+            from kernels.knn_triton import search
+        distance, index, redone = search(base, k, query, own, groups, query_groups, metric)
+    if double:
+        _check_resolved(base, query, distance, index)
+    return distance, index, redone
 
 
 def _wide(x):

@@ -1,10 +1,11 @@
-"""Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in knn.py.
+"""Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in
+knn.py.
 
-Rows of base and queries are sorted by group, so that a tile of queries knows beforehand which tiles of base hold no
-label but its own and are passed over, and which share one with it and need a mask. Screening is one TF32 matrix product
-per tile with the bias as the accumulator's start, a minimum over sets that stays within a thread, and insertion of the
-few minima that improve on a query's worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no
-atomics.
+Rows of base and queries are sorted by group, so that a tile of queries knows beforehand which tiles
+of base hold no label but its own and are passed over, and which share one with it and need a mask.
+Screening is one TF32 matrix product per tile with the bias as the accumulator's start, a minimum
+over sets that stays within a thread, and insertion of the few minima that improve on a query's
+worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no atomics.
 """
 
 import contextlib
@@ -14,23 +15,26 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from kernels.knn import TF32, _lower, _operands
+from kernels.bound import TF32, lower, operands
 
 SPARE = 8  # sets kept beyond k
-PROGRAMS = 264  # two for each multiprocessor of the largest device meant; fewer queries than that split the base
+# Two for each multiprocessor of the largest device meant; fewer queries than that split the base.
+PROGRAMS = 264
 
 
 @triton.jit
 def screen_kernel(
     query, base, bias, query_groups, base_groups, spans, values, sets, queries, rows, stride,
-    MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
-    WIDTH: tl.constexpr, LOOPED: tl.constexpr,
+    MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    SET: tl.constexpr, WIDTH: tl.constexpr, LOOPED: tl.constexpr,
 ):  # fmt: skip
-    """The KEEP sets with the least lower bounds for each query, unsorted -> values, sets (queries, splits, KEEP).
+    """The KEEP sets with the least lower bounds for each query, unsorted -> values, sets (queries,
+    splits, KEEP).
 
-    query (queries, stride) is -2 times the operand; member m of set s of a tile is its row m * (ROWS / SET) + s. Rows
-    are padded with zeros to a stride that is a multiple of 16, so that loads are 16 bytes wide and asynchronous.
-    spans (4, query tiles): the tiles of base passed over, from and to, and the rows that may share a label, likewise.
+    query (queries, stride) is -2 times the operand; member m of set s of a tile is its row m *
+    (ROWS / SET) + s. Rows are padded with zeros to a stride that is a multiple of 16, so that loads
+    are 16 bytes wide and asynchronous. spans (4, query tiles): the tiles of base passed over, from
+    and to, and the rows that may share a label, likewise.
     """
     SETS: tl.constexpr = ROWS // SET
     q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
@@ -107,7 +111,8 @@ def _distances(
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Squared distance (or twice the cosine distance) in fp64 of one query to base[index], infinity where not real."""
+    """Squared distance (or twice the cosine distance) in fp64 of one query to base[index], infinity
+    where not real."""
     total = tl.zeros((COUNT,), tl.float64)
     norm = tl.zeros((COUNT,), tl.float64)
     own = tl.zeros((1,), tl.float64)
@@ -150,11 +155,13 @@ def _emit(distance, index, q, distances, indices, k):
 
 @triton.jit
 def rescan_kernel(
-    query, base, order, bias, units, query_groups, groups, sets, dropped, distances, indices, redo, rows, width, k,
-    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, SET: tl.constexpr,
-    WIDTH: tl.constexpr,
+    query, base, order, bias, units, query_groups, groups, sets, dropped, distances, indices,
+    redo, rows, width, k,
+    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    SET: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Members of one query's sets by fp64 differences -> its k neighbours, and whether they still have to be proved."""
+    """Members of one query's sets by fp64 differences -> its k neighbours, and whether they still
+    have to be proved."""
     SETS: tl.constexpr = ROWS // SET
     q = tl.program_id(0)
     i = tl.arange(0, KEEP * SET)
@@ -176,9 +183,11 @@ def rescan_kernel(
 @triton.jit
 def redo_kernel(
     query, base, query_groups, groups, distances, indices, redo, rows, width, k,
-    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A query without a certificate against all of base in fp64; every other program ends at once."""
+    """A query without a certificate against all of base in fp64; every other program ends at
+    once."""
     q = tl.program_id(0)
     if tl.load(redo + q) != 0:
         slots = tl.arange(0, KEEP)
@@ -208,15 +217,16 @@ def redo_kernel(
         _emit(best, ids, q, distances, indices, k)
 
 
-# --- launchers ------------------------------------------------------------------------------------------------------
+# --- launchers
 
 
 def screen_config(k: int, width: int, device: str) -> dict:
     """Tile and launch parameters on a device "hopper", "cuda" or "hip".
 
-    Scores, kept sets and one operand are all in registers: what compiles without spilling decides the tiles, and more
-    than 64 sets fit nowhere, so that the largest k keep 64 in each of two programs. On Hopper the limit on registers
-    lets two programs share a multiprocessor, so that one multiplies while the other waits for its loads.
+    Scores, kept sets and one operand are all in registers: what compiles without spilling decides
+    the tiles, and more than 64 sets fit nowhere, so that the largest k keep 64 in each of two
+    programs. On Hopper the limit on registers lets two programs share a multiprocessor, so that one
+    multiplies while the other waits for its loads.
     """
     keep, looped = min(64, max(16, triton.next_power_of_2(k + SPARE))), width > 64
     config = {
@@ -269,7 +279,8 @@ def _kind(device):
 
 
 def search(base, k, query, own, groups, query_groups, metric):
-    """The operator -> (squared distances (Q, k) fp64, doubled for cosine, indices (Q, k), rows searched again (Q,)).
+    """The operator -> (squared distances (Q, k) fp64, doubled for cosine, indices (Q, k), rows
+    searched again (Q,)).
 
     own (Q,): the row of base that a query is itself, -1 for none; or None.
     """
@@ -287,8 +298,8 @@ def search(base, k, query, own, groups, query_groups, metric):
         sorted_groups, order = groups.sort(stable=True)
         sorted_query_groups, order_q = query_groups.sort(stable=True)
     base, query = base.contiguous(), query.contiguous()
-    q, b, squares_q, squares_b, gamma, units = _operands(base, query, metric, TF32)
-    bias_q, bias_b = _lower(squares_q, gamma), _lower(squares_b, gamma)
+    q, b, squares_q, squares_b, gamma, units = operands(base, query, metric, TF32)
+    bias_q, bias_b = lower(squares_q, gamma), lower(squares_b, gamma)
     config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
     tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
     splits = max(

@@ -41,7 +41,7 @@ def tree(folder):
         for name, row in read_rows(folder).items()
     }
     coords = {}
-    for path in sorted(folder.glob("patches/*.h5")):
+    for path in sorted(folder.glob("patches/*_patches.h5")):
         with h5py.File(path) as file:
             coords[path.name] = file["coords"][:].tolist()
     return table, coords

@@ -1,4 +1,5 @@
-"""Exact nearest neighbours against all distances in fp64: the plain path, then Triton's interpreter.
+"""Exact nearest neighbours against all distances in fp64: the plain path, then Triton's
+interpreter.
 
 TRITON_INTERPRET has to be set before Triton is imported, so the interpreted tests run in a process
 of their own, which the last test starts. Memory is poisoned there: what a kernel leaves unwritten
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT
 from sklearn.neighbors import NearestNeighbors
 
-from kernels import knn
+from kernels import bound, knn
 
 knn_module = importlib.import_module("kernels.knn")  # `kernels.knn` itself is the function
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -246,18 +247,18 @@ def test_knn_under_another_default_device():
 def test_the_bound_holds_for_tensor_cores_that_cut():
     base, query = torch.rand(20, 2560) + 0.5, torch.rand(5, 2560) + 0.5
     base[10:] -= 2  # other signs, too
-    q, b, squares_q, squares_b, gamma, units = knn_module._operands(
+    q, b, squares_q, squares_b, gamma, units = bound.operands(
         base, query, "euclidean", knn_module.TF32
     )
 
     def cut(x):
         return (x.view(torch.int32) & -2).view(torch.float32)  # one bit less than truncation
 
-    score = knn_module._lower(squares_b, gamma).expand(5, 20)
+    score = bound.lower(squares_b, gamma).expand(5, 20)
     for first in range(0, 2560, 4):
         product = cut(-2 * q[:, None, first : first + 4] * b[:, first : first + 4])
         score = cut(score + product.sum(-1))
-    lower = knn_module._lower(squares_q, gamma)[:, None] + score
+    lower = bound.lower(squares_q, gamma)[:, None] + score
     exact = torch.cdist(query.double(), base.double()).square()
     assert (lower <= exact * units).all()
 
@@ -323,7 +324,8 @@ def test_knn_names_the_bad_argument(error, name, arguments, options):
         knn(*arguments, **options)
 
 
-# --- Triton -----------------------------------------------------------------------------------------
+# --- Triton
+# -----------------------------------------------------------------------------------------
 
 
 @interpreted
