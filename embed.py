@@ -123,7 +123,14 @@ class Collector:
     are finished as soon as their last piece is written.
     """
 
-    def __init__(self, targets: dict[int, SlideFeatures], pieces: list[Piece], whole: set[int]):
+    def __init__(
+        self,
+        forward: Forward,
+        targets: dict[int, SlideFeatures],
+        pieces: list[Piece],
+        whole: set[int],
+    ):
+        self.forward = forward
         self.targets, self.pieces, self.whole = targets, iter(pieces), whole
         self.piece = next(self.pieces, None)
         self.blocks: list[np.ndarray] = []
@@ -132,6 +139,12 @@ class Collector:
         self.writer = ThreadPoolExecutor(1)
         self.jobs: list[Future] = []
         self.seconds = 0.0  # of writing
+
+    def embed(self, images: torch.Tensor, readable: np.ndarray) -> None:
+        """The next patches of the stream, uint8 (b, 3, P, P), and which of them are real."""
+        images = images.to(self.forward.device, non_blocking=True)
+        features = self.forward(self.forward.model.geometry(images))
+        self.add(features.float().cpu().numpy(), readable)
 
     def add(self, features: np.ndarray, readable: np.ndarray) -> None:
         """The next rows of the stream: features (b, D) float32 and which of them are real."""
@@ -231,8 +244,10 @@ def stream(
     batch = args.batch_size or min(fitting_batch_size(model) for model in models)
     workers = default_workers(args.workers, device)
     loader = patches_of(index, pieces, batch, workers, device.type == "cuda")
-    forwards = [Forward(model, batch, device) for model in models]
-    collectors = [Collector(target, pieces, whole) for target in targets]
+    collectors = [
+        Collector(Forward(model, batch, device), target, pieces, whole)
+        for model, target in zip(models, targets, strict=True)
+    ]
     told: Any = Tally(patches=sum(piece.last - piece.first for piece in pieces))
     asked = time.monotonic()
     with Progress(told["patches"], "patch", shown=rank == 0) as bar, torch.inference_mode():
@@ -242,10 +257,8 @@ def stream(
             if problems and not told["unreadable"]:
                 bar.note(problems[0])
             told["unreadable"] += len(problems)
-            images = images.to(device, non_blocking=True)
-            for forward, collector in zip(forwards, collectors, strict=True):
-                features = forward(forward.model.geometry(images))
-                collector.add(features.float().cpu().numpy(), readable)
+            for collector in collectors:
+                collector.embed(images, readable)
             asked = time.monotonic()
             told["network"] += asked - arrived
             bar.step(len(readable))

@@ -247,9 +247,7 @@ def test_knn_under_another_default_device():
 def test_the_bound_holds_for_tensor_cores_that_cut():
     base, query = torch.rand(20, 2560) + 0.5, torch.rand(5, 2560) + 0.5
     base[10:] -= 2  # other signs, too
-    q, b, squares_q, squares_b, gamma, units = bound.operands(
-        base, query, "euclidean", knn_module.TF32
-    )
+    q, b, squares_q, squares_b, gamma, units = bound.operands(base, query, "euclidean", bound.TF32)
 
     def cut(x):
         return (x.view(torch.int32) & -2).view(torch.float32)  # one bit less than truncation
