@@ -328,6 +328,8 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     """
     options = {key: value for key, value in options.items() if value is not None}
     local = [Path(path) for path in (weights, name) if path and Path(path).exists()]
+    if weights is None and name.lower() in REGISTRY:  # replaced in the hub's cache: another model
+        local = [path.resolve() for path in _cached(REGISTRY[name.lower()].hub)]
     how = sorted(options.items(), key=str), CARD_VERSION
     key = digest(name, weights, how, [stamp(path) for path in local])
     path = Path(results) / "features" / safe(display(name)) / "model.json"
@@ -354,6 +356,14 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     }
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
+
+
+def _cached(repository: str) -> list[Path]:
+    """The weight files of a hub repository that are in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(repository, file) for file in WEIGHT_FILES]
+    return [Path(path) for path in found if isinstance(path, str)]
 
 
 def display(name: str) -> str:
@@ -493,13 +503,10 @@ def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
 
     Says which models lack.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     named = {spec.split("=", 1)[0] for spec in given if "=" in spec}
     here, missing = [], []
     for name, entry in REGISTRY.items():
-        cached = [try_to_load_from_cache(entry.hub, file) for file in WEIGHT_FILES]
-        if name in named or any(isinstance(path, str) for path in cached):
+        if name in named or _cached(entry.hub):
             here.append(name)
         else:
             missing.append(f"{name} (huggingface.co/{entry.hub})")
