@@ -278,9 +278,8 @@ def to_timm(state: State) -> State:
     state = _from_transformers(_backbone(state))
     named: State = {}
     for key, value in state.items():
-        key = re.sub(
-            r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key
-        )  # DINOv2 may keep blocks in chunks
+        if "pos_embed" in state:  # DINOv2 may keep its blocks in chunks; convnets number theirs so
+            key = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key)
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         if key != "mask_token":
             named[key] = value

@@ -1,5 +1,7 @@
 """The lower bound on distances by which `knn` leaves rows out, shared by both of its paths."""
 
+import math
+
 import torch
 
 FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
@@ -47,8 +49,11 @@ def operands(base, query, metric, unit):
 
 
 def lower(squares, gamma):
-    """A half of the lower bound: units * |q - b|^2 >= lower_q + lower_b - 2 q.b."""
-    return (squares * (1 - 2 * gamma) - TINY).float()
+    """A half of the lower bound: units * |q - b|^2 >= lower_q + lower_b - 2 q.b.
+
+    With -gamma the half of an upper bound.
+    """
+    return (squares * (1 - 2 * gamma) - math.copysign(TINY, gamma)).float()
 
 
 def directions(x):

@@ -190,8 +190,7 @@ SET = 8  # members of a set of the screen
 
 
 def _direct(base, query, rows, candidates, metric):
-    """Distances in fp64 of query[rows (R,)] to base[candidates (R, C)]: squared, or twice the
-    cosine's."""
+    """fp64 distances (squared, or twice the cosine's) of query[rows] to base[candidates (R, C)]."""
     step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
     for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
@@ -213,8 +212,7 @@ def _ordered(distance, index, k):
 
 
 def _blocks(labels, queries, height, device):
-    """Blocks of query rows: (rows, label that all of them have or None). Rows of large groups go
-    together."""
+    """Blocks of query rows: (rows, label that all have or None). Large groups go together."""
     if labels is None:
         return [(rows, None) for rows in torch.arange(queries, device=device).split(height)]
     order = labels.argsort(stable=True)
@@ -276,8 +274,7 @@ class _Screen:
             score[:, : len(groups)].masked_fill_(same, math.inf)
 
     def below(self, rows, limit):
-        """Pairs (row of `rows`, row of base) that may be nearer than `limit` (R,), as two index
-        tensors."""
+        """Pairs (place in rows (R,), row of base) that may be nearer than limit (R,)."""
         self.table[: self.n, -1] = self.half_b
         score = self.probe[rows] @ self.table[: self.n].T
         self._mask(score, rows, 0, None)
@@ -359,6 +356,7 @@ class _Rescan:
             candidates.flatten(),
             self.b.new_zeros(count),
             size=(len(rows), n),
+            device=device,
             check_invariants=False,
         )
         products = torch.sparse.sampled_addmm(pairs, self.q[rows], self.b.T, beta=0.0).values()
@@ -367,11 +365,10 @@ class _Rescan:
 
 
 def _reference(base, k, query, own, groups, query_groups, metric):
-    """The operator in PyTorch -> (squared distances (Q, k), indices (Q, k), rows without a
-    certificate (Q,) bool).
+    """The operator in PyTorch -> squared distances, indices (Q, k), rows searched again (Q,).
 
-    own (Q,): the row of base that a query is itself, -1 for none; or None. Cosine distances are
-    doubled.
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Distances are fp64,
+    those of cosine doubled.
     """
     n, queries, found = len(base), len(query), min(k, len(base))
     distances = query.new_full((queries, k), math.inf, dtype=torch.float64)
@@ -422,47 +419,44 @@ def _search(
     metric: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
-    alone = query is None
-    query = base if query is None else query
-    query_groups = groups if alone else query_groups
-    if len(base) == 0 or len(query) == 0:
-        return _nothing(query, k)
-    scale, rows = 1.0, query
-    if base.dtype == torch.float64:
-        base, query, scale = _moderate(base, query, metric)
+    rows = base if query is None else query
+    labels = groups if query is None else query_groups
+    if len(base) == 0 or len(rows) == 0:
+        return _nothing(rows, k)
     own = None
-    if alone and groups is None:
+    if query is None and groups is None:
         own = torch.arange(len(base), device=base.device)
-    kept = _first_copies(base, groups, k + 1)
-    if kept is not None:
-        base, groups, own = _only(kept, base, groups, own)
-    distance, index, redone = _run(base, query, k, own, groups, query_groups, metric)
-    if kept is not None:
-        index = torch.where(index < 0, -1, kept[index])
+    if base.dtype != torch.float64:
+        distance, index, redone = _distinct(base, k, rows, own, groups, labels, metric)
+    else:
+        rows_b, rows_q, scale = _moderate(base, rows, metric)
+        distance, index, redone = _distinct(rows_b, k, rows_q, own, groups, labels, metric)
+        if metric == "euclidean":
+            _check_resolved(rows_b, rows_q, distance, index)
     if metric == "cosine":
         distance = distance.div_(2).clamp_(min=0)
     else:
-        distance = distance.sqrt_().mul_(scale)
+        distance = distance.sqrt_()
+        if base.dtype == torch.float64:
+            distance = distance.mul_(scale)
     return distance.to(_wide(rows)), index, redone
 
 
-def _only(kept, base, groups, own):
-    """Base, its groups and each query's own row (-1: none) with nothing but the rows `kept`."""
-    if own is not None:
-        own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
-    return base[kept], None if groups is None else groups[kept], own
-
-
-def _run(base, query, k, own, groups, query_groups, metric):
-    """One of the two paths -> squared distances, indices, rows searched again."""
-    double = base.dtype == torch.float64
+def _distinct(base, k, query, own, groups, labels, metric):
+    """The search by either path, with needless copies of rows left out of base."""
+    kept = _first_copies(base, groups, k + 1)
+    if kept is not None:
+        base = base[kept]
+        groups = None if groups is None else groups[kept]
+        if own is not None:
+            own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
+    search = _reference
+    if base.dtype != torch.float64 and use_triton(base.device):
+        from kernels.knn_triton import search
     with torch.autocast(base.device.type, enabled=False), _fp32_products():
-        search = _reference
-        if not double and use_triton(base.device):
-            from kernels.knn_triton import search
-        distance, index, redone = search(base, k, query, own, groups, query_groups, metric)
-    if double:
-        _check_resolved(base, query, distance, index)
+        distance, index, redone = search(base, k, query, own, groups, labels, metric)
+    if kept is not None:
+        index = torch.where(index < 0, -1, kept[index])
     return distance, index, redone
 
 

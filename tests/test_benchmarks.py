@@ -16,7 +16,7 @@ from g2l.errors import UserError
 from g2l.features import data_stamp, extract_features
 from g2l.images import Regions, SlidePatches, Squares
 from g2l.models import load_model
-from g2l.pictures import draw_gallery
+from g2l.pictures import draw_gallery, save_figure
 from g2l.published import PUBLISHED, drawn_share, list_benchmarks
 from g2l.slides import Slide
 
@@ -543,10 +543,6 @@ def test_galleries_show_slides_as_thumbnails_and_regions_whole(tmp_path):
     assert g2l.pictures.picture(whole, 0).shape == (256, 256, 3)
     region = make("region", Regions([tmp_path / "roi.png"] * 2)).subset(np.array([False, True]))
     assert g2l.pictures.picture(region, 0).shape == (300, 500, 3)
-    draw_gallery(
-        whole,
-        "m",
-        {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])},
-        tmp_path / "g.png",
-    )
+    found = {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])}
+    save_figure(draw_gallery(whole, "m", found), tmp_path / "g.png", "key")
     assert Image.open(tmp_path / "g.png").size[1] > 300

@@ -296,7 +296,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         (("--crop", 80), ("--crop 80", "64 px")),
         (("--crop", 4), ("--crop 4", "at least 5")),  # the blur reaches that far
         (("--cancer", "absent"), ("absent", "tile.py")),
-        (("--precision", "fp16"), ("--precision fp16", "bf16")),
+        (("--precision", "fp16"), ("precision fp16", "bf16")),
         (("--weights", "timm:test_vit=/nowhere/x.safetensors"), ("/nowhere/x.safetensors",)),
         (("--loss", "mse", "--sync"), ("--sync", "logsum")),
         (("--student", "timm:test_resnet", "--tokens", "all"), ("--tokens", "cls")),
