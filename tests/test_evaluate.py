@@ -383,7 +383,6 @@ def test_unreadable_images_are_named_counted_and_too_many_stop(folder, capsys):
             lambda t: t.replace("07.png", "./06.png"),
             "1 images are listed more than once, first 06.png",
         ),
-        (lambda t: t.replace(",", ";"), "separated by commas"),
         (lambda t: t.replace(",b,", ",drüse,").encode("latin-1"), "save it as"),
         (lambda t: t.splitlines()[0] + "\n", "no rows"),
         (lambda t: t.replace(".png", ".gif"), "none of its 36 images exists"),
@@ -518,9 +517,10 @@ def test_report_links_nothing_that_is_not_there(folder, weights):
     report = (folder.parent / "results" / "report.md").read_text()
     links = [part.split(")")[0] for part in report.split("](")[1:]]
     assert len(links) == 7 and all((folder.parent / "results" / link).is_file() for link in links)
-    assert (
-        "| other | 0.333 | – |" in (folder.parent / "results" / "table2.md").read_text()
-    )  # majority all the same
+    table = (folder.parent / "results" / "table2.md").read_text()
+    assert "| 0.333 | – |" in next(line for line in table.splitlines() if "| other |" in line), (
+        "the commonest class is told all the same"
+    )
 
 
 def test_features_that_are_not_a_number_name_the_model(folder, weights, capsys):

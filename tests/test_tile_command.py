@@ -150,7 +150,7 @@ def test_faults_are_told_and_nothing_else_is_lost(zoo):
 def test_a_second_run_does_only_what_is_missing(zoo):
     data, _ = zoo
     folder = data / "tiles" / "mine"
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.h5")}
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*_patches.h5")}
     (folder / "patches" / "good_patches.h5").unlink()
     done = run(data, "--save-patches")
     assert (
