@@ -11,14 +11,13 @@ import csv
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from g2l.errors import UserError
-from g2l.files import atomic, digest, write_text
+from g2l.files import atomic, digest, flush, write_text
 from g2l.models import Model
 
 PIECE = 16384  # patches of a part at most: 100 MB of 1,536 numbers
@@ -146,15 +145,9 @@ class SlideFeatures:
                     file.attrs[name] = value
                 file.attrs["sha256"] = checksum.hexdigest()
                 file.attrs["unreadable"] = self.count - len(rows)
-            _on_disk(temporary)
+            flush(temporary)
         for part in parts:
             part.unlink()
-
-
-def _on_disk(path: Path) -> None:
-    """Wait until a file's bytes are on the disk, not in a cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def read_features(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -169,8 +169,6 @@ REGISTRY: dict[str, Entry] = {
     ),
 }
 
-# These forbid models trained on their outputs.
-NO_DISTILLATION = ("h-optimus-1", "h0-mini", "virchow2", "uni", "uni2-h")
 NOTES = """
 All take 224 x 224 RGB. prefix: tokens before the patch tokens (class token, registers). cls+mean:
 class token beside the mean of the patch tokens, registers left out. log in: sources disagree

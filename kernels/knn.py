@@ -14,7 +14,6 @@ On a CPU the least bounds are found from the top down: rows are put in sets of 8
 8 again, and only the members of the best sets are looked at. In Triton: knn_triton.py.
 """
 
-import contextlib
 import math
 import numbers
 import warnings
@@ -22,7 +21,7 @@ import warnings
 import torch
 
 from kernels.bound import FP32, directions, lower, operands
-from kernels.dispatch import use_triton
+from kernels.dispatch import pinned_products, use_triton
 
 # Only sampled_addmm is used, which has long been what it is.
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -145,22 +144,6 @@ def _first_copies(base, groups, copies):
     if groups is not None:
         equal &= (groups[row] == groups[first]).all()
     return order[rank < copies].sort().values if equal else None
-
-
-@contextlib.contextmanager
-def _fp32_products():
-    """Products of fp32 in fp32, whatever torch.set_float32_matmul_precision or allow_tf32 say."""
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = "none"  # that of torch.backends.fp32_precision
-            if switch.fp32_precision != precision:
-                switch.fp32_precision = precision
 
 
 def _moderate(base, query, metric):
@@ -453,7 +436,7 @@ def _distinct(base, k, query, own, groups, labels, metric):
     search = _reference
     if base.dtype != torch.float64 and use_triton(base.device):
         from kernels.knn_triton import search
-    with torch.autocast(base.device.type, enabled=False), _fp32_products():
+    with torch.autocast(base.device.type, enabled=False), pinned_products("ieee"):
         distance, index, redone = search(base, k, query, own, groups, labels, metric)
     if kept is not None:
         index = torch.where(index < 0, -1, kept[index])
