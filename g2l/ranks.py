@@ -8,6 +8,7 @@ rank for six times as long, since it may be waiting for its own loader.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import re
@@ -36,6 +37,9 @@ def setup_distributed(device: str | torch.device = "auto") -> tuple[int, int, to
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Longer than `_meet` waits, which can name the rank that stands still; NCCL cannot.
         limit = timedelta(seconds=RANK_WAIT + 60)
+        # Its defaults hold the group of the moment of import, if there is one: imported inside the
+        # job, by whatever library, it would keep the group from being left.
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=limit)
     return *rank_and_world(), device

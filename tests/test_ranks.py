@@ -62,3 +62,30 @@ def test_signals_are_given_back_and_remembered_while_work_must_not_be_cut():
         with pytest.raises(ranks.Stopped, match="SIGTERM"), signals.raising():
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+LEAVING = """
+import os, pathlib, sys
+sys.path.insert(0, {root!r})
+from g2l import ranks
+
+ranks.setup_distributed("cpu")
+ranks.agree(1)
+import torch.distributed.nn  # as timm and others do when a model is made
+ranks.leave_distributed()
+for thread in pathlib.Path("/proc/self/task").iterdir():
+    print((thread / "comm").read_text().strip())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="lists threads by /proc")
+def test_a_rank_that_left_has_no_thread_that_outlives_it():
+    job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING.format(root=str(ROOT))],
+        env={**os.environ, **job},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gloo" not in done.stdout
