@@ -62,6 +62,7 @@ from g2l.rows import read_rows
 from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, hold_out, load
+from g2l.views import VIEWS, StudentView, parse_views, slide_means
 from g2l.weights import parse_weights
 
 
@@ -88,7 +89,12 @@ def distill(args: Namespace) -> int:
         distiller, flops = build(args, teacher, student)
         identity |= identify(index, teacher, student)
         state = run.load(identity)
-        step = Step(teacher, distiller, args, device, precision, world)
+        kinds = parse_views(args.student_view)
+        view = StudentView(kinds, args.seed, index, ~held) if kinds else None
+        centres = None
+        if args.teacher_center == "slide":
+            centres = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
+        step = Step(teacher, distiller, args, device, precision, world, view, centres)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
             training.resume(state)
@@ -247,7 +253,9 @@ class Training:
             self.note_unreadable(failures)
         if self.done == 0 and self.run.main:
             images, params = batches[0]
-            self.run.draw_sheet(images, augment(images, self.args.crop, params))
+            crops = augment(images, self.args.crop, params)
+            seen = [self.step.view(crops, params)] if self.step.view else []
+            self.run.draw_sheet(images / 255, crops, *seen)
         return batches
 
     def note_unreadable(self, failures: list[str]) -> None:
@@ -502,6 +510,18 @@ RECIPE = {
         ),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
         ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
+        (
+            "--student-view",
+            "",
+            "the student sees each crop otherwise than the teacher, against marks of the hospital: "
+            f"any of {', '.join(VIEWS)}, with commas between",
+        ),
+        (
+            "--teacher-center",
+            "none",
+            "slide: match what the teacher says of a patch less its mean over the patch's slide",
+            ("none", "slide"),
+        ),
         ("--sync", False, "the loss, and on GPUs the student's batch norm, over all ranks"),
     ],
     "when to stop": [
@@ -593,6 +613,9 @@ def check(args: Namespace) -> None:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
             text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
             raise UserError(text)
+    parse_views(args.student_view)
+    if args.teacher_center == "slide" and args.tokens != "cls":
+        raise UserError("--teacher-center slide: compares embeddings only; take --tokens cls")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.sync and args.loss != "logsum":

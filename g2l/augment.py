@@ -32,6 +32,8 @@ class Params(NamedTuple):
     order: Tensor  # (B, 4) int64: which of the four comes first, second, ...
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float32, pixels
+    number: Tensor  # (B,) int64: of the sample
+    slide: Tensor  # (B,) int64: of the patch; -1: not known
 
 
 def draw_params(
@@ -65,6 +67,8 @@ def draw_params(
         np.argsort(u[:, 9:13], axis=1),
         u[:, 13] < BLUR_P,
         (low + (high - low) * u[:, 14]).astype(np.float32),
+        first + np.arange(count),
+        np.full(count, -1),
     )
     return Params(*map(torch.from_numpy, arrays))
 

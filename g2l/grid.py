@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from g2l.colours import ColourSums
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.slides import Slide
 from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
@@ -37,6 +38,7 @@ class Tiling:
     summary: dict[str, float]  # fractions for slides.csv
     warnings: list[str]
     unreadable: list[str]  # patches left out, where and why
+    colours: ColourSums  # of a sample of the patches
 
     def take(self, kept: NDArray | list[int]) -> None:
         """Keep these patches only (a mask or numbers)."""
@@ -114,14 +116,24 @@ def tile_slide(
     }
     bad = {"pen": measures["pen"] > max_pen, "blur": measures["blur"] > max_blur}
     keep, warnings = _keep(bad)
-    unreadable = _unreadable(slide, coords, keep, size0)
+    colours = ColourSums()
+    unreadable = _unreadable(slide, coords, keep, size0, colours)
     summary = {
         "tissue": tissue_mask.mean(),
         "pen": pen_mask.sum() / max((tissue_mask | pen_mask).sum(), 1),
         "blur": bad["blur"].mean(),
     }
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    found = measures, tissue_mask, image, scale, summary, _doubts(slide) + warnings, unreadable
+    found = (
+        measures,
+        tissue_mask,
+        image,
+        scale,
+        summary,
+        _doubts(slide) + warnings,
+        unreadable,
+        colours,
+    )
     return Tiling(coords[keep], size0, patch_size, got, *found)
 
 
@@ -194,8 +206,10 @@ def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
     return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {', '.join(shares)}"]
 
 
-def _unreadable(slide: Slide, coords: NDArray, keep: NDArray, size0: int) -> list[str]:
-    """Which patches cannot be read, and why; they are no longer kept.
+def _unreadable(
+    slide: Slide, coords: NDArray, keep: NDArray, size0: int, colours: ColourSums
+) -> list[str]:
+    """Which patches cannot be read, and why; they are no longer kept. `colours` sees the others.
 
     A sample spread over the tissue tells, since a thumbnail shows other levels; where one of it
     fails, all are read. UserError where none is left.
@@ -205,7 +219,7 @@ def _unreadable(slide: Slide, coords: NDArray, keep: NDArray, size0: int) -> lis
         for number in numbers[::step].tolist():
             x, y = coords[number].tolist()
             try:
-                slide.area(x, y, size0, size0, size0, size0)
+                colours.add(slide.area(x, y, size0, size0, size0, size0))
             except PatchError as error:
                 errors[number] = f"x={x}, y={y}: {error}"
                 keep[number] = False

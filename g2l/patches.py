@@ -53,6 +53,7 @@ def write_coords(
     while tiling.patch_size * level0 // target < tiling.size0:
         level0 = math.nextafter(level0, math.inf)
     size, found = [slide.width, slide.height], slide.path.stat()
+    density, covariance = tiling.colours.summary()
     attributes = {
         "patch_size": tiling.patch_size,
         "downsample": [1.0, 1.0],
@@ -71,6 +72,8 @@ def write_coords(
         "level0_mpp": slide.mpp,
         "slide_bytes": found.st_size,
         "slide_mtime_ns": found.st_mtime_ns,
+        "od_mean": density,  # of its tissue, see ColourSums
+        "od_covariance": covariance,
     }
     if native:
         attributes["patch_level"] = 0
@@ -287,6 +290,26 @@ class PatchIndex:
             raise ValueError(f'by must be "slide" or "patch", not {by!r}')
         slide = first * len(self.slides) >> 64
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
+
+    def colours(self) -> tuple[NDArray, NDArray]:
+        """Of each slide's tissue the mean optical density (S, 3) and its covariance (S, 3, 3).
+
+        Of a slide without tissue they are the mean of the others'.
+        """
+        means, covariances = [], []
+        for number in range(len(self.slides)):
+            path = self._table(number)
+            with open_h5(path, "r") as file:
+                about = file["coords"].attrs
+                if "od_mean" not in about:
+                    raise UserError(f"{path}: colours were not measured; run tile.py again", "tile")
+                means.append(about["od_mean"])
+                covariances.append(about["od_covariance"])
+        mean, covariance = np.array(means), np.array(covariances)
+        empty = np.isnan(mean).any(1)
+        for values in (mean, covariance):
+            values[empty] = values[~empty].mean(0)
+        return mean, covariance
 
     def _layout(self, number: int, table: int) -> _Layout:
         """Read from the h5 file (open as `table`) where it is new to us or was written anew."""

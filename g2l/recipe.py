@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -207,7 +207,12 @@ class Step:
         device: torch.device,
         precision: torch.dtype,
         world: int = 1,
+        view: Callable[[Tensor, Params], Tensor] | None = None,
+        centres: Tensor | None = None,
     ):
+        """view: makes of the crops what the student sees; centres (slides, width): taken off the
+        targets of each slide."""
+        self.view, self.centres = view, None if centres is None else centres.to(device)
         self.teacher, self.distiller = teacher, distiller
         self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16
@@ -264,9 +269,12 @@ class Step:
         crops = augment(images, self.args.crop, params).contiguous(memory_format=self.layout)
         with torch.no_grad():
             target = token_rows(self.teacher, crops, self.args.tokens)
+            if self.centres is not None:
+                target = target - self.centres[params.slide.to(self.device)]
+        seen = self.view(crops, params) if self.view else crops
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             model = self.parallel or self.distiller
-            return model(crops, target)
+            return model(seen, target)
 
 
 def _ordered_mean(_, bucket):

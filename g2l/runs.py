@@ -256,20 +256,20 @@ class Run:
             figure.savefig(path, dpi=110)
         plt.close(figure)
 
-    def draw_sheet(self, images: Tensor, crops: Tensor) -> None:
-        """augmented.png: rows of patches as read, and below each what both models see of it.
+    def draw_sheet(self, images: Tensor, *seen: Tensor) -> None:
+        """augmented.png: rows of patches as read, and below each what the models see of it.
 
-        uint8 (B, 3, P, P) and float (B, 3, crop, crop) in [0, 1].
+        (B, 3, P, P) and (B, 3, crop, crop), each float in [0, 1]; of two, first the teacher's view.
         """
         from torchvision.utils import save_image
 
-        room = images.shape[-1] - crops.shape[-1]
-        crops = torch.nn.functional.pad(crops, (0, room, 0, room), value=1)
+        room = images.shape[-1] - seen[0].shape[-1]
+        framed = [torch.nn.functional.pad(crops, (0, room, 0, room), value=1) for crops in seen]
         rows = []
         for start in range(0, min(len(images), 24), 8):
             part = slice(start, start + 8)
             if len(images[part]) == 8 or start == 0:  # a row that is not full would shift the next
-                rows += [images[part] / 255, crops[part]]
+                rows += [view[part] for view in (images, *framed)]
         with atomic(self.folder / "augmented.png") as path:
             save_image(torch.cat(rows), path, nrow=len(rows[0]), padding=4, pad_value=1)
 

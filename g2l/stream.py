@@ -49,28 +49,33 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
         first = (number * self.world + self.rank) * self.batch_size
         unreadable: list[str] = []
-        patches = [self._read(n, unreadable) for n in range(first, first + self.batch_size)]
+        patches, slides = [], []
+        for n in range(first, first + self.batch_size):
+            patch, slide = self._read(n, unreadable)
+            patches.append(patch)
+            slides.append(slide)
         images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         params = draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop)
-        return images, params, unreadable
+        return images, params._replace(slide=torch.tensor(slides)), unreadable
 
-    def _read(self, n: int, unreadable: list[str]) -> np.ndarray:
-        """The patch of sample n; adds texts of those that could not be read to `unreadable`."""
+    def _read(self, n: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+        """The patch of sample n and its slide; `unreadable` gets texts of those that were not."""
         failures = attempt = 0
         while failures < ATTEMPTS:
             i = self.index.draw(self.seed + (attempt << 32), n, by=self.by)
             attempt += 1
-            if self.held[self.index.locate(i)[0]]:
+            slide = self.index.locate(i)[0]
+            if self.held[slide]:
                 continue
             try:
-                return self.index.read(i)
+                return self.index.read(i), slide
             except PatchError as error:
                 cause = error.__cause__
                 if isinstance(cause, OSError) and cause.errno in NOT_THE_PATCH:
                     raise cause from None
                 unreadable.append(str(error))
                 failures += 1
-        return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8)
+        return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), slide
 
 
 def load(

@@ -207,6 +207,7 @@ def _coords_fit(slide: Path, outputs: Outputs, row: Mapping[str, str], shard: bo
             room = np.array([int(row["width"]), int(row["height"])]) - size0
             if (
                 facts["name"] != row["slide"]
+                or facts["od_mean"].shape != (3,)
                 or facts["patch_size_level0"] != size0
                 or facts["patch_size"] != int(row["patch_size"])
                 or places.dtype != np.int64

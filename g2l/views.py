@@ -1,0 +1,153 @@
+"""What the student sees in place of the teacher's view, and what it is asked to match of it.
+
+A hospital shows in its stain and its scanner. `StudentView` shows the student each crop in the
+colours of another slide, or otherwise changed, while the teacher sees it as it is, so that both
+must agree on tissue; `slide_means` is what the teacher says of a slide as a whole, which can be
+taken off its targets. Both are drawn or computed from the sample's number and the cohort alone.
+"""
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from g2l.augment import Params, gaussian_blur
+from g2l.errors import PatchError, UserError
+from g2l.models import Model
+from g2l.patches import PatchIndex
+from g2l.ranks import gather_values, rank_and_world
+from g2l.shifts import STAINS
+
+VIEWS = {
+    "cohort": "colours of another slide of the cohort",
+    "stain": "more or less haematoxylin and eosin",
+    "scanner": "another colour matrix and gamma",
+    "focus": "blur and noise",
+    "jpeg": "JPEG compression",
+}
+STAIN, MATRIX, GAMMA, BLUR, NOISE = 0.35, 0.08, 0.25, 2.0, 0.03  # how far each goes at most
+QUALITY = 30, 95  # of JPEG
+MEAN_PATCHES = 64  # of a slide, for the teacher's mean
+
+
+def parse_views(text: str) -> list[str]:
+    """Kinds of VIEWS from their names with commas between; UserError for another name."""
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    for kind in kinds:
+        if kind not in VIEWS:
+            raise UserError(f"student view {kind!r}: expected any of {', '.join(VIEWS)}")
+    return kinds
+
+
+class StudentView:
+    """Changes a batch of crops as the chosen `kinds` of VIEWS say, each sample in its own way."""
+
+    def __init__(self, kinds: list[str], seed: int, index: PatchIndex, trained: ndarray):
+        self.kinds, self.seed = kinds, seed
+        self.others = np.flatnonzero(trained)  # slides whose colours are borrowed
+        if "cohort" in kinds:
+            if len(self.others) < 2:
+                raise UserError("the view cohort takes colours of other slides, and there is none")
+            self.mean, covariance = index.colours()
+            value, vector = np.linalg.eigh(covariance)
+            spread = np.sqrt(value.clip(1e-6))[:, None]  # of a slide of one colour, too
+            self.root = vector * spread @ vector.transpose(0, 2, 1)
+            self.inverse = vector / spread @ vector.transpose(0, 2, 1)
+
+    def __call__(self, crops: Tensor, params: Params) -> Tensor:
+        """float (B, 3, S, S) in [0, 1] -> the same, changed; the crops stay as they are."""
+        bits = np.random.Philox(key=[self.seed, 0x51E7], counter=4 * int(params.number[0]))
+        u = np.random.Generator(bits).random((len(crops), 16))
+        matrix, offset = self._densities(u, params.slide.numpy())
+        light = (crops * 255 + 1) / 256
+        seen = (256 * torch.exp(-_affine(-light.log(), matrix, offset)) - 1) / 255
+        if "scanner" in self.kinds:
+            mixed = np.eye(3) + MATRIX * (2 * u[:, 3:12].reshape(-1, 3, 3) - 1)
+            mixed /= mixed.sum(2, keepdims=True)  # white stays white
+            gamma = _send(np.exp(GAMMA * (2 * u[:, 12] - 1)), crops)
+            seen = _affine(seen, mixed, np.zeros((len(u), 3))).clamp(0, 1)
+            seen = seen ** gamma[:, None, None, None]
+        if "focus" in self.kinds:
+            seen = gaussian_blur(seen, torch.from_numpy(0.1 + BLUR * u[:, 13]).float())
+            for image, number, size in zip(seen, params.number.tolist(), u[:, 14], strict=True):
+                lot = torch.Generator(crops.device).manual_seed(self.seed ^ (number << 8))
+                noise = torch.empty_like(image).normal_(generator=lot)
+                image.add_(noise, alpha=NOISE * size)
+        seen = seen.clamp(0, 1)
+        if "jpeg" in self.kinds:
+            low, high = QUALITY
+            for image, share in zip(seen, u[:, 15], strict=True):
+                pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                quality = int(low + (high - low) * share)
+                data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality)
+                decoded = torch.from_numpy(simplejpeg.decode_jpeg(data))
+                image.copy_(decoded.permute(2, 0, 1) / 255)
+        return seen
+
+    def _densities(self, u: ndarray, slide: ndarray) -> tuple[ndarray, ndarray]:
+        """The map of each sample's optical densities: matrix (B, 3, 3) and offset (B, 3).
+
+        To another slide's colours: Rt Rs^-1 (d - ms) + mt, with means m and roots R of the
+        covariances of the sample's slide s and the other, t.
+        """
+        matrix, offset = np.tile(np.eye(3), (len(u), 1, 1)), np.zeros((len(u), 3))
+        if "cohort" in self.kinds:
+            place = np.searchsorted(self.others, slide)
+            away = 1 + (u[:, 0] * (len(self.others) - 1)).astype(int)
+            other = self.others[(place + away) % len(self.others)]
+            matrix = self.root[other] @ self.inverse[slide]
+            offset = self.mean[other] - np.einsum("bij,bj->bi", matrix, self.mean[slide])
+        if "stain" in self.kinds:
+            scale = np.ones((len(u), 3))
+            scale[:, :2] = np.exp(STAIN * (2 * u[:, 1:3] - 1))
+            change = STAINS.T @ (scale[:, :, None] * np.linalg.inv(STAINS).T)
+            matrix = change @ matrix
+            offset = np.einsum("bij,bj->bi", change, offset)
+        return matrix, offset
+
+
+def _affine(x: Tensor, matrix: ndarray, offset: ndarray) -> Tensor:
+    """matrix (B, 3, 3) and offset (B, 3) applied to the channels of x (B, 3, H, W)."""
+    mixed = torch.einsum("bij,bjhw->bihw", _send(matrix, x), x)
+    return mixed + _send(offset, x)[:, :, None, None]
+
+
+def _send(values: ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
+
+
+@torch.no_grad()
+def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: int) -> Tensor:
+    """Of each slide, the teacher's mean embedding less that of the cohort: float32 (slides, dim).
+
+    Of MEAN_PATCHES patches a slide at most, centre-cropped; ranks share the slides. Of a slide none
+    of whose patches can be read it is 0.
+    """
+    rank, world = rank_and_world()
+    device = next(teacher.parameters()).device
+    margin = (index.patch_size - crop) // 2
+    own: dict[int, Tensor] = {}
+    for number in range(rank, len(index.slides), world):
+        count = int(index.counts[number])
+        lot = np.random.default_rng([seed, 0x3EA5, number])
+        rows = lot.permutation(count)[:MEAN_PATCHES]
+        patches = []
+        for i in (index.starts[number] + rows).tolist():
+            try:
+                patch = index.read(i)
+            except PatchError:
+                continue  # training says so when it draws it
+            patches.append(patch[margin : margin + crop, margin : margin + crop])
+        total = torch.zeros(teacher.dim)
+        for start in range(0, len(patches), batch):
+            images = torch.from_numpy(np.stack(patches[start : start + batch])).permute(0, 3, 1, 2)
+            rows = teacher(teacher.normalize(images.to(device).float() / 255))
+            total += rows.float().sum(0).cpu()
+        if patches:
+            own[number] = total / len(patches)
+    known: dict[int, Tensor] = {}
+    for part in gather_values(own):
+        known |= part
+    middle = torch.stack(list(known.values())).mean(0)
+    return torch.stack([known.get(n, middle) - middle for n in range(len(index.slides))])
