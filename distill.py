@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from g2l.arguments import Help
-from g2l.augment import BLUR_SIZE, augment
+from g2l.augment import AUGMENT_VERSION, BLUR_SIZE, augment
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -62,6 +62,7 @@ from g2l.rows import read_rows
 from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, hold_out, load
+from g2l.teacher_cache import TeacherCache
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 from g2l.weights import parse_weights
 
@@ -78,6 +79,7 @@ def distill(args: Namespace) -> int:
         # What the run is, first as far as the command line says: a mistake costs no loading.
         recipe = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
         identity = {name: getattr(args, name) for name in recipe}
+        identity["targets"] = "fp16" if args.teacher_cache else "as computed"
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
         if done := agree(run.finished(identity) if run.main else 0):
             if run.main:
@@ -94,7 +96,8 @@ def distill(args: Namespace) -> int:
         centres = None
         if args.teacher_center == "slide":
             centres = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
-        step = Step(teacher, distiller, args, device, precision, world, view, centres)
+        cache = open_cache(args, identity, teacher) if args.teacher_cache else None
+        step = Step(teacher, distiller, args, device, precision, world, view, centres, cache)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
             training.resume(state)
@@ -422,6 +425,15 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     }
 
 
+def open_cache(args: Namespace, identity: dict, teacher: Model) -> TeacherCache:
+    """What the teacher said of this stream of crops, in this and other runs."""
+    names = ["cohort", "settings of tile.py", "teacher weights", "precision"]
+    names += ["seed", "crop", "sampling", "hold_out"]
+    # Rank 0 alone knows all of the identity.
+    key = agree(digest(AUGMENT_VERSION, [identity.get(name) for name in names]))
+    return TeacherCache(Path(args.teacher_cache), key, teacher.dim)
+
+
 def describe_run(index: PatchIndex, held: np.ndarray, device: torch.device) -> dict:
     """What config.json says beside arguments and identity."""
     cohort = {
@@ -554,6 +566,13 @@ FREE = {
             None,
             "loading processes per rank; by default up to 12 for a GPU, else 0 or 1",
         ),
+        (
+            "--teacher-cache",
+            "",
+            "folder that keeps what the teacher says of each sample, for runs with other students "
+            "or losses but the same --seed, --crop, --sampling and --hold-out; 3 GB for 10,000 "
+            "steps of 96 patches",
+        ),
         ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
         ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),
@@ -616,6 +635,8 @@ def check(args: Namespace) -> None:
     parse_views(args.student_view)
     if args.teacher_center == "slide" and args.tokens != "cls":
         raise UserError("--teacher-center slide: compares embeddings only; take --tokens cls")
+    if args.teacher_cache and args.tokens != "cls":
+        raise UserError("--teacher-cache: keeps embeddings only; take --tokens cls")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.sync and args.loss != "logsum":

@@ -17,6 +17,7 @@ from torch import Tensor
 JITTER = (0.15, 0.15, 0.10, 0.05)  # brightness, contrast, saturation, hue: the paper's
 JITTER_P, FLIP_P, BLUR_P = 0.5, 0.5, 0.1
 BLUR_SIZE = 9
+AUGMENT_VERSION = 1  # raised when a sample's crop would be another: teachers' rows are kept by it
 BLUR_SIGMA = (0.1, 2.0)  # torchvision's default; the paper gives the kernel's size only
 
 
@@ -33,7 +34,8 @@ class Params(NamedTuple):
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float32, pixels
     number: Tensor  # (B,) int64: of the sample
-    slide: Tensor  # (B,) int64: of the patch; -1: not known
+    patch: Tensor  # (B,) int64: number of the patch in its index; -1: not known
+    slide: Tensor  # (B,) int64: number of its slide; -1: not known
 
 
 def draw_params(
@@ -68,6 +70,7 @@ def draw_params(
         u[:, 13] < BLUR_P,
         (low + (high - low) * u[:, 14]).astype(np.float32),
         first + np.arange(count),
+        np.full(count, -1),
         np.full(count, -1),
     )
     return Params(*map(torch.from_numpy, arrays))

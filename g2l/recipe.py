@@ -25,6 +25,7 @@ from g2l.models import Model
 from g2l.ranks import rank_and_world
 from g2l.speed import flops_per_image
 from g2l.stream import feature_spread
+from g2l.teacher_cache import TeacherCache
 
 LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")
 TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token")
@@ -209,10 +210,12 @@ class Step:
         world: int = 1,
         view: Callable[[Tensor, Params], Tensor] | None = None,
         centres: Tensor | None = None,
+        cache: TeacherCache | None = None,
     ):
         """view: makes of the crops what the student sees; centres (slides, width): taken off the
         targets of each slide."""
         self.view, self.centres = view, None if centres is None else centres.to(device)
+        self.cache = cache
         self.teacher, self.distiller = teacher, distiller
         self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16
@@ -268,13 +271,25 @@ class Step:
         images = images.to(self.device, non_blocking=True)
         crops = augment(images, self.args.crop, params).contiguous(memory_format=self.layout)
         with torch.no_grad():
-            target = token_rows(self.teacher, crops, self.args.tokens)
+            target = self._target(crops, params)
             if self.centres is not None:
                 target = target - self.centres[params.slide.to(self.device)]
         seen = self.view(crops, params) if self.view else crops
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             model = self.parallel or self.distiller
             return model(seen, target)
+
+    def _target(self, crops: Tensor, params: Params) -> Tensor:
+        """What the teacher says of the crops; from the cache, if there is one and it has them."""
+        if self.cache is None:
+            return token_rows(self.teacher, crops, self.args.tokens)
+        known = self.cache.get(params)
+        if known is None:
+            # Rounded as they are kept, so that the run that computes them and those that read them
+            # agree to the last digit.
+            known = token_rows(self.teacher, crops, self.args.tokens).half()
+            self.cache.put(params, known)
+        return known.to(self.device, non_blocking=True)
 
 
 def _ordered_mean(_, bucket):

@@ -49,33 +49,33 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
         first = (number * self.world + self.rank) * self.batch_size
         unreadable: list[str] = []
-        patches, slides = [], []
+        patches, drawn = [], []
         for n in range(first, first + self.batch_size):
-            patch, slide = self._read(n, unreadable)
-            patches.append(patch)
-            slides.append(slide)
+            pixels, i = self._read(n, unreadable)
+            patches.append(pixels)
+            drawn.append((i, self.index.locate(i)[0]))
         images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         params = draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop)
-        return images, params._replace(slide=torch.tensor(slides)), unreadable
+        patch, slide = torch.tensor(drawn).T.contiguous()
+        return images, params._replace(patch=patch, slide=slide), unreadable
 
     def _read(self, n: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
-        """The patch of sample n and its slide; `unreadable` gets texts of those that were not."""
+        """The patch of sample n and its number; `unreadable` gets texts of those that were not."""
         failures = attempt = 0
         while failures < ATTEMPTS:
             i = self.index.draw(self.seed + (attempt << 32), n, by=self.by)
             attempt += 1
-            slide = self.index.locate(i)[0]
-            if self.held[slide]:
+            if self.held[self.index.locate(i)[0]]:
                 continue
             try:
-                return self.index.read(i), slide
+                return self.index.read(i), i
             except PatchError as error:
                 cause = error.__cause__
                 if isinstance(cause, OSError) and cause.errno in NOT_THE_PATCH:
                     raise cause from None
                 unreadable.append(str(error))
                 failures += 1
-        return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), slide
+        return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), i
 
 
 def load(

@@ -1,0 +1,75 @@
+"""The teacher paid once: the second run reads what the first computed, and only what is whole."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import torchrun
+from training import CNN, VIT, command, fails, losses, same, write_cohort
+
+import distill
+from g2l.augment import draw_params
+from g2l.recipe import token_rows
+from g2l.teacher_cache import TeacherCache
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_cohort(tmp_path_factory.mktemp("data"))
+
+
+def test_rows_come_back_only_where_all_are_whole_and_of_the_same_patch(tmp_path):
+    cache = TeacherCache(tmp_path, "key", 6)
+    params = draw_params(0, 8, 4, 64, 48)._replace(patch=torch.arange(4))
+    rows = torch.randn(4, 6).half()
+    assert cache.get(params) is None
+    cache.put(params, rows)
+    assert torch.equal(TeacherCache(tmp_path, "key", 6).get(params), rows)
+    assert TeacherCache(tmp_path, "other", 6).get(params) is None
+    assert cache.get(params._replace(patch=torch.tensor([0, 1, 7, 3]))) is None
+    assert cache.get(draw_params(0, 6, 4, 64, 48)._replace(patch=torch.arange(4))) is None
+    path = tmp_path / "key.rows"
+    damaged = np.fromfile(path, np.uint8)
+    damaged[8 * 12 + 5] ^= 1
+    damaged.tofile(path)
+    assert cache.get(params) is None
+    cache.put(params, rows)
+    assert torch.equal(cache.get(params), rows)
+
+
+def test_a_second_run_asks_the_teacher_nothing_and_a_sweep_agrees(data, tmp_path, monkeypatch):
+    kept = ["--teacher-cache", tmp_path / "kept"]
+    assert distill.main(command(data, tmp_path, "first", *kept)) == 0
+    asked = []
+
+    def counting(model, images, tokens):
+        asked.append((model.training, len(images)))
+        return token_rows(model, images, tokens)
+
+    monkeypatch.setattr("g2l.recipe.token_rows", counting)
+    again = command(data, tmp_path, "again", *kept)
+    assert distill.main(again) == 0
+    assert asked.count((True, 8)) == 12  # the student, of every batch
+    assert asked.count((False, 8)) == 0
+    assert losses(tmp_path / "first") == losses(tmp_path / "again")
+    other = command(data, tmp_path, "mse", *kept, "--loss", "mse", pair=CNN)
+    assert distill.main(other) == 0
+    alone = command(data, tmp_path, "alone", "--loss", "mse", pair=CNN)
+    alone += ["--teacher-cache", str(tmp_path / "new")]
+    assert distill.main(alone) == 0
+    same(tmp_path / "mse", tmp_path / "alone")
+
+
+def test_ranks_share_the_cache_with_one_process(data, tmp_path):
+    kept = ["--teacher-cache", tmp_path / "kept", "--sync"]
+    assert distill.main(command(data, tmp_path, "one", *kept)) == 0
+    done = torchrun(2, "distill.py", *command(data, tmp_path, "two", *kept, "--batch-size", 4))
+    assert done.returncode == 0, done.stderr
+    sizes = {path.stat().st_size for path in (tmp_path / "kept").glob("*.crc32")}
+    assert len(list((tmp_path / "kept").glob("*.rows"))) == 1 and sizes == {4 * 12 * 8}
+    first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
+    np.testing.assert_allclose([row[1] for row in first], [row[1] for row in second], rtol=2e-3)
+
+
+def test_what_cannot_be_kept_is_refused(data, tmp_path, capsys):
+    more = ["--teacher-cache", tmp_path / "kept", "--tokens", "all", *VIT]
+    fails(command(data, tmp_path, "r", *more), "--tokens cls", capsys=capsys)
