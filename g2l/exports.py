@@ -1,0 +1,104 @@
+"""A student as other benchmarks take it: eva, thunder and HEST.
+
+`export` writes the few lines with which each evaluates the student as it is. They take timm's own
+pooling, which is the student's embedding.
+"""
+
+import json
+from pathlib import Path
+
+from g2l.errors import UserError
+from g2l.files import write_text
+
+# Their placeholders are filled from the student's config.json.
+EVA = """\
+# The student for eva (pip install 'kaiko-eva[vision]'). Then, for instance:
+#     source {path}
+#     eva predict_fit --config configs/vision/pathology/offline/classification/bach.yaml
+export MODEL_NAME='timm/{architecture}'
+export MODEL_EXTRA_KWARGS='{kwargs}'
+export IN_FEATURES={width}
+export RESIZE_DIM={size}
+export NORMALIZE_MEAN='{mean}'
+export NORMALIZE_STD='{std}'
+"""
+THUNDER = '''\
+"""The student for thunder (pip install thunder-bench). Then, for instance:
+
+    thunder benchmark custom:{path} bach knn
+"""
+
+import timm
+from thunder.models.pretrained_models import PretrainedModel
+
+
+class Student(PretrainedModel):
+    def __init__(self):
+        super().__init__()
+        self.name = {name!r}
+        self.emb_dim = {width}
+        self.net = timm.create_model({weights!r}, pretrained=True)
+
+    def get_transform(self):
+        config = timm.data.resolve_model_data_config(self.net)
+        return timm.data.create_transform(**config)
+
+    def get_linear_probing_embeddings(self, x):
+        return self.net(x)
+
+    def get_segmentation_embeddings(self, x):
+        return self.net.forward_features(x)[:, self.net.num_prefix_tokens :]
+'''
+HEST = '''\
+"""The student for HEST-Benchmark (pip install git+https://github.com/mahmoodlab/HEST):
+
+    python {path}
+"""
+
+import timm
+import torch
+from hest.bench import benchmark
+
+student = timm.create_model({weights!r}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
+benchmark(student, transform, torch.float32, exp_code={name!r})
+'''
+TOOLS = {
+    "eva": ("eva.env", EVA),
+    "thunder": ("thunder_model.py", THUNDER),
+    "hest": ("hest_benchmark.py", HEST),
+}
+
+
+def export(student: Path, tool: str, folder: Path) -> Path:
+    """Write what `tool` needs to evaluate a student's folder; where it is.
+
+    UserError where the folder holds none, or one whose embedding is not its network's own pooling.
+    """
+    try:
+        config = json.loads((student / "config.json").read_text())
+        facts = config["pretrained_cfg"]
+        embedding = config["embedding"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{student}: no student of distill.py is in this folder") from None
+    if embedding == "cls+mean":
+        raise UserError(
+            f"{student}: its embedding is {embedding}, and {tool} takes the network's own pooling"
+        )
+    name, text = TOOLS[tool]
+    path = folder / name
+    place = student.resolve()
+    kwargs = {"checkpoint_path": str(place / "model.safetensors"), **config["model_args"]}
+    filled = text.format(
+        path=path,
+        name=config["g2l"]["run"],
+        architecture=config["architecture"],
+        weights=f"local-dir:{place}",
+        width=config["num_features"],
+        kwargs=json.dumps(kwargs),
+        size=facts["input_size"][-1],
+        mean=facts["mean"],
+        std=facts["std"],
+    )
+    write_text(path, filled)
+    return path
