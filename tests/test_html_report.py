@@ -1,0 +1,61 @@
+"""report.html: whole in itself, sorted by a real browser."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from g2l.html_report import write_html
+
+REPORT = """# Evaluation
+
+![two](pictures/map.png)
+
+![lost](pictures/lost.png) ![outside](../secret.png)
+
+## Models
+
+| model | parameters |
+| --- | --- |
+| b | 3.4 M |
+| a | 1,280 M |
+| c | **0.4** M |
+
+## Table 1: {CKA}
+
+No table.
+"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    folder = tmp_path / "results"
+    (folder / "pictures").mkdir(parents=True)
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "pictures" / "map.png")
+    Image.fromarray(pixels).save(tmp_path / "secret.png")
+    (folder / "report.md").write_text(REPORT)
+    return write_html(folder / "report.md")
+
+
+def test_pictures_lie_in_the_page_and_nothing_from_outside_the_folder_does(page):
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 1
+    assert 'src="pictures/lost.png"' in text and 'src="../secret.png"' in text
+    assert re.findall(r'<a href="#[\w-]+">([^<]+)</a>', text) == ["Models", "Table 1: {CKA}"]
+    assert "http" not in text.replace("http-equiv", "")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("clicks, wanted", [(1, "cba"), (2, "abc")])
+def test_a_click_on_a_head_sorts_by_its_numbers(page, clicks, wanted):
+    click = "document.querySelectorAll('th')[1].click();" * clicks
+    page.write_text(page.read_text().replace("</body>", f"<script>{click}</script></body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert re.findall(r"<td>(\w)</td>", done.stdout) == list(wanted)
