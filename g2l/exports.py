@@ -12,15 +12,16 @@ from g2l.files import write_text
 
 # Their placeholders are filled from the student's config.json.
 EVA = """\
-# The student for eva (pip install 'kaiko-eva[vision]'). Then, for instance:
-#     source {path}
-#     eva predict_fit --config configs/vision/pathology/offline/classification/bach.yaml
-export MODEL_NAME='timm/{architecture}'
-export MODEL_EXTRA_KWARGS='{kwargs}'
-export IN_FEATURES={width}
-export RESIZE_DIM={size}
-export NORMALIZE_MEAN='{mean}'
-export NORMALIZE_STD='{std}'
+# The student for eva (pip install 'kaiko-eva[vision]'). In one of its configurations, such as
+# configs/vision/pathology/offline/classification/bach.yaml, these lines take the place of
+# `backbone:`, since eva's own registry passes no arguments on to the network. Then run it with
+#   IN_FEATURES={width} RESIZE_DIM={size} NORMALIZE_MEAN='{mean}' NORMALIZE_STD='{std}'
+backbone:
+  class_path: eva.vision.models.TimmModel
+  init_args:
+    model_name: {architecture}
+    checkpoint_path: {place}/model.safetensors
+    model_kwargs: {kwargs}
 """
 THUNDER = '''\
 """The student for thunder (pip install thunder-bench). Then, for instance:
@@ -64,7 +65,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(stu
 benchmark(student, transform, torch.float32, exp_code={name!r})
 '''
 TOOLS = {
-    "eva": ("eva.env", EVA),
+    "eva": ("eva.yaml", EVA),
     "thunder": ("thunder_model.py", THUNDER),
     "hest": ("hest_benchmark.py", HEST),
 }
@@ -88,14 +89,14 @@ def export(student: Path, tool: str, folder: Path) -> Path:
     name, text = TOOLS[tool]
     path = folder / name
     place = student.resolve()
-    kwargs = {"checkpoint_path": str(place / "model.safetensors"), **config["model_args"]}
     filled = text.format(
         path=path,
         name=config["g2l"]["run"],
         architecture=config["architecture"],
         weights=f"local-dir:{place}",
         width=config["num_features"],
-        kwargs=json.dumps(kwargs),
+        place=place,
+        kwargs=json.dumps(config["model_args"]),
         size=facts["input_size"][-1],
         mean=facts["mean"],
         std=facts["std"],
