@@ -94,41 +94,23 @@ def knn_configurations(kind: str):
     """Those of knn; see configurations."""
     from kernels import knn_triton
 
-    types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
-    types |= {
-        "sets": "*i32",
-        "spans": "*i32",
-        "redo": "*i8",
-        "units": "*fp64",
-        "distances": "*fp64",
-    }
-    for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
+    types = {x: "*i32" for x in ("labels", "groups", "bits", "candidates", "listed")}
+    types |= {"distances": "*fp64", "indices": "*i64"}
+    for bound, label in ((True, "bound"), (False, "bits")):
         for width in (16, 32, 64, 1536):
+            parameters = {**knn_triton.screen_config(width, kind), "BOUND": bound, "MASK": True}
             yield (
                 "screen",
                 f"{label}, D {'> 64' if width > 64 else f'<= {width}'}",
                 knn_triton.screen_kernel,
-                {**knn_triton.screen_config(k, width, kind), "MASK": True},
-                types,
+                parameters,
+                types | {"out": "*fp32" if bound else "*i32"},
                 True,
             )
-    rows = {
-        "ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"],
-        "MASK": True,
-        "COSINE": True,
-    }
-    for k in (8, 24, 56, 64):
-        rescan = {**rows, **knn_triton.rescan_config(k)}
-        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, rescan, types, False
+    yield "list", "", knn_triton.list_kernel, knn_triton.list_config(8), types, False
     for k in (16, 32, 64):
-        yield (
-            "redo",
-            f"k <= {k}",
-            knn_triton.redo_kernel,
-            {**rows, **knn_triton.redo_config(k)},
-            types,
-            False,
-        )
+        parameters = {**knn_triton.rescan_config(k), "COSINE": True}
+        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, parameters, types, False
 
 
 def configurations(target: str):

@@ -8,6 +8,7 @@ shows as NaN or as a wrong number.
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -372,9 +373,9 @@ def test_triton_redoes_rows_that_the_screen_cannot_prove():
 
 @interpreted
 def test_triton_in_tight_clusters_and_among_identical_rows():
-    base = clusters(600, 20, 3, 0.1)
+    base = clusters(150, 20, 3, 0.1)
     base[::3] = 0.5
-    for groups in (None, torch.arange(600) % 5):
+    for groups in (None, torch.arange(150) % 5):
         assert torch.equal(knn(base, 5, groups=groups), brute(base, 5, groups=groups)[1])
 
 
@@ -383,6 +384,45 @@ def test_triton_with_a_group_that_is_everything():
     base, groups = torch.randn(20, 3), torch.ones(20).int()
     distance, index = knn(base, 4, groups=groups, return_distance=True)
     assert (index == -1).all() and distance.isinf().all()
+
+
+# name: shared memory of a multiprocessor; two programs of 8 warps have 128 registers a thread each
+SHARED = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024}
+
+
+@plain
+@pytest.mark.parametrize("target", SHARED)
+def test_the_screen_is_pipelined_and_two_programs_fit(target, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from kernels import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = 0
+    for kernel, label, function, parameters, types, _ in aot.configurations(target):
+        if kernel != "screen" or "> 64" in label:
+            continue
+        for mask in (True, False):
+            result = aot.compiled(target, function, {**parameters, "MASK": mask}, types)
+            code = result["code"]
+            assert re.search(r"cp\.async\.(ca|cg|bulk)", code), label
+            assert len(re.findall(r"wgmma\.wait_group", code)) == (target == "sm_90"), label
+            assert result["registers"] <= 128 and result["warps"] == 8, label
+            assert 2 * (result["shared"] + 1024) <= SHARED[target], label
+            made += 1
+    assert made == 12
+
+
+@plain
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_rescan_compiles_for_half_precision(dtype, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from kernels import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    rows = {"query": f"*{dtype}", "base": f"*{dtype}"}
+    for kernel, label, function, parameters, types, _ in aot.configurations("sm_90"):
+        if kernel == "rescan":
+            assert aot.compiled("sm_90", function, parameters, types | rows)["spills"] == 0, label
 
 
 def version(module):
