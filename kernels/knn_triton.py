@@ -135,6 +135,13 @@ def _distances(
 
 
 @triton.jit
+def _first(distance, index):
+    """The least by (distance, index)."""
+    least = tl.min(distance)
+    return least, tl.min(tl.where(distance == least, index, 2147483647))
+
+
+@triton.jit
 def rescan_kernel(
     query, base, labels, groups, candidates, listed, distances, indices, rows, width, k,
     COSINE: tl.constexpr, CAPACITY: tl.constexpr, KEEP: tl.constexpr,
@@ -143,15 +150,14 @@ def rescan_kernel(
     """One query's k neighbours among its listed rows, or among all where the list overflowed.
 
     labels: each query's group, or without groups the row that it is itself. Of a block of
-    candidates the least take the places of the worst of the KEEP best so far, while they are
-    better.
+    candidates the least take the places of the worst of the k best so far, while they are better.
     """
     q = tl.program_id(0).to(tl.int64)
     count = tl.load(listed + q)
     all_rows = count > CAPACITY
     count = tl.where(all_rows, rows, count)
     slots = tl.arange(0, KEEP)
-    best = tl.full((KEEP,), float("inf"), tl.float64)
+    best = tl.where(slots < k, float("inf"), float("-inf")).to(tl.float64)
     ids = 2147483647 - slots  # free places, told apart
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -163,24 +169,22 @@ def rescan_kernel(
         elif labels is not None:
             real = real & (index != tl.load(labels + q))
         distance = _distances(query, base, q, index, real, width, COSINE, BLOCK, WIDTH)
-        least = tl.min(distance)
-        chosen = tl.min(tl.where(distance == least, index, 2147483647))
-        worst = tl.max(best)
-        last = tl.max(tl.where(best == worst, ids, -1))
-        while (least < worst) | ((least == worst) & (least < float("inf")) & (chosen < last)):
-            hit = (best == worst) & (ids == last)
+        better = start < count
+        while better:
+            least, chosen = _first(distance, index)
+            worst = tl.max(best)
+            last = tl.max(tl.where(best == worst, ids, -1))
+            tie = (least == worst) & (chosen < last) & (least < float("inf"))
+            better = (least < worst) | tie
+            hit = (best == worst) & (ids == last) & better
             best = tl.where(hit, least, best)
             ids = tl.where(hit, chosen, ids)
             distance = tl.where(index == chosen, float("inf"), distance)
-            least = tl.min(distance)
-            chosen = tl.min(tl.where(distance == least, index, 2147483647))
-            worst = tl.max(best)
-            last = tl.max(tl.where(best == worst, ids, -1))
+    best = tl.where(slots < k, best, float("inf"))
     for place in range(k):
-        least = tl.min(best)
-        chosen = tl.min(tl.where(best == least, ids, 2147483647))
-        tl.store(distances + q * k + place, least)
+        least, chosen = _first(best, ids)
         found = tl.where(least < float("inf"), chosen, -1)
+        tl.store(distances + q * k + place, least)
         tl.store(indices + q * k + place, found.to(tl.int64))
         best = tl.where(ids == chosen, float("inf"), best)
         ids = tl.where(ids == chosen, 2147483647, ids)
@@ -206,13 +210,19 @@ def screen_config(width: int, device: str) -> dict:
     }
 
 
-def list_config(k: int) -> dict:
-    return {"CAPACITY": 2048 if k <= 24 else 4096, "BLOCK": 512, "num_warps": 4}
-
-
 def rescan_config(k: int) -> dict:
-    keep, capacity = max(16, triton.next_power_of_2(k)), list_config(k)["CAPACITY"]
-    return {"KEEP": keep, "CAPACITY": capacity, "BLOCK": 512, "WIDTH": 4, "num_warps": 8}
+    """One warp to a query: its minima need no barrier, and others work while it waits."""
+    keep = max(16, triton.next_power_of_2(k))
+    return {"KEEP": keep, "CAPACITY": capacity(k), "BLOCK": 128, "WIDTH": 4, "num_warps": 1}
+
+
+def list_config(k: int) -> dict:
+    return {"CAPACITY": capacity(k), "BLOCK": 512, "num_warps": 4}
+
+
+def capacity(k: int) -> int:
+    """Rows of base that a query's list can hold."""
+    return 2048 if k <= 24 else 4096
 
 
 def _kind(device):
@@ -235,95 +245,78 @@ def search(base, k, query, own, groups, labels, metric):
     q, b, squares_q, squares_b, gamma, _ = operands(base, query, metric, TF32)
     padding = (0, -base.shape[1] % 16)
     q, b = pad(q * -2, padding), pad(b, padding)
-    lower_b = lower(squares_b, gamma)
-    upper_b = (squares_b * (1 + 2 * gamma) + TINY).float()
+    halves = lower(squares_b, gamma).float(), lower(squares_b, -gamma).float()
     # What a score is below where the pair's distance is below the bound: both halves of the query.
     slack = squares_q * (4 * gamma) + 4 * TINY
     base, query = base.contiguous(), query.contiguous()
     config = screen_config(base.shape[1], _kind(base.device))
-    capacity = list_config(k)["CAPACITY"]
     words = triton.cdiv(len(base), config["ROWS"]) * config["ROWS"] // 32
-    found = []
+    step = WORDS // (words + capacity(k))
     guard = contextlib.nullcontext()
     if base.device.type == "cuda":
         guard = torch.cuda.device(base.device)
+    found = []
     with guard:
-        for start in range(0, len(query), WORDS // (words + capacity)):
-            part = slice(start, start + WORDS // (words + capacity))
-            labels = None if own is None else own[part].int()
-            limit = _limits(q[part], b, upper_b, slack[part], labels, groups, k, config)
-            bits = _screen(q[part], b, lower_b, limit, labels, groups, config)
-            found.append(_rescan(query[part], base, bits, labels, groups, k, metric))
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            own_part = None if own is None else own[part].int()
+            screen = _Part(q[part], b, own_part, groups, k, config)
+            bits = screen.bits(halves[0], screen.limits(halves[1], slack[part]))
+            found.append(_rescan(query[part], base, bits, own_part, groups, k, metric))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _launch(q, b, half, limit, labels, groups, splits, out, config):
-    tiles = triton.cdiv(len(q), config["QUERIES"])
-    screen_kernel[(tiles, splits)](
-        q,
-        b,
-        half,
-        limit,
-        labels,
-        groups,
-        out,
-        len(q),
-        len(b),
-        q.shape[1],
-        BOUND=limit is None,
-        MASK=groups is not None,
-        **config,
-    )
-    return out
+class _Part:
+    """The screen of some queries: their operands (Q, D), labels and groups as in rescan_kernel."""
 
+    def __init__(self, q, b, labels, groups, k, config):
+        self.q, self.b, self.labels, self.groups = q, b, labels, groups
+        self.k, self.config = k, config
 
-def _limits(q, b, half, slack, labels, groups, k, config):
-    """A score for each query (Q,) that is not below the score of any of its k nearest rows.
+    def _launch(self, b, half, groups, limit, splits, out):
+        q, config = self.q, self.config
+        screen_kernel[(triton.cdiv(len(q), config["QUERIES"]), splits)](
+            q, b, half, limit, self.labels, groups, out, len(q), len(b), q.shape[1],
+            BOUND=limit is None, MASK=groups is not None, **config,
+        )  # fmt: skip
+        return out
 
-    Parts of base are the columns of the tiles of a program: four for each row wanted, that few
-    of the least lie in one. A query that is a row of base itself finds one row too many.
-    """
-    wanted = k if groups is not None or labels is None else k + 1
-    step = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
-    b, half = b[::step].contiguous(), half[::step].contiguous()
-    groups = None if groups is None else groups[::step].contiguous()
-    splits = triton.cdiv(4 * wanted, config["ROWS"])
-    out = torch.empty(len(q), splits * config["ROWS"], dtype=torch.float32, device=q.device)
-    least = _launch(q, b, half, None, labels, groups, splits, out, config)
-    bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
-    infinite = torch.full_like(bound, float("inf"))
-    limit = torch.nextafter((bound.double() + slack).float(), infinite)
-    return limit.clamp_(max=torch.finfo(torch.float32).max)
+    def limits(self, half, slack):
+        """A score for each query (Q,) that is not below the score of any of its k nearest rows.
 
+        Parts of base are the columns of the tiles of a program: four for each row wanted, that few
+        of the least lie in one. A query that is a row of base itself finds one row too many.
+        """
+        wanted = self.k if self.groups is not None or self.labels is None else self.k + 1
+        most = SAMPLE if self.k <= 24 else SAMPLE // 2
+        step = max(1, min(most, len(self.b) // 2048))
+        groups = None if self.groups is None else self.groups[::step].contiguous()
+        splits = triton.cdiv(4 * wanted, self.config["ROWS"])
+        out = self.q.new_empty(len(self.q), splits * self.config["ROWS"])
+        b, half = self.b[::step].contiguous(), half[::step].contiguous()
+        least = self._launch(b, half, groups, None, splits, out)
+        bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
+        limit = (bound.double() + slack).float()
+        above = torch.nextafter(limit, torch.full_like(limit, float("inf")))
+        return above.clamp_(max=torch.finfo(torch.float32).max)
 
-def _screen(q, b, half, limit, labels, groups, config):
-    """A bit for each query and row of base: int32 (Q, words)."""
-    tiles = triton.cdiv(len(b), config["ROWS"])
-    out = torch.empty(len(q), tiles * config["ROWS"] // 32, dtype=torch.int32, device=q.device)
-    splits = max(1, min(tiles // 4, PROGRAMS * config["QUERIES"] // len(q)))
-    return _launch(q, b, half, limit, labels, groups, splits, out, config)
+    def bits(self, half, limit):
+        """A bit for each query and row of base: int32 (Q, words)."""
+        rows, queries = self.config["ROWS"], self.config["QUERIES"]
+        tiles = triton.cdiv(len(self.b), rows)
+        out = self.q.new_empty(len(self.q), tiles * rows // 32, dtype=torch.int32)
+        splits = max(1, min(tiles // 4, PROGRAMS * queries // len(self.q)))
+        return self._launch(self.b, half, self.groups, limit, splits, out)
 
 
 def _rescan(query, base, bits, labels, groups, k, metric):
-    count, device, config = len(query), base.device, list_config(k)
-    candidates = torch.empty(count, config["CAPACITY"], dtype=torch.int32, device=device)
-    listed = torch.empty(count, dtype=torch.int32, device=device)
-    list_kernel[(count,)](bits, candidates, listed, bits.shape[1], **config)
-    distances = torch.empty(count, k, dtype=torch.float64, device=device)
-    indices = torch.empty(count, k, dtype=torch.int64, device=device)
+    count = len(query)
+    candidates, listed = bits.new_empty(count, capacity(k)), bits.new_empty(count)
+    list_kernel[(count,)](bits, candidates, listed, bits.shape[1], **list_config(k))
+    distances = bits.new_empty(count, k, dtype=torch.float64)
+    indices = bits.new_empty(count, k, dtype=torch.int64)
     rescan_kernel[(count,)](
-        query,
-        base,
-        labels,
-        groups,
-        candidates,
-        listed,
-        distances,
-        indices,
-        len(base),
-        base.shape[1],
-        k,
-        COSINE=metric == "cosine",
-        **rescan_config(k),
-    )
-    return distances, indices, listed > config["CAPACITY"]
+        query, base, labels, groups, candidates, listed, distances, indices,
+        len(base), base.shape[1], k, COSINE=metric == "cosine", **rescan_config(k),
+    )  # fmt: skip
+    return distances, indices, listed > capacity(k)

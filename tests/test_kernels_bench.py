@@ -52,7 +52,7 @@ def test_peak_memory_is_that_of_the_run():
 def test_every_search_of_the_benchmark_is_right_and_an_error_is_seen(kind, groups):
     base = bench.knn_data(kind, 400, 20)
     labels = None if groups is None else torch.randint(groups, (400,))
-    missed = bench._missed(base, 5, labels)
+    missed = bench.missed(base, 5, labels)
     for search in bench.searches(CPU).values():
         index = bench.neighbours(search, base, 5, labels)
         assert missed(index) == 0

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real devices on a machine that has none; tell what comes of it.
 
-    python -m kernels.aot                       the table of all configurations on all targets
-    python -m kernels.aot --write kernels/README.md      put it between the marks in that file
+    python tests/aot.py                             the table of all configurations on all targets
+    python tests/aot.py --write kernels/README.md   put it between the marks in that file
 
 A configuration is a set of tile and launch parameters that a launcher can choose, with the options
 that need most registers. For each: shared memory, registers, spills, and whether the matrix
@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it is run from tests/
 
 # name: (backend, architecture, lanes of a warp, bytes of shared memory that one program may use)
 TARGETS = {
@@ -63,8 +65,9 @@ def logsum_configurations(kind: str):
         many = common | logsum.tiled_config(operand) | {"SHARES": 0}
         types = types | {x: f"*{name}" for x in ("weight", "grad_y", "out")} | {"d_weight": "*fp32"}
         found.append(("gradients", f"{case}, many rows", many, types))
-        found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
-        if len(sizes) > 2:
+        if len(sizes) == 2:
+            found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
+        else:
             linear = common | affine | {"stride_wi": 1} | logsum.fused_forward_config(32, operand)
             del linear["stride_wf"]
             found.append(("fused_forward", f"{case}, affine, nn.Linear's layout", linear, types))
@@ -199,7 +202,7 @@ def table() -> str:
 
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
-        "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / "
+        "`python tests/aot.py --write kernels/README.md`. Each cell: shared memory in KiB / "
         "registers of a thread / spills; `tc` where the products are tensor-core instructions.",
         "",
         f"| kernel | configuration | {' | '.join(TARGETS)} |",
@@ -220,7 +223,7 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.aot", description=__doc__.splitlines()[0]
+        prog="python tests/aot.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "--write",
