@@ -3,9 +3,8 @@
     python -m kernels.bench [logsum|cka|knn] [--quick] [--json FILE] [--device cpu|cuda]
 
 A `Case` is one problem with all who solve it, ours first; four functions make them. Every row of
-the table: median and 20 to 80 % spread of the time, share of the roofline (from copy and product
-rates measured on this device in the same run), on a GPU peak memory beside the input, and the error
-against fp64. A speed-up is printed only where our result is right; a rival's wrong result is
+the table: median and 20 to 80 % spread of the time, on a GPU peak memory beside the input, and the
+error against fp64. A speed-up is printed only where our result is right; a rival's wrong result is
 marked.
 """
 
@@ -31,19 +30,13 @@ from kernels.dispatch import pinned_products
 
 @dataclass
 class Case:
-    """One problem: `runs` by name, ours first; `error` of a result, right up to `limit`.
-
-    flops and moved (bytes from and to memory) give the floor, at the measured rate named `rate`.
-    """
+    """One problem: `runs` by name, ours first; `error` of a result, right up to `limit`."""
 
     kernel: str
     shape: str
     runs: dict[str, Callable]
     error: Callable[[Any], Any]
     limit: float
-    flops: float
-    moved: float
-    rate: str
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -101,53 +94,23 @@ def _peak(run):
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def ceilings(device: torch.device) -> dict:
-    """Rates as the library reaches them: copies in GB/s (read and written), products in TFLOP/s."""
-    gpu = device.type == "cuda"
-    a = torch.zeros((2**30 if gpu else 2**26) // 4, device=device)
-    b = torch.empty_like(a)
-    size = 8192 if gpu else 1536
-    x = torch.randn(size, size, device=device)
-    half = x.bfloat16()
-    runs = {
-        "copy": lambda: b.copy_(a),
-        "fp32": lambda: x @ x,
-        "tf32": lambda: in_tf32(torch.matmul, x, x),
-        "bf16": lambda: half @ half,
-    }
-    with pinned_products("ieee"):
-        measured = measure(runs, device, 0.3)
-    rates = {"copy": 2 * a.nbytes / 1e6 / measured["copy"]["ms"]}
-    for name in ("fp32", "tf32", "bf16"):
-        rates[name] = 2 * size**3 / 1e9 / measured[name]["ms"]
-    return rates
-
-
-def compare(case: Case, rates: dict, device: torch.device, seconds: float) -> list[dict]:
+def compare(case: Case, device: torch.device, seconds: float) -> list[dict]:
     """Check and time every run of a case, print its lines, return its rows."""
-    floor = max(case.flops / rates[case.rate] / 1e9, case.moved / rates["copy"] / 1e6)  # ms
     errors = {name: float(case.error(run())) for name, run in case.runs.items()}
     rows: list[dict] = []
     for name, times in measure(case.runs, device, seconds).items():
         row = {"kernel": case.kernel, "shape": case.shape, "name": name, **times}
         row |= {"error": errors[name], "right": errors[name] <= case.limit}
-        row |= {"roofline": floor / times["ms"], "floor_ms": floor, "speedup_of_ours": None}
         rows.append(row)
-        if len(rows) > 1 and rows[0]["right"]:
-            row["speedup_of_ours"] = row["ms"] / rows[0]["ms"]
-        show(row)
+        speed = f"{row['ms'] / rows[0]['ms']:.2f}x" if len(rows) > 1 and rows[0]["right"] else ""
+        wrong = "" if row["right"] else " WRONG"
+        print(
+            f"| {case.kernel} | {case.shape} | {name} "
+            f"| {row['ms']:,.3f} ({row['ms_20']:,.3f} to {row['ms_80']:,.3f}) "
+            f"| {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |",
+            flush=True,
+        )
     return rows
-
-
-def show(row: dict) -> None:
-    speed = "" if row["speedup_of_ours"] is None else f"{row['speedup_of_ours']:.2f}x"
-    wrong = "" if row["right"] else " WRONG"
-    print(
-        f"| {row['kernel']} | {row['shape']} | {row['name']} "
-        f"| {row['ms']:,.3g} ({row['ms_20']:,.3g} to {row['ms_80']:,.3g}) "
-        f"| {row['roofline']:.0%} | {row['peak_mb']:.0f} | {row['error']:.1e}{wrong} | {speed} |",
-        flush=True,
-    )
 
 
 # --- the three kernels ----------------------------------------------------------------------------
@@ -197,10 +160,6 @@ def loss_case(device: torch.device, rows: int) -> Case:
             (a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)
         ),
         limit=0.03 if gpu else 1e-4,
-        flops=3 * 2 * rows * 1024 * 1536,
-        moved=(2 * operand.itemsize + 4) * 1024 * 1536
-        + 2 * operand.itemsize * rows * (1024 + 1536),
-        rate="bf16" if gpu else "fp32",
     )
 
 
@@ -261,9 +220,6 @@ def pair_case(device: torch.device, n: int) -> Case:
         runs=runs,
         error=off_by(formula_cka(x.double(), y.double())),
         limit=1e-4,
-        flops=2 * n * (1536 * 1024 + (1536**2 + 1024**2) / 2),
-        moved=4 * n * 2560,
-        rate="tf32" if gpu else "fp32",
     )
 
 
@@ -284,9 +240,6 @@ def layers_case(device: torch.device, left: int, right: int, n: int, width: int)
         runs=runs,
         error=off_by(cka([x.double() for x in xs], [y.double() for y in ys])),
         limit=1e-3,
-        flops=n * n * ((left + right) * width + left * right),
-        moved=4 * n * width * (left + right),
-        rate="tf32" if gpu else "fp32",
     )
 
 
@@ -354,18 +307,12 @@ def searches(device: torch.device) -> dict[str, Callable]:
     return found
 
 
-def neighbours(search, base, k, groups=None):
-    """(N, k) by a search that knows no groups: all rows at once, or each group among the others."""
-    if groups is None:
-        found = search(base, base, k + 1)
-        own = found == torch.arange(len(base), device=base.device)[:, None]
-        last = own.to(torch.int8).argsort(dim=1, stable=True)  # a row itself goes to the end
-        return found.gather(1, last)[:, :k]
-    out = torch.empty(len(base), k, dtype=torch.int64, device=base.device)
-    for group in groups.unique():
-        others, own = (groups != group).nonzero()[:, 0], (groups == group).nonzero()[:, 0]
-        out[own] = others[search(base[others], base[own], k)]
-    return out
+def neighbours(search, base, k):
+    """(N, k) by a search that finds each row itself, too."""
+    found = search(base, base, k + 1)
+    own = found == torch.arange(len(base), device=base.device)[:, None]
+    last = own.to(torch.int8).argsort(dim=1, stable=True)  # a row itself goes to the end
+    return found.gather(1, last)[:, :k]
 
 
 def knn_cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -374,38 +321,31 @@ def knn_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if not quick:
         sizes = [5245, 77364, 277524] if gpu else [1000, 5000, 20000]
     for n in sizes:
-        for kind in ("Gaussian", "clusters", "identical rows", "ten folds"):
+        for kind in ("Gaussian", "clusters", "identical rows"):
             yield search_case(device, n, kind)
 
 
 def search_case(device: torch.device, n: int, kind: str) -> Case:
     width, k = 50, 15
-    gpu = device.type == "cuda"
     base = knn_data(kind, n, width).to(device)
-    groups = torch.randint(10, (n,), device=device) if kind == "ten folds" else None
-    runs: dict[str, Callable] = {"ours": lambda: knn(base, k, groups=groups)}
+    runs: dict[str, Callable] = {"ours": lambda: knn(base, k)}
     for name, search in searches(device).items():
-        runs[name] = lambda search=search: neighbours(search, base, k, groups)
+        runs[name] = lambda search=search: neighbours(search, base, k)
     return Case(
         kernel="knn",
         shape=f"{n} x {width}, k = {k}, {kind}",
         runs=runs,
-        error=missed(base, k, groups),
+        error=missed(base, k),
         limit=0,
-        flops=2 * n * n * width,
-        moved=8 * n * width,
-        rate="tf32" if gpu else "fp32",
     )
 
 
-def missed(base: torch.Tensor, k: int, groups: torch.Tensor | None) -> Callable:
+def missed(base: torch.Tensor, k: int) -> Callable:
     """Function of indices: share of neighbours farther than fp64 distances say, of 300 rows."""
     sample = torch.arange(0, len(base), max(1, len(base) // 300), device=base.device)
     exact = base[sample].double(), base.double()
     distance = torch.cdist(*exact, compute_mode="donot_use_mm_for_euclid_dist")
     distance[torch.arange(len(sample)), sample] = float("inf")
-    if groups is not None:
-        distance[groups[sample, None] == groups] = float("inf")
     truth = distance.topk(k, dim=1, largest=False).values
 
     def share(index):
@@ -450,18 +390,16 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no GPU is visible to PyTorch; use --device cpu", file=sys.stderr)
         return 1
-    facts = {**about(device), "ceilings": ceilings(device)}
+    facts = about(device)
     for name, value in facts.items():
         print(f"{name}: {value}")
-    print(
-        "\n| kernel | shape | what | ms, median (20 to 80 %) | roofline | peak MB | error | gain |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| kernel | shape | what | ms, median (20 to 80 %) | peak MB | error | gain |")
+    print("|---|---|---|---|---|---|---|")
     rows: list[dict] = []
     seconds = 0.5 if args.quick or device.type == "cuda" else 2.0
     for kernel in [args.kernel] if args.kernel else CASES:
         for case in CASES[kernel](device, args.quick):
-            rows += compare(case, facts["ceilings"], device, seconds)
+            rows += compare(case, device, seconds)
             if args.json:  # after each case: who is stopped keeps what was measured
                 args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
     return int(any(row["name"] == "ours" and not row["right"] for row in rows))

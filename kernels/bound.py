@@ -17,10 +17,26 @@ def rounded(x, unit):
     return (bits & -0x2000).view(torch.float32)
 
 
-def operands(base, query, metric, unit):
-    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), gamma, and the scale squared.
+def scaled(sides, dtype, by_row=False):
+    """Rows of `sides` divided by the power of two below their largest number, and that number.
 
-    The rows are scaled so that their squares are numbers, too, and centred (or, for cosine, of
+    So that squares are numbers, too. `by_row`: each row by one of its own, and 1.
+    """
+    largest = [x.abs().amax(1, keepdim=True).to(dtype) for x in sides]
+    if not by_row:
+        largest = [torch.cat(largest).amax()] * len(sides)
+    scales = []
+    for number in largest:
+        mantissa = number.frexp()[0]
+        scales.append(torch.where(mantissa == 0, 1.0, number / (2 * mantissa)))
+    rows = [x.to(dtype) / scale for x, scale in zip(sides, scales, strict=True)]
+    return rows, 1.0 if by_row else scales[0]
+
+
+def operands(base, query, metric, unit):
+    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), and gamma.
+
+    For fp64 the rows are taken as they are, else scaled; then they are centred (or, for cosine, of
     length 1). `unit` is the rounding unit of the product's operands. For any order of summation the
     computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), and TINY
     for what is lost below fp32's range. gamma collects D additions, a few more roundings and the
@@ -29,25 +45,18 @@ def operands(base, query, metric, unit):
     addition = FP64 if unit == FP64 else FP32_CUT
     gamma = (base.shape[1] + 16) * addition + 2.02 * unit
     sides = [base] if query is base else [base, query]
-    units = base.new_ones((), dtype=torch.float64)
     if metric == "cosine":
         sides = [rounded(directions(x), unit) for x in sides]
         # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        squares = [units.expand(len(x)) for x in sides]
+        one = torch.ones((), dtype=torch.float64, device=base.device)
+        squares = [one.expand(len(x)) for x in sides]
     else:
-        wide = torch.float64 if unit == FP64 else torch.float32
-        ends = [end for x in sides for end in x.aminmax()]
-        largest = torch.stack(ends).abs().amax().to(wide)
-        # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to
-        # have a square.
-        exponent = -largest.frexp()[1].clamp(-126, 126)
-        scale = torch.ldexp(torch.ones_like(largest), exponent)
-        scaled = [x.to(wide) * scale for x in sides]
-        mean = scaled[0].mean(0)
-        sides = [rounded(x - mean, unit) for x in scaled]
+        if unit != FP64:
+            sides, _ = scaled(sides, torch.float32)
+        mean = sides[0].mean(0)
+        sides = [rounded(x - mean, unit) for x in sides]
         squares = [torch.linalg.vector_norm(x.double(), dim=1).square() for x in sides]
-        units = scale.double().square()
-    return sides[-1], sides[0], squares[-1], squares[0], gamma, units
+    return sides[-1], sides[0], squares[-1], squares[0], gamma
 
 
 def lower(squares, gamma):

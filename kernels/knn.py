@@ -19,10 +19,8 @@ import numbers
 
 import torch
 
-from kernels.bound import FP64, TINY, lower, operands
-from kernels.dispatch import use_triton
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from kernels.bound import FP64, TINY, lower, operands, scaled
+from kernels.dispatch import check_tensor, use_triton
 
 
 def knn(
@@ -69,16 +67,11 @@ def knn(
 
 
 def _check_rows(name, x, base):
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    check_tensor(name, x, "base", base)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: expected shape (N, D), got {tuple(x.shape)}")
     if x.shape[1] > 2560:
         raise ValueError(f"{name}: at most 2560 columns, got {x.shape[1]}")
-    if x.device != base.device:
-        raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
     if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
         raise ValueError(
             f"{name}: {x.dtype} with {x.shape[1]} columns, "
@@ -111,7 +104,7 @@ def _check_groups(base, query, groups, query_groups):
 
 # --- what both paths share ---------------------------------------------------------------------
 
-UNRESOLVED = 2.0**-480  # below it squares of fp64 numbers no greater than 1 underflow
+UNRESOLVED = 2.0**-960  # below it squares of fp64 numbers of about 1 underflow
 MIX = 0x2545F4914F6CDD1D  # odd, so that products with its powers modulo 2^64 lose no bit
 
 
@@ -130,33 +123,16 @@ def _first_copies(base, groups, copies):
     if groups is not None:
         key += groups * (MIX >> 1)
     key, order = key.sort(stable=True)
-    _, counts = key.unique_consecutive(return_counts=True)
-    if len(base) <= copies or counts.max() <= copies:
+    surplus = order[copies:][key[copies:] == key[:-copies]]
+    if len(surplus) == 0:
         return None
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.arange(len(base), device=base.device) - starts
-    many = counts.repeat_interleave(counts) > copies
-    row, first = order[many], order[starts[many]]
-    equal = (base[row] == base[first]).all()
+    same = key[1:] == key[:-1]
+    row, other = order[1:][same], order[:-1][same]
+    equal = (base[row] == base[other]).all()
     if groups is not None:
-        equal &= (groups[row] == groups[first]).all()
-    return order[rank < copies].sort().values if equal else None
-
-
-def _moderate(base, query, metric):
-    """fp64 rows whose squares are numbers, too: scaled by powers of two -> base, query, scale.
-
-    All by one, or for cosine each row by its own.
-    """
-    both = [base] if query is base else [base, query]
-    if metric == "cosine":
-        exponents = [x.abs().amax(1, keepdim=True).frexp()[1] for x in both]
-        both = [x * torch.exp2(-e.double()) for x, e in zip(both, exponents, strict=True)]
-        return both[0], both[-1], 1.0
-    largest = max([x.abs().max().item() for x in both if len(x)], default=0.0)
-    scale = math.ldexp(1.0, max(-1022, min(1023, math.frexp(largest)[1])))
-    both = [x / scale for x in both]
-    return both[0], both[-1], scale
+        equal &= (groups[row] == groups[other]).all()
+    kept = torch.ones_like(order, dtype=torch.bool).index_fill_(0, surplus, False)
+    return kept.nonzero().squeeze(1) if equal else None
 
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
@@ -206,9 +182,8 @@ class _Screen:
 
     def __init__(self, base, query, own, groups, labels, metric):
         self.own, self.groups, self.labels, self.n = own, groups, labels, len(base)
-        q, b, self.squares_q, self.squares_b, self.gamma, self.units = operands(
-            base, query, metric, FP64
-        )
+        found = operands(base, query, metric, FP64)
+        q, b, self.squares_q, self.squares_b, self.gamma = found
         self.half_q = lower(self.squares_q, self.gamma)
         self.half_b = lower(self.squares_b, self.gamma)
         panels = math.ceil(self.n / PANEL)
@@ -285,11 +260,12 @@ def _least(scores, least, panel, count):
     return columns, bound
 
 
-def _reference(base, k, query, own, groups, labels, metric):
+def _reference(base, k, query, own, groups, labels, metric, exactly):
     """The operator in PyTorch -> squared distances, indices (Q, k), rows searched again (Q,).
 
-    own (Q,): the row of base that a query is itself, -1 for none; or None. Distances are fp64,
-    those of cosine doubled.
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Rows are fp64 with
+    squares that are numbers, and so are distances; those of cosine are doubled. `exactly`: to all
+    of fp64's digits, else to fp32's.
     """
     queries = len(query)
     distances = query.new_empty(queries, k, dtype=torch.float64)
@@ -298,12 +274,12 @@ def _reference(base, k, query, own, groups, labels, metric):
     screen = _Screen(base, query, own, groups, labels, metric)
     for rows, label in _blocks(labels, queries, screen.height, base.device):
         columns, bound, error = screen.best(rows, label, k + SPARE)
-        distance, index = bound[:, :k] / screen.units, columns[:, :k]
+        distance, index = bound[:, :k].clone(), columns[:, :k]
         following = bound[:, 1 : k + 1]
         settled = ((bound + error)[:, :k] < following) | following.isinf()
         # fp32, which is returned, shows nothing of a 2^30th
         settled &= bound[:, :k] > 2.0**30 * error[:, :k]
-        again = (~settled.all(1) | (base.dtype == torch.float64)).nonzero().squeeze(1)
+        again = (~settled.all(1) | exactly).nonzero().squeeze(1)
         if len(again):
             exact = _differences(base, query, rows[again], columns[again], metric)
             exact = exact.masked_fill_(bound[again].isinf(), math.inf)
@@ -311,10 +287,10 @@ def _reference(base, k, query, own, groups, labels, metric):
             exact, by_distance = exact.gather(1, order).sort(dim=1, stable=True)
             distance[again], index[again] = exact[:, :k], columns.gather(1, by_distance)[:, :k]
         distances[rows], indices[rows] = distance, index
-        proved = distance[:, -1] * screen.units < bound[:, -1]
+        proved = distance[:, -1] < bound[:, -1]
         redone[rows] = ~(proved | bound[:, -1].isinf())
     for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // len(base))):
-        row, index = screen.below(rows, distances[rows, -1] * screen.units)
+        row, index = screen.below(rows, distances[rows, -1])
         distance = _differences(base, query, rows[row], index.unsqueeze(1), metric).squeeze(1)
         distances[rows], indices[rows] = _nearest_pairs(row, index, distance, len(rows), k)
     return distances, indices.masked_fill_(distances.isinf(), -1), redone
@@ -325,8 +301,7 @@ def _nearest_pairs(row, index, distance, rows, k):
     order = distance.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
     row, index, distance = row[order], index[order], distance[order]
-    counts = row.bincount(minlength=rows)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
     first = place < k
     at = row[first], place[first]
     nearest, indices = distance.new_full((rows, k), math.inf), index.new_full((rows, k), -1)
@@ -348,59 +323,42 @@ def _search(
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
     rows = base if query is None else query
     labels = groups if query is None else query_groups
+    wide = torch.promote_types(rows.dtype, torch.float32)
     if len(base) == 0 or len(rows) == 0:
-        return _nothing(rows, k)
+        distance = rows.new_full((len(rows), k), math.inf, dtype=wide)
+        index = torch.full_like(distance, -1, dtype=torch.int64)
+        return distance, index, index.new_zeros(len(rows), dtype=torch.bool)
     own = None
     if query is None and groups is None:
         own = torch.arange(len(base), device=base.device)
-    if base.dtype != torch.float64:
-        distance, index, redone = _distinct(base, k, rows, own, groups, labels, metric)
-    else:
-        rows_b, rows_q, scale = _moderate(base, rows, metric)
-        distance, index, redone = _distinct(rows_b, k, rows_q, own, groups, labels, metric)
-        if metric == "euclidean":
-            _check_resolved(rows_b, rows_q, distance, index)
-    if metric == "cosine":
-        distance = distance.div_(2).clamp_(min=0)
-    else:
-        distance = distance.sqrt_()
-        if base.dtype == torch.float64:
-            distance = distance.mul_(scale)
-    return distance.to(_wide(rows)), index, redone
-
-
-def _distinct(base, k, query, own, groups, labels, metric):
-    """The search by either path, with needless copies of rows left out of base."""
     kept = _first_copies(base, groups, k + 1)
     if kept is not None:
         base = base[kept]
         groups = None if groups is None else groups[kept]
         if own is not None:
             own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
-    search = _reference
-    if base.dtype != torch.float64 and use_triton(base.device):
-        from kernels.knn_triton import search
     with torch.autocast(base.device.type, enabled=False):
-        distance, index, redone = search(base, k, query, own, groups, labels, metric)
+        if wide == torch.float32 and use_triton(base.device):
+            from kernels.knn_triton import search
+
+            scale = 1.0
+            distance, index, redone = search(base, k, rows, own, groups, labels, metric)
+        else:
+            sides = [base] if rows is base else [base, rows]
+            sides, scale = scaled(sides, torch.float64, metric == "cosine")
+            inputs = (sides[0], k, sides[-1], own, groups, labels, metric)
+            distance, index, redone = _reference(*inputs, wide == torch.float64)
+            if metric == "euclidean":
+                _check_resolved(sides[0], sides[-1], distance, index)
+    distance = distance.sqrt() * scale if metric == "euclidean" else (distance / 2).clamp(min=0)
     if kept is not None:
         index = torch.where(index < 0, -1, kept[index])
-    return distance, index, redone
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _nothing(query, k):
-    """The result when base or query has no rows."""
-    distances = query.new_full((len(query), k), math.inf, dtype=_wide(query))
-    indices = torch.full_like(distances, -1, dtype=torch.int64)
-    return distances, indices, indices.new_zeros(len(query), dtype=torch.bool)
+    return distance.to(wide), index, redone
 
 
 def _check_resolved(base, query, distance, index):
     """Raise ValueError where rows that differ came out at a distance too small for fp64 squares."""
-    row, place = (distance < UNRESOLVED**2).nonzero(as_tuple=True)
+    row, place = (distance < UNRESOLVED).nonzero(as_tuple=True)
     if (query[row] != base[index[row, place]]).any():
         raise ValueError(
             "base: holds rows that differ by less than 1e-144 of the largest number; "
@@ -414,6 +372,7 @@ _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
 @_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
     rows = base if query is None else query
-    distances = rows.new_empty(len(rows), k, dtype=_wide(rows))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    distances = rows.new_empty(len(rows), k, dtype=wide)
     indices = distances.new_empty(len(rows), k, dtype=torch.int64)
     return distances, indices, distances.new_empty(len(rows), dtype=torch.bool)

@@ -11,14 +11,13 @@ Neither loop over base holds a branch that depends on data, so that Triton pipel
 kernel writes all it owns; no atomics.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
 from kernels.bound import TF32, TINY, lower, operands
+from kernels.dispatch import launching
 
 PROGRAMS = 264  # two for each multiprocessor of the largest device meant
 WORDS = 2**26  # int32 of bits and lists at a time
@@ -242,71 +241,60 @@ def search(base, k, query, own, groups, labels, metric):
     if groups is not None:  # numbered anew, as 32 bits compare faster
         both = torch.cat((groups.long(), labels.long())).unique(return_inverse=True)[1]
         groups, own = both.int().split((len(base), len(query)))
-    q, b, squares_q, squares_b, gamma, _ = operands(base, query, metric, TF32)
+    q, b, squares_q, squares_b, gamma = operands(base, query, metric, TF32)
     padding = (0, -base.shape[1] % 16)
     q, b = pad(q * -2, padding), pad(b, padding)
-    halves = lower(squares_b, gamma).float(), lower(squares_b, -gamma).float()
+    lower_b, upper_b = lower(squares_b, gamma).float(), lower(squares_b, -gamma).float()
     # What a score is below where the pair's distance is below the bound: both halves of the query.
     slack = squares_q * (4 * gamma) + 4 * TINY
     base, query = base.contiguous(), query.contiguous()
     config = screen_config(base.shape[1], _kind(base.device))
     words = triton.cdiv(len(base), config["ROWS"]) * config["ROWS"] // 32
     step = WORDS // (words + capacity(k))
-    guard = contextlib.nullcontext()
-    if base.device.type == "cuda":
-        guard = torch.cuda.device(base.device)
     found = []
-    with guard:
+    with launching(base):
         for start in range(0, len(query), step):
             part = slice(start, start + step)
             own_part = None if own is None else own[part].int()
-            screen = _Part(q[part], b, own_part, groups, k, config)
-            bits = screen.bits(halves[0], screen.limits(halves[1], slack[part]))
+            limit = _limits(q[part], b, upper_b, slack[part], own_part, groups, k, config)
+            bits = _bits(q[part], b, lower_b, limit, own_part, groups, config)
             found.append(_rescan(query[part], base, bits, own_part, groups, k, metric))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-class _Part:
-    """The screen of some queries: their operands (Q, D), labels and groups as in rescan_kernel."""
+def _limits(q, b, half, slack, labels, groups, k, config):
+    """A score for each query (Q,) that is not below the score of any of its k nearest rows.
 
-    def __init__(self, q, b, labels, groups, k, config):
-        self.q, self.b, self.labels, self.groups = q, b, labels, groups
-        self.k, self.config = k, config
+    Parts of base are the columns of the tiles of a program: four for each row wanted, that few
+    of the least lie in one. A query that is a row of base itself finds one row too many.
+    """
+    wanted = k if groups is not None or labels is None else k + 1
+    step = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
+    groups = None if groups is None else groups[::step].contiguous()
+    splits = triton.cdiv(4 * wanted, config["ROWS"])
+    least = q.new_empty(len(q), splits * config["ROWS"])
+    sample, half = b[::step].contiguous(), half[::step].contiguous()
+    _screen(q, sample, half, None, labels, groups, least, splits, config)
+    bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
+    limit = (bound.double() + slack).float()
+    above = torch.nextafter(limit, torch.full_like(limit, float("inf")))
+    return above.clamp_(max=torch.finfo(torch.float32).max)
 
-    def _launch(self, b, half, groups, limit, splits, out):
-        q, config = self.q, self.config
-        screen_kernel[(triton.cdiv(len(q), config["QUERIES"]), splits)](
-            q, b, half, limit, self.labels, groups, out, len(q), len(b), q.shape[1],
-            BOUND=limit is None, MASK=groups is not None, **config,
-        )  # fmt: skip
-        return out
 
-    def limits(self, half, slack):
-        """A score for each query (Q,) that is not below the score of any of its k nearest rows.
+def _bits(q, b, half, limit, labels, groups, config):
+    """A bit for each query and row of base: int32 (Q, words)."""
+    tiles = triton.cdiv(len(b), config["ROWS"])
+    bits = q.new_empty(len(q), tiles * config["ROWS"] // 32, dtype=torch.int32)
+    splits = max(1, min(tiles // 4, PROGRAMS * config["QUERIES"] // len(q)))
+    _screen(q, b, half, limit, labels, groups, bits, splits, config)
+    return bits
 
-        Parts of base are the columns of the tiles of a program: four for each row wanted, that few
-        of the least lie in one. A query that is a row of base itself finds one row too many.
-        """
-        wanted = self.k if self.groups is not None or self.labels is None else self.k + 1
-        most = SAMPLE if self.k <= 24 else SAMPLE // 2
-        step = max(1, min(most, len(self.b) // 2048))
-        groups = None if self.groups is None else self.groups[::step].contiguous()
-        splits = triton.cdiv(4 * wanted, self.config["ROWS"])
-        out = self.q.new_empty(len(self.q), splits * self.config["ROWS"])
-        b, half = self.b[::step].contiguous(), half[::step].contiguous()
-        least = self._launch(b, half, groups, None, splits, out)
-        bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
-        limit = (bound.double() + slack).float()
-        above = torch.nextafter(limit, torch.full_like(limit, float("inf")))
-        return above.clamp_(max=torch.finfo(torch.float32).max)
 
-    def bits(self, half, limit):
-        """A bit for each query and row of base: int32 (Q, words)."""
-        rows, queries = self.config["ROWS"], self.config["QUERIES"]
-        tiles = triton.cdiv(len(self.b), rows)
-        out = self.q.new_empty(len(self.q), tiles * rows // 32, dtype=torch.int32)
-        splits = max(1, min(tiles // 4, PROGRAMS * queries // len(self.q)))
-        return self._launch(self.b, half, self.groups, limit, splits, out)
+def _screen(q, b, half, limit, labels, groups, out, splits, config):
+    screen_kernel[(triton.cdiv(len(q), config["QUERIES"]), splits)](
+        q, b, half, limit, labels, groups, out, len(q), len(b), q.shape[1],
+        BOUND=limit is None, MASK=groups is not None, **config,
+    )  # fmt: skip
 
 
 def _rescan(query, base, bits, labels, groups, k, metric):
