@@ -10,9 +10,9 @@ cannot run) or `torch`. Mathematics, design and measurements are in kernels/READ
 
 from kernels.cka import cka, covariance
 from kernels.knn import knn
-from kernels.logsum import log_sum_loss
+from kernels.logsum import LogSumLoss, log_sum_loss
 
 # Below 0.1 on purpose: transformers takes this folder for a package of PyPI that has the same name,
 # and finds it too old to be used. See kernels/README.md.
 __version__ = "0.0.1"
-__all__ = ["cka", "covariance", "knn", "log_sum_loss"]
+__all__ = ["LogSumLoss", "cka", "covariance", "knn", "log_sum_loss"]

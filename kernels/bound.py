@@ -4,48 +4,59 @@ import math
 
 import torch
 
-FP32, TF32 = 2.0**-24, 2.0**-11  # units of rounding
+FP64, TF32 = 2.0**-53, 2.0**-11  # units of rounding
+FP32_CUT = 2.0**-22  # an addition in tensor cores, which cut at sums of 4 products and before each
 TINY = 2.0**-120  # more than a sum of 2,560 products of scaled rows loses to underflow
 
 
 def rounded(x, unit):
-    """x in fp32, or rounded to nearest to TF32's 11 bits, where the hardware would cut."""
-    x = x.float()
-    return x if unit < TF32 else (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
+    """x in fp64, or in fp32 rounded to nearest to TF32's 11 bits, where the hardware would cut."""
+    if unit == FP64:
+        return x.double()
+    bits = x.float().view(torch.int32) + 0x1000
+    return (bits & -0x2000).view(torch.float32)
+
+
+def scaled(sides, dtype, by_row=False):
+    """Rows of `sides` divided by the power of two below their largest number, and that number.
+
+    So that squares are numbers, too. `by_row`: each row by one of its own, and 1.
+    """
+    largest = [x.abs().amax(1, keepdim=True).to(dtype) for x in sides]
+    if not by_row:
+        largest = [torch.cat(largest).amax()] * len(sides)
+    scales = []
+    for number in largest:
+        mantissa = number.frexp()[0]
+        scales.append(torch.where(mantissa == 0, 1.0, number / (2 * mantissa)))
+    rows = [x.to(dtype) / scale for x, scale in zip(sides, scales, strict=True)]
+    return rows, 1.0 if by_row else scales[0]
 
 
 def operands(base, query, metric, unit):
-    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), gamma, and the scale squared.
+    """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), and gamma.
 
-    The rows are fp32, scaled so that their squares are fp32 numbers, too, and centred (or, for
-    cosine, of length 1). `unit` is the rounding unit of the product's operands. For any order of
-    summation in fp32 the computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <=
-    2 gamma (|q|^2 + |b|^2), and TINY for what is lost below fp32's range. gamma collects D
-    additions, a few more roundings and the operands' own; tensor cores (unit TF32) cut where
-    others round, at sums of 4 products and before each, which is less than 4 units an addition.
+    For fp64 the rows are taken as they are, else scaled; then they are centred (or, for cosine, of
+    length 1). `unit` is the rounding unit of the product's operands. For any order of summation the
+    computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), and TINY
+    for what is lost below fp32's range. gamma collects D additions, a few more roundings and the
+    operands' own.
     """
-    addition = FP32 if unit < TF32 else 4 * FP32
+    addition = FP64 if unit == FP64 else FP32_CUT
     gamma = (base.shape[1] + 16) * addition + 2.02 * unit
+    sides = [base] if query is base else [base, query]
     if metric == "cosine":
-        b = rounded(directions(base), unit)
-        q = b if query is base else rounded(directions(query), unit)
+        sides = [rounded(directions(x), unit) for x in sides]
         # |u - v|^2 = 2 - 2 u.v, which a row of zeros keeps
-        one = b.new_ones((), dtype=torch.float64)
-        return q, b, one.expand(len(q)), one.expand(len(b)), gamma, one
-    wide = torch.promote_types(base.dtype, torch.float32)
-    both = (base,) if query is base else (base, query)
-    largest = torch.stack([side for x in both for side in x.aminmax()]).abs().amax()
-    # A power of two, so exact; fp32 has none for the smallest numbers, which need no more to have
-    # a square.
-    exponent = -largest.to(wide).frexp()[1].clamp(-126, 126)
-    scale = torch.ldexp(torch.ones_like(largest, dtype=wide), exponent)
-    scaled = base.to(wide) * scale
-    mean = scaled.mean(0)
-    b = rounded(scaled.sub_(mean), unit)
-    q = b if query is base else rounded((query.to(wide) * scale).sub_(mean), unit)
-    squares_b = b.double().square().sum(1)
-    squares_q = squares_b if query is base else q.double().square().sum(1)
-    return q, b, squares_q, squares_b, gamma, scale.double().square()
+        one = torch.ones((), dtype=torch.float64, device=base.device)
+        squares = [one.expand(len(x)) for x in sides]
+    else:
+        if unit != FP64:
+            sides, _ = scaled(sides, torch.float32)
+        mean = sides[0].mean(0)
+        sides = [rounded(x - mean, unit) for x in sides]
+        squares = [torch.linalg.vector_norm(x.double(), dim=1).square() for x in sides]
+    return sides[-1], sides[0], squares[-1], squares[0], gamma
 
 
 def lower(squares, gamma):
@@ -53,7 +64,7 @@ def lower(squares, gamma):
 
     With -gamma the half of an upper bound.
     """
-    return (squares * (1 - 2 * gamma) - math.copysign(TINY, gamma)).float()
+    return squares * (1 - 2 * gamma) - math.copysign(TINY, gamma)
 
 
 def directions(x):

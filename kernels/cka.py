@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels.dispatch import pinned_products, use_triton
+from kernels.dispatch import check_tensor, pinned_products, use_triton
 
 CHUNK_ROWS = 16384  # rows that are centred at a time where features are multiplied
 CACHED = 2**21  # numbers that a CPU's caches hold
@@ -32,7 +32,6 @@ BLOCK_BYTES = 2**26  # and as many as fit here
 # How often the largest term may exceed the result, so that its rounding stays below 3e-4 of it:
 # fp32 products are off by about 1e-6, sums within tensor cores, which cut what they add, by 3e-5.
 CANCELLATION = {"ieee": 250.0, "tf32": 8.0}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def covariance(x: torch.Tensor) -> torch.Tensor:
@@ -94,18 +93,12 @@ def _check(features, name, first=None):
         raise ValueError(f"{name}: expected at least one (N, D) tensor, got an empty list")
     for i, x in enumerate(features):
         where = f"{name}[{i}]"
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{where}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{where}: expected a floating-point tensor, got {x.dtype}")
+        first = x if first is None else first
+        check_tensor(where, x, "the first set", first)
         if x.dim() != 2 or 0 in x.shape:
             raise ValueError(f"{where}: expected shape (N, D), got {tuple(x.shape)}")
-        if first is None:
-            first = x
         if len(x) != len(first):
             raise ValueError(f"{where}: {len(x)} rows, but the first set has {len(first)}")
-        if x.device != first.device:
-            raise ValueError(f"{where}: on {x.device}, but the first set is on {first.device}")
 
 
 def _check_finite(features, name):

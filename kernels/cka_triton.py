@@ -4,11 +4,10 @@ One pass over a feature set takes off the column means, rounds to TF32 to neares
 cores would cut) and leaves the lengths of the rounded rows behind. See cka.py.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+
+from kernels.dispatch import launching
 
 CONFIG = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
 
@@ -38,8 +37,7 @@ def centre_kernel(
 
 def centre(x, mean, out, norms):
     """out = x - mean rounded to TF32, norms = lengths of its rows; x may have any strides."""
-    on_gpu = x.device.type == "cuda"
-    with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
+    with launching(x):
         centre_kernel[(triton.cdiv(x.shape[0], CONFIG["ROWS"]),)](
             x, mean, out, norms, *x.shape, *x.stride(), out.stride(0), **CONFIG
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which path runs, and in which precision the library multiplies.
+"""What the kernels share: checks of tensors, which path runs, and how the library multiplies.
 
 Triton kernels run on a GPU, plain PyTorch elsewhere; Triton is imported on first need only.
 """
@@ -9,6 +9,23 @@ import importlib.util
 import os
 
 import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, x, other: str, first) -> None:
+    """Raise TypeError or ValueError unless x is a tensor of floats on the device of `first`."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.device != first.device:
+        raise ValueError(f"{name}: on {x.device}, but {other} is on {first.device}")
+
+
+def launching(x: torch.Tensor):
+    """Triton launches on the current device; make that the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache

@@ -16,16 +16,11 @@ On a CPU the least bounds are found from the top down: rows are put in sets of 8
 
 import math
 import numbers
-import warnings
 
 import torch
 
-from kernels.bound import FP32, directions, lower, operands
-from kernels.dispatch import pinned_products, use_triton
-
-# Only sampled_addmm is used, which has long been what it is.
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from kernels.bound import FP64, TINY, lower, operands, scaled
+from kernels.dispatch import check_tensor, use_triton
 
 
 def knn(
@@ -72,16 +67,11 @@ def knn(
 
 
 def _check_rows(name, x, base):
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    check_tensor(name, x, "base", base)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: expected shape (N, D), got {tuple(x.shape)}")
     if x.shape[1] > 2560:
         raise ValueError(f"{name}: at most 2560 columns, got {x.shape[1]}")
-    if x.device != base.device:
-        raise ValueError(f"{name}: on {x.device}, but base is on {base.device}")
     if x.dtype != base.dtype or x.shape[1] != base.shape[1]:
         raise ValueError(
             f"{name}: {x.dtype} with {x.shape[1]} columns, "
@@ -114,7 +104,7 @@ def _check_groups(base, query, groups, query_groups):
 
 # --- what both paths share ---------------------------------------------------------------------
 
-UNRESOLVED = 2.0**-480  # below it squares of fp64 numbers no greater than 1 underflow
+UNRESOLVED = 2.0**-960  # below it squares of fp64 numbers of about 1 underflow
 MIX = 0x2545F4914F6CDD1D  # odd, so that products with its powers modulo 2^64 lose no bit
 
 
@@ -133,65 +123,41 @@ def _first_copies(base, groups, copies):
     if groups is not None:
         key += groups * (MIX >> 1)
     key, order = key.sort(stable=True)
-    _, counts = key.unique_consecutive(return_counts=True)
-    if len(base) <= copies or counts.max() <= copies:
+    surplus = order[copies:][key[copies:] == key[:-copies]]
+    if len(surplus) == 0:
         return None
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.arange(len(base), device=base.device) - starts
-    many = counts.repeat_interleave(counts) > copies
-    row, first = order[many], order[starts[many]]
-    equal = (base[row] == base[first]).all()
+    same = key[1:] == key[:-1]
+    row, other = order[1:][same], order[:-1][same]
+    equal = (base[row] == base[other]).all()
     if groups is not None:
-        equal &= (groups[row] == groups[first]).all()
-    return order[rank < copies].sort().values if equal else None
-
-
-def _moderate(base, query, metric):
-    """fp64 rows whose squares are numbers, too: scaled by powers of two -> base, query, scale.
-
-    All by one, or for cosine each row by its own.
-    """
-    both = [base] if query is base else [base, query]
-    if metric == "cosine":
-        exponents = [x.abs().amax(1, keepdim=True).frexp()[1] for x in both]
-        both = [x * torch.exp2(-e.double()) for x, e in zip(both, exponents, strict=True)]
-        return both[0], both[-1], 1.0
-    largest = max([x.abs().max().item() for x in both if len(x)], default=0.0)
-    scale = math.ldexp(1.0, max(-1022, min(1023, math.frexp(largest)[1])))
-    both = [x / scale for x in both]
-    return both[0], both[-1], scale
+        equal &= (groups[row] == groups[other]).all()
+    kept = torch.ones_like(order, dtype=torch.bool).index_fill_(0, surplus, False)
+    return kept.nonzero().squeeze(1) if equal else None
 
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
 
 SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
-PANEL = 2048  # columns of scores whose minima are taken while they are in a core's cache
+PANEL = 1024  # columns of scores whose minima are taken while they are in a core's cache
 QUERIES = 192  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
-CACHED = 2**17  # fp64 values of the rescan at a time
+CACHED = 2**17  # values of the rescan at a time
 SET = 8  # members of a set of the screen
 
 
-def _direct(base, query, rows, candidates, metric):
+def _differences(base, query, rows, candidates, metric):
     """fp64 distances (squared, or twice the cosine's) of query[rows] to base[candidates (R, C)]."""
     step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
     for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
-        a = query.index_select(0, part).double().unsqueeze(1)
-        b = base.index_select(0, chosen.flatten()).double().view(*chosen.shape, base.shape[1])
+        a = query[part].double().unsqueeze(1)
+        b = base[chosen].double()
         if metric == "euclidean":
             distances.append(b.sub_(a).square_().sum(-1))
         else:
             norms = a.norm(dim=-1) * b.norm(dim=-1)
             distances.append(2 - 2 * (a * b).sum(-1) / norms.masked_fill(norms == 0, 1))
     return torch.cat(distances)
-
-
-def _ordered(distance, index, k):
-    """The k first of each row by (distance, index)."""
-    index, order = index.sort(dim=1)
-    distance, by_distance = distance.gather(1, order).sort(dim=1, stable=True)
-    return distance[:, :k], index.gather(1, by_distance)[:, :k]
 
 
 def _blocks(labels, queries, height, device):
@@ -216,10 +182,13 @@ class _Screen:
 
     def __init__(self, base, query, own, groups, labels, metric):
         self.own, self.groups, self.labels, self.n = own, groups, labels, len(base)
-        q, b, squares_q, squares_b, gamma, self.units = operands(base, query, metric, FP32)
-        self.half_q, self.half_b = lower(squares_q, gamma), lower(squares_b, gamma)
-        self.panel = -(-self.n // (-(-self.n // PANEL) * SET**2)) * SET**2
-        self.width = -(-self.n // self.panel) * self.panel
+        found = operands(base, query, metric, FP64)
+        q, b, self.squares_q, self.squares_b, self.gamma = found
+        self.half_q = lower(self.squares_q, self.gamma)
+        self.half_b = lower(self.squares_b, self.gamma)
+        panels = math.ceil(self.n / PANEL)
+        self.panel = max(2, math.ceil(self.n / (panels * SET**2))) * SET**2
+        self.width = panels * self.panel
         # base's half of the bound is one more column of the product: 1 times it is exact
         self.table = torch.nn.functional.pad(b, (0, 1, 0, self.width - self.n))
         self.table[self.n :, -1] = math.inf
@@ -228,14 +197,23 @@ class _Screen:
         self.scores = self.table.new_empty(self.height, self.width)
         self.least = self.table.new_empty(self.height, self.width // SET)
 
-    def block(self, rows, label):
+    def best(self, rows, label, count):
+        """The `count` rows of base with the least bounds for each query of a block.
+
+        -> rows (R, count), clipped to those there are, bounds in ascending order, and the bounds'
+        largest errors.
+        """
+        columns, bound = _least(*self._block(rows, label), self.panel, count)
+        columns.clamp_(max=self.n - 1)
+        squares = self.squares_q[rows, None] + self.squares_b[columns]
+        return columns, bound.add_(self.half_q[rows, None]), squares * (4 * self.gamma) + 4 * TINY
+
+    def _block(self, rows, label):
         """Scores (R, width) and their sets' minima (R, width / SET) of query rows (R,)."""
         probe, scores, least = self.probe[rows], self.scores[: len(rows)], self.least[: len(rows)]
-        half = (
-            self.half_b
-            if label is None
-            else self.half_b.masked_fill(self.groups == label, math.inf)
-        )
+        half = self.half_b
+        if label is not None:
+            half = half.masked_fill(self.groups == label, math.inf)
         self.table[: self.n, -1] = half
         for start in range(0, self.width, self.panel):
             score = scores[:, start : start + self.panel]
@@ -265,114 +243,56 @@ class _Screen:
         return (possible & score.isfinite()).nonzero(as_tuple=True)
 
 
-def _best(scores, least, panel, count):
-    """Columns and values of the `count` least of each row of scores, and a bound of all others."""
+def _least(scores, least, panel, count):
+    """Columns and values of the `count` least of each row of scores; they lie in the best sets."""
     levels = [(scores, panel // SET)]
     while least.shape[1] % SET == 0 and least.shape[1] >= 4 * SET * count:
         levels.append((least, least.shape[1] // SET))
         least = least.unflatten(1, (SET, -1)).amin(1)
-    bound, columns = least.topk(min(count, least.shape[1]), dim=1, largest=False)
-    dropped = bound[:, -1] if count < least.shape[1] else torch.full_like(bound[:, -1], math.inf)
+    columns = least.topk(min(count, least.shape[1]), dim=1, largest=False).indices
     for values, sets in reversed(levels):
         step = torch.arange(0, SET * sets, sets, device=values.device)
         first = columns // sets * (sets * SET) + columns % sets
         columns = (first.unsqueeze(2) + step).flatten(1)
-        bound, chosen = values.gather(1, columns).topk(
-            min(count, columns.shape[1]), dim=1, largest=False
-        )
-        if bound.shape[1] < columns.shape[1]:
-            dropped = torch.minimum(dropped, bound[:, -1])
+        kept = min(count, columns.shape[1])
+        bound, chosen = values.gather(1, columns).topk(kept, dim=1, largest=False)
         columns = columns.gather(1, chosen)
-    return columns, bound, dropped
+    return columns, bound
 
 
-class _Rescan:
-    """The nearest of few candidates by fp64 distances.
-
-    |q|^2 + |b|^2 - 2 q.b costs a tenth of gathering rows for their differences. Rows whose order or
-    digits its rounding could change are done again by differences.
-    """
-
-    def __init__(self, base, query, metric):
-        self.base, self.query, self.metric = base, query, metric
-        self.by_products = base.device.type == "cpu" and base.dtype != torch.float64
-        if not self.by_products:
-            return
-        wide = directions if metric == "cosine" else torch.Tensor.double
-        self.b = wide(base)
-        self.q = self.b if query is base else wide(query)
-        self.squares_b, self.squares_q = (self._squares(x) for x in (self.b, self.q))
-        self.rounding = (base.shape[1] + 16) * 2.0**-51
-
-    def _squares(self, x):
-        return x.new_ones(len(x)) if self.metric == "cosine" else x.square().sum(1)
-
-    def nearest(self, rows, candidates, barred, count):
-        """The `count` nearest of candidates (R, C) that are not barred (R, C) to query rows (R,).
-
-        -> distances, indices (R, count), ordered by (distance, index); barred ones are at infinity.
-        """
-        if not self.by_products or candidates.shape[1] > len(self.base):
-            return self._by_differences(rows, candidates, barred, count)
-        distance = self._by_products(rows, candidates).masked_fill_(barred, math.inf)
-        distance, order = distance.sort(dim=1)
-        error = self.rounding * (self.squares_q[rows] + self.squares_b.amax())
-        gaps = distance.diff(dim=1)[:, :count]
-        settled = (gaps > 2 * error.unsqueeze(1)) | gaps.isnan()  # infinity less infinity
-        distance, index = distance[:, :count], candidates.gather(1, order)[:, :count]
-        # fp32, which is returned, shows nothing of a 2^30th
-        again = (~(settled.all(1) & (distance[:, 0] > 2.0**30 * error))).nonzero().squeeze(1)
-        if len(again):
-            distance[again], index[again] = self._by_differences(
-                rows[again], candidates[again], barred[again], count
-            )
-        return distance, index
-
-    def _by_differences(self, rows, candidates, barred, count):
-        distance = _direct(self.base, self.query, rows, candidates, self.metric)
-        return _ordered(distance.masked_fill_(barred, math.inf), candidates, count)
-
-    def _by_products(self, rows, candidates):
-        count, n, device = candidates.numel(), len(self.b), candidates.device
-        pairs = torch.sparse_csr_tensor(
-            torch.arange(0, count + 1, candidates.shape[1], device=device),
-            candidates.flatten(),
-            self.b.new_zeros(count),
-            size=(len(rows), n),
-            device=device,
-            check_invariants=False,
-        )
-        products = torch.sparse.sampled_addmm(pairs, self.q[rows], self.b.T, beta=0.0).values()
-        squares = self.squares_q[rows, None] + self.squares_b[candidates]
-        return squares.sub_(products.view_as(candidates), alpha=2)
-
-
-def _reference(base, k, query, own, groups, query_groups, metric):
+def _reference(base, k, query, own, groups, labels, metric, exactly):
     """The operator in PyTorch -> squared distances, indices (Q, k), rows searched again (Q,).
 
-    own (Q,): the row of base that a query is itself, -1 for none; or None. Distances are fp64,
-    those of cosine doubled.
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Rows are fp64 with
+    squares that are numbers, and so are distances; those of cosine are doubled. `exactly`: to all
+    of fp64's digits, else to fp32's.
     """
-    n, queries, found = len(base), len(query), min(k, len(base))
-    distances = query.new_full((queries, k), math.inf, dtype=torch.float64)
-    indices = query.new_full((queries, k), -1, dtype=torch.int64)
-    redone = query.new_zeros(queries, dtype=torch.bool)
-    screen = _Screen(base, query, own, groups, query_groups, metric)
-    rescan = _Rescan(base, query, metric)
-    for rows, label in _blocks(query_groups, queries, screen.height, base.device):
-        columns, bound, dropped = _best(*screen.block(rows, label), screen.panel, k + SPARE)
-        columns = columns.clamp_(max=n - 1)
-        distance, index = rescan.nearest(rows, columns, bound.isinf(), found)
-        distances[rows, :found], indices[rows, :found] = distance, index
-        least = dropped + screen.half_q[rows]
-        redone[rows] = ~((least > distance[:, -1] * screen.units) | dropped.isinf())
-    for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // n)):
-        limit = distances[rows, found - 1] * screen.units
-        row, index = screen.below(rows, limit)
-        distance = _direct(base, query, rows[row], index.unsqueeze(1), metric).squeeze(1)
-        distances[rows, :found], indices[rows, :found] = _nearest_pairs(
-            row, index, distance, len(rows), found
-        )
+    queries = len(query)
+    distances = query.new_empty(queries, k, dtype=torch.float64)
+    indices = query.new_empty(queries, k, dtype=torch.int64)
+    redone = query.new_empty(queries, dtype=torch.bool)
+    screen = _Screen(base, query, own, groups, labels, metric)
+    for rows, label in _blocks(labels, queries, screen.height, base.device):
+        columns, bound, error = screen.best(rows, label, k + SPARE)
+        distance, index = bound[:, :k].clone(), columns[:, :k]
+        following = bound[:, 1 : k + 1]
+        settled = ((bound + error)[:, :k] < following) | following.isinf()
+        # fp32, which is returned, shows nothing of a 2^30th
+        settled &= bound[:, :k] > 2.0**30 * error[:, :k]
+        again = (~settled.all(1) | exactly).nonzero().squeeze(1)
+        if len(again):
+            exact = _differences(base, query, rows[again], columns[again], metric)
+            exact = exact.masked_fill_(bound[again].isinf(), math.inf)
+            columns, order = columns[again].sort(dim=1)
+            exact, by_distance = exact.gather(1, order).sort(dim=1, stable=True)
+            distance[again], index[again] = exact[:, :k], columns.gather(1, by_distance)[:, :k]
+        distances[rows], indices[rows] = distance, index
+        proved = distance[:, -1] < bound[:, -1]
+        redone[rows] = ~(proved | bound[:, -1].isinf())
+    for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // len(base))):
+        row, index = screen.below(rows, distances[rows, -1])
+        distance = _differences(base, query, rows[row], index.unsqueeze(1), metric).squeeze(1)
+        distances[rows], indices[rows] = _nearest_pairs(row, index, distance, len(rows), k)
     return distances, indices.masked_fill_(distances.isinf(), -1), redone
 
 
@@ -381,8 +301,7 @@ def _nearest_pairs(row, index, distance, rows, k):
     order = distance.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
     row, index, distance = row[order], index[order], distance[order]
-    counts = row.bincount(minlength=rows)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
     first = place < k
     at = row[first], place[first]
     nearest, indices = distance.new_full((rows, k), math.inf), index.new_full((rows, k), -1)
@@ -404,59 +323,42 @@ def _search(
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
     rows = base if query is None else query
     labels = groups if query is None else query_groups
+    wide = torch.promote_types(rows.dtype, torch.float32)
     if len(base) == 0 or len(rows) == 0:
-        return _nothing(rows, k)
+        distance = rows.new_full((len(rows), k), math.inf, dtype=wide)
+        index = torch.full_like(distance, -1, dtype=torch.int64)
+        return distance, index, index.new_zeros(len(rows), dtype=torch.bool)
     own = None
     if query is None and groups is None:
         own = torch.arange(len(base), device=base.device)
-    if base.dtype != torch.float64:
-        distance, index, redone = _distinct(base, k, rows, own, groups, labels, metric)
-    else:
-        rows_b, rows_q, scale = _moderate(base, rows, metric)
-        distance, index, redone = _distinct(rows_b, k, rows_q, own, groups, labels, metric)
-        if metric == "euclidean":
-            _check_resolved(rows_b, rows_q, distance, index)
-    if metric == "cosine":
-        distance = distance.div_(2).clamp_(min=0)
-    else:
-        distance = distance.sqrt_()
-        if base.dtype == torch.float64:
-            distance = distance.mul_(scale)
-    return distance.to(_wide(rows)), index, redone
-
-
-def _distinct(base, k, query, own, groups, labels, metric):
-    """The search by either path, with needless copies of rows left out of base."""
     kept = _first_copies(base, groups, k + 1)
     if kept is not None:
         base = base[kept]
         groups = None if groups is None else groups[kept]
         if own is not None:
             own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
-    search = _reference
-    if base.dtype != torch.float64 and use_triton(base.device):
-        from kernels.knn_triton import search
-    with torch.autocast(base.device.type, enabled=False), pinned_products("ieee"):
-        distance, index, redone = search(base, k, query, own, groups, labels, metric)
+    with torch.autocast(base.device.type, enabled=False):
+        if wide == torch.float32 and use_triton(base.device):
+            from kernels.knn_triton import search
+
+            scale = 1.0
+            distance, index, redone = search(base, k, rows, own, groups, labels, metric)
+        else:
+            sides = [base] if rows is base else [base, rows]
+            sides, scale = scaled(sides, torch.float64, metric == "cosine")
+            inputs = (sides[0], k, sides[-1], own, groups, labels, metric)
+            distance, index, redone = _reference(*inputs, wide == torch.float64)
+            if metric == "euclidean":
+                _check_resolved(sides[0], sides[-1], distance, index)
+    distance = distance.sqrt() * scale if metric == "euclidean" else (distance / 2).clamp(min=0)
     if kept is not None:
         index = torch.where(index < 0, -1, kept[index])
-    return distance, index, redone
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _nothing(query, k):
-    """The result when base or query has no rows."""
-    distances = query.new_full((len(query), k), math.inf, dtype=_wide(query))
-    indices = torch.full_like(distances, -1, dtype=torch.int64)
-    return distances, indices, indices.new_zeros(len(query), dtype=torch.bool)
+    return distance.to(wide), index, redone
 
 
 def _check_resolved(base, query, distance, index):
     """Raise ValueError where rows that differ came out at a distance too small for fp64 squares."""
-    row, place = (distance < UNRESOLVED**2).nonzero(as_tuple=True)
+    row, place = (distance < UNRESOLVED).nonzero(as_tuple=True)
     if (query[row] != base[index[row, place]]).any():
         raise ValueError(
             "base: holds rows that differ by less than 1e-144 of the largest number; "
@@ -470,6 +372,7 @@ _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
 @_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
     rows = base if query is None else query
-    distances = rows.new_empty(len(rows), k, dtype=_wide(rows))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    distances = rows.new_empty(len(rows), k, dtype=wide)
     indices = distances.new_empty(len(rows), k, dtype=torch.int64)
     return distances, indices, distances.new_empty(len(rows), dtype=torch.bool)

@@ -1,131 +1,126 @@
-"""Triton kernels of the nearest-neighbour search; imported on first use on a GPU. The method is in
-knn.py.
+"""Triton kernels of the nearest-neighbour search; imported on first use on a GPU. See knn.py.
 
-Rows of base and queries are sorted by group, so that a tile of queries knows beforehand which tiles
-of base hold no label but its own and are passed over, and which share one with it and need a mask.
-Screening is one TF32 matrix product per tile with the bias as the accumulator's start, a minimum
-over sets that stays within a thread, and insertion of the few minima that improve on a query's
-worst. Rescan and redo take fp64 differences. Every kernel writes all it owns; no atomics.
+1. Bound. Over every 16th row of base the least upper bound of the distance in each of many disjoint
+   parts. The k-th least of these is above the k-th distance, as k rows lie below it.
+2. Screen. One TF32 product over all of base; a bit for each pair whose lower bound is below.
+3. List. The bits become lists of rows, a few hundred for each query.
+4. Rescan. Listed rows in fp64, ordered by (distance, index). Nothing else can be a neighbour, so
+   nothing remains to be proved; where a list overflows, all of base is compared.
+
+Neither loop over base holds a branch that depends on data, so that Triton pipelines it. Every
+kernel writes all it owns; no atomics.
 """
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from kernels.bound import TF32, lower, operands
+from kernels.bound import TF32, TINY, lower, operands
+from kernels.dispatch import launching
 
-SPARE = 8  # sets kept beyond k
-# Two for each multiprocessor of the largest device meant; fewer queries than that split the base.
-PROGRAMS = 264
+PROGRAMS = 264  # two for each multiprocessor of the largest device meant
+WORDS = 2**26  # int32 of bits and lists at a time
+SAMPLE = 16  # one row in so many of base for the bound
 
 
 @triton.jit
 def screen_kernel(
-    query, base, bias, query_groups, base_groups, spans, values, sets, queries, rows, stride,
-    MASK: tl.constexpr, KEEP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    SET: tl.constexpr, WIDTH: tl.constexpr, LOOPED: tl.constexpr,
+    query, base, half, limits, labels, groups, out, queries, rows, stride,
+    BOUND: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, LOOPED: tl.constexpr,
 ):  # fmt: skip
-    """The KEEP sets with the least lower bounds for each query, unsorted -> values, sets (queries,
-    splits, KEEP).
+    """Of score = half - 2 q.b its least in each column of the tiles, or the bits of score <= limit.
 
-    query (queries, stride) is -2 times the operand; member m of set s of a tile is its row m *
-    (ROWS / SET) + s. Rows are padded with zeros to a stride that is a multiple of 16, so that loads
-    are 16 bytes wide and asynchronous. spans (4, query tiles): the tiles of base passed over, from
-    and to, and the rows that may share a label, likewise.
+    query (queries, stride) is -2 times the operand. Rows are padded with zeros to a stride that is
+    a multiple of 16, so that loads are 16 bytes wide and asynchronous. Programs (queries, splits).
+    With BOUND out is fp32 (queries, splits, ROWS), else int32 (queries, tiles * ROWS / 32).
     """
-    SETS: tl.constexpr = ROWS // SET
+    WORDS: tl.constexpr = ROWS // 32
     q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    split = tl.program_id(1)
     real_q = q < queries
     d = tl.arange(0, WIDTH)
-    q_at = query + q.to(tl.int64)[:, None] * stride
+    lanes = tl.arange(0, ROWS)
+    at_q = query + q.to(tl.int64)[:, None] * stride
     if not LOOPED:
-        a = tl.load(q_at + d[None, :], mask=real_q[:, None] & (d[None, :] < stride), other=0.0)
-    skip_from, skipped, near_from, near_to = 0, 0, 0, 0
+        a = tl.load(at_q + d[None, :], mask=real_q[:, None] & (d[None, :] < stride), other=0.0)
     if MASK:
-        labels_q = tl.load(query_groups + tl.minimum(q, queries - 1))
-        at = spans + tl.program_id(0)
-        skip_from, skipped = tl.load(at), tl.load(at + tl.num_programs(0)) - tl.load(at)
-        near_from, near_to = (
-            tl.load(at + 2 * tl.num_programs(0)),
-            tl.load(at + 3 * tl.num_programs(0)),
-        )
-    best = tl.full((QUERIES, KEEP), float("inf"), tl.float32)
-    ids = tl.full((QUERIES, KEEP), -1, tl.int32)
-    slots, lanes = tl.arange(0, KEEP), tl.arange(0, SETS)
-    worst = tl.full((QUERIES,), float("inf"), tl.float32)
-    for step in range(split, tl.cdiv(rows, ROWS) - skipped, tl.num_programs(1)):
-        tile = step + tl.where(step >= skip_from, skipped, 0)
-        start = tile * ROWS
-        n = start + tl.arange(0, ROWS)
+        label_q = tl.load(labels + q, mask=real_q, other=0)
+    if BOUND:
+        least = tl.full((QUERIES, ROWS), float("inf"), tl.float32)
+    else:
+        limit = tl.load(limits + q, mask=real_q, other=float("-inf"))
+        bit = tl.full((ROWS,), 1, tl.int32) << (lanes % 32)
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        n = tile * ROWS + lanes
+        at_n = base + n.to(tl.int64)[None, :] * stride
         score = tl.zeros((QUERIES, ROWS), tl.float32)
-        score += tl.load(bias + n, mask=n < rows, other=float("inf"))[None, :]
-        n_at = base + n.to(tl.int64)[None, :] * stride
         if LOOPED:
             for first in range(0, stride, WIDTH):
                 e = first + d
-                x = tl.load(
-                    q_at + e[None, :], mask=real_q[:, None] & (e[None, :] < stride), other=0.0
-                )
-                y = tl.load(
-                    n_at + e[:, None], mask=(n[None, :] < rows) & (e[:, None] < stride), other=0.0
-                )
+                x_mask = real_q[:, None] & (e[None, :] < stride)
+                x = tl.load(at_q + e[None, :], mask=x_mask, other=0.0)
+                y_mask = (n[None, :] < rows) & (e[:, None] < stride)
+                y = tl.load(at_n + e[:, None], mask=y_mask, other=0.0)
                 score = tl.dot(x, y, score, input_precision="tf32")
         else:
-            y = tl.load(
-                n_at + d[:, None], mask=(n[None, :] < rows) & (d[:, None] < stride), other=0.0
-            )
+            y_mask = (n[None, :] < rows) & (d[:, None] < stride)
+            y = tl.load(at_n + d[:, None], mask=y_mask, other=0.0)
             score = tl.dot(a, y, score, input_precision="tf32")
+        score += tl.load(half + n, mask=n < rows, other=float("inf"))[None, :]
         if MASK:
-            if (start < near_to) & (start + ROWS > near_from):
-                labels_n = tl.load(base_groups + tl.minimum(n, rows - 1))
-                score = tl.where(labels_q[:, None] == labels_n[None, :], float("inf"), score)
-        least = tl.min(tl.reshape(score, (QUERIES, SET, SETS)), 1)
-        more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
-        while more > 0:
-            value, lane = tl.min(least, 1, return_indices=True)
-            slot = tl.argmax(best, 1)
-            hit = (slots[None, :] == slot[:, None]) & (value < worst)[:, None]
-            best = tl.where(hit, value[:, None], best)
-            ids = tl.where(hit, (tile * SETS + lane)[:, None], ids)
-            least = tl.where(lanes[None, :] == lane[:, None], float("inf"), least)
-            worst = tl.max(best, 1)
-            more = tl.max((tl.min(least, 1) < worst).to(tl.int32), 0)
-    out = (q.to(tl.int64)[:, None] * tl.num_programs(1) + split) * KEEP + slots[None, :]
-    tl.store(values + out, best, mask=real_q[:, None])
-    tl.store(sets + out, ids, mask=real_q[:, None])
+            label = tl.load(groups + n, mask=n < rows, other=0)
+            score = tl.where(label_q[:, None] == label[None, :], float("inf"), score)
+        if BOUND:
+            least = tl.minimum(least, score)
+        else:
+            bits = tl.where(score <= limit[:, None], bit[None, :], 0)
+            words = tl.sum(tl.reshape(bits, (QUERIES, WORDS, 32)), 2)
+            at = q.to(tl.int64)[:, None] * (tl.cdiv(rows, ROWS) * WORDS) + tile * WORDS
+            tl.store(out + at + tl.arange(0, WORDS)[None, :], words, mask=real_q[:, None])
+    if BOUND:
+        at = (q.to(tl.int64)[:, None] * tl.num_programs(1) + tl.program_id(1)) * ROWS
+        tl.store(out + at + lanes[None, :], least, mask=real_q[:, None])
+
+
+@triton.jit
+def list_kernel(bits, candidates, listed, count, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+    """One query's bits (count words) -> places of base in its list (CAPACITY), and how many."""
+    q = tl.program_id(0).to(tl.int64)
+    filled = 0
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        word = tl.load(bits + q * count + place, mask=place < count, other=0)
+        some = (word != 0).to(tl.int32)
+        found = tl.sum(some)
+        while found > 0:
+            low = word & -word
+            exponent = (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255
+            slot = filled + tl.cumsum(some, 0) - some
+            at = candidates + q * CAPACITY + slot
+            tl.store(at, place * 32 + exponent - 127, mask=(some != 0) & (slot < CAPACITY))
+            filled += found
+            word = word & (word - 1)
+            some = (word != 0).to(tl.int32)
+            found = tl.sum(some)
+    tl.store(listed + q, filled)
 
 
 @triton.jit
 def _distances(
-    query,
-    base,
-    q,
-    index,
-    real,
-    width,
-    COSINE: tl.constexpr,
-    COUNT: tl.constexpr,
+    query, base, q, index, real, width, COSINE: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-):
-    """Squared distance (or twice the cosine distance) in fp64 of one query to base[index], infinity
-    where not real."""
-    total = tl.zeros((COUNT,), tl.float64)
-    norm = tl.zeros((COUNT,), tl.float64)
+):  # fmt: skip
+    """fp64 distances (squared, or twice the cosine's) of a query to base[index]; inf: not real."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    norm = tl.zeros((BLOCK,), tl.float64)
     own = tl.zeros((1,), tl.float64)
     for first in range(0, width, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        a = tl.load(
-            query + q.to(tl.int64) * width + d[None, :], mask=d[None, :] < width, other=0.0
-        ).to(tl.float64)
-        b = tl.load(
-            base + index.to(tl.int64)[:, None] * width + d[None, :],
-            mask=real[:, None] & (d[None, :] < width),
-            other=0.0,
-        ).to(tl.float64)
+        inside = d[None, :] < width
+        a = tl.load(query + q * width + d[None, :], mask=inside, other=0.0).to(tl.float64)
+        at = base + index.to(tl.int64)[:, None] * width + d[None, :]
+        b = tl.load(at, mask=real[:, None] & inside, other=0.0).to(tl.float64)
         if COSINE:
             total += tl.sum(a * b, 1)
             norm += tl.sum(b * b, 1)
@@ -135,240 +130,181 @@ def _distances(
     if COSINE:
         product = tl.sqrt(norm) * tl.sqrt(own)
         total = 2.0 - 2.0 * total / tl.where(product == 0.0, 1.0, product)
-        total = tl.where(total < 0.0, 0.0, total)
     return tl.where(real, total, float("inf"))
 
 
 @triton.jit
-def _emit(distance, index, q, distances, indices, k):
-    """Write the k first by (distance, index), -1 at infinity -> the k-th squared distance."""
-    last = tl.min(distance)
-    for place in range(k):
-        last = tl.min(distance)
-        chosen = tl.min(tl.where(distance == last, index, 2147483647))
-        finite = last < float("inf")
-        tl.store(distances + q.to(tl.int64) * k + place, last)
-        tl.store(indices + q.to(tl.int64) * k + place, tl.where(finite, chosen, -1).to(tl.int64))
-        distance = tl.where((distance == last) & (index == chosen), float("inf"), distance)
-    return last
+def _first(distance, index):
+    """The least by (distance, index)."""
+    least = tl.min(distance)
+    return least, tl.min(tl.where(distance == least, index, 2147483647))
 
 
 @triton.jit
 def rescan_kernel(
-    query, base, order, bias, units, query_groups, groups, sets, dropped, distances, indices,
-    redo, rows, width, k,
-    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
-    SET: tl.constexpr, WIDTH: tl.constexpr,
+    query, base, labels, groups, candidates, listed, distances, indices, rows, width, k,
+    COSINE: tl.constexpr, CAPACITY: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Members of one query's sets by fp64 differences -> its k neighbours, and whether they still
-    have to be proved."""
-    SETS: tl.constexpr = ROWS // SET
-    q = tl.program_id(0)
-    i = tl.arange(0, KEEP * SET)
-    chosen = tl.load(sets + q.to(tl.int64) * KEEP + i // SET)
-    place = (chosen // SETS) * ROWS + (i % SET) * SETS + chosen % SETS
-    real = (chosen >= 0) & (place < rows)
-    index = tl.load(order + place, mask=real, other=0)
-    if MASK:
-        real = real & (tl.load(groups + index, mask=real, other=0) != tl.load(query_groups + q))
-    distance = _distances(query, base, q, index, real, width, COSINE, KEEP * SET, WIDTH)
-    last = _emit(distance, index, q, distances, indices, k)
-    least = tl.load(dropped + q)
-    proved = (last * tl.load(units) < (least + tl.load(bias + q)).to(tl.float64)) | (
-        least == float("inf")
-    )
-    tl.store(redo + q, (proved == 0).to(tl.int8))
+    """One query's k neighbours among its listed rows, or among all where the list overflowed.
 
-
-@triton.jit
-def redo_kernel(
-    query, base, query_groups, groups, distances, indices, redo, rows, width, k,
-    MASK: tl.constexpr, COSINE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """A query without a certificate against all of base in fp64; every other program ends at
-    once."""
-    q = tl.program_id(0)
-    if tl.load(redo + q) != 0:
-        slots = tl.arange(0, KEEP)
-        best = tl.full((KEEP,), float("inf"), tl.float64)
-        ids = 2147483647 - slots  # free places, told apart
-        for start in range(0, rows, ROWS):
-            n = start + tl.arange(0, ROWS)
-            real = n < rows
-            if MASK:
-                real = real & (tl.load(groups + n, mask=real, other=0) != tl.load(query_groups + q))
-            distance = _distances(query, base, q, n, real, width, COSINE, ROWS, WIDTH)
+    labels: each query's group, or without groups the row that it is itself. Of a block of
+    candidates the least take the places of the worst of the k best so far, while they are better.
+    """
+    q = tl.program_id(0).to(tl.int64)
+    count = tl.load(listed + q)
+    all_rows = count > CAPACITY
+    count = tl.where(all_rows, rows, count)
+    slots = tl.arange(0, KEEP)
+    best = tl.where(slots < k, float("inf"), float("-inf")).to(tl.float64)
+    ids = 2147483647 - slots  # free places, told apart
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        real = i < count
+        index = tl.load(candidates + q * CAPACITY + i, mask=real & (all_rows == 0), other=0)
+        index = tl.where(all_rows, i, index)
+        if groups is not None:
+            real = real & (tl.load(groups + index, mask=real, other=0) != tl.load(labels + q))
+        elif labels is not None:
+            real = real & (index != tl.load(labels + q))
+        distance = _distances(query, base, q, index, real, width, COSINE, BLOCK, WIDTH)
+        better = start < count
+        while better:
+            least, chosen = _first(distance, index)
             worst = tl.max(best)
-            value = tl.min(distance)
-            while (
-                value < worst
-            ):  # rows come by index: a tie with the worst kept is not an improvement
-                chosen = tl.min(tl.where(distance == value, n, 2147483647))
-                place = tl.max(
-                    tl.where(best == worst, ids, -1)
-                )  # of equals the largest index leaves
-                hit = (best == worst) & (ids == place)
-                best = tl.where(hit, value, best)
-                ids = tl.where(hit, chosen, ids)
-                distance = tl.where(n == chosen, float("inf"), distance)
-                worst = tl.max(best)
-                value = tl.min(distance)
-        _emit(best, ids, q, distances, indices, k)
+            last = tl.max(tl.where(best == worst, ids, -1))
+            tie = (least == worst) & (chosen < last) & (least < float("inf"))
+            better = (least < worst) | tie
+            hit = (best == worst) & (ids == last) & better
+            best = tl.where(hit, least, best)
+            ids = tl.where(hit, chosen, ids)
+            distance = tl.where(index == chosen, float("inf"), distance)
+    best = tl.where(slots < k, best, float("inf"))
+    for place in range(k):
+        least, chosen = _first(best, ids)
+        found = tl.where(least < float("inf"), chosen, -1)
+        tl.store(distances + q * k + place, least)
+        tl.store(indices + q * k + place, found.to(tl.int64))
+        best = tl.where(ids == chosen, float("inf"), best)
+        ids = tl.where(ids == chosen, 2147483647, ids)
 
 
-# --- launchers
+# --- launchers -----------------------------------------------------------------------------------
 
 
-def screen_config(k: int, width: int, device: str) -> dict:
+def screen_config(width: int, device: str) -> dict:
     """Tile and launch parameters on a device "hopper", "cuda" or "hip".
 
-    Scores, kept sets and one operand are all in registers: what compiles without spilling decides
-    the tiles, and more than 64 sets fit nowhere, so that the largest k keep 64 in each of two
-    programs. On Hopper the limit on registers lets two programs share a multiprocessor, so that one
-    multiplies while the other waits for its loads.
+    Up to 64 columns the queries stay in registers or shared memory, and two programs fit on a
+    multiprocessor, so that one multiplies while the other compares.
     """
-    keep, looped = min(64, max(16, triton.next_power_of_2(k + SPARE))), width > 64
-    config = {
-        "KEEP": keep,
-        "QUERIES": 64 if keep <= 32 else 16 if device == "hip" else 32,
-        "ROWS": 64,
-        "SET": 8,
+    looped = width > 64
+    return {
+        "QUERIES": 128 if device != "hip" else 64,
+        "ROWS": 32 if device == "cuda" else 64,
         "LOOPED": looped,
         "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
         "num_warps": 8,
-        "num_stages": 1 if keep == 64 else 2,
+        "num_stages": 2,
     }
-    if device == "hopper" and keep <= 32 and not looped:
-        config |= {"QUERIES": 128, "maxnreg": 128}
-    return config
 
 
 def rescan_config(k: int) -> dict:
-    merged = max(16, triton.next_power_of_2(k + SPARE))
-    width, warps = (8, 4) if merged <= 32 else (4, 4) if merged == 64 else (4, 8)
-    return {"KEEP": merged, "SET": 8, "WIDTH": width, "num_warps": warps}
+    """One warp to a query: its minima need no barrier, and others work while it waits."""
+    keep = max(16, triton.next_power_of_2(k))
+    return {"KEEP": keep, "CAPACITY": capacity(k), "BLOCK": 128, "WIDTH": 4, "num_warps": 1}
 
 
-def redo_config(k: int) -> dict:
-    return {"KEEP": max(16, triton.next_power_of_2(k)), "ROWS": 256, "WIDTH": 8, "num_warps": 4}
+def list_config(k: int) -> dict:
+    return {"CAPACITY": capacity(k), "BLOCK": 512, "num_warps": 4}
 
 
-def _spans(query_groups, groups, queries, rows):
-    """What screen_kernel takes as spans, from sorted labels and the sizes of its tiles."""
-    least, most = query_groups[::queries], query_groups[queries - 1 :: queries]
-    if len(most) < len(least):
-        most = torch.cat((most, query_groups[-1:]))
-    near_from, near_to = (
-        torch.searchsorted(groups, least),
-        torch.searchsorted(groups, most, right=True),
-    )
-    skip_from, skip_to = (near_from + rows - 1) // rows, near_to // rows
-    skip_to = torch.where(least == most, skip_to.maximum(skip_from), skip_from)
-    return torch.stack((skip_from, skip_to, near_from, near_to)).int()
+def capacity(k: int) -> int:
+    """Rows of base that a query's list can hold."""
+    return 2048 if k <= 24 else 4096
 
 
 def _kind(device):
     if torch.version.hip is not None:
         return "hip"
-    return (
-        "hopper"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        else "cuda"
-    )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return "hopper"
+    return "cuda"
 
 
-def search(base, k, query, own, groups, query_groups, metric):
-    """The operator -> (squared distances (Q, k) fp64, doubled for cosine, indices (Q, k), rows
-    searched again (Q,)).
+def search(base, k, query, own, groups, labels, metric):
+    """The operator -> squared distances, indices (Q, k), whether all of base was compared (Q,).
 
-    own (Q,): the row of base that a query is itself, -1 for none; or None.
+    own (Q,): the row of base that a query is itself, -1 for none; or None. Distances are fp64,
+    those of cosine doubled.
     """
-    device, rows, count = base.device, len(base), len(query)
-    distances = torch.empty(count, k, dtype=torch.float64, device=device)
-    indices = torch.empty(count, k, dtype=torch.int64, device=device)
-    redo = torch.empty(count, dtype=torch.int8, device=device)
-    if groups is None and own is not None:  # every row is a group of its own
-        groups, query_groups = torch.arange(rows, device=device), own
-    mask = groups is not None
-    order, order_q = torch.arange(rows, device=device), torch.arange(count, device=device)
-    sorted_groups = sorted_query_groups = spans = None
-    if mask:
-        groups, query_groups = groups.contiguous().long(), query_groups.contiguous().long()
-        sorted_groups, order = groups.sort(stable=True)
-        sorted_query_groups, order_q = query_groups.sort(stable=True)
+    if groups is not None:  # numbered anew, as 32 bits compare faster
+        both = torch.cat((groups.long(), labels.long())).unique(return_inverse=True)[1]
+        groups, own = both.int().split((len(base), len(query)))
+    q, b, squares_q, squares_b, gamma = operands(base, query, metric, TF32)
+    padding = (0, -base.shape[1] % 16)
+    q, b = pad(q * -2, padding), pad(b, padding)
+    lower_b, upper_b = lower(squares_b, gamma).float(), lower(squares_b, -gamma).float()
+    # What a score is below where the pair's distance is below the bound: both halves of the query.
+    slack = squares_q * (4 * gamma) + 4 * TINY
     base, query = base.contiguous(), query.contiguous()
-    q, b, squares_q, squares_b, gamma, units = operands(base, query, metric, TF32)
-    bias_q, bias_b = lower(squares_q, gamma), lower(squares_b, gamma)
-    config, rescan = screen_config(k, base.shape[1], _kind(device)), rescan_config(k)
-    tiles, tile = triton.cdiv(count, config["QUERIES"]), config["ROWS"]
-    splits = max(
-        rescan["KEEP"] // config["KEEP"], min(triton.cdiv(rows, 4 * tile), PROGRAMS // tiles)
-    )
-    if mask:
-        spans = _spans(sorted_query_groups, sorted_groups, config["QUERIES"], tile)
-    values = torch.empty(count, splits, config["KEEP"], dtype=torch.float32, device=device)
-    sets = torch.empty(count, splits, config["KEEP"], dtype=torch.int32, device=device)
-    cosine, width = metric == "cosine", base.shape[1]
-    padding = (0, -width % 16)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        screen_kernel[(tiles, splits)](
-            pad(q[order_q] * -2, padding),
-            pad(b[order], padding),
-            bias_b[order],
-            sorted_query_groups,
-            sorted_groups,
-            spans,
-            values,
-            sets,
-            count,
-            rows,
-            width + padding[1],
-            MASK=mask,
-            **config,
-        )
-        dropped = values.amax(2).amin(
-            1
-        )  # a program dropped no set whose bound is below its worst kept
-        values, place = values.flatten(1).topk(rescan["KEEP"], dim=1, largest=False)
-        dropped = torch.minimum(dropped, values.amax(1))
-        back = torch.empty_like(order_q)
-        back[order_q] = torch.arange(count, device=device)
-        sets, dropped = sets.flatten(1).gather(1, place)[back], dropped[back]
-        rescan_kernel[(count,)](
-            query,
-            base,
-            order,
-            bias_q,
-            units,
-            query_groups,
-            groups,
-            sets,
-            dropped,
-            distances,
-            indices,
-            redo,
-            rows,
-            width,
-            k,
-            MASK=mask,
-            COSINE=cosine,
-            ROWS=tile,
-            **rescan,
-        )
-        redo_kernel[(count,)](
-            query,
-            base,
-            query_groups,
-            groups,
-            distances,
-            indices,
-            redo,
-            rows,
-            width,
-            k,
-            MASK=mask,
-            COSINE=cosine,
-            **redo_config(k),
-        )
-    return distances, indices, redo.bool()
+    config = screen_config(base.shape[1], _kind(base.device))
+    words = triton.cdiv(len(base), config["ROWS"]) * config["ROWS"] // 32
+    step = WORDS // (words + capacity(k))
+    found = []
+    with launching(base):
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            own_part = None if own is None else own[part].int()
+            limit = _limits(q[part], b, upper_b, slack[part], own_part, groups, k, config)
+            bits = _bits(q[part], b, lower_b, limit, own_part, groups, config)
+            found.append(_rescan(query[part], base, bits, own_part, groups, k, metric))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _limits(q, b, half, slack, labels, groups, k, config):
+    """A score for each query (Q,) that is not below the score of any of its k nearest rows.
+
+    Parts of base are the columns of the tiles of a program: four for each row wanted, that few
+    of the least lie in one. A query that is a row of base itself finds one row too many.
+    """
+    wanted = k if groups is not None or labels is None else k + 1
+    step = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
+    groups = None if groups is None else groups[::step].contiguous()
+    splits = triton.cdiv(4 * wanted, config["ROWS"])
+    least = q.new_empty(len(q), splits * config["ROWS"])
+    sample, half = b[::step].contiguous(), half[::step].contiguous()
+    _screen(q, sample, half, None, labels, groups, least, splits, config)
+    bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
+    limit = (bound.double() + slack).float()
+    above = torch.nextafter(limit, torch.full_like(limit, float("inf")))
+    return above.clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _bits(q, b, half, limit, labels, groups, config):
+    """A bit for each query and row of base: int32 (Q, words)."""
+    tiles = triton.cdiv(len(b), config["ROWS"])
+    bits = q.new_empty(len(q), tiles * config["ROWS"] // 32, dtype=torch.int32)
+    splits = max(1, min(tiles // 4, PROGRAMS * config["QUERIES"] // len(q)))
+    _screen(q, b, half, limit, labels, groups, bits, splits, config)
+    return bits
+
+
+def _screen(q, b, half, limit, labels, groups, out, splits, config):
+    screen_kernel[(triton.cdiv(len(q), config["QUERIES"]), splits)](
+        q, b, half, limit, labels, groups, out, len(q), len(b), q.shape[1],
+        BOUND=limit is None, MASK=groups is not None, **config,
+    )  # fmt: skip
+
+
+def _rescan(query, base, bits, labels, groups, k, metric):
+    count = len(query)
+    candidates, listed = bits.new_empty(count, capacity(k)), bits.new_empty(count)
+    list_kernel[(count,)](bits, candidates, listed, bits.shape[1], **list_config(k))
+    distances = bits.new_empty(count, k, dtype=torch.float64)
+    indices = bits.new_empty(count, k, dtype=torch.int64)
+    rescan_kernel[(count,)](
+        query, base, labels, groups, candidates, listed, distances, indices,
+        len(base), base.shape[1], k, COSINE=metric == "cosine", **rescan_config(k),
+    )  # fmt: skip
+    return distances, indices, listed > capacity(k)

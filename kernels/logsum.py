@@ -23,12 +23,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from kernels.dispatch import pinned_products, use_triton
+from kernels.dispatch import check_tensor, pinned_products, use_triton
 
 NORMALIZE = ("both", "student", "student-affine", "none")
 REDUCTION = ("batch", "row")
 FUSED_ROWS = 256  # up to here one Triton program holds all rows of its columns
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Options(NamedTuple):
@@ -142,12 +141,7 @@ def _check_tensors(student, weight, teacher, scale, shift, normalize):
     if scale is not None:
         tensors |= {"scale": scale, "shift": shift}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != student.device:
-            raise ValueError(f"{name}: on {tensor.device}, but student is on {student.device}")
+        check_tensor(name, tensor, "student", student)
     if teacher.requires_grad:
         raise ValueError("teacher: requires grad, but gets no gradient; pass teacher.detach()")
     if student.dim() < 2 or student.numel() == 0:

@@ -13,12 +13,13 @@ Every kernel writes each element of its outputs; sums over programs go through a
 added in a fixed order; no atomics. Imported on first use on a GPU.
 """
 
-import contextlib
 import functools
 
 import torch
 import triton
 import triton.language as tl
+
+from kernels.dispatch import launching
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 SHARE = 384  # features that one program of few rows takes into the student's gradient
@@ -35,12 +36,9 @@ def _power(d, ALPHA: tl.constexpr):
         square = d * d
         return square * square, square * d
     else:
-        size = tl.abs(d)
-        logarithm = tl.log2(tl.where(size > 0, size, 1.0))
-        value = tl.where(size > 0, tl.exp2(ALPHA * logarithm), 0.0)
-        slope = tl.where(size > 0, tl.exp2((ALPHA - 1.0) * logarithm), 0.0)
-        value = tl.where(size == size, value, size)
-        return value, tl.where(d < 0, -slope, tl.where(size == size, slope, size))
+        size = tl.abs(d)  # 0 and NaN stay what they are
+        slope = tl.where(size > 0, tl.exp2((ALPHA - 1.0) * tl.log2(size)), size)
+        return slope * size, tl.where(d < 0, -slope, slope)
 
 
 @triton.jit
@@ -382,11 +380,6 @@ def sums_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def _on(tensor):
-    """Triton launches on the current device; make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _floats(like, *shape):
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
@@ -451,7 +444,7 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     grad_y = _floats(student, rows if o.need_grad else 0, features)
     columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
     shares = _floats(student, split if o.need_grad else 0, rows, inner)
-    with _on(student):
+    with launching(student):
         fused_forward_kernel[(programs,)](
             student, weight, teacher, scale, shift, partial, grad_y, columns,
             rows, inner, features, student.stride(0), *weight.stride(), teacher.stride(0),
@@ -486,7 +479,7 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
     partial = _floats(student, 2, tiles, slices)
     inputs = (student, operand, teacher, columns, scale, shift, factor)
-    with _on(student):
+    with launching(student):
         if o.normalize != "none":
             _sweep("moments", *inputs, moments, partial, rows, o)
             merge_kernel[(_ceil(features, BLOCK["COLUMNS"]),)](
@@ -520,7 +513,7 @@ def backward(
         gradient = student.new_empty(min(rows, part), features, dtype=o.operand)
     d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=dtype)
     of_weight = need_weight * _tiles(inner, features, config)
-    with _on(student):
+    with launching(student):
         for start in range(0, rows, part):
             a, t, out = (x[start : start + part] for x in (student, teacher, d_student))
             g = gradient[: len(a)]

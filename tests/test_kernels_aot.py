@@ -1,4 +1,7 @@
-"""Every Triton kernel in every configuration that a launcher can choose, compiled for real GPUs."""
+"""Every Triton kernel in every configuration that a launcher can choose, compiled for real GPUs.
+
+Limits are asserted, not one compiler's exact numbers. Compiled kernels are kept for all tests here.
+"""
 
 import re
 
@@ -6,32 +9,51 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernels import aot
+import aot
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+def wanted(target, kernels):
+    """Configurations of some kernels on a target.
+
+    All of them for an H100. Elsewhere the code is the same but for its instructions, so of the
+    loss only those that need most shared memory and registers; sm_86 has less memory than sm_80.
+    """
+    for configuration in aot.configurations(target):
+        kernel, label = configuration[:2]
+        largest = label.startswith("bf16, rows fp32") and not label.endswith(("moments", "loss"))
+        if kernel in kernels and (target == "sm_90" or not label or "rows" not in label or largest):
+            yield configuration
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("sm_90", marks=pytest.mark.slow),
+        pytest.param("gfx942", marks=pytest.mark.slow),
+        "sm_86",
+    ],
+)
 @pytest.mark.parametrize(
     "kernels",
     [
         ("fused_forward", "shares"),
         ("gradients", "merge", "sums"),
         ("sweep",),
-        ("centre",),
+        ("centre", "list", "rescan"),
         ("screen",),
-        ("rescan", "redo"),
     ],
     ids=lambda names: names[0],
 )
 def test_compiles_within_the_device(target, kernels):
-    made = 0
-    for kernel, label, function, parameters, types, cores in aot.configurations(target):
-        if kernel not in kernels:
-            continue
+    made = set()
+    for kernel, label, function, parameters, types, cores in wanted(target, kernels):
         result = aot.compiled(target, function, parameters, types)
         where = f"{kernel}, {label}, {target}"
         assert result["shared"] <= aot.TARGETS[target][3], where
@@ -40,18 +62,48 @@ def test_compiles_within_the_device(target, kernels):
         assert result["spills"] <= 64, where
         assert 0 < result["registers"] <= 512, where
         assert bool(aot.TENSOR_CORES.search(result["code"])) or not cores, where
+        made.add(kernel)
+    assert made == set(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["bits, D > 64", "bf16, rows bf16, weight fp32, gradient"])
+def test_operands_are_loaded_16_bytes_at_a_time(label):
+    found = [one for one in aot.configurations("sm_90") if one[1] == label]
+    (_, _, function, parameters, types, _) = found[0]
+    code = aot.compiled("sm_90", function, parameters, types)["code"]
+    assert re.search(r"cp\.async\.cg[^;]*, 0x10", code)
+    assert not re.search(r"cp\.async\.ca[^;]*, 0x4", code)
+
+
+# name: shared memory of a multiprocessor; two programs of 8 warps have 128 registers a thread each
+SHARED = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024}
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_86", "sm_90"]
+)
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_screen_is_pipelined_and_two_programs_fit(target, mask):
+    made = 0
+    for _, label, function, parameters, types, _ in wanted(target, ("screen",)):
+        if "> 64" in label:
+            continue
+        result = aot.compiled(target, function, {**parameters, "MASK": mask}, types)
+        code = result["code"]
+        assert re.search(r"cp\.async\.(ca|cg|bulk)", code), label
+        assert len(re.findall(r"wgmma\.wait_group", code)) == (target == "sm_90"), label
+        assert result["registers"] <= 128 and result["warps"] == 8, label
+        assert 2 * (result["shared"] + 1024) <= SHARED[target], label
         made += 1
-    assert made >= len(kernels)
+    assert made == 6
 
 
-@pytest.mark.parametrize("wanted", ["k <= 24, D > 64", "bf16, rows bf16, weight fp32, gradient"])
-def test_operands_are_loaded_16_bytes_at_a_time(wanted):
-    for _, label, function, parameters, types, _ in aot.configurations("sm_90"):
-        if label == wanted:
-            code = aot.compiled("sm_90", function, parameters, types)["code"]
-            assert re.search(r"cp\.async\.cg[^;]*, 0x10", code) and not re.search(
-                r"cp\.async\.ca[^;]*, 0x4", code
-            )
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_rescan_compiles_for_half_precision(dtype):
+    rows = {"query": f"*{dtype}", "base": f"*{dtype}"}
+    for _, label, function, parameters, types, _ in wanted("sm_90", ("rescan",)):
+        assert aot.compiled("sm_90", function, parameters, types | rows)["spills"] <= 64, label
 
 
 def test_all_kernels_are_covered():

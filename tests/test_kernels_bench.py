@@ -14,17 +14,16 @@ import kernels
 from kernels import bench
 
 CPU = torch.device("cpu")
-RATES = {"fp32": 1.0, "copy": 1.0}
 
 
 def case(ours):
     runs = {"ours": lambda: ours, "rival": lambda: 1.0}
-    return bench.Case("k", "s", runs, lambda value: abs(value - 1), 1e-6, 1.0, 1.0, "fp32")
+    return bench.Case("k", "s", runs, lambda value: abs(value - 1), 1e-6)
 
 
 @pytest.mark.parametrize("ours", [1.0, 1.1])
 def test_no_speed_up_is_printed_for_a_wrong_result(ours, capsys):
-    rows = bench.compare(case(ours), RATES, CPU, 0.01)
+    rows = bench.compare(case(ours), CPU, 0.01)
     lines = capsys.readouterr().out.splitlines()
     assert [row["right"] for row in rows] == [ours == 1, True]
     assert ("WRONG" in lines[0]) == (ours != 1) and ("x |" in lines[1]) == (ours == 1)
@@ -34,27 +33,18 @@ def test_benchmark_writes_what_it_measured(tmp_path, capsys):
     file = tmp_path / "cka.json"
     assert bench.main(["cka", "--quick", "--device", "cpu", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert found["torch"] == torch.__version__ and found["ceilings"]["fp32"] > 0
+    assert found["torch"] == torch.__version__
     assert {row["name"] for row in found["rows"]} >= {"ours", "eager", "numpy", "Grams kept"}
     assert all(row["right"] and row["ms_20"] <= row["ms"] <= row["ms_80"] for row in found["rows"])
     assert capsys.readouterr().out.count("| ours |") == 2
 
 
-def test_peak_memory_is_that_of_the_run():
-    def run():
-        return torch.ones(2**24).sum()  # 67 MB
-
-    assert 50 < bench.measure({"it": run}, CPU, 0.01)["it"]["peak_mb"] < 120
-
-
 @pytest.mark.parametrize("kind", ["Gaussian", "clusters", "identical rows"])
-@pytest.mark.parametrize("groups", [None, 3])
-def test_every_search_of_the_benchmark_is_right_and_an_error_is_seen(kind, groups):
+def test_every_search_of_the_benchmark_is_right_and_an_error_is_seen(kind):
     base = bench.knn_data(kind, 400, 20)
-    labels = None if groups is None else torch.randint(groups, (400,))
-    missed = bench._missed(base, 5, labels)
+    missed = bench.missed(base, 5)
     for search in bench.searches(CPU).values():
-        index = bench.neighbours(search, base, 5, labels)
+        index = bench.neighbours(search, base, 5)
         assert missed(index) == 0
         assert not (index == torch.arange(400)[:, None]).any()
         assert missed(index.flip(0)) > 0.1
@@ -143,7 +133,7 @@ def test_the_folder_works_under_another_name(tmp_path):
 
 def test_profile_names_operations():
     x = torch.randn(50, 50)
-    one = bench.Case("k", "s", {"ours": lambda: x @ x}, abs, math.inf, 1, 1, "fp32")
+    one = bench.Case("k", "s", {"ours": lambda: x @ x}, abs, math.inf)
     text = gpu_day.profile(one, CPU)
     assert text.startswith("k, s") and "aten::mm" in text
 

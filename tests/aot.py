@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real devices on a machine that has none; tell what comes of it.
 
-    python -m kernels.aot                       the table of all configurations on all targets
-    python -m kernels.aot --write kernels/README.md      put it between the marks in that file
+    python tests/aot.py                             the table of all configurations on all targets
+    python tests/aot.py --write kernels/README.md   put it between the marks in that file
 
 A configuration is a set of tile and launch parameters that a launcher can choose, with the options
 that need most registers. For each: shared memory, registers, spills, and whether the matrix
@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it is run from tests/
 
 # name: (backend, architecture, lanes of a warp, bytes of shared memory that one program may use)
 TARGETS = {
@@ -63,8 +65,9 @@ def logsum_configurations(kind: str):
         many = common | logsum.tiled_config(operand) | {"SHARES": 0}
         types = types | {x: f"*{name}" for x in ("weight", "grad_y", "out")} | {"d_weight": "*fp32"}
         found.append(("gradients", f"{case}, many rows", many, types))
-        found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
-        if len(sizes) > 2:
+        if len(sizes) == 2:
+            found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
+        else:
             linear = common | affine | {"stride_wi": 1} | logsum.fused_forward_config(32, operand)
             del linear["stride_wf"]
             found.append(("fused_forward", f"{case}, affine, nn.Linear's layout", linear, types))
@@ -94,41 +97,23 @@ def knn_configurations(kind: str):
     """Those of knn; see configurations."""
     from kernels import knn_triton
 
-    types = {x: "*i64" for x in ("order", "query_groups", "base_groups", "groups", "indices")}
-    types |= {
-        "sets": "*i32",
-        "spans": "*i32",
-        "redo": "*i8",
-        "units": "*fp64",
-        "distances": "*fp64",
-    }
-    for k, label in ((8, "k <= 8"), (24, "k <= 24"), (64, "k > 24")):
+    types = {x: "*i32" for x in ("labels", "groups", "bits", "candidates", "listed")}
+    types |= {"distances": "*fp64", "indices": "*i64"}
+    for bound, label in ((True, "bound"), (False, "bits")):
         for width in (16, 32, 64, 1536):
+            parameters = {**knn_triton.screen_config(width, kind), "BOUND": bound, "MASK": True}
             yield (
                 "screen",
                 f"{label}, D {'> 64' if width > 64 else f'<= {width}'}",
                 knn_triton.screen_kernel,
-                {**knn_triton.screen_config(k, width, kind), "MASK": True},
-                types,
+                parameters,
+                types | {"out": "*fp32" if bound else "*i32"},
                 True,
             )
-    rows = {
-        "ROWS": knn_triton.screen_config(64, 64, kind)["ROWS"],
-        "MASK": True,
-        "COSINE": True,
-    }
-    for k in (8, 24, 56, 64):
-        rescan = {**rows, **knn_triton.rescan_config(k)}
-        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, rescan, types, False
+    yield "list", "", knn_triton.list_kernel, knn_triton.list_config(8), types, False
     for k in (16, 32, 64):
-        yield (
-            "redo",
-            f"k <= {k}",
-            knn_triton.redo_kernel,
-            {**rows, **knn_triton.redo_config(k)},
-            types,
-            False,
-        )
+        parameters = {**knn_triton.rescan_config(k), "COSINE": True}
+        yield "rescan", f"k <= {k}", knn_triton.rescan_kernel, parameters, types, False
 
 
 def configurations(target: str):
@@ -217,7 +202,7 @@ def table() -> str:
 
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}, "
-        "`python -m kernels.aot --write kernels/README.md`. Each cell: shared memory in KiB / "
+        "`python tests/aot.py --write kernels/README.md`. Each cell: shared memory in KiB / "
         "registers of a thread / spills; `tc` where the products are tensor-core instructions.",
         "",
         f"| kernel | configuration | {' | '.join(TARGETS)} |",
@@ -238,7 +223,7 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.aot", description=__doc__.splitlines()[0]
+        prog="python tests/aot.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "--write",
