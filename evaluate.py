@@ -53,6 +53,7 @@ from g2l.protocols import (
     nearest,
     paired,
     recall,
+    resampled,
     split,
     vote,
 )
@@ -68,7 +69,7 @@ from g2l.results import (
 )
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 BLIND_DRAWS = 5  # of features that know nothing, for the chance level
 BLIND_WIDTH = 8
 # The flags that go to Study as they are.
@@ -295,7 +296,7 @@ def predict(
         votes = np.where(neighbors < 0, -1, labels[neighbors])
         guess = vote(votes, distances, classes)
         rows += score_knn(guess, labels, fold, f"knn{ending}")
-        tried = [linear_probe(x, labels, tenths, classes, s, device) for s in range(study.seeds)]
+        tried = linear_probe(x, labels, tenths, classes, study.seeds, device)
         rows += score_probe(tried, labels, f"probe{ending}")
         if not predictions:
             scores = [probe[0] for probe in tried if probe]
@@ -396,13 +397,14 @@ def compare_models(
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
     labels, groups, teacher = benchmark.labels, benchmark.groups, study.teacher
     rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
+    figures = {name: resampled(predictions[name], labels, groups) for name in x}
     for name, other in itertools.product(x, (teacher, study.baseline)):
         if other in x and name not in (other, teacher):
-            gains = paired(predictions[name], predictions[other], labels, groups)
+            gains = paired(figures[name], figures[other])
             base = {"model": name, "other": other, "protocol": "paired"}
             for kind, found in gains.items():
-                figures = zip(("value", "low", "high", "parts"), found, strict=True)
-                rows.append(base | {"metric": kind} | dict(figures))
+                value = zip(("value", "low", "high", "parts"), found, strict=True)
+                rows.append(base | {"metric": kind} | dict(value))
     for row in rows:
         row["benchmark"] = benchmark.name
         row["model"], row["other"] = display(row["model"]), display(row["other"])
