@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from g2l.errors import UserError
 
@@ -194,7 +195,7 @@ def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
 def linear_probe(
     x: ndarray, labels: ndarray, fold: ndarray, n_classes: int, seeds: int, device: str = "cpu"
 ) -> list[tuple[ndarray, float] | None]:
-    """Linear probe on 6:2:2 splits: of each seed scores (N, n_classes), NaN but for the test, and C.
+    """Linear probe on 6:2:2 splits: scores (N, n_classes) by seed, NaN but for the test, and C.
 
     L2 logistic regression on features x (N, D) standardised by the training part; C is that of
     STRENGTHS with the least log loss on the validation part (AUC would not see a model that always
@@ -243,52 +244,44 @@ def logistic_path(
 class Regressions:
     """Logistic regressions of S training parts that share their features x (N, D).
 
-    Solved side by side, as reading x takes the time. Unknowns are (S, K, R + 1): weights on the
-    principal axes of each standardised part, where the curvature of the loss is near diagonal, and
-    the bias. L-BFGS starts from that curvature, and keeps what it has learnt from one C to the
-    next.
+    Solved side by side, as reading x takes the time. Unknowns are (S, K, 1 + R): the bias, and
+    weights on the principal axes of each standardised part, where the curvature of the loss is near
+    diagonal. L-BFGS starts from that curvature, and keeps what it learns from one C to the next.
     """
 
     def __init__(self, x: Tensor, labels: Tensor, train: Tensor, n_classes: int):
-        self.x, self.truth = x, torch.nn.functional.one_hot(labels, n_classes).T.to(x)
-        count = train.sum(1, keepdim=True)
-        self.share = (train / count)[:, None].to(x)  # (S, 1, N): what each row counts
+        self.x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
+        self.truth = torch.nn.functional.one_hot(labels, n_classes).T.to(x)
+        count = train.sum(1).view(-1, 1, 1)
+        self.share = (train[:, None] / count).to(x)  # (S, 1, N): what each row counts
         seen = (self.share * self.truth).sum(-1, keepdim=True) > 0
         self.never = torch.where(seen, 0.0, -1e4).to(x)  # logits of classes that are not there
         self.classes = seen.sum(1, keepdim=True)
-        self.strength = torch.where(self.classes == 2, 2, 1) / count[:, None]
-        each = [standard_axes(x[rows]) for rows in train]
-        rank = max(len(axes) for axes, _, _ in each)
-        self.axes = x.new_zeros(len(train), rank, x.shape[1])
-        self.middle = x.new_zeros(len(train), 1, rank)
-        self.variance = x.new_ones(len(train), 1, rank + 1)
-        for i, (axes, mean, variance) in enumerate(each):
-            own = len(axes)
-            self.axes[i, :own], self.middle[i, 0, :own] = axes, mean
-            self.variance[i, 0, :own] = variance
+        self.strength = torch.where(self.classes == 2, 2, 1) / count
+        axes, variance = zip(*[standard_axes(x[rows]) for rows in train], strict=True)
+        self.axes = pad_sequence(axes, batch_first=True)
+        self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
         self.learnt: deque = deque(maxlen=MEMORY)  # steps, and the change of the loss's slope
-        self.start = x.new_zeros(len(train), n_classes, rank + 1)
+        self.start = x.new_zeros(len(train), n_classes, self.axes.shape[1])
 
     def logits(self, unknowns: Tensor) -> Tensor:
         """(S, K, N), linear in the unknowns."""
-        weights = unknowns[..., :-1] @ self.axes
-        bias = unknowns[..., -1:] - (unknowns[..., :-1] * self.middle).sum(-1, keepdim=True)
+        weights = unknowns @ self.axes
         flat = (self.x @ weights.flatten(0, 1).T).T.contiguous()
-        return flat.view(*weights.shape[:2], -1) + bias
+        return flat.view(*weights.shape[:2], -1)
 
     def slope(self, excess: Tensor) -> Tensor:
         """Transpose of `logits`: what an excess (S, K, N) of probability says of the unknowns."""
-        weights = (excess.flatten(0, 1) @ self.x).view(*excess.shape[:2], -1)
-        bias = excess.sum(-1, keepdim=True)
-        return torch.cat([weights @ self.axes.mT - bias * self.middle, bias], -1)
+        weights = excess.flatten(0, 1) @ self.x
+        return weights.view(*excess.shape[:2], -1) @ self.axes.mT
 
     def solve(self, c: float, at: Tensor) -> tuple[Tensor, Tensor]:
         """Solution and logits (S, K, N) for the strength c, from the solution `at`."""
-        pull = (self.strength / c).to(at).expand_as(self.variance).clone()
-        pull[..., -1] = 0  # the bias is free
+        pull = (self.strength / c).to(at).repeat(1, 1, at.shape[2])
+        pull[..., 0] = 0  # the bias is free
         logits = self.logits(at) + self.never
         said = logits.softmax(1)
-        unsure = (self.share * (1 - said.square().sum(1, keepdim=True))).sum(-1, keepdim=True)
+        unsure = inner(self.share, 1 - said.square().sum(1, keepdim=True))
         curvature = (unsure / (self.classes - 1)).clamp(min=1e-6) * self.variance + pull
         before = step = None
         for _ in range(STEPS):
@@ -311,8 +304,8 @@ class Regressions:
         known = []
         for step, bend in reversed(self.learnt):
             bend = bend + pull * step
-            weight = 1 / inner(step, bend)
-            weight = torch.where(weight.isfinite() & (weight > 0), weight, 0)
+            size = inner(step, bend)
+            weight = torch.where(size > 0, 1 / size, 0)
             share = weight * inner(step, slope)
             slope = slope - share * bend
             known.append((step, bend, weight, share))
@@ -350,14 +343,14 @@ class Regressions:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (S, 1, 1) of what regressions have."""
+    """Inner products (S, 1, 1) of what S regressions have."""
     return (a * b).sum((1, 2), keepdim=True)
 
 
-def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal axes (R, D) of rows (n, D) once these are standardised.
+def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Axes (1 + R, 1 + D): a bias, and the principal axes of rows (n, D) once standardised.
 
-    Axes times rows are coordinates; returns their means (R,) and variances (R,), too.
+    Axes times [1, row] are coordinates; returns their second moments (1 + R,), too.
     """
     n, width = rows.shape
     mean = rows.mean(0)
@@ -372,7 +365,9 @@ def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if n < width:
         basis = rows.T @ basis / value.sqrt()
     axes = basis.T / spread
-    return axes, axes @ mean, value / n
+    axes = torch.cat([-(axes @ mean)[:, None], axes], 1)
+    bias = torch.eye(1, width + 1).to(axes)
+    return torch.cat([bias, axes]), torch.cat([bias[0, :1], value / n])
 
 
 def auc(scores: ndarray, positive: ndarray, weights: ndarray) -> ndarray:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
-import evaluate
+import g2l.evaluation as evaluation
 import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
 from g2l.errors import UserError
@@ -259,7 +259,7 @@ def test_majority_baseline_is_the_share_of_the_most_common_class():
     x, labels, groups = cloud(n=160, classes=8, groups=8)
     labels = np.array([int(g[1:]) for g in groups])  # each fold's class is not in training
     b, s = some(labels, groups), study(folds=8)
-    _, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    _, rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)
     assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
 
 
@@ -281,13 +281,13 @@ def test_chance_is_what_blind_features_score_in_the_protocol():
     labels = np.arange(160) // 80
     groups = [f"p{i // 20}" for i in range(160)]
     b, s = some(labels, groups), study()
-    folds = evaluate.make_folds(b, s)
-    chance = [r for r in evaluate.blind_rows(b, folds, s) if r["metric"] == "accuracy"]
-    assert {r["draw"] for r in chance} == set(range(evaluate.BLIND_DRAWS))
+    folds = evaluation.make_folds(b, s)
+    chance = [r for r in evaluation.blind_rows(b, folds, s) if r["metric"] == "accuracy"]
+    assert {r["draw"] for r in chance} == set(range(evaluation.BLIND_DRAWS))
     noise = []
     for seed in range(5):
         x = np.random.default_rng(seed).normal(size=(160, 32)).astype(np.float32)
-        rows = evaluate.predict(b, x, folds, s)[1]
+        rows = evaluation.predict(b, x, folds, s)[1]
         noise += [r["value"] for r in rows if r["metric"] == "accuracy"]
     found = np.mean([r["value"] for r in chance])
     assert found == pytest.approx(np.mean(noise), abs=0.04) and found < 0.47
@@ -299,7 +299,7 @@ def test_a_measure_that_is_not_defined_is_none_and_no_perfect_score():
     labels, groups = (np.arange(21) >= 15).astype(int), [f"p{i // 3}" for i in range(21)]
     x = np.random.default_rng(0).normal(size=(21, 6)).astype(np.float32)
     b, s = some(labels, groups), study(seeds=5)
-    rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)[1]
+    rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)[1]
     probe = [r for r in rows if r["protocol"] == "probe"]
     unknown = {r["seed"] for r in probe if np.isnan(r["value"])}
     assert unknown and unknown == {r["seed"] for r in probe if r["value"] != r["value"]}
@@ -322,10 +322,10 @@ def test_degenerate_features_end_nothing(kind):
     else:
         x[:, 1:] = 1e6
     b, s = some(labels, groups), study(seeds=2)
-    predictions, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    predictions, rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)
     assert len(predictions["scores"]) == 2
     assert all(np.isfinite(r["value"]) for r in rows)
-    assert evaluate.tells_apart(x) == (kind != "constant")
+    assert evaluation.tells_apart(x) == (kind != "constant")
     good = cloud(n=60, groups=12, seed=1)[0]
     found = cka_rows({"t": good, "s": x, "b": good + x}, groups, "t", "cpu", "b")
     assert {r["model"] for r in found} == {"t", "s", "b"}
@@ -439,7 +439,7 @@ def test_paired_difference_is_that_of_the_figures_in_the_table():
     for name, large, small in (("a", 0.7, 0.9), ("b", 0.9, 0.7)):
         sure = np.where(patient < 3, large, small)
         guess[name] = np.where(rng.random(len(patient)) < sure, labels, 1 - labels)
-        rows = evaluate.score_knn(guess[name], labels, fold, "knn")
+        rows = evaluation.score_knn(guess[name], labels, fold, "knn")
         means_of[name] = np.mean([r["value"] for r in rows if r["metric"] == "accuracy"])
     none = np.zeros((0, len(labels), 2))
     a, b = ({"knn": guess[n], "fold": fold, "scores": none} for n in "ab")
