@@ -41,7 +41,7 @@ from g2l.devices import (
     describe_device,
     pick_precision,
 )
-from g2l.errors import GO_ON, UserError, exit_status
+from g2l.errors import GO_ON, WORKERS, UserError, exit_status
 from g2l.files import digest
 from g2l.models import Model, load_model, save_student
 from g2l.patches import PatchIndex
@@ -654,8 +654,7 @@ REMEDIES = MODEL_REMEDIES | {
     "shared": "--runs must be a folder that all machines share",
     "tokens": "take --tokens cls, or a pair with equal patch size",
     "weights": "give them as --weights [NAME=]FILE, or take --weights random",
-    "workers": "lower --workers (0 needs no processes and no shared memory; in Docker, --shm-size "
-    f"or --ipc=host give more), and {GO_ON}",
+    "workers": f"{WORKERS}, and {GO_ON}",
 }
 
 

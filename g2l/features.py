@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import PatchError, UserError
+from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
 from g2l.progress import Progress
-from g2l.ranks import agree, gather_values, in_job, rank_and_world, setup_distributed
+from g2l.ranks import agree, gather_values, in_job, loading, rank_and_world, setup_distributed
 from g2l.registry import REGISTRY
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
@@ -38,7 +38,7 @@ SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
 Row = tuple[np.ndarray, Problems]  # the embedding of an item
-Batch = tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]
+Batch = tuple[list[int], np.ndarray, list[tuple[int, Problems]]]
 
 
 class ImageReader(torch.utils.data.IterableDataset):
@@ -67,11 +67,11 @@ class ImageReader(torch.utils.data.IterableDataset):
                 images[len(items)] = image
                 items.append(i)
                 if len(items) == self.batch_size:
-                    yield items, images, ended
+                    yield items, images.numpy(), ended
                     items, images, ended = self._empty()
             ended.append((i, problems))
         if ended:
-            yield items, images[: len(items)], ended
+            yield items, images[: len(items)].numpy(), ended
 
     def _empty(self) -> Batch:
         shape = self.batch_size, 3, self.size, self.size
@@ -86,6 +86,8 @@ class ImageReader(torch.utils.data.IterableDataset):
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
+            if of_the_machine(error) or of_the_machine(error.__cause__):
+                raise
             problems.append(str(error) or type(error).__name__)
             return
         if not count:
@@ -222,14 +224,13 @@ def _embed(
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
     images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
-    loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
-    )
     forward, means = Forward(model, batch_size, device), Means(model.dim)
     waiting = None
-    with torch.inference_mode():
-        for items, batch, ended in loader:
-            features = forward(batch)  # queued on a GPU while the batch before is collected
+    with torch.inference_mode(), loading("images", workers) as options:
+        for items, batch, ended in torch.utils.data.DataLoader(images, **options):
+            features = forward(
+                torch.from_numpy(batch)
+            )  # queued on a GPU while the batch before is collected
             if waiting:
                 yield from means.add(*waiting)
             waiting = items, features, ended

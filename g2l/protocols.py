@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from g2l.errors import UserError
 
 STRENGTHS = 10.0 ** np.arange(-6, 3)  # of the probe: C, from strong to weak regularisation
+EXACT = 2**24  # features (values) below which fp64 costs little
+RESAMPLES = 1000  # of whole groups, for intervals
+STEPS = 200  # of a regression, at most
+MEMORY = 40  # steps whose curvature is kept
+TOLERANCE = 1e-9  # of a regression's mean log loss: probabilities are right to some 1e-4
 FEW = 6  # groups: with five, even one model better in each is no evidence (sign test: 2 / 2^5)
 
 
@@ -57,54 +64,54 @@ def split(
     return np.unique(fold, return_inverse=True)[1]
 
 
-def narrow(x: ndarray) -> ndarray:
-    """Rows x (N, D) in axes of their own span where D > N: same inner products, fewer columns."""
-    if x.shape[1] <= len(x):
-        return x
-    value, vector = np.linalg.eigh(x @ x.T)
+def centred(x: ndarray, device: str) -> Tensor:
+    """Features x (N, D) less their mean, in fp64 where that costs little.
+
+    What rounding leaves of a constant column is 0.
+    """
+    z = torch.from_numpy(x).to(device)
+    if z.numel() < EXACT:
+        z = z.double()
+    mean = z.mean(0, dtype=torch.float64)
+    z = z - mean.to(z.dtype)
+    farthest = torch.linalg.vector_norm(z, torch.inf, dim=0)
+    z[:, farthest <= 1e-6 * mean.abs()] = 0
+    return z
+
+
+def narrow(z: Tensor) -> Tensor:
+    """Rows z (N, D) in axes of their own span where D > N: same inner products, fewer columns."""
+    if z.shape[1] <= len(z):
+        return z
+    value, vector = torch.linalg.eigh(z @ z.T)
     solid = value > value[-1] * 1e-12
-    return vector[:, solid] * np.sqrt(value[solid])
+    return vector[:, solid] * value[solid].sqrt()
 
 
-def pca_axes(
-    x: ndarray,
-    parts: list[ndarray],
-    dims: int = 50,
-    device: str = "cpu",
-) -> list[tuple[ndarray, ndarray]]:
+def pca_axes(z: Tensor, parts: list[ndarray], dims: int) -> list[tuple[Tensor, Tensor]]:
     """For each array of row numbers: mean (D,) and principal axes (D, d) of all *other* rows.
 
-    x (N, D) float64, its mean near 0; d <= dims. One pass over the data: scatter(others) =
-    moment(all) - moment(part), less the shift of the mean. Equal to scikit-learn's PCA up to the
-    sign of an axis.
+    z (N, D), its mean near 0; d <= dims. One pass over the data: scatter(others) = moment(all) -
+    moment(part), less the shift of the mean. Equal to scikit-learn's PCA up to the sign of an axis.
     """
     from scipy.linalg import eigh
 
-    from kernels import covariance
-
-    def moment(rows: ndarray) -> ndarray:
-        """Second moment (D, D) about the origin, a sum."""
-        if len(rows) < 2:
-            return rows.T @ rows
-        spread = covariance(torch.from_numpy(rows).to(device)).cpu().numpy()
-        mean = rows.mean(0)
-        return spread * (len(rows) - 1) + len(rows) * np.outer(mean, mean)
-
-    inside = [moment(x[part]) for part in parts]
-    whole = sum(map(len, parts)) == len(x)
-    total = sum(inside) if whole else moment(x)
-    sums = x.sum(0)
-    width = x.shape[1]
+    width = z.shape[1]
+    inside = []
+    for part in parts:
+        rows = z[part]
+        inside.append((rows.T @ rows).double())
+    whole = sum(map(len, parts)) == len(z)
+    total = sum(inside) if whole else (z.T @ z).double()
+    sums = z.sum(0, dtype=torch.float64)
     axes = []
     for part, own in zip(parts, inside, strict=True):
-        count = len(x) - len(part)
-        mean = (sums - x[part].sum(0)) / count
+        count = len(z) - len(part)
+        mean = (sums - z[part].sum(0, dtype=torch.float64)) / count
+        scatter = total - own - count * torch.outer(mean, mean)
         d = max(1, min(dims, count - 1, width))
-        scatter = total - own - count * np.outer(mean, mean)
-        value, vector = eigh(scatter, subset_by_index=[width - d, width - 1])
-        solid = value > value[-1] * 1e-12  # axes without variance carry no distance
-        solid[-1] = True
-        axes.append((mean, vector[:, solid]))
+        _, vector = eigh(scatter.cpu().numpy(), subset_by_index=[width - d, width - 1])
+        axes.append((mean.to(z), torch.from_numpy(vector).to(z)))
     return axes
 
 
@@ -123,19 +130,17 @@ def nearest(
     """
     from kernels import knn
 
-    x = narrow(x - x.mean(0, dtype=np.float64))
+    z = narrow(centred(x, device))
     neighbors = np.full((len(x), k), -1)
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
-    held_out = tests if pca == "fold" else [np.empty(0, int)]
-    axes = pca_axes(x, held_out, dims, device)
+    axes = pca_axes(z, tests if pca == "fold" else [np.empty(0, int)], dims)
     for f, test in enumerate(tests):
         rest = np.flatnonzero(fold != f)
         near = min(k, len(rest))
         mean, axis = axes[f % len(axes)]
-        on_axes = (x @ axis - mean @ axis).astype(np.float32)
-        z = torch.from_numpy(on_axes).to(device)
-        distance, index = knn(z[rest], near, z[test], return_distance=True)
+        on_axes = (z @ axis - mean @ axis).float()
+        distance, index = knn(on_axes[rest], near, on_axes[test], return_distance=True)
         neighbors[test, :near] = rest[index.cpu().numpy()]
         distances[test, :near] = distance.cpu().numpy()
     return neighbors, distances
@@ -188,85 +193,181 @@ def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
 
 
 def linear_probe(
-    x: ndarray,
-    labels: ndarray,
-    fold: ndarray,
-    n_classes: int,
-    seed: int,
-    device: str = "cpu",
-) -> tuple[ndarray, float] | None:
-    """Linear probe on one 6:2:2 split: scores (N, n_classes), NaN outside the test part, and C.
+    x: ndarray, labels: ndarray, fold: ndarray, n_classes: int, seeds: int, device: str = "cpu"
+) -> list[tuple[ndarray, float] | None]:
+    """Linear probe on 6:2:2 splits: scores (N, n_classes) by seed, NaN but for the test, and C.
 
     L2 logistic regression on features x (N, D) standardised by the training part; C is that of
     STRENGTHS with the least log loss on the validation part (AUC would not see a model that always
-    says the same class). None when the folds do not allow the split or training would see one
-    class only. A class that training never saw keeps the score 0: its AUC is that of a guess.
+    says the same class). None where the folds do not allow the split or training would see one
+    class only. A class that training never saw has the score 0: its AUC is that of a guess.
     """
     from sklearn.metrics import log_loss
 
-    parts = six_two_two(fold, seed)
-    if parts is None or len(np.unique(labels[parts[0]])) < 2:
-        return None
-    train, valid, test = parts
-    z = torch.from_numpy(x).to(device)
-    if z.numel() < 2**24:  # of few rows fp32 would end the search before the optimum
-        z = z.double()
-    spread, mean = torch.std_mean(z[train], 0, correction=0)
-    spread[spread <= 1e-6 * mean.abs()] = 1  # a constant column
-    z = (z - mean) / spread
-    seen, y = np.unique(labels[train], return_inverse=True)
-    best = np.inf
-    known = torch.from_numpy(y).to(device)
-    for c, weights, bias in logistic_path(z[train], known):
-        said = np.zeros((len(x), n_classes))
-        logits = z @ weights + bias
-        said[:, seen] = logits.double().softmax(1).cpu()
-        loss = log_loss(labels[valid], said[valid], labels=range(n_classes))
-        if loss < best:
-            best, chosen, scores = loss, float(c), said
-    scores[~test] = np.nan
-    return scores, chosen
+    found: list[tuple[ndarray, float] | None] = [None] * seeds
+    parts = {}
+    for seed in range(seeds):
+        drawn = six_two_two(fold, seed)
+        if drawn is not None and len(np.unique(labels[drawn[0]])) > 1:
+            parts[seed] = drawn
+    if not parts:
+        return found
+    best = dict.fromkeys(parts, np.inf)
+    z = centred(x, device)
+    train = torch.from_numpy(np.stack([part[0] for part in parts.values()])).to(device)
+    for c, said in logistic_path(z, torch.from_numpy(labels).to(device), train, n_classes):
+        for (seed, (_, valid, test)), scores in zip(parts.items(), said, strict=True):
+            loss = log_loss(labels[valid], scores[valid], labels=range(n_classes))
+            if loss < best[seed]:
+                best[seed] = loss
+                found[seed] = np.where(test[:, None], scores, np.nan), float(c)
+    return found
 
 
-def logistic_path(x: Tensor, y: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """L2 logistic regression for every C of STRENGTHS: (C, weights (D, K), bias (K,)).
+def logistic_path(
+    x: Tensor, labels: Tensor, train: Tensor, n_classes: int
+) -> Iterator[tuple[float, ndarray]]:
+    """L2 logistic regressions for every C of STRENGTHS: C, and probabilities (S, N, n_classes).
 
-    x: standardised features (n, D); y: classes (n,), 0 to K - 1. Minimised is the sum of log losses
-    + |weights|^2 / (2 C), of two classes (whose weights are opposite) |weights|^2 / C: the optimum
-    of scikit-learn. L-BFGS starts from the solution before. One eigendecomposition serves all C: in
-    its axes, divided by sqrt(variance / 4 + 1 / (n C)), the curvature is near 1 in all directions,
-    so some ten steps do where the plain problem takes hundreds.
+    x (N, D), labels (N,); train (S, N): the rows that each of S regressions is fitted on, after
+    standardising by them. Minimised is the sum of log losses + |weights|^2 / (2 C), of two classes
+    (whose weights are opposite) |weights|^2 / C: the optimum of scikit-learn. Each C starts from
+    the solution before.
     """
-    n, width = x.shape
-    value, basis = torch.linalg.eigh(x @ x.T if n < width else x.T @ x)
-    solid = value > value[-1] * 10 * torch.finfo(x.dtype).eps
+    together = Regressions(x, labels, train, n_classes)
+    solution = together.start
+    for c in STRENGTHS:
+        solution, logits = together.solve(c, solution)
+        yield c, logits.double().softmax(1).mT.cpu().numpy()
+
+
+class Regressions:
+    """Logistic regressions of S training parts that share their features x (N, D).
+
+    Solved side by side, as reading x takes the time. Unknowns are (S, K, 1 + R): the bias, and
+    weights on the principal axes of each standardised part, where the curvature of the loss is near
+    diagonal. L-BFGS starts from that curvature, and keeps what it learns from one C to the next.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor, train: Tensor, n_classes: int):
+        self.x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
+        self.truth = torch.nn.functional.one_hot(labels, n_classes).T.to(x)
+        count = train.sum(1).view(-1, 1, 1)
+        self.share = (train[:, None] / count).to(x)  # (S, 1, N): what each row counts
+        seen = (self.share * self.truth).sum(-1, keepdim=True) > 0
+        self.never = torch.where(seen, 0.0, -1e4).to(x)  # logits of classes that are not there
+        self.classes = seen.sum(1, keepdim=True)
+        self.strength = torch.where(self.classes == 2, 2, 1) / count
+        axes, variance = zip(*[standard_axes(x[rows]) for rows in train], strict=True)
+        self.axes = pad_sequence(axes, batch_first=True)
+        self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
+        self.learnt: deque = deque(maxlen=MEMORY)  # steps, and the change of the loss's slope
+        self.start = x.new_zeros(len(train), n_classes, self.axes.shape[1])
+
+    def logits(self, unknowns: Tensor) -> Tensor:
+        """(S, K, N), linear in the unknowns."""
+        weights = unknowns @ self.axes
+        flat = (self.x @ weights.flatten(0, 1).T).T.contiguous()
+        return flat.view(*weights.shape[:2], -1)
+
+    def slope(self, excess: Tensor) -> Tensor:
+        """Transpose of `logits`: what an excess (S, K, N) of probability says of the unknowns."""
+        weights = excess.flatten(0, 1) @ self.x
+        return weights.view(*excess.shape[:2], -1) @ self.axes.mT
+
+    def solve(self, c: float, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Solution and logits (S, K, N) for the strength c, from the solution `at`."""
+        pull = (self.strength / c).to(at).repeat(1, 1, at.shape[2])
+        pull[..., 0] = 0  # the bias is free
+        logits = self.logits(at) + self.never
+        said = logits.softmax(1)
+        unsure = inner(self.share, 1 - said.square().sum(1, keepdim=True))
+        curvature = (unsure / (self.classes - 1)).clamp(min=1e-6) * self.variance + pull
+        before = step = None
+        for _ in range(STEPS):
+            slope = self.slope(self.share * (said - self.truth)) + pull * at
+            if step is not None:
+                self.learnt.append((step, slope - before - pull * step))
+            down = self.downhill(slope, curvature, pull)
+            size = inner(slope, down)  # about twice what the loss is above its least
+            if (size < TOLERANCE).all():
+                break
+            way = torch.where(size < TOLERANCE, 0, -down)
+            along = self.logits(way)
+            length, said = self.search(logits, along, inner(pull * at, way), inner(pull * way, way))
+            before, step = slope, length * way
+            at, logits = at + step, logits + length * along
+        return at, logits
+
+    def downhill(self, slope: Tensor, curvature: Tensor, pull: Tensor) -> Tensor:
+        """The slope divided by the curvature, as far as it is known."""
+        known = []
+        for step, bend in reversed(self.learnt):
+            bend = bend + pull * step
+            size = inner(step, bend)
+            weight = torch.where(size > 0, 1 / size, 0)
+            share = weight * inner(step, slope)
+            slope = slope - share * bend
+            known.append((step, bend, weight, share))
+        down = slope / curvature
+        for step, bend, weight, share in reversed(known):
+            down = down + (share - weight * inner(bend, down)) * step
+        return down
+
+    def search(
+        self, logits: Tensor, along: Tensor, pulled: Tensor, pull: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How far to go along a way, (S, 1, 1), and the probabilities (S, K, N) there.
+
+        By Newton's method between bounds, until a tenth of the slope is left. pulled, pull: slope
+        and bend (S, 1, 1) of the regularisation.
+        """
+        aim = (self.truth * along).sum(1, keepdim=True)
+        length = near = torch.zeros_like(pull)
+        far = torch.full_like(pull, torch.inf)
+        first = None
+        for _ in range(20):
+            said = (logits + length * along).softmax(1)
+            mean = (said * along).sum(1, keepdim=True)
+            rise = inner(self.share, mean - aim) + pulled + length * pull
+            first = rise if first is None else first
+            if (rise.abs() <= 0.1 * first.abs()).all():
+                break
+            bend = inner(self.share, (said * (along - mean) ** 2).sum(1, keepdim=True)) + pull
+            near = torch.where(rise < 0, length, near)
+            far = torch.where(rise < 0, far, length)
+            length = length - rise / bend
+            middle = torch.where(far.isinf(), 2 * near + 1, (near + far) / 2)
+            length = torch.where((near < length) & (length < far), length, middle)
+        return length, said
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products (S, 1, 1) of what S regressions have."""
+    return (a * b).sum((1, 2), keepdim=True)
+
+
+def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Axes (1 + R, 1 + D): a bias, and the principal axes of rows (n, D) once standardised.
+
+    Axes times [1, row] are coordinates; returns their second moments (1 + R,), too.
+    """
+    n, width = rows.shape
+    mean = rows.mean(0)
+    rows = rows - mean
+    spread = torch.linalg.vector_norm(rows, dim=0) / n**0.5
+    spread[spread <= 1e-6 * mean.abs()] = torch.inf  # constant: says nothing
+    rows = rows[:: max(1, n // (8 * width))] / spread  # enough to tell the curvature
+    n = len(rows)
+    value, basis = torch.linalg.eigh(rows @ rows.T if n < width else rows.T @ rows)
+    solid = value > value[-1] * 10 * torch.finfo(rows.dtype).eps
     value, basis = value[solid], basis[:, solid]
     if n < width:
-        basis = x.T @ basis / value.sqrt()
-    classes = int(y.max()) + 1
-    weights = basis.new_zeros(len(value), classes)
-    bias = x.new_zeros(classes)
-    for c in STRENGTHS:
-        pull = (2 if classes == 2 else 1) / (n * c)
-        scale = (value[:, None] / (4 * n) + pull).sqrt()
-        free = [(weights * scale).requires_grad_(), bias.clone().requires_grad_()]
-        solver = torch.optim.LBFGS(
-            free, max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-        )
-
-        def loss(scale=scale, pull=pull, free=free, solver=solver) -> Tensor:
-            solver.zero_grad()
-            inner = free[0] / scale
-            logits = x @ (basis @ inner) + free[1]
-            entropy = torch.nn.functional.cross_entropy(logits, y)
-            total = entropy + pull * (inner**2).sum() / 2
-            total.backward()
-            return total
-
-        solver.step(loss)
-        weights = (free[0] / scale).detach()
-        bias = free[1].detach()
-        yield c, basis @ weights, bias
+        basis = rows.T @ basis / value.sqrt()
+    axes = basis.T / spread
+    axes = torch.cat([-(axes @ mean)[:, None], axes], 1)
+    bias = torch.eye(1, width + 1).to(axes)
+    return torch.cat([bias, axes]), torch.cat([bias[0, :1], value / n])
 
 
 def auc(scores: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
@@ -277,11 +378,13 @@ def auc(scores: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     weights, positive = weights[:, order], positive[order]
-    up = np.add.reduceat(weights * positive, starts, axis=1)
-    down = np.add.reduceat(weights * ~positive, starts, axis=1)
-    won = (up * (np.cumsum(down, 1) - down / 2)).sum(1)
+    up, down = weights * positive, weights * ~positive
+    if len(starts) < len(scores):  # equal scores count as one
+        up = np.add.reduceat(up, starts, axis=1)
+        down = np.add.reduceat(down, starts, axis=1)
+    won = (up * (np.cumsum(down, 1) - down / 2)).sum(1, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return won / (up.sum(1) * down.sum(1))
+        return won / (up.sum(1, dtype=np.float64) * down.sum(1, dtype=np.float64))
 
 
 def macro_auc(
@@ -342,20 +445,24 @@ def cka_to_teacher(
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     part = np.random.default_rng(0).permutation(group.max() + 1)[group] % 10
-    parts = [torch.from_numpy(part == p) for p in np.unique(part)]
-    extended = {}
-    for name, rows in x.items():
-        rows = rows - rows.mean(0)
-        rows = rows / rows.abs().max()  # fourth powers stay in the range of fp32
+    parts = [torch.from_numpy(np.flatnonzero(part == p)) for p in np.unique(part)]
+    middle = {name: rows.mean(0) for name, rows in x.items()}
+    largest = {name: rows.abs().max() for name, rows in x.items()}
+
+    def extended(name: str, part: Tensor) -> Tensor:
+        """Rows [x, |x|^2, 1] of a part, small enough that fourth powers stay in fp32's range."""
+        rows = (x[name][part] - middle[name]) / largest[name]
         norms = (rows**2).sum(1, keepdim=True)
-        extended[name] = torch.cat([rows, norms, torch.ones_like(norms)], 1)
+        return torch.cat([rows, norms, torch.ones_like(norms)], 1)
 
     def without_each(one: str, other: str) -> tuple[Tensor, Tensor]:
         """The sums over all rows, and HSIC (parts,) without each part."""
         inside = []
-        for p in parts:
-            inside.append((extended[one][p].T @ extended[other][p]).double())
-        total = torch.stack(inside).sum(0)
+        for part in parts:
+            rows = extended(one, part)
+            beside = rows if one == other else extended(other, part)
+            inside.append((rows.T @ beside).double())
+        total = sum(inside)
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own, trace = {}, {}
@@ -431,51 +538,51 @@ def cka_rows(
     return rows
 
 
-def paired(
-    first: dict,
-    second: dict,
-    labels: ndarray,
-    groups: Sequence[str],
-    n: int = 1000,
-) -> dict[str, tuple[float, float, float, int]]:
-    """Difference first - second of two models' predictions with its 95 % interval.
+def resampled(predicted: dict, labels: ndarray, groups: Sequence[str]) -> dict:
+    """The figures of the table of one model's predictions, and what they are in RESAMPLES others.
 
-    Whole groups are resampled n times, the same for both models. Returns {"knn": (difference, low,
-    high, folds), "probe": (..., seeds)}: the difference of the very figures in the table, kNN
-    accuracy as a mean over folds, AUC as one over the seeds at which both have one. The interval
-    is NaN where fewer than FEW groups were tested; what no fold or seed defines is left out.
+    Whole groups are resampled, the same ones for every model. Returns {"knn": (values, groups,
+    folds)} and, where a seed has an AUC, "probe" (..., seeds): values (1 + RESAMPLES,), as the data
+    are first, and how many groups were tested in how many folds or seeds. kNN accuracy is a mean
+    over folds, each counting alike, and AUC one over seeds.
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n_groups = group.max() + 1
     even = np.full(n_groups, 1 / n_groups)
-    times = np.random.default_rng(0).multinomial(n_groups, even, size=n)
-    times = np.concatenate([np.ones((1, n_groups)), times])  # row 0: the data as they are
-    fold = first["fold"]
+    times = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
+    times = np.concatenate([np.ones((1, n_groups)), times]).astype(np.float32)
+    fold = predicted["fold"]
     size = np.bincount(fold)
-    weight = 1 / (len(size) * size[fold])  # each fold counts alike
-    right, other = first["knn"] == labels, second["knn"] == labels
-    won = times @ np.bincount(group, weight * right - weight * other)
-    gain = won / (times @ np.bincount(group, weight))
-    result = {"knn": (gain, n_groups, len(size))}
+    weight = 1 / (len(size) * size[fold])
+    right = np.bincount(group, weight * (predicted["knn"] == labels))
+    found = {"knn": (times @ right / (times @ np.bincount(group, weight)), n_groups, len(size))}
     each, tested = [], np.zeros(0, int)
-    for a, b in zip(first["scores"], second["scores"], strict=True):
-        test = np.flatnonzero(np.isfinite(a[:, 0]))
-        y, rows = labels[test], group[test]
-        parts = []
-        for block in np.array_split(times, 1 + len(times) * len(test) // 2**24):
-            weights = block[:, rows]
-            gains = macro_auc(a[test], y, weights) - macro_auc(b[test], y, weights)
-            parts.append(gains)
-        value = np.concatenate(parts)
+    for scores in predicted["scores"]:
+        test = np.flatnonzero(np.isfinite(scores[:, 0]))
+        rows = group[test]
+        areas = []
+        for block in np.array_split(times, 1 + len(times) * len(test) // 2**23):
+            areas.append(macro_auc(scores[test], labels[test], block[:, rows]))
+        value = np.concatenate(areas)
         if np.isfinite(value[0]):  # a test part of one class has no AUC
             each.append(value)
             tested = np.union1d(tested, rows)
     if each:
-        result["probe"] = np.mean(each, 0), len(tested), len(each)
+        found["probe"] = np.mean(each, 0), len(tested), len(each)
+    return found
+
+
+def paired(first: dict, second: dict) -> dict[str, tuple[float, float, float, int]]:
+    """Difference first - second of two models' `resampled` figures with its 95 % interval.
+
+    Returns {"knn": (difference, low, high, folds), "probe": (..., seeds)}; what no fold or seed
+    defines is left out. The interval is NaN where fewer than FEW groups were tested.
+    """
     found = {}
-    for name, (values, count, defined) in result.items():
+    for name, (values, groups, defined) in first.items():
+        gain = values - second[name][0]
         low = high = np.nan
-        if count >= FEW:
-            low, high = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
-        found[name] = float(values[0]), low, high, defined
+        if groups >= FEW:
+            low, high = np.nanpercentile(gain[1:], [2.5, 97.5]).tolist()
+        found[name] = float(gain[0]), low, high, defined
     return found

@@ -159,6 +159,31 @@ def quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def loading(what: str, workers: int) -> Iterator[dict]:
+    """Options of a DataLoader whose items come one by one, from so many processes.
+
+    UserError where no process can be started, one fails, or none gives anything for `WAIT` seconds.
+    What it loads should be sent as arrays: tensors would take shared memory, of which a container
+    has little.
+    """
+    try:
+        if workers:
+            multiprocessing.Lock()  # fails where /dev/shm has not even room for that
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": quiet_worker}
+        yield options | {"timeout": WAIT if workers else 0}
+    except OSError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"{what} cannot be loaded ({last})", "workers") from None
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        text = f"the {workers} loading processes gave nothing for {WAIT:.0f} s"
+        raise UserError(text, "stuck") from None
+    finally:
+        end_workers()  # a loader would give each that is stuck another five seconds
+
+
 def end_workers() -> None:
     """End loading processes that are left; an interpreter that exits would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -168,7 +168,7 @@ def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     monkeypatch.setattr(
         "g2l.models.load_model", lambda *a, **k: pytest.fail("a model was loaded again")
     )
-    monkeypatch.setattr("evaluate.predict", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("g2l.evaluation.predict", lambda *a, **k: pytest.fail("measured again"))
     loaded_model.cache_clear()
     assert evaluate.main([*args, "--paper-splits", "--json"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (results / "pictures").iterdir()} == before
@@ -302,7 +302,7 @@ def test_a_model_that_gives_every_image_one_embedding_is_told_and_passed_over(
         x = original(name, *args, **options)
         return np.full_like(x, 0.5) if name == TWO else x
 
-    monkeypatch.setattr("evaluate.features", features)
+    monkeypatch.setattr("g2l.features.features", features)
     assert go(folder, "--no-pictures", "--teacher", TWO, names=(ONE, TWO)) == 1
     captured = capsys.readouterr()
     assert f"{TWO} on mine: every image has the same embedding" in captured.err
@@ -494,7 +494,7 @@ def test_report_links_nothing_that_is_not_there(folder, weights):
         return original(name, benchmark, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.features", features)
+        patch.setattr("g2l.features.features", features)
         assert (
             evaluate.main(
                 [
@@ -583,8 +583,9 @@ def test_killed_at_any_moment_it_goes_on(folder, weights, moment):
     """The process kills itself at the moment named, so no clock decides when."""
     code = f"""
 import contextlib, os, signal, sys
-import evaluate, g2l.features
+import evaluate, g2l.evaluation, g2l.features, g2l.report
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+keep = g2l.evaluation.save_predictions
 @contextlib.contextmanager
 def half(path):
     if str(path).endswith("mine.safetensors"):
@@ -596,8 +597,9 @@ original = g2l.features.atomic
 if {moment!r} == "features half written":
     g2l.features.atomic = half
 else:
-    names = {{"before the first predictions": "save_predictions"}}
-    setattr(evaluate, names.get({moment!r}, "write_tables"), die)
+    g2l.evaluation.save_predictions = g2l.report.write_tables = die
+    if {moment!r} == "before the tables":
+        g2l.evaluation.save_predictions = keep
 sys.exit(evaluate.main(sys.argv[1:]))"""
     args = [
         "--models",
@@ -703,7 +705,7 @@ def test_a_wrong_flag_is_named_with_what_is_allowed(folder, capsys, monkeypatch,
 
 
 def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evaluate.models_at_hand", lambda given, runs: [])
+    monkeypatch.setattr("g2l.features.models_at_hand", lambda given, runs: [])
     where = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
     assert evaluate.main(["--all", *where]) == 1
     error = capsys.readouterr().err.splitlines()[-1]

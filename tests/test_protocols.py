@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
-import evaluate
+import g2l.evaluation as evaluation
 import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
 from g2l.errors import UserError
@@ -25,6 +25,7 @@ from g2l.protocols import (
     nearest,
     paired,
     recall,
+    resampled,
     six_two_two,
     vote,
 )
@@ -148,7 +149,7 @@ def probed(scores):
 def test_probe_is_logistic_regression_on_a_grouped_split(width):
     x, labels, groups = cloud(width=width)
     fold = tenths(labels, groups)
-    scores, c = linear_probe(x, labels, fold, 3, seed=1)
+    scores, c = linear_probe(x, labels, fold, 3, seeds=2)[1]
     train, valid, test = six_two_two(fold, seed=1)
     assert np.array_equal(probed(scores), np.flatnonzero(test))
     assert (train + 2 * valid + 4 * test).max() == 4
@@ -167,23 +168,29 @@ def test_every_strength_of_the_probe_reaches_scikit_learns_optimum(classes):
     labels = rng.integers(classes, size=300)
     x = rng.normal(size=(classes, 30))[labels] + rng.normal(size=(300, 30)) * np.logspace(0, 2, 30)
     z = x @ rng.normal(size=(30, 30)) / 30
-    for c, weights, bias in logistic_path(torch.from_numpy(z), torch.from_numpy(labels)):
+    z = (z - z.mean(0)) / z.std(0)
+    two = np.stack([np.full(300, True), np.arange(300) % 3 > 0])
+    tensors = map(torch.from_numpy, (z, labels, two))
+    for c, (said, other) in logistic_path(*tensors, classes):
         plain = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9).fit(z, labels)
-        said = (torch.from_numpy(z) @ weights + bias).softmax(1).numpy()
-        assert np.allclose(said, plain.predict_proba(z), atol=5e-3), c
+        assert np.allclose(said, plain.predict_proba(z), atol=1e-3), c
+        part = z[two[1]]
+        inside, outside = ((v - part.mean(0)) / part.std(0) for v in (part, z))
+        plain.fit(inside, labels[two[1]])
+        assert np.allclose(other, plain.predict_proba(outside), atol=1e-3), c
 
 
 def test_probe_chooses_its_strength_on_the_validation_part():
     """The test part's labels, turned round, change neither the strength nor the scores."""
     x, labels, groups = cloud(n=400, spread=0.5, classes=2)
     fold = tenths(labels, groups)
-    scores, c = linear_probe(x, labels, fold, 2, seed=0)
+    [(scores, c)] = linear_probe(x, labels, fold, 2, seeds=1)
     _, valid, test = six_two_two(fold, seed=0)
     turned = np.where(test, 1 - labels, labels)
-    again, same = linear_probe(x, turned, fold, 2, seed=0)
+    [(again, same)] = linear_probe(x, turned, fold, 2, seeds=1)
     assert same == c and np.array_equal(again[test], scores[test])
     turned = np.where(valid, 1 - labels, labels)  # what misleads is to be held back
-    assert linear_probe(x, turned, fold, 2, seed=0)[1] == STRENGTHS[0] < c
+    assert linear_probe(x, turned, fold, 2, seeds=1)[0][1] == STRENGTHS[0] < c
 
 
 def test_probe_looks_at_every_strength():
@@ -197,7 +204,7 @@ def test_probe_looks_at_every_strength():
     x = x.astype(np.float32)
     fold = tenths(labels, patient)
     train, valid, _ = six_two_two(fold, 0)
-    _, chosen = linear_probe(x, labels, fold, 2, seed=0)
+    [(_, chosen)] = linear_probe(x, labels, fold, 2, seeds=1)
     z = (x - x[train].mean(0)) / x[train].std(0)
     losses = []
     for c in STRENGTHS:
@@ -225,7 +232,7 @@ def test_probe_names_classes_and_does_not_only_rank_them():
     labels = np.arange(120) % 3 // 2  # two thirds are of class 0
     x = (4.0 * labels + np.random.default_rng(0).normal(size=(16, 120))).T.astype(np.float32)
     fold = tenths(labels, [f"p{i // 3}" for i in range(120)])
-    scores, _ = linear_probe(x, labels, fold, 2, seed=0)
+    [(scores, _)] = linear_probe(x, labels, fold, 2, seeds=1)
     test = probed(scores)
     assert macro_auc(scores[test], labels[test])[0] == 1
     assert recall(scores[test].argmax(1), labels[test]) == 1
@@ -233,7 +240,7 @@ def test_probe_names_classes_and_does_not_only_rank_them():
 
 def test_probe_says_none_where_groups_do_not_allow_it():
     x, labels, groups = cloud(groups=4)
-    assert linear_probe(x, labels, tenths(labels, groups), 3, seed=0) is None
+    assert linear_probe(x, labels, tenths(labels, groups), 3, seeds=2) == [None, None]
 
 
 def study(**more):
@@ -252,7 +259,7 @@ def test_majority_baseline_is_the_share_of_the_most_common_class():
     x, labels, groups = cloud(n=160, classes=8, groups=8)
     labels = np.array([int(g[1:]) for g in groups])  # each fold's class is not in training
     b, s = some(labels, groups), study(folds=8)
-    _, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    _, rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)
     assert np.mean([r["value"] for r in rows if r["metric"] == "majority"]) == pytest.approx(1 / 8)
 
 
@@ -274,13 +281,13 @@ def test_chance_is_what_blind_features_score_in_the_protocol():
     labels = np.arange(160) // 80
     groups = [f"p{i // 20}" for i in range(160)]
     b, s = some(labels, groups), study()
-    folds = evaluate.make_folds(b, s)
-    chance = [r for r in evaluate.blind_rows(b, folds, s) if r["metric"] == "accuracy"]
-    assert {r["draw"] for r in chance} == set(range(evaluate.BLIND_DRAWS))
+    folds = evaluation.make_folds(b, s)
+    chance = [r for r in evaluation.blind_rows(b, folds, s) if r["metric"] == "accuracy"]
+    assert {r["draw"] for r in chance} == set(range(evaluation.BLIND_DRAWS))
     noise = []
     for seed in range(5):
         x = np.random.default_rng(seed).normal(size=(160, 32)).astype(np.float32)
-        rows = evaluate.predict(b, x, folds, s)[1]
+        rows = evaluation.predict(b, x, folds, s)[1]
         noise += [r["value"] for r in rows if r["metric"] == "accuracy"]
     found = np.mean([r["value"] for r in chance])
     assert found == pytest.approx(np.mean(noise), abs=0.04) and found < 0.47
@@ -292,7 +299,7 @@ def test_a_measure_that_is_not_defined_is_none_and_no_perfect_score():
     labels, groups = (np.arange(21) >= 15).astype(int), [f"p{i // 3}" for i in range(21)]
     x = np.random.default_rng(0).normal(size=(21, 6)).astype(np.float32)
     b, s = some(labels, groups), study(seeds=5)
-    rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)[1]
+    rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)[1]
     probe = [r for r in rows if r["protocol"] == "probe"]
     unknown = {r["seed"] for r in probe if np.isnan(r["value"])}
     assert unknown and unknown == {r["seed"] for r in probe if r["value"] != r["value"]}
@@ -315,10 +322,10 @@ def test_degenerate_features_end_nothing(kind):
     else:
         x[:, 1:] = 1e6
     b, s = some(labels, groups), study(seeds=2)
-    predictions, rows = evaluate.predict(b, x, evaluate.make_folds(b, s), s)
+    predictions, rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)
     assert len(predictions["scores"]) == 2
     assert all(np.isfinite(r["value"]) for r in rows)
-    assert evaluate.tells_apart(x) == (kind != "constant")
+    assert evaluation.tells_apart(x) == (kind != "constant")
     good = cloud(n=60, groups=12, seed=1)[0]
     found = cka_rows({"t": good, "s": x, "b": good + x}, groups, "t", "cpu", "b")
     assert {r["model"] for r in found} == {"t", "s", "b"}
@@ -391,6 +398,10 @@ def test_cka_has_no_standard_error_where_one_group_is_nearly_everything():
     assert {r["metric"] for r in rows} == {"unbiased", "biased", "floor"}
 
 
+def compared(first, second, labels, groups):
+    return paired(resampled(first, labels, groups), resampled(second, labels, groups))
+
+
 def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
     rng = np.random.default_rng(0)
     labels, groups = rng.integers(2, size=600), [f"p{i % 30}" for i in range(600)]
@@ -406,15 +417,15 @@ def test_paired_bootstrap_sees_a_real_difference_and_no_difference():
         return {"knn": guess, "fold": np.arange(600) % 30 % 10, "scores": scores}
 
     a, b, c = predictions(good, 3), predictions(bad, 1), predictions(other, 3)
-    clear = paired(a, b, labels, groups)
+    clear = compared(a, b, labels, groups)
     assert clear["knn"][0] == pytest.approx((good == labels).mean() - (bad == labels).mean())
     assert 0 < clear["knn"][1] < clear["knn"][0] < clear["knn"][2]
     expected = np.subtract(*[roc_auc_score(labels[half], p["scores"][0, half, 1]) for p in (a, b)])
     assert clear["probe"][0] == pytest.approx(expected) and clear["probe"][1] > 0
-    low, high = paired(a, c, labels, groups)["knn"][1:3]
+    low, high = compared(a, c, labels, groups)["knn"][1:3]
     assert low < 0 < high
     assert verdict({"low": low, "high": high}) == "within noise"
-    assert paired(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0, 1)
+    assert compared(a, a, labels, groups)["probe"] == (0.0, 0.0, 0.0, 1)
 
 
 def test_paired_difference_is_that_of_the_figures_in_the_table():
@@ -428,11 +439,11 @@ def test_paired_difference_is_that_of_the_figures_in_the_table():
     for name, large, small in (("a", 0.7, 0.9), ("b", 0.9, 0.7)):
         sure = np.where(patient < 3, large, small)
         guess[name] = np.where(rng.random(len(patient)) < sure, labels, 1 - labels)
-        rows = evaluate.score_knn(guess[name], labels, fold, "knn")
+        rows = evaluation.score_knn(guess[name], labels, fold, "knn")
         means_of[name] = np.mean([r["value"] for r in rows if r["metric"] == "accuracy"])
     none = np.zeros((0, len(labels), 2))
     a, b = ({"knn": guess[n], "fold": fold, "scores": none} for n in "ab")
-    value, low, high, folds = paired(a, b, labels, groups)["knn"]
+    value, low, high, folds = compared(a, b, labels, groups)["knn"]
     assert value == pytest.approx(means_of["a"] - means_of["b"]) and folds == 10
     assert value > 0 > (guess["a"] == labels).mean() - (guess["b"] == labels).mean()
     assert low < value < high
@@ -449,7 +460,7 @@ def test_paired_gives_no_interval_for_a_handful_of_groups():
 
     for n, known in ((5, False), (10, True)):
         groups = [f"p{i % n}" for i in range(40)]
-        value, low, high, _ = paired(guess(0, n), guess(12, n), labels, groups)["knn"]
+        value, low, high, _ = compared(guess(0, n), guess(12, n), labels, groups)["knn"]
         assert value == pytest.approx(0.3) and np.isfinite(low) == np.isfinite(high) == known
     row = {"value": 0.3, "low": None, "high": None}
     assert verdict(row) == "too few groups to tell" and with_interval(row) == "+0.300"

@@ -1,0 +1,335 @@
+"""One benchmark, every model: what may be measured, chance, protocols, comparison, pictures.
+
+`evaluate_all` loads the features of one benchmark after another. `evaluate_benchmark` leaves out
+what may not be measured on (`without_leaks`), says what the design allows (`describe_design`),
+measures each model and chance (`measure_models`) and compares the models (`compare_models`). What
+is recorded under the key of its inputs is not measured again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy import ndarray
+
+from g2l.benchmarks import Benchmark, cohort_of, leaked
+from g2l.errors import UserError
+from g2l.features import data_stamp, display
+from g2l.files import digest, safe
+from g2l.pictures import draw_benchmark
+from g2l.protocols import (
+    by_lot,
+    cka_rows,
+    linear_probe,
+    macro_auc,
+    nearest,
+    paired,
+    recall,
+    resampled,
+    split,
+    vote,
+)
+from g2l.results import Study, load_predictions, record, recorded, save_predictions
+
+# Raised on purpose when a protocol would give other numbers; all is then measured anew.
+PROTOCOL_VERSION = 3
+BLIND_DRAWS = 5  # of features that know nothing, for the chance level
+BLIND_WIDTH = 8
+Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
+Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
+
+
+def tells_apart(x: ndarray) -> bool:
+    """Whether the embeddings x (N, dim) of readable images differ beyond rounding."""
+    least, most = np.fmin.reduce(x), np.fmax.reduce(x)
+    return bool((most - least).max() > 1e-6 * np.maximum(-least, most).max())
+
+
+def without_leaks(
+    benchmark: Benchmark, x: dict[str, ndarray], study: Study
+) -> tuple[ndarray, list[str], list[str]]:
+    """The rows (N,) that every model may be measured on, notes, and the models that are marked.
+
+    Left out are unreadable images, and those of patients that a student has seen; --leaks mark
+    keeps the latter and marks the student.
+    """
+    keep = np.all([np.isfinite(array.sum(1)) for array in x.values()], 0)
+    notes, marked = list(benchmark.notes), []
+    if not keep.all():
+        notes.append(f"{(~keep).sum()} unreadable images left out")
+    for name in x:
+        about = study.cards[name]
+        rows = leaked(benchmark, about)
+        if rows.any():
+            fate = "left out for all models"
+            if study.leaks == "mark":
+                fate = "its numbers are marked ⚠"
+                marked.append(display(name))
+            else:
+                keep &= ~rows
+            first = rows.argmax()
+            patients = len(set(np.asarray(benchmark.groups)[rows]))
+            notes.append(
+                f"{display(name)} was distilled on {patients} of its patients ({rows.sum()} "
+                f"images, first {benchmark.ids[first]} of {benchmark.groups[first]}): {fate}"
+            )
+        elif about["metadata"].get("teacher") and not cohort_of(about):
+            notes.append(
+                f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
+            )
+    if not keep.any():
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
+    return keep, notes, marked
+
+
+def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
+    """What the tables say of a benchmark's images and groups, and notes on what they do not allow.
+
+    Raises UserError for fewer than 8 images or one class.
+    """
+    name, labels, classes = benchmark.name, benchmark.labels, benchmark.classes
+    counts = np.bincount(labels, minlength=len(classes))
+    if len(labels) < 8:
+        text = f"{name}: {len(labels)} images are too few to measure anything; 8 are needed"
+        raise UserError(text)
+    if (counts > 0).sum() < 2:
+        raise UserError(
+            f"{name}: all {len(labels)} images are of class {classes[labels[0]]}; two "
+            "classes are needed to tell anything apart"
+        )
+    held = np.asarray(benchmark.groups)
+    class_groups = [len(set(held[labels == c])) for c in range(len(classes))]
+    groups, notes = len(set(benchmark.groups)), []
+    thin = [f"{c} ({n})" for c, n in zip(classes, class_groups, strict=True) if 0 < n < 5]
+    if thin:
+        few = ", ".join(thin)
+        notes.append(f"classes with fewer than 5 groups, absent from some splits: {few}")
+    if groups < folds:
+        few = "; too few for the probe's 6:2:2" if groups < 5 else ""
+        notes.append(f"{groups} groups: as many folds at most{few}")
+    about = {"level": benchmark.level, "classes": classes, "counts": counts.tolist()}
+    return about | {"groups": groups, "class_groups": class_groups}, notes
+
+
+def make_folds(benchmark: Benchmark, study: Study) -> Folds:
+    """Folds (N,) of kNN and of the probe by the ending of their protocol's name."""
+    folds = {}
+    for ending, grouped in {"": True, "-ungrouped": False}.items():
+        if grouped or study.paper_splits:
+            labels, groups = benchmark.labels, benchmark.groups
+            own = split(labels, groups, study.folds, grouped=grouped)
+            tenths = own if study.folds == 10 else split(labels, groups, 10, grouped=grouped)
+            folds[ending] = own, tenths
+    return folds
+
+
+def predict(
+    benchmark: Benchmark,
+    x: ndarray,
+    folds: Folds,
+    study: Study,
+    lot: np.random.Generator | None = None,
+) -> tuple[dict[str, ndarray], list[dict]]:
+    """kNN and probe of one model's features x (N, D): its predictions, and rows of results.
+
+    Predictions of the grouped folds: fold (N,), knn (N,), neighbors (N, k), and scores (seeds, N,
+    classes), NaN outside each test part. lot: x knows nothing, and it draws the neighbours of kNN.
+    """
+    labels, classes, device = benchmark.labels, len(benchmark.classes), study.device_used
+    predictions: dict[str, ndarray] = {}
+    rows = []
+    for ending, (fold, tenths) in folds.items():
+        if lot:
+            neighbors, distances = by_lot(fold, study.k, lot)
+        else:
+            neighbors, distances = nearest(x, fold, study.k, study.pca_dims, study.pca, device)
+        votes = np.where(neighbors < 0, -1, labels[neighbors])
+        guess = vote(votes, distances, classes)
+        rows += score_knn(guess, labels, fold, f"knn{ending}")
+        tried = linear_probe(x, labels, tenths, classes, study.seeds, device)
+        rows += score_probe(tried, labels, f"probe{ending}")
+        if not predictions:
+            scores = np.array([probe[0] for probe in tried if probe], np.float32)
+            predictions = {"fold": fold, "knn": guess, "neighbors": neighbors.astype(np.int32)}
+            predictions["scores"] = scores.reshape(-1, len(labels), classes)
+    return predictions, rows
+
+
+def score_knn(guess: ndarray, labels: ndarray, fold: ndarray, name: str) -> list[dict]:
+    """Rows of kNN: accuracy of every fold beside its share of the commonest class, and recall."""
+    common = np.bincount(labels).argmax()
+    rows = [{"protocol": name, "metric": "balanced accuracy", "value": recall(guess, labels)}]
+    for metric, hits in ("accuracy", guess == labels), ("majority", labels == common):
+        for f in range(fold.max() + 1):
+            value = hits[fold == f].mean()
+            rows.append({"protocol": name, "metric": metric, "fold": f, "value": value})
+    return rows
+
+
+def score_probe(tried: Sequence, labels: ndarray, name: str) -> list[dict]:
+    """Rows of the probe: AUC and balanced accuracy of every seed whose split the groups allow."""
+    rows = []
+    for seed, probe in enumerate(tried):
+        if probe:
+            scores, c = probe
+            test = np.isfinite(scores[:, 0])
+            base = {"protocol": name, "seed": seed, "C": c}
+            area = macro_auc(scores[test], labels[test])[0]
+            rows.append(base | {"metric": "auc", "value": area})
+            balanced = recall(scores[test].argmax(1), labels[test])
+            rows.append(base | {"metric": "balanced accuracy", "value": balanced})
+    return rows
+
+
+def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
+    """Rows of the model "chance": what features that know nothing score by the very same code.
+
+    One of every measure for each draw, the mean over the folds or seeds that define it.
+    """
+    rows = []
+    for draw in range(BLIND_DRAWS):
+        lot = np.random.default_rng(draw)
+        x = lot.normal(size=(len(benchmark), BLIND_WIDTH)).astype(np.float32)
+        found: dict[tuple, list[float]] = {}
+        for row in predict(benchmark, x, folds, study, lot)[1]:
+            if np.isfinite(row["value"]):
+                found.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
+        for (protocol, metric), values in found.items():
+            row = {"protocol": protocol, "metric": metric, "draw": draw}
+            rows.append(row | {"value": np.mean(values)})
+    return rows
+
+
+def measure_models(
+    benchmark: Benchmark, x: dict[str, ndarray], study: Study
+) -> tuple[Predictions, dict[str, str], list[dict]]:
+    """Of every model, and of chance: predictions, the key of all they depend on, and results.
+
+    What is kept under its key is read.
+    """
+    about = digest(
+        [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
+        [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
+        [benchmark.groups, benchmark.centers, PROTOCOL_VERSION],
+    )
+    keys = {"chance": about}
+    for name in x:
+        # the name, too: a copy under another name has rows of its own
+        keys[name] = digest(name, study.cards[name]["fingerprint"], data_stamp(benchmark), about)
+    predictions: Predictions = {}
+    rows = []
+    folds: Folds = {}
+    for name, key in keys.items():
+        shown = display(name)
+        path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
+        known, found = load_predictions(path, key), recorded(study.results, key)
+        if known is None or not found:
+            start = time.perf_counter()
+            folds = folds or make_folds(benchmark, study)
+            if name == "chance":
+                known, new = {}, blind_rows(benchmark, folds, study)
+            else:
+                known, new = predict(benchmark, x[name], folds, study)
+            base = {"benchmark": benchmark.name, "model": shown}
+            found = record(study.results, [base | row for row in new], key=key)
+            save_predictions(path, key, known)
+            took = f"kNN and linear probe, {time.perf_counter() - start:.1f} s"
+            print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
+        predictions[name] = known
+        rows += found
+    del predictions["chance"]
+    return predictions, keys, rows
+
+
+def compare_models(
+    benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
+) -> list[dict]:
+    """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
+    labels, groups, teacher = benchmark.labels, benchmark.groups, study.teacher
+    rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
+    figures = {name: resampled(predictions[name], labels, groups) for name in x}
+    for name, other in itertools.product(x, (teacher, study.baseline)):
+        if other in x and name not in (other, teacher):
+            base = {"model": name, "other": other, "protocol": "paired"}
+            for kind, found in paired(figures[name], figures[other]).items():
+                value = zip(("value", "low", "high", "parts"), found, strict=True)
+                rows.append(base | {"metric": kind} | dict(value))
+    for row in rows:
+        row["benchmark"] = benchmark.name
+        row["model"], row["other"] = display(row["model"]), display(row["other"])
+    return rows
+
+
+def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study) -> list[dict]:
+    """All protocols for all models on one benchmark, recorded and drawn: its rows of results.
+
+    x: features (N, dim) by model name; rows of NaN are unreadable images. What is there is kept.
+    """
+    keep, notes, marked = without_leaks(benchmark, x, study)
+    if not keep.all():
+        benchmark, x = benchmark.subset(keep), {name: array[keep] for name, array in x.items()}
+    about, limits = describe_design(benchmark, study.folds)
+    notes += limits
+    predictions, keys, rows = measure_models(benchmark, x, study)
+    key = digest(keys, study.teacher, study.baseline, study.leaks, notes)
+    compared = recorded(study.results, key)
+    if not compared:
+        new = compare_models(benchmark, x, predictions, study)
+        data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
+        data |= {"metric": "images", "value": len(benchmark), "notes": notes, "marked": marked}
+        compared = record(study.results, [*new, data | about], key=key)
+    rows += compared
+    if not study.no_pictures:
+        draw_benchmark(benchmark, predictions, replace(study, rows=rows), key)
+    return rows
+
+
+def evaluate_all(
+    found: list[Benchmark],
+    models_of: dict[str, list[str]],
+    embed: Callable,
+    study: Study,
+    failures: list[UserError],
+) -> tuple[Study, dict[str, int]]:
+    """One benchmark after another: the study with what was measured, and the unreadable images.
+
+    embed(model, benchmark, together=False) gives the features (N, dim) of the models that
+    `models_of` names for a benchmark; what fails goes to `failures`.
+    """
+    done, rows, lost = [], model_rows(study), {}
+    for benchmark in found:
+        x = {}
+        for name in models_of[benchmark.name]:
+            array = embed(name, benchmark, False)
+            missing = int(np.isnan(array[:, 0]).sum())
+            if missing:
+                lost[benchmark.name] = missing
+            if tells_apart(array):
+                x[name] = array
+            else:
+                where = f"{display(name)} on {benchmark.name}"
+                failures.append(UserError(f"{where}: every image has the same embedding"))
+        try:
+            if x:
+                rows += evaluate_benchmark(benchmark, x, study)
+                done.append(benchmark)
+        except UserError as error:
+            failures.append(error)
+    return replace(study, found=done, rows=rows), lost
+
+
+def model_rows(study: Study) -> list[dict]:
+    """One row for each model: what it is and what it costs."""
+    rows = []
+    for name, about in study.cards.items():
+        meta = {k: v for k, v in about["metadata"].items() if k not in ("patients", "slides")}
+        row: dict = {"model": display(name), "benchmark": "", "protocol": "model"}
+        row |= {"metric": "parameters", "value": about["parameters"], "metadata": meta}
+        row |= {"ms_per_image": about["ms_per_image"], "device": study.device_used}
+        rows.append(row | {"weights": about["weights"], "key": about["key"]})
+    return record(study.results, rows)
