@@ -19,6 +19,7 @@ from g2l.files import clear_stale, safe, write_text
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
 from g2l.results import Study
+from g2l.rows import one_line
 
 PAIRED = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}
 
@@ -37,17 +38,25 @@ def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
     }
 
 
-Cells = str | list[str]  # of a row: a list, or a text with tabs between the cells
+def escaped(text: str) -> str:
+    """Text from outside, such as a class's name, as itself: no Markdown, no HTML, one line."""
+    markup = r"[\\`*<|]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(markup, r"\\\g<0>", one_line(text))
 
 
-def markdown(head: Cells, rows: Sequence[Cells]) -> str:
-    """A Markdown table."""
+def markdown(head: str | list[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; in its cells only emphasis of the whole is markup. head: a list, or a text
+    with tabs between the cells.
+    """
     lines = []
-    for row in (head, *rows):
-        text = row if isinstance(row, str) else "\t".join(row)
-        lines.append(text.replace("|", "\\|").replace("\t", " | "))
-    lines.insert(1, "---" + " | ---" * lines[0].count(" | "))
-    return "".join(f"| {line} |\n" for line in lines)
+    for row in (head.split("\t") if isinstance(head, str) else head, *rows):
+        line = []
+        for cell in row:
+            mark, text, end = re.findall(r"(?s)^(<u>|\*{0,2})(.*?)(</u>|\*{0,2})$", cell)[0]
+            line.append(f"{mark}{escaped(text)}{end}")
+        lines.append(line)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def ranked(values: Sequence[float | None], texts: list[str]) -> list[str]:
@@ -137,7 +146,8 @@ class Tables:
             images = sum(self.data[b]["value"] for b in members)
             rows.append([label.replace("-binary", ""), str(images), *cells])
         return (
-            f"# Table 1: CKA to {self.teacher}\n\nUnbiased CKA ± its standard error (jackknife "
+            f"# Table 1: CKA to {escaped(self.teacher)}\n\n"
+            "Unbiased CKA ± its standard error (jackknife "
             "over up to ten parts of whole groups) · biased CKA [what is left of it with the rows "
             "of one side shuffled: chance]. Unrelated features have an unbiased CKA of 0. The "
             "embeddings are those used downstream, before the projector. Bold: best, underlined: "
@@ -182,11 +192,10 @@ class Tables:
             + (" ⚠: the student has seen some of the patients." if marked else "")
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
-        rows = [
-            f"{row['benchmark']}\t{row['model']}\t{row['other']}\t{PAIRED[row['metric']]}\t"
-            f"{with_interval(row)}\t{verdict(row)}"
-            for row in self.paired([b.name for b in study.found])
-        ]
+        rows = []
+        for row in self.paired([b.name for b in study.found]):
+            pair = [row["benchmark"], row["model"], row["other"], PAIRED[row["metric"]]]
+            rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
             head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
@@ -325,25 +334,25 @@ def write_report(study: Study, tables: str, failures: list[str]) -> None:
         clear_stale(folder)
     text = ["# Evaluation"]
     if failures:
-        text.append("**Not evaluated:** " + "; ".join(failures))
+        text.append("**Not evaluated:** " + escaped("; ".join(failures)))
     shown = not study.no_pictures
     if shown and (results / "figure1.png").is_file():
         text.append("![accuracy against size and time](figure1.png)")
     text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
     text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
     if shown:
-        text += [f"## {b.name}\n\n" + picture_links(study, b.name) for b in study.found]
+        text += [f"## {escaped(b.name)}\n\n" + picture_links(study, b.name) for b in study.found]
     write_text(results / "report.md", "\n\n".join(text))
 
 
 def model_table(study: Study) -> str:
     """What each model is, with its size and speed."""
     head = "model\trole\tparameters\twidth\tembedding\tinput px\tms per image ({})\tweights"
-    rows = [
-        f"{display(name)}\t{role(name, study)}\t{card['parameters'] / 1e6:,.1f} M\t{card['dim']}\t"
-        f"{card['embedding']}\t{card['input_size']}\t{card['ms_per_image']:.1f}\t{card['weights']}"
-        for name, card in study.cards.items()
-    ]
+    rows = []
+    for name, card in study.cards.items():
+        size, time = f"{card['parameters'] / 1e6:,.1f} M", f"{card['ms_per_image']:.1f}"
+        row = [display(name), role(name, study), size, str(card["dim"]), card["embedding"]]
+        rows.append([*row, str(card["input_size"]), time, card["weights"]])
     return markdown(head.format(study.device_used), rows)
 
 
@@ -355,9 +364,8 @@ def benchmark_table(study: Study) -> str:
         counts = zip(about["classes"], about["counts"], strict=True)
         kinds = ", ".join(f"{kind} {count}" for kind, count in counts)
         notes = "; ".join(about["notes"]) or "–"
-        rows.append(
-            f"{name}\t{about['level']}\t{about['value']}\t{about['groups']}\t{kinds}\t{notes}"
-        )
+        images, groups = str(about["value"]), str(about["groups"])
+        rows.append([name, about["level"], images, groups, kinds, notes])
     return markdown("benchmark\tlevel\timages\tgroups\tclasses\tnotes", rows)
 
 
@@ -368,7 +376,7 @@ def picture_links(study: Study, benchmark: str) -> str:
         ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]
     return "\n\n".join(
-        f"![{kind} of {benchmark}](pictures/{name}.png)"
+        f"![{kind} of {escaped(benchmark)}](pictures/{name}.png)"
         for kind, name in names
         if (Path(study.results) / "pictures" / f"{name}.png").is_file()
     )

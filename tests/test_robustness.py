@@ -137,6 +137,9 @@ def test_command_follows_shifts_without_centres(folder, capsys):
     assert 0 <= value["timm:test_vit", "stain 0.4 first"] <= 1
 
 
+WEIGHTS: dict[str, str] = {}  # fingerprints of models whose weights are not the first
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """Models whose features are planted: `tissue`, `place`, and `run`, a student distilled on
@@ -152,9 +155,10 @@ def fake(monkeypatch):
     monkeypatch.setattr(
         "robustness.card",
         lambda name, results, **_: {
+            "fingerprint": WEIGHTS.get(name, name),
             "metadata": {"teacher": "h-optimus-0", "student": "hibou-l", "patients": ["patient-0"]}
             if name == "run"
-            else {}
+            else {},
         },
     )
 
