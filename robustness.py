@@ -79,6 +79,7 @@ from g2l.robust_report import (
     shift_table,
     table3,
 )
+from g2l.rows import read_rows
 from g2l.shifts import SHIFTS, displacement, shift
 
 PROTOCOL_VERSION = 2  # raised on purpose when the same input would give other numbers
@@ -332,7 +333,10 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
-        files = [index.folder / "patches" / f"{slide}_patches.h5" for slide, _ in places]
+        files, table = [], read_rows(index.folder)
+        for slide, _ in places:  # another slide, file of coordinates or shard: other patches
+            files += [index.folder / "patches" / f"{slide}_patches.h5", table[slide]["path"]]
+            files.append(index.folder / "shards" / f"{slide}.tar")
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
     benchmark, _ = load_multicentre(folder_of(args), args.patch_size, args.min_fraction, bare=True)
