@@ -55,18 +55,31 @@ from g2l.paper import paper_name
 from g2l.patches import PatchIndex
 from g2l.pictures import is_drawn, save_figure
 from g2l.report import provenance
-from g2l.results import read_metrics, record
-from g2l.robust import KS, codes, deciding, draw_sample, index_of, intervals, measure, neighbors
+from g2l.results import record
+from g2l.robust import (
+    KS,
+    codes,
+    deciding,
+    draw_sample,
+    fitting,
+    index_of,
+    intervals,
+    measure,
+    neighbors,
+)
 from g2l.robust_report import (
     aligned,
     draw_index,
     draw_map,
     draw_misled,
     draw_shift,
+    proven,
     section,
+    sections,
     shift_table,
     table3,
 )
+from g2l.rows import read_rows
 from g2l.shifts import SHIFTS, displacement, shift
 
 PROTOCOL_VERSION = 2  # raised on purpose when the same input would give other numbers
@@ -87,25 +100,22 @@ REMEDIES = MODEL_REMEDIES | {
 class IndexStudy:
     """The robustness index on one benchmark: who is who, which patches are drawn, what was counted.
 
-    labels, centers, slides and groups are small integers (n,); `samples` hold rows of each sample.
+    `who` (4, n) holds class, centre, slide and patient of each patch as small integers; neighbours
+    of the same slide do not count. `samples` hold rows of each sample.
     """
 
     def __init__(self, args: argparse.Namespace):
         folder = folder_of(args)
         self.args = args
-        self.benchmark, self.slide_names = load_multicentre(
-            folder, args.patch_size, args.min_fraction
-        )
-        found = self.benchmark
+        found, slides = load_multicentre(folder, args.patch_size, args.min_fraction)
+        self.benchmark, self.slides = found, slides
         if found.centers is None:
             raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
-        self.labels, self.centers, self.groups, self.slides = (
-            codes(names) for names in (found.labels, found.centers, found.groups, self.slide_names)
-        )
-        self.kinds = {
-            "class": [found.classes[i] for i in np.unique(found.labels)],
-            "center": np.unique(found.centers).tolist(),
-        }
+        names = found.labels, found.centers, slides, found.groups
+        self.who = np.stack([codes(kind) for kind in names])
+        self.labels, self.centers, _, self.groups = self.who
+        present = [found.classes[i] for i in np.unique(found.labels)]
+        self.kinds = {"class": present, "center": sorted(set(found.centers))}
         classes, centers = map(len, self.kinds.values())
         if min(classes, centers) < 2:
             raise UserError(
@@ -113,8 +123,10 @@ class IndexStudy:
                 "against the other and needs two of each",
                 mend="design",
             )
-        by_group = self.slide_names == found.groups and (folder / "labels.csv").is_file()
+        by_group = slides == found.groups and (folder / "labels.csv").is_file()
         self.kin = "of the same group" if by_group else "on the same slide"
+        self.samples: list[ndarray] = []
+        self.x: dict[str, ndarray] = {}
 
     def settings(self) -> str:
         """How patches are drawn and compared; results of one wording stand in one section."""
@@ -127,11 +139,6 @@ class IndexStudy:
         words = [drawn, f"neighbours {self.kin} {fate}", f"features {scale}"]
         return "; ".join(words + ["patients of the students left out"] * args.exclude_seen)
 
-    def who(self, rows: ndarray) -> tuple:
-        """Labels, centres, slides (None if their own patches count as neighbours) and patients."""
-        slides = None if self.args.include_same_slide else self.slides[rows]
-        return self.labels[rows], self.centers[rows], slides, self.groups[rows]
-
     def draw(self, pool: ndarray) -> Benchmark:
         """Draw the samples from the rows `pool`; the patches that need features.
 
@@ -140,10 +147,12 @@ class IndexStudy:
         args, found, self.pool = self.args, self.benchmark, pool
         if not len(pool):
             raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
-        who = self.labels[pool], self.centers[pool], self.slides[pool]
-        seeds = range(args.seed, args.seed + (args.samples if args.per_class else 1))
-        draw = partial(draw_sample, *who, args.per_class, args.per_center)
-        self.samples = [pool[draw(seed)] for seed in seeds]
+        for seed in range(args.seed, args.seed + (args.samples if args.per_class else 1)):
+            classes, centers, slides = self.who[:3, pool]
+            rows = draw_sample(classes, centers, slides, args.per_class, args.per_center, seed)
+            self.samples.append(pool[rows])
+        if args.include_same_slide:
+            self.who[2] = np.arange(len(found))
         self.used = np.full(len(found), isinstance(found.images, ImageFiles))
         self.used[np.concatenate(self.samples)] = True
         if self.used.all():
@@ -156,68 +165,63 @@ class IndexStudy:
 
         Raises UserError where a sample leaves the index nothing to choose between.
         """
-        self.x, fine = {}, self.used.copy()
+        fine = self.used.copy()
         for name, array in arrays.items():
-            self.x[name] = np.full((len(self.used), array.shape[1]), np.nan, np.float32)
+            self.x[name] = np.full((len(fine), array.shape[1]), np.nan, np.float32)
             self.x[name][self.used] = array
             fine &= np.isfinite(self.x[name]).all(1)
         self.samples = [sample[fine[sample]] for sample in self.samples]
         for sample in self.samples:
-            classes, centers, slides, _ = (
-                len(np.unique(values[sample]))
-                for values in (self.labels, self.centers, self.slides, self.groups)
-            )
+            classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
             if min(classes, centers) < 2 or len(sample) <= KS[0]:
                 lack = f"a sample has fewer than two classes, two centres or {KS[0] + 1} patches"
                 raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
-            if slides < 2 and not self.args.include_same_slide:
-                raise UserError(
-                    f"{self.benchmark.name}: all patches are of slide "
-                    f"{self.slide_names[sample[0]]}, whose own are no neighbours",
-                    mend="slides",
-                )
+            if slides < 2:
+                lack = f"slide {self.slides[sample[0]]}, whose own are no neighbours"
+                raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
         return int((self.used & ~fine).sum())
 
     def base(self) -> dict:
-        """What all rows share, with keys of what was read and of the patches drawn."""
-        found = self.benchmark
-        place = found.centers, found.groups, self.slide_names
+        """What all rows share, with keys of what was read and of the patches drawn as proof."""
+        found, settings = self.benchmark, self.settings()
+        place = found.centers, found.groups, self.slides
         read = PROTOCOL_VERSION, data_stamp(found), found.labels.tolist(), found.classes, place
         drawn = [found.ids[i] for sample in self.samples for i in sample]
-        base = {"benchmark": found.name, "protocol": "robustness", "settings": self.settings()}
-        return base | {"data": digest(read), "patches": digest(drawn)}
+        proof = {f"data of {found.name}": digest(read)}
+        proof[f"patches of {found.name}, {settings}"] = digest(drawn)
+        base = {"benchmark": found.name, "protocol": "robustness", "settings": settings}
+        return base | {"proof": proof}
 
     def measure(self) -> Iterator[dict]:
-        """Rows of results of chance and every model, sample by sample; `counts` keeps what they
-        saw.
+        """Rows of results of chance and every model, sample by sample, then of each class and
+        centre; `counts` keeps what they saw.
         """
-        k_max = min(max(KS), min(map(len, self.samples)) - 1)
         self.counts: dict[str, list[ndarray]] = {name: [] for name in ("chance", *self.x)}
+        k_max = min(max(KS), min(map(len, self.samples)) - 1)
+        count = partial(measure, normalize=not self.args.raw, k_max=k_max)
         for seed, sample in enumerate(self.samples, self.args.seed):
-            count = partial(measure, normalize=not self.args.raw, k_max=k_max)
             for name, kept in self.counts.items():
                 x = self.x[name][sample] if name in self.x else None
-                for draw in range(1 if name in self.x else BLIND_DRAWS):
-                    luck = seed if name in self.x else BLIND_DRAWS * seed + draw
-                    counts, values = count(x, *self.who(sample), seed=luck)
+                draws = BLIND_DRAWS if x is None else 1
+                for draw in range(draws):
+                    luck = draws * seed + draw
+                    counts, values = count(x, *self.who[:, sample], seed=luck)
                     base = {"model": name, "seed": seed, "draw": draw}
                     for (metric, k), value in values.items():
                         yield base | {"metric": metric, "k": k, "value": value}
                 kept.append(counts)
-        yield from intervals({}, self.counts, [self.groups[sample] for sample in self.samples])
-
-    def one_by_one(self) -> Iterator[dict]:
-        """Rows of results for each class and each centre."""
-        k_max = self.counts["chance"][0].shape[-1]
-        k = [k for k in KS if k <= k_max][:3][-1]
-        for field, target in (("class", self.labels), ("center", self.centers)):
-            for (i, kind), name in itertools.product(enumerate(self.kinds[field]), self.counts):
-                totals = zip(self.counts[name], self.samples, strict=True)
-                each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in totals]
-                row = {"model": name, "metric": f"index_by_{field}", field: kind, "k": k}
-                yield row | {"value": np.mean(each)}
+        yield from intervals(self.counts, [self.groups[sample] for sample in self.samples])
+        k = fitting(k_max)[:3][-1]
+        for (name, counts), kind in itertools.product(self.counts.items(), self.kinds):
+            row = {"model": name, "metric": f"index_by_{kind}", "k": k}
+            for i, value in enumerate(self.kinds[kind]):
+                each = []
+                for count, sample in zip(counts, self.samples, strict=True):
+                    target = self.labels if kind == "class" else self.centers
+                    each.append(index_of(count[:, target[sample] == i, k - 1].sum(1)))
+                yield row | {kind: value, "value": np.mean(each)}
 
     def design(self) -> Iterator[dict]:
         """Rows on the patches: how many of each class and centre, and the share that can decide."""
@@ -226,18 +230,11 @@ class IndexStudy:
             drawn, there = int(cell[self.samples[0]].sum()), int(cell[self.pool].sum())
             row = {"model": "data", "metric": "cell", "class": kind, "center": site}
             yield row | {"value": drawn, "available": there}
-        shares = [deciding(*self.who(sample)[:3]) for sample in self.samples]
+        shares = [deciding(*self.who[:3, sample]) for sample in self.samples]
         yield {"model": "data", "metric": "deciding", "value": np.mean(shares)}
 
-    def model_row(self, name: str, about: dict) -> dict:
-        """How many of the patients a model has seen, and its name in the paper."""
-        known = np.unique(self.groups[leaked(self.benchmark, about)])
-        row = {"model": name, "metric": "seen", "value": len(known)}
-        paper = paper_name(name, about["metadata"])
-        return row | {"patients": int(self.groups.max()) + 1, "paper": paper}
-
-    def draw_pictures(self, out: Path, key: str) -> None:
-        """Index, map and galleries, but those that show this already."""
+    def draw_pictures(self, out: Path, key: str) -> list[str]:
+        """Index, map and galleries, but those that show this already; their names."""
         found, first = self.benchmark, self.samples[0]
         drawn = np.unique(np.concatenate(self.samples))
         some = np.sort(np.random.default_rng(0).permutation(drawn)[:800])
@@ -245,16 +242,18 @@ class IndexStudy:
         times = f"{len(self.samples)} sample{'s' * (len(self.samples) > 1)}"
         title = f"{found.name}: {among}the {len(drawn)} patches drawn in {times}"
         draws = {
-            "index": partial(draw_index, found.name, self.counts),
-            "map": partial(draw_map, title, found, self.x, some, self.args.map),
+            "index.png": partial(draw_index, found.name, self.counts),
+            "map.png": partial(draw_map, title, found, self.x, some, self.args.map),
         }
         for name, array in self.x.items():
-            rows = neighbors(array[first], 5, self.who(first)[2], not self.args.raw)[1]
-            draws[f"gallery-{safe(name)}"] = partial(draw_misled, name, found, first, rows)
+            rows = neighbors(array[first], 5, self.who[2, first], not self.args.raw)[1]
+            draws[f"gallery-{safe(name)}.png"] = partial(draw_misled, name, found, first, rows)
         for picture, draw in draws.items():
-            if not is_drawn(out / f"{picture}.png", key):
-                save_figure(draw(), out / f"{picture}.png", key)
+            if not is_drawn(out / picture, key):
+                save_figure(draw(), out / picture, key)
+        clear_stale(out)
         print(f"pictures: {out}/index.png, map.png, gallery-*.png")
+        return list(draws)
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -265,40 +264,46 @@ def folder_of(args: argparse.Namespace) -> Path:
 def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
-    name = index.benchmark.name
-    unseen = np.arange(len(index.labels))
+    found = index.benchmark
+    unseen = np.full(len(found), True)
     for model in models if args.exclude_seen else ():
-        about = card(model, args.results, **load[model])
-        unseen = unseen[~leaked(index.benchmark, about)[unseen]]
-    gathered = gather({"": index.draw(unseen)}, args, models, load)
+        unseen &= ~leaked(found, card(model, args.results, **load[model]))
+    gathered = gather([index.draw(np.flatnonzero(unseen))], args, models, load)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
-    lost = index.take({model: parts[""] for model, parts in arrays.items()})
+    lost = index.take({model: parts[0] for model, parts in arrays.items()})
     base = index.base()
-    rows = [*index.measure(), *index.one_by_one(), *index.design()]
-    rows += [index.model_row(model, about) for model, about in cards.items()]
-    out, files = args.results / "robustness" / safe(name), []
+    rows = [*index.measure(), *index.design()]
+    for model, about in cards.items():
+        seen = len(np.unique(index.groups[leaked(found, about)]))
+        row = {"model": model, "metric": "seen", "value": seen, "patients": len(set(found.groups))}
+        paper = paper_name(model, about["metadata"])
+        rows.append(row | {"paper": paper, "fingerprint": about["fingerprint"]})
+    weights = {model: about["fingerprint"] for model, about in cards.items()}
+    shown, files = digest(base, weights, args.map), []
     if not args.no_pictures:
-        files = ["index.png", "map.png", *(f"gallery-{safe(model)}.png" for model in cards)]
+        files = index.draw_pictures(args.results / "robustness" / safe(found.name), shown)
     rows.append({"model": "data", "metric": "pictures", "value": len(files), "files": files})
-    whole = ("model", "benchmark", "protocol", "settings")
-    record(args.results, [base | row for row in rows], same=whole)
-    kept = [row for row in read_metrics(args.results) if base.items() <= row.items()]
-    print(aligned(section(kept).split("### By class")[0]))
-    if files:
-        index.draw_pictures(out, digest(base, list(cards.items()), args.map))
+    for row in rows:
+        row |= base
+        for name in {row["model"], row.get("other")} & weights.keys():
+            row["proof"] = row["proof"] | {f"weights of {name}": weights[name]}
+    rows[-1]["proof"] = base["proof"] | {f"pictures of {found.name}": shown}
+    record(args.results, rows, same=("model", "benchmark", "protocol", "settings"))
+    held = proven(args.results)
+    here = sections(held)[found.name, base["settings"]]
+    print(aligned(section(here).split("### By class")[0]))
     made = provenance(load[models[0]]["device"])
-    write_text(args.results / "table3.md", table3(args.results) + made)
-    clear_stale(out)
+    write_text(args.results / "table3.md", table3(held) + made)
     print(f"table: {args.results / 'table3.md'}")
-    return report_failures(failures, {name: lost} if lost else {})
+    return report_failures(failures, {found.name: lost} if lost else {})
 
 
 def gather(
-    parts: dict, args: argparse.Namespace, models: list[str], load: dict
+    parts: list[Benchmark], args: argparse.Namespace, models: list[str], load: dict
 ) -> tuple[dict, dict, list[str]] | None:
-    """Features {model: {part: (n, dim)}} of benchmarks {part: Benchmark}, cards, and what failed.
+    """Features (n, dim) of each part by model, cards of the models, and what failed.
 
     Under torchrun all ranks share the images, then one goes on alone: None on the others.
     """
@@ -306,19 +311,13 @@ def gather(
 
     rank, _, _ = setup_distributed(args.device)
     check_names(models)
-    how = {
-        "batch_size": args.batch_size,
-        "workers": args.workers,
-        "max_unreadable": args.max_unreadable,
-    }
+    how = {name: getattr(args, name) for name in ("batch_size", "workers", "max_unreadable")}
     x, cards, failures = {}, {}, []
     for name in models:
         try:
-            x[display(name)] = {
-                key: features(name, part, args.results, **how, **load[name])
-                for key, part in parts.items()
-            }
+            read = [features(name, part, args.results, **how, **load[name]) for part in parts]
             cards[display(name)] = card(name, args.results, **load[name])
+            x[display(name)] = read
         except UserError as error:
             failures.append(explain(error, REMEDIES) or "")
     if not x:
@@ -334,11 +333,13 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
-        files = [index.folder / "patches" / f"{slide}_patches.h5" for slide, _ in places]
+        files, table = [], read_rows(index.folder)
+        for slide, _ in places:  # another slide, file of coordinates or shard: other patches
+            files += [index.folder / "patches" / f"{slide}_patches.h5", table[slide]["path"]]
+            files.append(index.folder / "shards" / f"{slide}.tar")
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
-    folder, size = folder_of(args), args.patch_size
-    benchmark, _ = load_multicentre(folder, size, args.min_fraction, bare=True)
+    benchmark, _ = load_multicentre(folder_of(args), args.patch_size, args.min_fraction, bare=True)
     luck = np.random.default_rng(args.seed).permutation(len(benchmark))
     return benchmark.subset(luck < args.patches)
 
@@ -361,43 +362,45 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
             f"{name}: {len(patches)} patches; three are needed to tell self from others"
         )
     steps = {kind: sorted(args.strengths or SHIFTS[kind][3]) for kind in args.perturb}
-    parts: dict = {"": dataclasses.replace(patches, name=f"{name}-unchanged")}
+    parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
-        parts |= {(kind, s): shifted(patches, kind, s) for s in strengths}
+        parts += [shifted(patches, kind, s) for s in strengths]
     gathered = gather(parts, args, models, load)
     if gathered is None:
         return 0
     x, _, failures = gathered
     found, fine = follow(x, steps)
-    base = {"benchmark": name, "protocol": "perturb", "images": int(fine.sum())}
+    count = int(fine.sum())
     rows = []
     for (model, kind, s), values in found.items():
-        base |= {"model": model}
+        base = {"model": model, "benchmark": name, "protocol": "perturb", "images": count}
         rows += [base | {"metric": f"{kind} {s:g} {m}", "value": v} for m, v in values.items()]
     record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
-    text = shift_table(name, int(fine.sum()), steps, found, list(x))
+    text = shift_table(name, count, steps, found)
     out = args.results / "robustness" / safe(name)
     write_text(out / "shifts.md", text)
     print(aligned(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
     if not args.no_pictures:
         image = patches.images[int(fine.argmax())]
         for kind, strengths in steps.items():
-            save_figure(draw_shift(kind, strengths, image, found, list(x)), out / f"{kind}.png")
+            save_figure(draw_shift(kind, strengths, image, found), out / f"{kind}.png")
         print(f"curves: {out}/*.png")
     return report_failures(failures, {} if fine.all() else {name: int((~fine).sum())})
 
 
-def follow(x: dict[str, dict], steps: dict[str, list]) -> tuple[dict[tuple, dict], ndarray]:
-    """`displacement` by (model, kind, strength), unchanged ones too; the rows (n,) readable."""
-    arrays = [array for parts in x.values() for array in parts.values()]
+def follow(x: dict[str, list[ndarray]], steps: dict[str, list]) -> tuple[dict, ndarray]:
+    """`displacement` by (model, kind, strength), unchanged ones too; the rows (n,) readable.
+
+    x: each model's features (n, D) of the unchanged patches, then of each kind and strength.
+    """
+    arrays = [array for parts in x.values() for array in parts]
     fine = np.all([np.isfinite(array).all(1) for array in arrays], 0)
     found = {}
-    for name, parts in x.items():
-        still = parts[""][fine]
+    for name, (still, *moved) in x.items():
         for kind, strengths in steps.items():
-            found[name, kind, SHIFTS[kind][1]] = displacement(still, still)
+            found[name, kind, SHIFTS[kind][1]] = displacement(still[fine], still[fine])
             for s in strengths:
-                found[name, kind, s] = displacement(still, parts[kind, s][fine])
+                found[name, kind, s] = displacement(still[fine], moved.pop(0)[fine])
     return found, fine
 
 
@@ -526,7 +529,7 @@ def run(args: argparse.Namespace) -> int:
     if args.input_size:
         options["input_size"] = args.input_size
     weights = parse_weights(args.weights, models)
-    load = {name: {"weights": weights[name], **options} for name in models}
+    load = {name: options | {"weights": weights[name]} for name in models}
     return (perturb if args.perturb else study)(args, models, load)
 
 

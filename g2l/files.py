@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -104,7 +105,6 @@ def size_of(path: Path) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all; what a file name holds that is no UTF-8 stays as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
@@ -158,22 +158,21 @@ def read_table(
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except csv.Error as error:
         raise UserError(f"{path}: no CSV file ({error})") from error
-    missing = [name for name in needed if name not in head]
+    missing = ", ".join(name for name in needed if name not in head)
     if missing:
         raise UserError(
-            f"{path}: no column {', '.join(missing)} (found: {', '.join(head) or 'none'}); needed "
+            f"{path}: no column {missing} (found: {', '.join(head) or 'none'}); needed "
             f"are {','.join(needed)}, separated by commas{why}"
         )
     if not lines:
         raise UserError(f"{path}: holds no rows; one line per image is expected")
     rows = []
     for number, cells in lines:
-        row = dict(zip(head, [*cells, *[""] * len(head)], strict=False))
-        empty = [name for name in (*needed, *filled) if row.get(name) == ""]
-        if empty:
-            raise UserError(
-                f"{path}, line {number}: {empty[0]} is empty; fill it in or remove the line"
-            )
+        row = dict(itertools.zip_longest(head, cells[: len(head)], fillvalue=""))
+        for name in (*needed, *filled):
+            if row.get(name) == "":
+                why = f"{name} is empty; fill it in or remove the line"
+                raise UserError(f"{path}, line {number}: {why}")
         rows.append(row)
     return rows
 

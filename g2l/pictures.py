@@ -33,6 +33,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $5
 }
 
 

@@ -67,16 +67,10 @@ def draw_sample(
     return np.flatnonzero((turn if per_center else rank_within(turn + luck, labels)) < count)
 
 
-def neighbors(
-    x: ndarray,
-    k: int,
-    slides: ndarray | None,
-    normalize: bool,
-) -> tuple[ndarray, ndarray]:
+def neighbors(x: ndarray, k: int, slides: ndarray, normalize: bool) -> tuple[ndarray, ndarray]:
     """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D).
 
-    Itself and its own slide are left out (`slides` None: only itself); -1 where no candidate is
-    left.
+    Itself and its own slide are left out; -1 where no candidate is left.
     """
     import torch
 
@@ -84,35 +78,22 @@ def neighbors(
 
     tensor = torch.from_numpy(np.array(x, np.float32))
     tensor = torch.nn.functional.normalize(tensor) if normalize else tensor
-    distances, rows = knn(
-        tensor,
-        min(k, len(x) - 1),
-        groups=None if slides is None else torch.from_numpy(slides),
-        return_distance=True,
-    )
+    groups = torch.from_numpy(slides)
+    distances, rows = knn(tensor, min(k, len(x) - 1), groups=groups, return_distance=True)
     return distances.numpy(), rows.numpy()
 
 
-def tally(
-    rows: ndarray,
-    labels: ndarray,
-    centers: ndarray,
-) -> ndarray:
+def tally(rows: ndarray, labels: ndarray, centers: ndarray) -> ndarray:
     """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
     tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
     kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
     return (kinds & (rows >= 0)).cumsum(-1)
 
 
-def candidates(
-    labels: ndarray,
-    centers: ndarray,
-    slides: ndarray | None,
-) -> ndarray:
+def candidates(labels: ndarray, centers: ndarray, slides: ndarray) -> ndarray:
     """How many SS, SO, OS, OO each patch may choose from: (4, n), itself and its own slide left
     out.
     """
-    slides = np.arange(len(labels)) if slides is None else slides
     both, tissue, place, every = (
         alike(*parts)[1] - alike(*parts, slides)[1]
         for parts in ((labels, centers), (labels,), (centers,), (np.zeros_like(labels),))
@@ -120,11 +101,7 @@ def candidates(
     return np.stack([both, tissue - both, place - both, every - tissue - place + both])
 
 
-def deciding(
-    labels: ndarray,
-    centers: ndarray,
-    slides: ndarray | None,
-) -> float:
+def deciding(labels: ndarray, centers: ndarray, slides: ndarray) -> float:
     """Share of the patches that can choose between their class elsewhere (SO) and their centre
     (OS).
     """
@@ -156,12 +133,7 @@ def ratio(over: ndarray, under: ndarray) -> ndarray:
     return np.where(under, over / np.where(under, under, 1), np.nan)
 
 
-def target_probe(
-    x: ndarray,
-    target: ndarray,
-    groups: ndarray,
-    seed: int = 0,
-) -> float:
+def target_probe(x: ndarray, target: ndarray, groups: ndarray, seed: int = 0) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
     Ridge classifier on standardised features, strength by leave-one-out on the training part, five
@@ -195,7 +167,7 @@ def measure(
     x: ndarray | None,
     labels: ndarray,
     centers: ndarray,
-    slides: ndarray | None,
+    slides: ndarray,
     groups: ndarray,
     *,
     seed: int = 0,
@@ -213,12 +185,12 @@ def measure(
     features = blind if x is None else x
     distances, rows = neighbors(features, k_max, slides, normalize)
     counts = chance(pool, k_max) if x is None else tally(rows, labels, centers)
-    targets = {
-        "class": (labels, np.full(len(labels), True)),
-        "center": (centers, pool[0] + pool[2] > 0),
-    }
     values: dict[tuple[str, int | None], float] = {}
-    for name, (target, found) in targets.items():
+    everywhere = np.full(len(labels), True)
+    for name, target, found in (
+        ("class", labels, everywhere),
+        ("center", centers, pool[0] + pool[2] > 0),
+    ):
         known = np.where(rows < 0, -1, target[rows])
         for k in fitting(k_max):
             guess = vote(known[:, :k], distances[:, :k], target.max() + 1)
@@ -236,12 +208,8 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def bootstrap(
-    counts: list[ndarray],
-    groups: list[ndarray],
-    seed: int = 0,
-) -> ndarray:
-    """Index (DRAWS, k) of resampled patients, averaged over samples.
+def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> ndarray:
+    """Index (1 + DRAWS, k) of the patients as they are, then resampled; averaged over samples.
 
     counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
     same patients, so differences between models are paired. Queries are resampled, their neighbours
@@ -249,38 +217,34 @@ def bootstrap(
     """
     patients = 1 + max(int(g.max()) for g in groups)
     even = np.full(patients, 1 / patients)
-    weights = np.random.default_rng(seed).multinomial(patients, even, DRAWS)
+    resampled = np.random.default_rng(seed).multinomial(patients, even, DRAWS)
+    weights = np.vstack([np.ones(patients), resampled])
     values = []
     for count, group in zip(counts, groups, strict=True):
         sums = np.zeros((patients, 4, count.shape[-1]))
         np.add.at(sums, group, count.transpose(1, 0, 2))
-        drawn = (weights @ sums.reshape(patients, -1)).reshape(DRAWS, 4, -1)
-        values.append(index_of(drawn.transpose(1, 0, 2)))
+        drawn = np.einsum("dp,pck->cdk", weights, sums, optimize=True)
+        values.append(index_of(drawn))
     return np.mean(values, 0)
 
 
-def intervals(
-    base: dict,
-    counts: dict[str, list[ndarray]],
-    groups: list[ndarray],
-) -> list[dict]:
+def intervals(counts: dict[str, list[ndarray]], groups: list[ndarray]) -> list[dict]:
     """95 % intervals over patients of each model's index, and of the difference of each pair of
     models.
 
     nan where there are fewer than FEW patients, or where a resample has no ratio.
     """
-    models = [name for name in counts if name != "chance"]
-    draws = {name: bootstrap(counts[name], groups) for name in models}
-    point = {name: np.mean([index_of(c.sum(1)) for c in counts[name]], 0) for name in models}
+    draws = {name: bootstrap(counts[name], groups) for name in counts if name != "chance"}
     enough = len(np.unique(np.concatenate(groups))) >= FEW
     rows = []
-    for one, other in [*((name, None) for name in models), *itertools.combinations(models, 2)]:
-        value, spread = point[one], draws[one]
+    pairs: list[tuple] = [(name, None) for name in draws]
+    for one, other in [*pairs, *itertools.combinations(draws, 2)]:
+        metric, values = "index_interval", draws[one]
         if other:
-            value, spread = value - point[other], spread - draws[other]
-        for k in fitting(len(value)):
-            low, high = np.percentile(spread[:, k - 1], [2.5, 97.5]) if enough else (np.nan, np.nan)
-            row = {"model": one, "other": other, "k": k, "value": float(value[k - 1])}
-            row |= {"metric": "index_difference" if other else "index_interval"}
-            rows.append(base | row | {"low": float(low), "high": float(high)})
+            metric, values = "index_difference", values - draws[other]
+        for k in fitting(values.shape[1]):
+            value, *resampled = values[:, k - 1]
+            low, high = np.percentile(resampled, [2.5, 97.5]) if enough else (np.nan, np.nan)
+            row = {"model": one, "other": other, "metric": metric, "k": k}
+            rows.append(row | {"value": float(value), "low": float(low), "high": float(high)})
     return rows

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from g2l.files import safe
 from g2l.paper import FIGURES, paper_figure
 from g2l.pictures import COLORS, canvas, draw_sheet
 from g2l.protocols import FEW
-from g2l.report import markdown, ranked
+from g2l.report import escaped, markdown, ranked
 from g2l.results import read_metrics
 from g2l.robust import DECIDING, DRAWS, KS, bounded_of, index_of
-from g2l.shifts import SHIFTS, shift
+from g2l.shifts import SHIFTS, shift, unit
 
 KINDS = {
     (True, False): ("same tissue, other centre", "#009e73"),
@@ -34,25 +36,43 @@ KINDS = {
 }
 
 
-def table3(results: Path) -> str:
-    """table3.md from metrics.jsonl alone: a section per benchmark and way of sampling.
+def proven(results: Path) -> list[dict]:
+    """The rows of the robustness index that still hold.
+
+    Each row carries as `proof` keys of what it depends on: what was read of its benchmark, the
+    patches drawn, weights and preprocessing of its models. Where a later row has another key for
+    one of these, it no longer holds.
+    """
+    rows = [row for row in read_metrics(results) if row["protocol"] == "robustness"]
+    latest: dict[str, str] = {}
+    for row in rows:
+        latest |= row["proof"]
+    return [row for row in rows if row["proof"].items() <= latest.items()]
+
+
+def table3(rows: list[dict]) -> str:
+    """table3.md from measurements that are `proven`: a section per benchmark and way of sampling.
 
     With TIGER the paper's numbers stand at its end; of other patches they say nothing.
     """
-    rows = [row for row in read_metrics(results) if row["protocol"] == "robustness"]
-    latest = {row["benchmark"]: row.get("data") for row in rows}  # what was read last
-    rows = [row for row in rows if row.get("data") == latest[row["benchmark"]]]
-    drawn = {row["benchmark"]: row for row in rows if row["metric"] == "pictures"}
-    rows = [r for r in rows if r["metric"] != "pictures" or r is drawn[r["benchmark"]]]
     text = (
         "# Table 3: robustness index\n\nNeighbours of the same class / neighbours of the same "
         "centre, summed over all patches. **1 is no threshold**: *chance* is what features that "
         "know nothing score on the same sample, and where every model ends as k grows. Above "
         "chance the tissue weighs more than the centre, below it the centre.\n\n"
     )
-    for key in dict.fromkeys((row["benchmark"], row["settings"]) for row in rows):
-        text += section([row for row in rows if (row["benchmark"], row["settings"]) == key])
-    return text + (paper_table() if "tiger" in latest else "")
+    parts = sections(rows)
+    text += "".join(map(section, parts.values()))
+    return text + (paper_table() if any(name == "tiger" for name, _ in parts) else "")
+
+
+def sections(rows: list[dict]) -> dict[tuple[str, str], Readings]:
+    """What was measured on each benchmark in each way of sampling, where a model is left."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["benchmark"], row["settings"]), []).append(row)
+    held = {key: Readings(part) for key, part in found.items()}
+    return {key: part for key, part in held.items() if part.models}
 
 
 def paper_table() -> str:
@@ -67,45 +87,32 @@ def paper_table() -> str:
 
 
 class Readings:
-    """What was measured on one benchmark in one way of sampling, on the patches drawn last."""
+    """What was measured on one benchmark in one way of sampling."""
 
     def __init__(self, rows: list[dict]):
-        drawn = [row["patches"] for row in rows if row["model"] == "chance"][-1]
-        self.rows = [row for row in rows if row["patches"] == drawn]
+        self.rows = rows
         self.benchmark, self.settings = rows[0]["benchmark"], rows[0]["settings"]
         self.models = {row["model"]: row for row in self.of("seen")}
         self.ks = sorted({row["k"] for row in self.of("index", model="chance")})
         self.k = self.ks[:3][-1]  # at which all but the first table is read
-        self.seeds = {row["seed"] for row in self.of("index")}
-        self.cells = {(row["center"], row["class"]): row for row in self.of("cell")}
-        share = [row["value"] for row in self.of("deciding")]
-        self.deciding = share[0] if share else 1.0
+        self.cells = self.of("cell")
+        self.deciding = self.of("deciding")[0]["value"]
+        self.readable = self.deciding >= DECIDING
 
     def of(self, metric: str, **want: Any) -> list[dict]:
         """The rows of a metric whose fields are as wanted."""
         want["metric"] = metric
         return [row for row in self.rows if want.items() <= row.items()]
 
-    def values(
-        self,
-        metric: str,
-        model: str,
-        **want: Any,
-    ) -> ndarray:
+    def values(self, metric: str, model: str, **want: Any) -> ndarray:
         """Values of one model, nan where they are not defined."""
         return np.array([row["value"] for row in self.of(metric, model=model, **want)], float)
 
-    def show(
-        self,
-        metric: str,
-        model: str,
-        **want: Any,
-    ) -> str:
+    def show(self, metric: str, model: str, **want: Any) -> str:
         """Their mean, and for what chance was drawn for their standard deviation."""
         values = self.values(metric, model, **want)
         drawn = model == "chance" and metric not in ("index", "bounded")
-        spread = np.std(values) if drawn else 0
-        return two(values.mean() if len(values) else np.nan, spread)
+        return two(values.mean() if len(values) else None, np.std(values) if drawn else 0)
 
 
 def two(value: float | None, spread: float = 0.0) -> str:
@@ -115,69 +122,79 @@ def two(value: float | None, spread: float = 0.0) -> str:
     return f"{value:.2f}" + (f" ± {spread:.2f}" if spread else "")
 
 
-def section(rows: list[dict]) -> str:
+def section(held: Readings) -> str:
     """The part of table3.md on one benchmark and way of sampling."""
-    held = Readings(rows)
     parts = [what_was_drawn(held), index_table(held), behind(held), over_patients(held)]
     parts += [one_by_one(held, "class", "class"), one_by_one(held, "center", "centre")]
     files = [file for row in held.of("pictures") for file in row["files"]]
-    if files:
-        folder = f"robustness/{safe(held.benchmark)}"
-        links = [f"![{f.removesuffix('.png')} of {held.benchmark}]({folder}/{f})" for f in files]
-        parts.append("### Pictures\n\n" + "\n\n".join(links) + "\n")
+    parts += ["### Pictures\n"][: len(files)]
+    for file in files:
+        what = f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
+        parts.append(f"![{what}](robustness/{safe(held.benchmark)}/{file})\n")
     parts.append(patches_table(held))
     return "\n".join(parts) + "\n"
 
 
 def what_was_drawn(held: Readings) -> str:
     """Heading of a section, and its sample in words."""
-    counts: dict[str, int] = {}
-    for (_, kind), cell in held.cells.items():
-        counts[kind] = counts.get(kind, 0) + cell["value"]
-    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
-    samples = len(held.seeds)
+    counts: Counter[str] = Counter()
+    for cell in held.cells:
+        counts[cell["class"]] += cell["value"]
+    kinds = ", ".join(f"{escaped(kind)} {count}" for kind, count in counts.items())
+    samples = len({row["seed"] for row in held.of("index")})
     spread = "One sample."
     if samples > 1:
         spread = f"Mean ± standard deviation of {samples} seeded samples."
     text = (
-        f"## {held.benchmark}\n\n{held.settings[0].upper()}{held.settings[1:]}. "
-        f"{sum(counts.values())} patches were drawn: {kinds}. {spread}\n"
+        f"## {escaped(held.benchmark)}\n\n{held.settings[0].upper()}{held.settings[1:]}. "
+        f"{counts.total()} patches were drawn: {kinds}. {spread}\n"
     )
-    if held.deciding < DECIDING:
-        text += (
-            f"\n**No reading is given.** Only {held.deciding:.0%} of the patches can choose "
-            "between a neighbour of their class in another centre and one of another class in "
-            "their own. "
-            f"Below {DECIDING:.0%} the index says how the data were collected, not what a model "
-            "sees. Centres that hold several classes usually mend it, for instance institutions "
-            "instead of TCGA's tissue source sites.\n"
-        )
-    return text
+    if held.readable:
+        return text
+    return text + (
+        f"\n**No reading is given.** Only {held.deciding:.0%} of the patches can choose "
+        "between a neighbour of their class in another centre and one of another class in "
+        "their own. "
+        f"Below {DECIDING:.0%} the index says how the data were collected, not what a model "
+        "sees. Centres that hold several classes usually mend it, for instance institutions "
+        "instead of TCGA's tissue source sites.\n"
+    )
 
 
 def index_table(held: Readings) -> str:
-    """The index of every model over k, as the paper's Table 3, above what chance gives."""
-    columns = [[*index_column(held, k), held.show("index", "chance", k=k)] for k in held.ks]
-    seen = {name: row for name, row in held.models.items() if row["value"]}
-    names = [name + " †" * (name in seen) for name in held.models]
-    rows = [list(row) for row in zip([*names, "*chance*"], *columns, strict=True)]
-    text = markdown(["model", *(f"k = {k}" for k in held.ks)], rows)
+    """The index of every model over k, as the paper's Table 3, above what chance gives.
+
+    Behind each model stands the beginning of its fingerprint of weights and preprocessing.
+    """
+    columns = [index_column(held, k) for k in held.ks]
+    names, prints, seen = [], [], []
+    for name, row in held.models.items():
+        names.append(name + " †" * bool(row["value"]))
+        prints.append(row["fingerprint"][:8])
+        if row["value"]:
+            seen.append(f"{escaped(name)}: {row['value']} of {row['patients']}")
+    rows = zip([*names, "*chance*"], *columns, [*prints, ""], strict=True)
+    text = markdown(["model", *(f"k = {k}" for k in held.ks), "fingerprint"], [*map(list, rows)])
     if seen:
-        of = ", ".join(f"{name}: {row['value']} of {row['patients']}" for name, row in seen.items())
+        of = ", ".join(seen)
         text += f"\n† was distilled on patients of this benchmark ({of}); they can be left out.\n"
     return text
 
 
 def index_column(held: Readings, k: int) -> list[str]:
-    """The index of every model at one k, the best marked if that can be read."""
-    found = [held.values("index", name, k=k) for name in held.models]
-    texts = [two(v.mean(), np.std(v, ddof=1) if len(v) > 1 else 0) for v in found]
-    if len(texts) > 1 and held.deciding >= DECIDING:
-        texts = ranked([v.mean() if np.isfinite(v).all() else None for v in found], texts)
-    if held.benchmark != "tiger":
-        return texts
-    named = zip(texts, held.models.values(), strict=True)
-    return [text + paper_figure("index", str(k), row["paper"] or "", {}) for text, row in named]
+    """The index of every model at one k, the best marked if that can be read; then chance."""
+    values, texts = [], []
+    for name, row in held.models.items():
+        found = held.values("index", name, k=k)
+        spread = np.std(found, ddof=1) if len(found) > 1 else 0
+        paper = ""
+        if held.benchmark == "tiger":
+            paper = paper_figure("index", str(k), row["paper"], {})
+        texts.append(two(found.mean(), spread) + paper)
+        values.append(found.mean() if np.isfinite(found).all() else None)
+    if len(texts) > 1 and held.readable:
+        texts = ranked(values, texts)
+    return [*texts, held.show("index", "chance", k=k)]
 
 
 def behind(held: Readings) -> str:
@@ -201,17 +218,17 @@ def behind(held: Readings) -> str:
 def over_patients(held: Readings) -> str:
     """Each index with its interval against chance, then the difference of each pair of models."""
     blind = held.values("index", "chance", k=held.k).mean()
-    rows = []
+    rows: list[Sequence[str]] = []
     for row in held.of("index_interval", k=held.k) + held.of("index_difference", k=held.k):
         name, other, interval, reading = row["model"], row["other"], "–", "too few patients to tell"
         if row["low"] is not None:
             start = 0 if other else blind
             word = "above" if row["low"] > start else "not clearly apart from"
             word = "below" if row["high"] < start else word
-            reading = f"{word} {other or 'chance'}" if held.deciding >= DECIDING else "withheld"
+            reading = f"{word} {other or 'chance'}" if held.readable else "withheld"
             interval = f"{two(row['low'])} to {two(row['high'])}"
         pair = f"{name} − {other}" if other else name
-        rows.append(f"{pair}\t{two(row['value'])}\t{interval}\t{reading}")
+        rows.append([pair, two(row["value"]), interval, reading])
     return (
         f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the "
         f"patients, the same for all models; fewer than {FEW} patients allow none.\n\n"
@@ -219,54 +236,46 @@ def over_patients(held: Readings) -> str:
     )
 
 
-def one_by_one(
-    held: Readings,
-    field: str,
-    title: str,
-) -> str:
+def one_by_one(held: Readings, field: str, title: str) -> str:
     """The index of the patches of each class, or of each centre."""
     names, metric = [*held.models, "chance"], f"index_by_{field}"
     rows = []
     for kind in (row[field] for row in held.of(metric, model="chance")):
-        shown = [held.show(metric, name, k=held.k, **{field: kind}) for name in names]
+        shown = [held.show(metric, name, **{field: kind}) for name in names]
         rows.append([kind, *shown])
-    return f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n" + markdown(
-        [title, *names], rows
-    )
+    text = f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n"
+    return text + markdown([title, *names], rows)
 
 
 def patches_table(held: Readings) -> str:
     """How many patches of each centre and class were drawn."""
-    shown = {
-        key: f"{cell['value']} of {cell['available']}" if cell["available"] else "–"
-        for key, cell in held.cells.items()
-    }
-    classes = list(dict.fromkeys(kind for _, kind in shown))
-    centers = dict.fromkeys(center for center, _ in shown)
-    rows = [[center, *(shown[center, kind] for kind in classes)] for center in centers]
+    rows: dict[str, list[str]] = {}
+    empty = 0
+    for cell in held.cells:
+        empty += not cell["available"]
+        text = f"{cell['value']} of {cell['available']}" if cell["available"] else "–"
+        rows.setdefault(cell["center"], [cell["center"]]).append(text)
+    classes = dict.fromkeys(cell["class"] for cell in held.cells)
     return (
         "### Patches\n\nDrawn in the first sample, of those there are; "
-        f"{list(shown.values()).count('–')} of {len(shown)} cells are empty (–).\n\n"
-        + markdown(["centre", *classes], rows)
+        f"{empty} of {len(held.cells)} cells are empty (–).\n\n"
+        + markdown(["centre", *classes], list(rows.values()))
     )
 
 
-def shift_table(
-    name: str,
-    count: int,
-    steps: dict[str, list],
-    found: dict,
-    models: list[str],
-) -> str:
-    """shifts.md: how far the features of changed patches go, by kind and strength of the change."""
+def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> str:
+    """shifts.md: how far the features of changed patches go, by kind and strength of the change.
+
+    found: `displacement` by (model, kind, strength).
+    """
     text = (
-        f"# Shifts of stain and scanner\n\n{count} patches of {name}. Distance of a changed patch "
-        "to itself over the median distance of two patches (1: as far as any other), and the share "
-        "still nearest to themselves.\n\n"
+        f"# Shifts of stain and scanner\n\n{count} patches of {escaped(name)}. Distance of a "
+        "changed patch to itself over the median distance of two patches (1: as far as any "
+        "other), and the share still nearest to themselves.\n\n"
     )
     for kind, strengths in steps.items():
         rows = []
-        for model in models:
+        for model in dict.fromkeys(model for model, _, _ in found):
             values = [found[model, kind, s] for s in strengths]
             rows.append([model, *(f"{v['distance']:.2f} ({v['first']:.0%})" for v in values)])
         head = ["model", *map("{:g}".format, strengths)]
@@ -274,20 +283,22 @@ def shift_table(
     return text
 
 
+def bare(text: str) -> str:
+    """Markdown as plain text."""
+    return re.sub(r"\\(\W)|</?u>|\*+|^#+ ", r"\1", text).strip()
+
+
 def aligned(text: str) -> str:
     """Markdown for a terminal: no emphasis, table columns of one width."""
-    plain = re.sub(r"</?u>|\*+|^#+ ", "", text, flags=re.M)
     out: list[str] = []
-    for is_table, lines in itertools.groupby(plain.splitlines(), lambda line: line[:1] == "|"):
-        if not is_table:
-            out += lines
-            continue
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        del rows[1]  # the rule below the head
-        width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = [cell.ljust(w) for cell, w in zip(row, width, strict=True)]
-            out.append("  ".join(cells).rstrip())
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] == "|"):
+        # A line that is of no table is a row of one cell.
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] if is_table else [line] for line in lines]
+        if is_table:
+            del rows[1]  # the rule below the head
+        plain = [[bare(cell) for cell in row] for row in rows]
+        width = [max(map(len, column)) for column in zip(*plain, strict=True)]
+        out += ["  ".join(map(str.ljust, row, width)).rstrip() for row in plain]
     return "\n".join(out)
 
 
@@ -296,14 +307,12 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
     figure, axes = canvas(1, 2, 5.2, 4)
     rules = {"robustness index": index_of, "bounded index": bounded_of}
     for axis, (label, rule) in zip(axes[0], rules.items(), strict=True):
-        for i, (name, samples) in enumerate(counts.items()):
+        axis.set_prop_cycle(color=COLORS)
+        for name, samples in counts.items():
             curves = np.array([rule(count.sum(1)) for count in samples])
             k = np.arange(1, curves.shape[1] + 1)
-            if name == "chance":
-                axis.plot(k, curves.mean(0), "k--", label=name)
-                continue
-            color = COLORS[(i - 1) % len(COLORS)]
-            axis.plot(k, curves.mean(0), color=color, label=name)
+            (line,) = axis.plot(k, curves.mean(0), "k--" * (name == "chance"), label=name)
+            color = line.get_color()
             axis.fill_between(k, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
         axis.set(xlabel="neighbours k", ylabel=label, xticks=[1, *KS])
         axis.grid()
@@ -314,13 +323,7 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
     return figure
 
 
-def draw_map(
-    title: str,
-    benchmark: Benchmark,
-    x: dict[str, ndarray],
-    rows: ndarray,
-    method: str,
-):
+def draw_map(title: str, benchmark: Benchmark, x: dict[str, ndarray], rows: ndarray, method: str):
     """Each model's embedding of `rows` in two dimensions, coloured by class and by centre."""
     views = {
         "class": np.array(benchmark.classes)[benchmark.labels[rows]],
@@ -330,9 +333,10 @@ def draw_map(
     for (name, array), pair in zip(x.items(), axes, strict=True):
         flat = flatten(array[rows], method)
         for axis, (by, values) in zip(pair, views.items(), strict=True):
-            for i, value in enumerate(np.unique(values)):
-                look = {"color": COLORS[i % len(COLORS)], "marker": "osD^v"[i // len(COLORS) % 5]}
-                axis.scatter(*flat[values == value].T, s=9, lw=0, label=value, **look)
+            looks = itertools.cycle(itertools.product("osD^v", COLORS))
+            for value, (marker, color) in zip(np.unique(values), looks, strict=False):
+                places = flat[values == value].T
+                axis.scatter(*places, s=9, lw=0, label=value, color=color, marker=marker)
             axis.set(xticks=[], yticks=[], title=f"{name}, by {by}")
     legends = (("lower center", 2), ("right upper", 16))  # where, and rows at most
     for axis, (place, height) in zip(axes[0], legends, strict=True):
@@ -349,38 +353,32 @@ def flatten(x: ndarray, method: str) -> ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-    flat = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit)
+    flat = PCA(min(50, *x.shape), random_state=0).fit_transform(unit(x))
     if method == "tsne":
         perplexity = min(30, (len(x) - 1) / 3)
         flat = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat)
     return flat[:, :2]
 
 
-def draw_misled(
-    name: str,
-    benchmark: Benchmark,
-    sample: ndarray,
-    rows: ndarray,
-):
+def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray):
     """The queries of a sample that their neighbours mislead most, at most one per patient.
 
     Their five nearest neighbours `rows` (n, 5) most often share the centre but not the tissue.
     """
     labels, centers = benchmark.labels[sample], np.array(benchmark.centers)[sample]
-    wrong = (labels[rows] != labels[:, None]) & (centers[rows] == centers[:, None]) & (rows >= 0)
-    misled = wrong.sum(1)
+    tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
+    misled = (~tissue & place & (rows >= 0)).sum(1)
     queries: dict[str, int] = {}
     for i in np.argsort(-misled, kind="stable")[: np.count_nonzero(misled)]:
         queries.setdefault(benchmark.groups[sample[i]], i)
     lines = []
     for i in list(queries.values())[:6]:
+        frames = [KINDS[same][0] for same in zip(tissue[i], place[i], strict=True)]
         line = []
-        for j in (i, *rows[i][rows[i] >= 0]):
-            same = bool(labels[j] == labels[i]), bool(centers[j] == centers[i])
-            caption = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
-            frame = KINDS[same][0] if j != i else "query"
-            line.append((benchmark.images[int(sample[j])], caption, frame))
+        for j, frame in zip([i, *rows[i]], ["query", *frames], strict=True):
+            if j >= 0:
+                caption = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
+                line.append((benchmark.images[int(sample[j])], caption, frame))
         lines.append(line)
     title = f"{name}: neighbours that share the centre but not the tissue"
     if not lines:
@@ -388,13 +386,7 @@ def draw_misled(
     return draw_sheet(title, {"query": "black"} | dict(KINDS.values()), lines)
 
 
-def draw_shift(
-    kind: str,
-    strengths: list[float],
-    image: ndarray,
-    found: dict,
-    names: list[str],
-):
+def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
     """One patch at every strength above the models' curves of cosine, distance and recognition.
 
     found: `displacement` by (model, kind, strength), the strength that changes nothing among them.
@@ -408,11 +400,13 @@ def draw_shift(
         "first": "share still nearest to itself",
     }
     for axis, (metric, label) in zip(axes[0], labels.items(), strict=True):
-        for name, color in zip(names, itertools.cycle(COLORS), strict=False):
+        axis.set_prop_cycle(color=COLORS)
+        for name in dict.fromkeys(name for name, _, _ in found):
             curve = [found[name, kind, s][metric] for s in steps]
-            axis.plot(steps, curve, "o-", ms=3, color=color, label=name)
+            (line,) = axis.plot(steps, curve, "o-", ms=3, label=name)
             if metric == "cosine":
-                axis.axhline(found[name, kind, nothing]["others"], color=color, ls=":", lw=1)
+                others = found[name, kind, nothing]["others"]
+                axis.axhline(others, color=line.get_color(), ls=":", lw=1)
         axis.set(xlabel=meaning, ylabel=label)
         axis.grid()
     axes[0, 2].set_ylim(-0.02, 1.02)
@@ -420,10 +414,11 @@ def draw_shift(
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.66), w_pad=0.1)
     strip = figure.add_axes((0.03, 0.72, 0.94, 0.22))
     shown = [image if s == nothing else shift(image, kind, s) for s in steps]
-    spaced = [np.pad(a, ((0, 0), (3, 3), (0, 0)), constant_values=255) for a in shown]
-    strip.imshow(np.concatenate(spaced, 1))
-    middles = spaced[0].shape[1] * (np.arange(len(steps)) + 0.5)
-    strip.set(xticks=middles, xticklabels=[f"{s:g}" for s in steps], yticks=[])
+    middles = np.arange(len(steps))
+    height, width = image.shape[:2]
+    strip.imshow(np.hstack(shown), extent=(-0.5, middles[-1] + 0.5, 0, height / width))
+    strip.vlines(middles - 0.5, 0, height / width, "white", linewidth=4)
+    strip.set(xticks=middles, xticklabels=map("{:g}".format, steps), yticks=[])
     strip.spines[:].set_visible(False)
     strip.set_title(f"{kind}: one patch, and how far the features of all go")
     return figure

@@ -41,11 +41,7 @@ SHIFTS = {
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
-def shift(
-    image: ndarray,
-    kind: str,
-    strength: float,
-) -> ndarray:
+def shift(image: ndarray, kind: str, strength: float) -> ndarray:
     """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification
     changed; same shape.
     """
@@ -86,19 +82,24 @@ def rescale(image: ndarray, strength: float) -> ndarray:
     return np.pad(changed, [*pad, (0, 0)], mode="symmetric")
 
 
+def unit(x: ndarray) -> ndarray:
+    """Features (n, D) of length 1."""
+    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+
+
 def displacement(base: ndarray, moved: ndarray) -> dict[str, float]:
     """How far features (n, D) of changed patches lie from those of the same patches unchanged.
 
     cosine to the unchanged patch, mean; distance to it over the median distance between two patches
     (L2-normalised), median; first: share of patches that are still nearest to themselves; rank of
-    itself among all, median.
+    itself among all, median; others: mean cosine of two patches.
     """
-    base = base / np.linalg.norm(base, axis=1, keepdims=True).clip(1e-12)
-    moved = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-12)
-    similar = moved @ base.T
+    base, moved = unit(base), unit(moved)
     own = np.einsum("nd,nd->n", moved, base)
-    apart = np.sqrt(np.clip(2 - 2 * (base @ base.T), 0, None))[np.triu_indices(len(base), 1)]
     gone = np.linalg.norm(base - moved, axis=1)
+    pairs = np.triu_indices(len(base), 1)
+    apart = np.sqrt(np.clip(2 - 2 * (base @ base.T)[pairs], 0, None))
+    similar = moved @ base.T
     np.fill_diagonal(similar, -np.inf)
     rank = 1 + (similar >= own[:, None]).sum(1)  # a tie is no recognition
     return {

@@ -42,7 +42,7 @@ def by_loops(x: np.ndarray, labels, centers, slides, k: int) -> dict:
         order = sorted(
             (float(np.sum((x[i].astype(float) - x[j]) ** 2)), j)
             for j in range(len(x))
-            if j != i and (slides is None or slides[j] != slides[i])
+            if j != i and slides[j] != slides[i]
         )
         for _, j in order[:k]:
             ss += labels[j] == labels[i] and centers[j] == centers[i]
@@ -58,7 +58,7 @@ def test_index_by_hand():
     """Five points on a line; neighbours, kinds and ratios worked out with pencil and paper."""
     x = np.array([[0.0], [1.0], [2.2], [3.6], [5.2]])
     labels, centers = np.array([0, 0, 1, 0, 1]), np.array([0, 1, 0, 0, 1])
-    distances, rows = neighbors(x, 2, None, normalize=False)
+    distances, rows = neighbors(x, 2, np.arange(5), normalize=False)
     assert rows.tolist() == [[1, 2], [0, 2], [1, 3], [2, 4], [3, 2]]
     assert distances[0] == pytest.approx([1.0, 2.2])
     counts = tally(rows, labels, centers)
@@ -86,7 +86,7 @@ def test_ratio_of_totals_not_mean_of_ratios():
 def test_index_equals_plain_loops(exclude, normalize):
     labels, centers, slides = cohort()
     x = planted(labels, 1.5) + planted(centers, 0, seed=1)
-    near = slides if exclude else None
+    near = slides if exclude else np.arange(len(labels))
     counts, values = measure(x, labels, centers, near, slides, normalize=normalize, k_max=10)
     scaled = x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x
     for k in (3, 5, 10):
@@ -150,10 +150,10 @@ def test_too_few_candidates_are_not_counted():
 def test_candidates_by_brute_force():
     rng = np.random.default_rng(0)
     labels, centers, slides = rng.integers(0, 3, 40), rng.integers(0, 4, 40), rng.integers(0, 9, 40)
-    for near in (slides, None):
+    for near in (slides, np.arange(40)):
         pool = candidates(labels, centers, near)
         for i in range(40):
-            others = [j for j in range(40) if j != i and (near is None or slides[j] != slides[i])]
+            others = [j for j in range(40) if j != i and near[j] != near[i]]
             kinds = [(labels[j] == labels[i], centers[j] == centers[i]) for j in others]
             expected = [
                 kinds.count(kind)
@@ -169,7 +169,7 @@ def test_chance_level_of_the_papers_design(per_center, expected):
     """
     labels = np.repeat(np.arange(5), 840 if per_center else 40)
     centers = np.arange(len(labels)) % 21
-    total = chance(candidates(labels, centers, None), 20).sum(1)
+    total = chance(candidates(labels, centers, np.arange(len(labels))), 20).sum(1)
     assert index_of(total) == pytest.approx(np.full(20, expected), rel=0.015)
     assert np.ptp(index_of(total)) < 1e-9  # k does not enter
 
@@ -241,7 +241,9 @@ def test_share_of_patches_that_can_decide():
     labels, centers, slides = cohort(4, 3, 3, 4)
     assert deciding(labels, centers, slides) == 1
     assert deciding(centers, centers, slides) == 0  # each centre holds one class
-    assert deciding(np.where(centers == 0, labels, 3), centers, None) == pytest.approx(1 / 12)
+    assert deciding(
+        np.where(centers == 0, labels, 3), centers, np.arange(len(labels))
+    ) == pytest.approx(1 / 12)
 
 
 # ---- probe and bootstrap
@@ -271,17 +273,17 @@ def test_bootstrap_is_paired_and_equals_resampling_by_hand(monkeypatch):
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(6), 5)
     one, two = rng.integers(1, 9, (2, 4, 30, 3))
-    draws = bootstrap([one], [groups])
+    whole, *draws = bootstrap([one], [groups])
+    assert whole == pytest.approx(index_of(one.sum(1)))
     weights = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 40)
     for draw, weight in zip(draws, weights, strict=True):
         rows = np.concatenate(
             [np.flatnonzero(groups == g) for g in range(6) for _ in range(weight[g])]
         )
         assert draw == pytest.approx(index_of(one[:, rows].sum(1)))
-    assert bootstrap([one, two], [groups, groups]) == pytest.approx(
-        (draws + bootstrap([two], [groups])) / 2
-    )
-    assert (bootstrap([one], [groups]) - draws == 0).all()
+    both = bootstrap([one], [groups]) + bootstrap([two], [groups])
+    assert bootstrap([one, two], [groups, groups]) == pytest.approx(both / 2)
+    assert (bootstrap([one], [groups])[1:] == draws).all()
 
 
 def test_intervals_tell_a_real_difference_from_none():
@@ -293,7 +295,7 @@ def test_intervals_tell_a_real_difference_from_none():
         "place": planted(centers),
     }.items():
         counts[name] = [measure(x, labels, centers, slides, slides)[0]]
-    rows = {(r["model"], r["other"], r["k"]): r for r in intervals({}, counts, [slides])}
+    rows = {(r["model"], r["other"], r["k"]): r for r in intervals(counts, [slides])}
     assert rows["tissue", "place", 10]["low"] > 0
     assert rows["tissue", "also", 10]["low"] <= 0 <= rows["tissue", "also", 10]["high"]
     assert (
@@ -310,7 +312,7 @@ def test_a_handful_of_patients_gives_no_interval():
         n: [measure(planted(by), labels, centers, slides, slides)[0]]
         for n, by in (("tissue", labels), ("place", centers))
     }
-    rows = intervals({}, counts, [slides % 5])
+    rows = intervals(counts, [slides % 5])
     assert all(math.isnan(row["low"]) and math.isnan(row["high"]) and row["value"] for row in rows)
 
 
