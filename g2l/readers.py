@@ -4,8 +4,6 @@
 not know the format tifffile, then FastSlide (other pixels by up to 49 grey levels where both read).
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import struct
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError, UserError
-from g2l.tiff import Recent, assemble, read_bytes
+from g2l.tiff import Place, Recent, assemble, read_bytes
 
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
@@ -39,7 +37,7 @@ class Reader:
     def _open(self) -> None:
         raise NotImplementedError
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         """(h, w, 3) uint8 in pixels of a level, transparent parts white; PatchError."""
         raise NotImplementedError
 
@@ -68,13 +66,13 @@ class OpenSlideReader(Reader):
         self.vendor = self.properties.get("openslide.vendor", "image")
         self.sizes = self._slide.level_dimensions
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         import openslide
 
         try:
-            factor = self._slide.level_downsamples[level]
-            place = round(x * factor), round(y * factor)
-            pixels = np.asarray(self._slide.read_region(place, level, (w, h)))
+            factor, (x, y, *size) = self._slide.level_downsamples[level], place
+            corner = round(x * factor), round(y * factor)
+            pixels = np.asarray(self._slide.read_region(corner, level, size))
         except (openslide.OpenSlideError, OSError) as error:
             self._slide.close()
             self._open()  # after a failed read it would answer every call with that error
@@ -111,18 +109,17 @@ class TiffReader(Reader):
         if len(series) > 1:
             self.notes = (f"holds {len(series)} images, of which the first is taken",)
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         page = self._pages[level]
         tw, th = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
         if page.is_tiled:
             tw, th = page.tilewidth, page.tilelength
-        columns = -(-page.imagewidth // tw)
 
         def tile(row, column):
-            index = row * columns + column
+            index = row * -(-page.imagewidth // tw) + column
             return self._recent.get((level, index), lambda: self._decode(page, index, tw, th))
 
-        return assemble(tile, tw, th, x, y, w, h)
+        return assemble(tile, (tw, th), place)
 
     def _decode(self, page: Any, index: int, width: int, height: int) -> NDArray:
         out = np.full((height, width, 3), 255, np.uint8)
@@ -156,9 +153,9 @@ class FastSlideReader(Reader):
             kinds = f"{slide.num_images} images, {slide.z_count} planes, {slide.t_count} times"
             self.notes = (f"holds {kinds}, of each the first is taken",)
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         try:
-            return over_white(self._slide.read_region((x, y), level, (w, h)).numpy())
+            return over_white(self._slide.read_region(place[:2], level, place[2:]).numpy())
         except RuntimeError as error:
             raise PatchError(str(error)) from error
 

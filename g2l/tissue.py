@@ -5,8 +5,6 @@ and cleans what is left. `measure_blur` looks at the patches. `read_mask` takes 
 first where somebody has drawn the tissue.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -165,16 +163,12 @@ def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
 
     total = values.cumsum(axis=0, dtype=float).cumsum(axis=1)
     total = np.pad(total, ((1, 0), (1, 0)))
-
-    def integral(x, y):
-        return ndimage.map_coordinates(total, [y, x], order=1, mode="nearest")
-
-    left, top = places.T
-    right, bottom = left + side, top + side
-    inside = integral(right, bottom)
-    inside -= integral(left, bottom)
-    inside -= integral(right, top)
-    inside += integral(left, top)
+    inside = np.zeros(len(places))
+    for below in (side, 0):
+        for right in (side, 0):
+            corner = np.add(places, (right, below)).T[::-1]
+            part = ndimage.map_coordinates(total, corner, order=1, mode="nearest")
+            inside += part if right == below else -part
     return inside / side**2
 
 
@@ -257,31 +251,22 @@ def _draw_polygons(
     path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
 ) -> NDArray:
     """Each polygon on its own, so that a hole erases only what is its own."""
-    size = shape[::-1]
-    drawn = {
-        True: Image.new("1", size),
-        False: Image.new("1", size),
-    }
+    drawn = {wanted: np.zeros(shape, bool) for wanted in (True, False)}
     try:
         features = json.loads(path.read_text(encoding="utf-8"))
         for polygon, wanted in _polygons(features):
-            rings = []
-            for ring in polygon:
+            piece = Image.new("1", shape[::-1])
+            draw = ImageDraw.Draw(piece)
+            for number, ring in enumerate(polygon):  # the outer ring, then holes
                 corners = np.array([point[:2] for point in ring], float)
                 corners = (corners + origin) / scale - 0.5
                 if not (abs(corners) < 1e6).all():  # not NaN either
                     raise ValueError("coordinates that are no numbers or lie far outside")
-                rings.append(corners)
-            first = np.floor(rings[0].min(axis=0)).clip(-1, size).astype(int)
-            last = np.ceil(rings[0].max(axis=0)).clip(-1, size).astype(int)
-            piece = Image.new("1", (last - first + 1).tolist())
-            draw = ImageDraw.Draw(piece)
-            for number, corners in enumerate(rings):  # the outer ring, then holes
-                draw.polygon((corners - first).ravel().tolist(), fill=int(number == 0))
-            drawn[wanted].paste(1, first.tolist(), piece)
+                draw.polygon(corners.ravel().tolist(), fill=int(number == 0))
+            drawn[wanted] |= np.asarray(piece)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
-    return np.asarray(drawn[True]) & ~np.asarray(drawn[False])
+    return drawn[True] & ~drawn[False]
 
 
 def _polygons(node, wanted=True):
@@ -290,7 +275,8 @@ def _polygons(node, wanted=True):
         for part in node:
             yield from _polygons(part, wanted)
         return
-    wanted = wanted and not NOT_TISSUE.match(_class_of(node))
+    kind = (node.get("properties") or {}).get("classification") or {}
+    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
@@ -299,12 +285,6 @@ def _polygons(node, wanted=True):
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
         yield from _polygons(below or [], wanted)
-
-
-def _class_of(node: dict) -> str:
-    """The name of a feature's class, as QuPath writes it; "" for none."""
-    kind = (node.get("properties") or {}).get("classification") or {}
-    return kind.get("name") or ""
 
 
 def find_mask(folder: Path, name: str) -> Path:
