@@ -20,6 +20,10 @@ from g2l.slides import Slide
 NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 
 
+# Colour, and change of light from pixel to pixel, as shares of the glass's light: less change is
+# flat; tissue that is not has at least FAINT colour, flat places with less than GLOW are glass.
+FLAT, FAINT, GLOW = 0.02, 0.035, 0.13
+
 # Ratio of the Laplacian's power between octaves, and the blur in patch pixels that leaves it.
 BLUR = (
     (0.1, 0.16, 0.215, 0.35, 0.55),
@@ -30,37 +34,46 @@ BLUR = (
 def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     """Masks (h, w) bool of tissue and pen in a low-power (h, w, 3) uint8 image of an H&E slide.
 
-    Tissue has colour; background has none, be it white, grey, two greys or black. Tissue and holes
-    in it smaller than `smallest` px are dropped and filled.
+    Tissue has colour and texture: glass has none, be it white, grey, two greys or black, and in the
+    glow of eosin only colour. Tissue and holes in it smaller than `smallest` px are dropped and
+    filled.
     """
     from scipy import ndimage
 
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
     low = np.minimum.reduce(planes)  # several times the speed of image.min(axis=2)
     high = np.maximum.reduce(planes)
-    void = high < 25  # black borders
+    void = (high < 25) & (high - low < 10)  # black borders
     light, density = [], []  # relative to the glass
     for plane, white in zip(planes, _glass(planes, low, high), strict=True):
         through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
         light.append(through[plane])
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
-    pen = _ink(density[0], density[1], density[2], void)
+    # Of neighbours: of tissue 0.05 and more, of faint tissue half of that, of glass below 0.01.
+    change = ndimage.uniform_filter(_change(light[1]), 3)
+    pen = _ink(density[0], density[1], density[2], void, change)
 
     chroma = np.maximum.reduce(light)
     chroma -= np.minimum.reduce(light)
-    smooth = ndimage.uniform_filter(chroma, 3)
-    clear = ~(void | pen)
-    least = np.clip(_otsu(smooth[clear][::5]), 0.045, 0.09)
-    mask = (smooth > least) & ~pen
-    mask &= chroma > least / 2  # keeps the smoothing from widening it
+    least = np.where(change > FLAT, FAINT, GLOW)
+    mask = (ndimage.uniform_filter(chroma, 3) > least) & ~pen
+    mask &= chroma > 0.75 * least  # keeps the smoothing from widening it
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
     mask = _without_specks(mask, smallest)
     mask = ~_without_specks(~mask, smallest)
     gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
-    mask &= clear & ~gap
+    mask &= ~(void | pen | gap)
     return mask, pen
+
+
+def _change(plane: NDArray) -> NDArray:
+    """Difference to the pixel above plus that to the pixel at the left."""
+    change = np.zeros_like(plane)
+    change[1:] = abs(np.diff(plane, axis=0))
+    change[:, 1:] += abs(np.diff(plane, axis=1))
+    return change
 
 
 def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
@@ -85,7 +98,7 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     return [max(value, least) for value in tint]
 
 
-def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
+def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray, change: NDArray) -> NDArray:
     """Mask of pen strokes by optical densities.
 
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
@@ -97,7 +110,8 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     red_share = red / most
     blue_share = blue / most
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
-    pen |= (red_share > 0.97) & (red > 0.7)  # dark blue; dense haematoxylin has 0.93
+    plain = (change < FLAT) | (blue_share < 0.3)  # dense haematoxylin is neither
+    pen |= (red_share > 0.97) & (red > 0.7) & plain  # dark blue
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
     mixed = (blue_share > 0.8) & (red_share > 0.6)  # black, brown, green on tissue
     pen |= mixed & (green > 0.3)
@@ -138,20 +152,6 @@ def _without_specks(mask: NDArray, smallest: float) -> NDArray:
     keep = np.bincount(labels.ravel()) >= smallest
     keep[0] = False
     return keep[labels]
-
-
-def _otsu(values: NDArray) -> float:
-    """Otsu's threshold of values in [0, 1], on 256 bins: the split that sets its sides apart."""
-    counts = np.histogram(values, 256, (0, 1))[0].astype(float)
-    below = np.cumsum(counts)
-    weighted = np.cumsum(counts * np.arange(256))
-    whole = below[-1]
-    apart = weighted * whole
-    apart -= weighted[-1] * below
-    sides = below * (whole - below)
-    apart = apart**2 / np.maximum(sides, 1)
-    best = int(apart.argmax())
-    return (best + 0.5) / 256
 
 
 def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
