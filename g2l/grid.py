@@ -17,6 +17,7 @@ from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
 
 MASK_PX = 8  # side of a patch in pixels of the tissue mask
 SAMPLE = 64  # patches that are read to see whether a slide is sound
+COARSE = 16  # µm, side of such a pixel at most
 OVERVIEW = 8e6  # pixels that a slide at low power may have
 
 
@@ -145,7 +146,7 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     """
     assert slide.mpp is not None
     least = math.sqrt(slide.width * slide.height / OVERVIEW)
-    scale = max(min(size0 / MASK_PX, 10 / slide.mpp), least, 1)
+    scale = max(min(size0 / MASK_PX, COARSE / slide.mpp), least, 1)
     h, w = math.ceil(slide.height / scale), math.ceil(slide.width / scale)
     image = slide.area(0, 0, w * scale, h * scale, w, h, draft=True)
     inside = image[: int(slide.height / scale), : int(slide.width / scale)]
@@ -154,7 +155,9 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
         raise UserError(
             f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}"
         )
-    low, high = inside.min(axis=2), inside.max(axis=2)
+    step = 1 + len(inside) // 400
+    sample = inside[::step, ::step]
+    low, high = sample.min(axis=2), sample.max(axis=2)
     seen = high >= 40
     # Stained tissue lets some of every colour through, on a black ground too; dyes glow in one.
     if seen.mean() < 0.5 and not (low[seen] > 0.25 * high[seen]).mean() > 0.5:

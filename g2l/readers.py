@@ -4,6 +4,8 @@
 not know the format tifffile, then FastSlide (other pixels by up to 49 grey levels where both read).
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
 import struct
@@ -19,6 +21,7 @@ from g2l.tiff import Place, Recent, assemble, read_bytes
 
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
+MEND = "make it a slide by vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 
 
 class Reader:
@@ -175,7 +178,9 @@ def open_reader(path: Path, cache: int) -> Reader:
     _complain_early(path)
     try:
         return OpenSlideReader(path, cache)
-    except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large to be held whole ({error}); {MEND}") from error
+    except (openslide.OpenSlideError, OSError) as error:
         what = str(error)
     if "nsupported" in what:
         for kind in (TiffReader, FastSlideReader):
@@ -216,7 +221,5 @@ def _complain_of_pictures(path: Path) -> None:
     with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as picture:
         tags = getattr(picture, "tag_v2", ())
         if 322 not in tags:  # TileWidth: such a TIFF may be a slide cut short
-            raise UserError(
-                f"{path}: a {picture.format} picture, no slide with tiles; make it one by "
-                f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
-            )
+            what = f"a {picture.format} picture, no slide with tiles"
+            raise UserError(f"{path}: {what}; {MEND}")

@@ -24,7 +24,7 @@ from g2l.tiff import Place, Recent, Tiles, assemble
 
 KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
 SUFFIXES = tuple(KINDS.split())
-PIECE = 8e6  # source pixels that are read at once
+PIECE = 4e6  # source pixels that are read at once
 
 
 def slide_name(path: str | os.PathLike) -> str:
@@ -209,7 +209,9 @@ class Slide:
         def tile(row, column):
             key = level, row, column
             try:
-                return self._recent.get(key, lambda: self._tile(*key))
+                if strict:
+                    return self._recent.get(key, lambda: self._tile(*key))
+                return self._tile(*key)  # a draft asks for each once
             except PatchError as error:
                 if strict:
                     raise
@@ -264,7 +266,8 @@ class Slide:
             return np.concatenate([upper, lower])
         left, top, right, bottom = x / d, y / d, (x + w) / d, (y + h) / d
         zoom = scale / d
-        mean = draft or (_whole(1, zoom) and _whole(d, x, y, w, h) and w * out_h == h * out_w)
+        aligned = _whole(1, zoom) and _whole(d, x, y, w, h) and w * out_h == h * out_w
+        mean = draft or aligned
         margin = 0 if mean else 2 * math.ceil(max(1, zoom))
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(right) + margin, math.ceil(bottom) + margin
@@ -273,6 +276,8 @@ class Slide:
         if len(self.damaged) > noted and d > level.shrink:  # a finer level holds the place too
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
+        if aligned and zoom == 1:
+            return source
         box = left - x0, top - y0, right - x0, bottom - y0
         kind = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
         return np.asarray(Image.fromarray(source).resize((out_w, out_h), kind, box))
