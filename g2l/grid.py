@@ -4,8 +4,6 @@
 measure each patch, drop what is inked or blurred.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
 
 MASK_PX = 8  # side of a patch in pixels of the tissue mask
 SAMPLE = 64  # patches that are read to see whether a slide is sound
+COARSE = 16  # µm, side of such a pixel at most
 OVERVIEW = 8e6  # pixels that a slide at low power may have
 
 
@@ -97,21 +96,22 @@ def tile_slide(
         raise SkippedSlide(f"smaller ({size}) than one patch of {size0} px")
     _check_length(slide)
     image, scale = _overview(slide, size0)
-    tissue_mask, pen_mask = find_tissue(image, smallest=(size0 / scale) ** 2 / 4)
+    side = size0 / scale
+    tissue_mask, pen_mask = find_tissue(image, smallest=side**2 / 4)
     if max_pen == 1:  # a stain of the colour of ink
         tissue_mask |= pen_mask
     if mask:
         tissue_mask = read_mask(mask, tissue_mask.shape, scale, slide.origin)
 
-    step = max(1, round(size0 * (patch_size - overlap) / patch_size))
-    coords, tissue = _lay_grid(slide, tissue_mask, size0, step, scale)
-    keep = tissue >= max(min_tissue, 1e-6) if min_tissue > 0 else tissue >= 0
-    if not keep.any():
+    coords = _lay_grid(slide, size0, size0 * (patch_size - overlap) / patch_size)
+    tissue = mean_in_squares(tissue_mask, coords / scale, side)
+    found = tissue >= (max(min_tissue, 1e-6) if min_tissue > 0 else 0)
+    if not found.any():
         raise _no_tissue(tissue_mask, pen_mask, min_tissue)
-    coords = coords[keep]
+    coords = coords[found]
     measures = {
-        "tissue": tissue[keep],
-        "pen": mean_in_squares(pen_mask, coords / scale, size0 / scale),
+        "tissue": tissue[found],
+        "pen": mean_in_squares(pen_mask, coords / scale, side),
         "blur": measure_blur(slide, coords, size0, patch_size),
     }
     bad = {"pen": measures["pen"] > max_pen, "blur": measures["blur"] > max_blur}
@@ -124,17 +124,9 @@ def tile_slide(
         "blur": bad["blur"].mean(),
     }
     measures = {name: values[keep].astype(np.float32) for name, values in measures.items()}
-    found = (
-        measures,
-        tissue_mask,
-        image,
-        scale,
-        summary,
-        _doubts(slide) + warnings,
-        unreadable,
-        colours,
-    )
-    return Tiling(coords[keep], size0, patch_size, got, *found)
+    seen = measures, tissue_mask, image, scale
+    told = summary, _doubts(slide) + warnings, unreadable, colours
+    return Tiling(coords[keep], size0, patch_size, got, *seen, *told)
 
 
 def _check_length(slide: Slide) -> None:
@@ -157,7 +149,7 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     """
     assert slide.mpp is not None
     least = math.sqrt(slide.width * slide.height / OVERVIEW)
-    scale = max(min(size0 / MASK_PX, 10 / slide.mpp), least, 1)
+    scale = max(min(size0 / MASK_PX, COARSE / slide.mpp), least, 1)
     h, w = math.ceil(slide.height / scale), math.ceil(slide.width / scale)
     image = slide.area(0, 0, w * scale, h * scale, w, h, draft=True)
     inside = image[: int(slide.height / scale), : int(slide.width / scale)]
@@ -166,7 +158,9 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
         raise UserError(
             f"{slide.path}: nothing but empty pixels; its data files are missing or damaged{reason}"
         )
-    low, high = inside.min(axis=2), inside.max(axis=2)
+    step = 1 + len(inside) // 400
+    sample = inside[::step, ::step]
+    low, high = sample.min(axis=2), sample.max(axis=2)
     seen = high >= 40
     # Stained tissue lets some of every colour through, on a black ground too; dyes glow in one.
     if seen.mean() < 0.5 and not (low[seen] > 0.25 * high[seen]).mean() > 0.5:
@@ -174,14 +168,12 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     return image, scale
 
 
-def _lay_grid(
-    slide: Slide, tissue: NDArray, size0: int, step: int, scale: float
-) -> tuple[NDArray, NDArray]:
-    """All whole patches (N, 2), and the share of tissue on each."""
+def _lay_grid(slide: Slide, size0: int, step: float) -> NDArray:
+    """All whole patches (N, 2)."""
+    step = max(1, round(step))
     columns = np.arange(0, slide.width - size0 + 1, step)
     rows = np.arange(0, slide.height - size0 + 1, step)
-    coords = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
-    return coords, mean_in_squares(tissue, coords / scale, size0 / scale)
+    return np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
 
 
 def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:
@@ -196,14 +188,13 @@ def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:
 def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
     """Which patches no measure speaks against, and a warning where few; SkippedSlide where none."""
     keep = ~np.any(list(bad.values()), axis=0)
+    shares = ", ".join(f"{values.mean():.0%} for {name}" for name, values in bad.items())
     if not keep.any():
         worst = max(bad, key=lambda name: bad[name].mean())
-        share = f"{bad[worst].mean():.0%} for {worst}"
-        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {share}", worst)
+        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {shares}", worst)
     if keep.mean() >= 0.5:
         return keep, []
-    shares = [f"{values.mean():.0%} for {name}" for name, values in bad.items() if values.any()]
-    return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {', '.join(shares)}"]
+    return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {shares}"]
 
 
 def _unreadable(

@@ -150,11 +150,10 @@ def read_image(file: Path, side: int = 1) -> ndarray:
     # Pillow's other words for a bad file
     except (SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise OSError(f"{file}: {error}") from error
-    lack = [max(0, side - n) for n in pixels.shape[:2]]
-    if not any(lack):
+    if min(pixels.shape[:2]) >= side:
         return pixels
-    ends = [(n // 2, n - n // 2) for n in lack]
-    return np.pad(pixels, [*ends, (0, 0)], mode="edge")
+    lack = [max(0, side - n) for n in pixels.shape[:2]]
+    return np.pad(pixels, [*((n // 2, n - n // 2) for n in lack), (0, 0)], mode="edge")
 
 
 def cut_up(file: Path, side: int = REGION) -> ndarray:

@@ -1,7 +1,5 @@
 """Pictures of what was tiled: thumbnails, outlines for QuPath, a contact sheet of the cohort."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from itertools import pairwise
@@ -44,11 +42,11 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
     fill = 0, 40, 200, 22 if outlined else 64
     edge = (0, 40, 200, 150) if outlined else None
     gap = 2 if side > 24 else side > 4
-    corners = np.concatenate([tiling.coords, tiling.coords + tiling.size0], axis=1) * zoom
-    for left, top, right, bottom in corners.round().astype(int).tolist():
-        right = max(left, right - 1 - gap)
-        bottom = max(top, bottom - 1 - gap)
-        draw.rectangle((left, top, right, bottom), fill, edge)
+    first = (tiling.coords * zoom).round()
+    last = ((tiling.coords + tiling.size0) * zoom).round() - 1 - gap
+    corners = np.concatenate([first, np.maximum(first, last)], axis=1)
+    for corner in corners.tolist():
+        draw.rectangle(corner, fill, edge)
     for polygon in outlines(tiling.mask):
         for ring in polygon:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)

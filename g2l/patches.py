@@ -390,7 +390,7 @@ class PatchIndex:
             with contextlib.suppress(PatchError):  # OpenSlide decides what is damaged
                 if codec.holds(x, y, size, size):
                     return handle.decode(y // size * columns + x // size)
-                return assemble(tile, codec.width, codec.height, x, y, size, size)
+                return assemble(tile, (codec.width, codec.height), (x, y, size, size))
         if not handle.slide:
             handle.slide = self._open_slide(number, handle)
         size0 = self._sizes[number]

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from g2l.errors import PatchError, UserError
-from g2l.tiff import Recent, assemble, read_bytes
+from g2l.tiff import Place, Recent, assemble, read_bytes
 
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
+MEND = "make it a slide by vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 
 
 class Reader:
@@ -39,7 +40,7 @@ class Reader:
     def _open(self) -> None:
         raise NotImplementedError
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         """(h, w, 3) uint8 in pixels of a level, transparent parts white; PatchError."""
         raise NotImplementedError
 
@@ -68,13 +69,13 @@ class OpenSlideReader(Reader):
         self.vendor = self.properties.get("openslide.vendor", "image")
         self.sizes = self._slide.level_dimensions
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         import openslide
 
         try:
-            factor = self._slide.level_downsamples[level]
-            place = round(x * factor), round(y * factor)
-            pixels = np.asarray(self._slide.read_region(place, level, (w, h)))
+            factor, (x, y, *size) = self._slide.level_downsamples[level], place
+            corner = round(x * factor), round(y * factor)
+            pixels = np.asarray(self._slide.read_region(corner, level, size))
         except (openslide.OpenSlideError, OSError) as error:
             self._slide.close()
             self._open()  # after a failed read it would answer every call with that error
@@ -111,18 +112,17 @@ class TiffReader(Reader):
         if len(series) > 1:
             self.notes = (f"holds {len(series)} images, of which the first is taken",)
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         page = self._pages[level]
         tw, th = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
         if page.is_tiled:
             tw, th = page.tilewidth, page.tilelength
-        columns = -(-page.imagewidth // tw)
 
         def tile(row, column):
-            index = row * columns + column
+            index = row * -(-page.imagewidth // tw) + column
             return self._recent.get((level, index), lambda: self._decode(page, index, tw, th))
 
-        return assemble(tile, tw, th, x, y, w, h)
+        return assemble(tile, (tw, th), place)
 
     def _decode(self, page: Any, index: int, width: int, height: int) -> NDArray:
         out = np.full((height, width, 3), 255, np.uint8)
@@ -156,9 +156,9 @@ class FastSlideReader(Reader):
             kinds = f"{slide.num_images} images, {slide.z_count} planes, {slide.t_count} times"
             self.notes = (f"holds {kinds}, of each the first is taken",)
 
-    def region(self, level: int, x: int, y: int, w: int, h: int) -> NDArray:
+    def region(self, level: int, place: Place) -> NDArray:
         try:
-            return over_white(self._slide.read_region((x, y), level, (w, h)).numpy())
+            return over_white(self._slide.read_region(place[:2], level, place[2:]).numpy())
         except RuntimeError as error:
             raise PatchError(str(error)) from error
 
@@ -178,7 +178,9 @@ def open_reader(path: Path, cache: int) -> Reader:
     _complain_early(path)
     try:
         return OpenSlideReader(path, cache)
-    except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large to be held whole ({error}); {MEND}") from error
+    except (openslide.OpenSlideError, OSError) as error:
         what = str(error)
     if "nsupported" in what:
         for kind in (TiffReader, FastSlideReader):
@@ -219,7 +221,5 @@ def _complain_of_pictures(path: Path) -> None:
     with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as picture:
         tags = getattr(picture, "tag_v2", ())
         if 322 not in tags:  # TileWidth: such a TIFF may be a slide cut short
-            raise UserError(
-                f"{path}: a {picture.format} picture, no slide with tiles; make it one by "
-                f"vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
-            )
+            what = f"a {picture.format} picture, no slide with tiles"
+            raise UserError(f"{path}: {what}; {MEND}")

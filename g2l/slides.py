@@ -4,17 +4,15 @@ Pixels come from the compressed tiles where those are proven to equal what the r
 from the reader (readers.py). `area` is the one way to pixels; `read` and `thumbnail` call it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import math
 import os
 import re
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +20,11 @@ from PIL import Image
 
 from g2l.errors import PatchError
 from g2l.readers import PLAIN, open_reader
-from g2l.tiff import Recent, TileReader, Tiles, assemble
+from g2l.tiff import Place, Recent, Tiles, assemble
 
 KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
 SUFFIXES = tuple(KINDS.split())
-MPP = "openslide.mpp-x", "openslide.mpp-y", "aperio.MPP"
-Place = tuple[int, int, int, int]  # x, y, width, height in pixels of a level
-PIECE = 8e6  # source pixels that are read at once
+PIECE = 4e6  # source pixels that are read at once
 
 
 def slide_name(path: str | os.PathLike) -> str:
@@ -54,6 +50,19 @@ class Level:
     tiles: Tiles | None = None
     shrink: int = 1
 
+    @property
+    def side(self) -> tuple[int, int]:
+        """(width, height) of the tiles in which it is read."""
+        if not self.tiles:
+            return 256, 256
+        codec = self.tiles.codec
+        return codec.width // self.shrink, codec.height // self.shrink
+
+    def shrunken(self, by: int) -> Self:
+        """The level as its tiles show it when they are decoded small."""
+        width, height = -(-self.width // by), -(-self.height // by)
+        return type(self)(width, height, self.downsample * by, -1, self.tiles, by)
+
 
 class Slide:
     """One slide, read by pixels of level 0. Close it, or use it as a context manager.
@@ -67,98 +76,86 @@ class Slide:
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
         self.path, self.name = Path(path), slide_name(path)
-        self._recent, self.memory = Recent(cache), cache
-        self.file = -1
+        self._recent, self.memory, self.file = Recent(cache), cache, -1
         self.damaged: list[str] = []
         self._reader = open_reader(self.path, cache)
         self.vendor, properties = self._reader.vendor, self._reader.properties
         self.width, self.height = self._reader.sizes[0]
         if self.vendor == "image":  # held whole
             self.memory = 4 * self.width * self.height
-        self.notes: list[str] = list(self._reader.notes)
+        self.notes = list(self._reader.notes)
         self.levels: list[Level] = []
         for number, size in enumerate(self._reader.sizes):
-            self._add_level(size[0], size[1], number)
+            self._add_level(size, number)
         self.drafts = list(self.levels)  # what is good enough to look for tissue
-        self._open_tiles()
-        self.mpp, self.mpp_source = mpp, "given"
-        if not mpp:
-            self.mpp, self.mpp_source = find_mpp(properties)
+        if self.vendor in ("aperio", "generic-tiff"):
+            self._open_tiles()
+        self.mpp, self.mpp_source = (mpp, "given") if mpp else find_mpp(properties)
         x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
         self.origin = x, y
         power = _number(properties.get("openslide.objective-power", ""))
         self.objective = power if 0 < power < math.inf else None
 
-    def _add_level(self, width: int, height: int, number: int, tiles: Tiles | None = None) -> None:
+    def _add_level(self, size: tuple[int, int], number: int, tiles: Tiles | None = None) -> None:
         """Take a level for what its size proves, or leave it out and note that."""
-        whole = self.width, self.height
-        factor = level_factor(whole, (width, height), self._reader.tile_size(number))
-        if not factor:
+        (width, height), whole = size, (self.width, self.height)
+        factor = level_factor(whole, size, self._reader.tile_size(number))
+        if factor:
+            width = min(width, math.ceil(self.width / factor))  # without the padding
+            height = min(height, math.ceil(self.height / factor))
+            self.levels.append(Level(width, height, factor, number, tiles))
+        else:
             text = f"level {number} ({width} x {height} px) left out: not the whole slide"
             self.notes.append(f"{text} at one scale")
-            return
-        width = min(width, math.ceil(self.width / factor))  # without the padding
-        height = min(height, math.ceil(self.height / factor))
-        self.levels.append(Level(width, height, factor, number, tiles))
 
     def _open_tiles(self) -> None:
-        """Find the compressed tiles of an Aperio or generic TIFF.
+        """Find the compressed tiles of a TIFF.
 
         They are trusted only if a tile of level 0 with much in it equals what OpenSlide shows.
         """
-        if self.vendor not in ("aperio", "generic-tiff"):
-            return
         import tifffile
 
         try:
             with tifffile.TiffFile(self.path) as tiff:
                 self._match_pages(tiff.pages, tiff.pages.first.pages or ())
         except (tifffile.TiffFileError, OSError, ValueError, IndexError, TypeError, struct.error):
-            self._distrust_tiles()  # what tifffile cannot parse, OpenSlide may still read
-            return
-        self.file = os.open(self.path, os.O_RDONLY)
-        if self._equals_openslide():
-            self._choose_drafts()
+            pass  # what tifffile cannot parse, OpenSlide may still read
         else:
-            self._distrust_tiles()
-            self.drafts = list(self.levels)
+            self.file = os.open(self.path, os.O_RDONLY)
+            tiles = self.levels[0].tiles
+            if tiles and self._equals_openslide(tiles):
+                self._choose_drafts(tiles)
+                return
+        self.levels = [level for level in self.levels if level.number >= 0]
+        for level in self.levels:
+            level.tiles = None
+        self.drafts = list(self.levels)
 
-    def _match_pages(self, pages, inner) -> None:
+    def _match_pages(self, pages: Any, inner: Any) -> None:
         """The tiles of each level; OME-TIFF keeps its pyramid where OpenSlide does not look."""
-        by_size: dict[tuple[int, int], Any] = {}
-        for page in pages:
-            if page.is_tiled:
-                by_size.setdefault((page.imagewidth, page.imagelength), page)
+        tiled = [page for page in pages if page.is_tiled]
+        by_size = {(page.imagewidth, page.imagelength): page for page in reversed(tiled)}
         for level in self.levels:
             level.tiles = Tiles.of(by_size.get(self._reader.sizes[level.number]))
         for page in inner:
             tiles = Tiles.of(page)
             if tiles and tiles.complete:
-                self._add_level(page.imagewidth, page.imagelength, -1, tiles)
+                self._add_level((page.imagewidth, page.imagelength), -1, tiles)
 
-    def _distrust_tiles(self) -> None:
-        self.levels = [level for level in self.levels if level.number >= 0]
-        for level in self.levels:
-            level.tiles = None
-
-    def _equals_openslide(self) -> bool:
-        level = self.levels[0]
-        if not level.tiles:
-            return False
-        codec, columns = level.tiles.codec, level.tiles.columns
-        fullest = np.argsort(-level.tiles.counts, kind="stable")
+    def _equals_openslide(self, tiles: Tiles) -> bool:
+        w, h = self.levels[0].side
+        fullest = np.argsort(-tiles.counts, kind="stable")
         for index in fullest[:3].tolist():  # three, in case one is damaged
-            x, y = index % columns * codec.width, index // columns * codec.height
-            part = x, y, min(codec.width, self.width - x), min(codec.height, self.height - y)
+            row, column = divmod(index, tiles.columns)
+            x, y = column * w, row * h
+            part = x, y, min(w, self.width - x), min(h, self.height - y)
             with contextlib.suppress(PatchError):
-                ours = self._from_tiles(level, part, True)
-                return np.array_equal(ours, self._from_reader(level, part, True))
+                ours = tiles.decode(self.file, index)[: part[3], : part[2]]
+                return np.array_equal(ours, self._reader.region(0, part))
         return False
 
-    def _choose_drafts(self) -> None:
+    def _choose_drafts(self, bottom: Tiles) -> None:
         """Which levels show the slide at low power without much work, shrunken tiles among them."""
-        bottom = self.levels[0].tiles
-        assert bottom is not None
         for level in self.levels[1:]:
             # Below a tile left out of level 0 the file holds junk; OpenSlide draws it anew.
             if level.tiles and not (level.tiles.complete and bottom.complete):
@@ -168,7 +165,7 @@ class Slide:
         for level in self.levels:
             if level.tiles:
                 with contextlib.suppress(PatchError):
-                    self.drafts += [_shrunken(level, n) for n in level.tiles.shrinks(self.file)]
+                    self.drafts += map(level.shrunken, level.tiles.shrinks(self.file))
 
     def close(self) -> None:
         """Let go of the file; also what the end of a `with` block does."""
@@ -177,74 +174,64 @@ class Slide:
             os.close(self.file)
             self.file = -1
 
-    def __enter__(self) -> Slide:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _from_tiles(self, level: Level, place: Place, strict: bool) -> NDArray:
-        tiles, shrink = level.tiles, level.shrink
-        assert tiles
-        whole = shrink == 1 and tiles.codec.holds(*place)
-
-        def tile(row, column):
-            index = row * tiles.columns + column
-
-            def decode():
-                return tiles.codec.decode(tiles.compressed(self.file, index), shrink)
-
-            # A whole tile is not asked for twice.
-            return decode() if whole else self._recent.get((level, index), decode)
-
-        sides = tiles.codec.width // shrink, tiles.codec.height // shrink
-        return assemble(tile if strict else self._lenient(tile, level, *sides), *sides, *place)
-
-    def _lenient(self, tile: TileReader, level: Level, tw: int, th: int) -> TileReader:
-        """`tile`, but white and noted in `damaged` where it cannot be read."""
-
-        def lenient(row, column):
-            try:
-                return tile(row, column)
-            except PatchError as error:
-                x, y = (round(n * level.downsample) for n in (column * tw, row * th))
-                self.damaged.append(f"x={x}, y={y}: {error}")
-                return np.full((th, tw, 3), 255, np.uint8)
-
-        return lenient
-
-    def _from_reader(self, level: Level, place: Place, strict: bool) -> NDArray:
-        try:
-            return self._reader.region(level.number, *place)
-        except PatchError:
-            if strict:
-                raise
-
-        def tile(row, column):
-            return self._reader.region(level.number, column * 256, row * 256, 256, 256)
-
-        return assemble(self._lenient(tile, level, 256, 256), 256, 256, *place)
-
-    def _region(self, level: Level, x: int, y: int, w: int, h: int, strict: bool) -> NDArray:
-        """(h, w, 3) of pixels of one level, white beyond its edges."""
-        left, top = max(x, 0), max(y, 0)
-        right, bottom = min(x + w, level.width), min(y + h, level.height)
-        if left >= right or top >= bottom:
-            return np.full((h, w, 3), 255, np.uint8)
-        place = left, top, right - left, bottom - top
-        part = None
+    def _tile(self, level: Level, row: int, column: int) -> NDArray:
+        """A tile by our decoder or, where it refuses, as the reader shows it."""
         if level.tiles:
             try:
-                part = self._from_tiles(level, place, strict)
+                index = row * level.tiles.columns + column
+                return level.tiles.decode(self.file, index, level.shrink)
             except PatchError:
                 if level.number < 0:
                     raise
-        if part is None:  # also what our decoder refuses: the reader decides what is damaged
-            part = self._from_reader(level, place, strict)
-        if part.shape[:2] == (h, w):
-            return part
+        w, h = level.side
+        x, y = column * w, row * h
+        part = x, y, min(w, level.width - x), min(h, level.height - y)
+        return self._reader.region(level.number, part)
+
+    def _inside(self, level: Level, place: Place, strict: bool) -> NDArray:
+        """(h, w, 3) of a rectangle within a level.
+
+        What cannot be read is white and noted in `damaged`, unless `strict`.
+        """
+        (w, h), (x, y, *size) = level.side, place
+        if not level.tiles:
+            with contextlib.suppress(PatchError):  # tile by tile, some of it can be read
+                return self._reader.region(level.number, place)
+        elif strict and x % w == y % h == 0 and size == [w, h]:  # it is not asked for twice
+            return self._tile(level, y // h, x // w)
+
+        def tile(row, column):
+            key = level, row, column
+            try:
+                if strict:
+                    return self._recent.get(key, lambda: self._tile(*key))
+                return self._tile(*key)  # a draft asks for each once
+            except PatchError as error:
+                if strict:
+                    raise
+                left, top = (round(n * level.downsample) for n in (column * w, row * h))
+                self.damaged.append(f"x={left}, y={top}: {error}")
+                return np.full((h, w, 3), 255, np.uint8)
+
+        return assemble(tile, (w, h), place)
+
+    def _region(self, level: Level, place: Place, strict: bool) -> NDArray:
+        """(h, w, 3) of pixels of one level, white beyond its edges."""
+        x, y, w, h = place
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + w, level.width), min(y + h, level.height)
+        inside = left, top, right - left, bottom - top
+        if inside == place:
+            return self._inside(level, place, strict)
         out = np.full((h, w, 3), 255, np.uint8)
-        out[top - y : bottom - y, left - x : right - x] = part
+        if left < right and top < bottom:
+            out[top - y : bottom - y, left - x : right - x] = self._inside(level, inside, strict)
         return out
 
     def area(
@@ -266,6 +253,8 @@ class Slide:
         white and noted in `damaged`.
         Memory is bounded: a large source is read in pieces.
         """
+        if (w, h) == (out_w, out_h) and not draft and x % 1 == y % 1 == 0:
+            return self._region(self.levels[0], (int(x), int(y), out_w, out_h), True)
         scale = min(w / out_w, h / out_h)
         level = self._level((x, y, w, h), scale, draft, below)
         d = level.downsample
@@ -283,15 +272,15 @@ class Slide:
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1, y1 = math.ceil(right) + margin, math.ceil(bottom) + margin
         noted = len(self.damaged)
-        source = self._region(level, x0, y0, x1 - x0, y1 - y0, not draft)
+        source = self._region(level, (x0, y0, x1 - x0, y1 - y0), not draft)
         if len(self.damaged) > noted and d > level.shrink:  # a finer level holds the place too
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
         if aligned and zoom == 1:
             return source
         box = left - x0, top - y0, right - x0, bottom - y0
-        filter = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
-        return np.asarray(Image.fromarray(source).resize((out_w, out_h), filter, box))
+        kind = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
+        return np.asarray(Image.fromarray(source).resize((out_w, out_h), kind, box))
 
     def _level(self, box: tuple[float, ...], scale: float, draft: bool, below: float) -> Level:
         """The coarsest level that is fine enough for `scale`, level 0 where none is.
@@ -332,12 +321,6 @@ def _whole(unit: float, *numbers: float) -> bool:
     return all(number % unit == 0 for number in numbers)
 
 
-def _shrunken(level: Level, by: int) -> Level:
-    """The level as its tiles show it when they are decoded small."""
-    width, height = -(-level.width // by), -(-level.height // by)
-    return replace(level, width=width, height=height, downsample=level.downsample * by, shrink=by)
-
-
 def level_factor(
     whole: tuple[int, int], level: tuple[int, int], tile: tuple[int, int] = (1, 1)
 ) -> float | None:
@@ -370,7 +353,8 @@ def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
     Implausible values are refused, which the second value then says.
     """
     tag = "TIFF resolution tags"
-    x, y, aperio = (_number(properties.get(name, "")) for name in MPP)
+    names = "openslide.mpp-x", "openslide.mpp-y", "aperio.MPP"
+    x, y, aperio = (_number(properties.get(name, "")) for name in names)
     if x > 0 and y > 0 and abs(math.log(x / y)) > 0.02:
         return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
     generic = properties.get("openslide.vendor") == "generic-tiff"

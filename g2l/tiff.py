@@ -4,16 +4,15 @@
 `assemble` cuts a rectangle out of them, `Recent` keeps those that neighbours share.
 """
 
-from __future__ import annotations
-
 import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -45,7 +44,7 @@ class Codec:
 
     def holds(self, x: int, y: int, w: int, h: int) -> bool:
         """Whether a rectangle is one whole tile, which then need not be cut out of anything."""
-        return x % self.width == y % self.height == 0 and (w, h) == (self.width, self.height)
+        return x % w == y % h == 0 and (w, h) == (self.width, self.height)
 
     def standalone(self, data: bytes) -> bytes:
         """A JPEG tile as a JPEG file that any program opens; the compressed pixels stay as is."""
@@ -65,30 +64,18 @@ class Codec:
         if not data:  # the scanner left it out
             return np.full(shape, 255, np.uint8)
         try:
-            if self.is_jpeg:
-                image = self._jpeg(data, shape, shrink)
-            else:
+            if not self.is_jpeg:
                 image = _jpeg2000(data, shrink)
+            elif data[:2] == b"\xff\xd8":
+                data, least = self.standalone(data), shape[:2]
+                image = simplejpeg.decode_jpeg(data, "RGB", False, False, *least, shrink)
+            else:
+                raise ValueError("no JPEG where one should be")
         except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
             raise PatchError(str(error)) from error
         if image.shape != shape:
             raise PatchError(f"compressed tile holds {image.shape}, expected {shape}")
         return _ycbcr_to_rgb(image) if self.compression == self.JP2K_YCBCR else image
-
-    def _jpeg(self, data: bytes, shape: tuple[int, int, int], shrink: int) -> NDArray:
-        import simplejpeg
-
-        if data[:2] != b"\xff\xd8":
-            raise PatchError("no JPEG where one should be")
-        return simplejpeg.decode_jpeg(
-            self.standalone(data),
-            min_height=shape[0],
-            min_width=shape[1],
-            min_factor=shrink,
-            fastdct=False,
-            fastupsample=False,
-            strict=True,
-        )
 
 
 def _jpeg2000(data: bytes, shrink: int) -> NDArray:
@@ -113,34 +100,42 @@ def _ycbcr_to_rgb(image: NDArray) -> NDArray:
     return np.clip(y[..., None] + (shifts + 32768 >> 16), 0, 255).astype(np.uint8)
 
 
+@dataclass(eq=False)
 class Tiles:
     """Where the compressed tiles of one TIFF page lie, row by row."""
 
-    def __init__(self, page: Any):
-        compression, prefix = int(page.compression), b""
-        if compression == Codec.JPEG:
-            colours = b"\x00" if int(page.photometric) == 2 else b"\x01"
-            prefix = Codec.ADOBE + colours + (page.jpegtables or b"")[2:-2]
-        self.codec = Codec(compression, prefix, page.tilewidth, page.tilelength)
-        self.columns = -(-page.imagewidth // page.tilewidth)
-        self.offsets = np.array(page.dataoffsets, np.int64)
-        self.counts = np.array(page.databytecounts, np.int64)
-        self.complete = bool(self.counts.all())  # scanners leave out empty tiles
+    codec: Codec
+    columns: int
+    offsets: NDArray
+    counts: NDArray  # bytes of each
 
     @classmethod
-    def of(cls, page: Any) -> Tiles | None:
+    def of(cls, page: Any) -> Self | None:
         """Tiles of a page of 8-bit RGB in JPEG or JPEG 2000 tiles, None for every other."""
         if not page or not page.is_tiled or page.dtype != np.uint8:
             return None
-        layout = int(page.planarconfig), int(page.photometric), page.samplesperpixel
-        if layout not in ((1, 2, 3), (1, 6, 3)):
-            return None
-        if int(page.compression) not in (Codec.JPEG, Codec.JP2K_YCBCR, Codec.JP2K_RGB):
+        layout = int(page.planarconfig), page.samplesperpixel
+        photometric, compression = int(page.photometric), int(page.compression)
+        if layout != (1, 3) or photometric not in (2, 6):  # RGB, YCbCr
             return None
         rows = -(-page.imagelength // page.tilelength)
-        count = rows * -(-page.imagewidth // page.tilewidth)
-        sound = len(page.dataoffsets) == len(page.databytecounts) == count
-        return cls(page) if sound else None
+        columns = -(-page.imagewidth // page.tilewidth)
+        if not len(page.dataoffsets) == len(page.databytecounts) == rows * columns:
+            return None
+        prefix = b""
+        if compression == Codec.JPEG:
+            colours = b"\x00" if photometric == 2 else b"\x01"
+            prefix = Codec.ADOBE + colours + (page.jpegtables or b"")[2:-2]
+        elif compression not in (Codec.JP2K_YCBCR, Codec.JP2K_RGB):
+            return None
+        codec = Codec(compression, prefix, page.tilewidth, page.tilelength)
+        places = np.array([page.dataoffsets, page.databytecounts], np.int64)
+        return cls(codec, columns, *places)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are all; scanners leave out empty ones."""
+        return bool(self.counts.all())
 
     def shrinks(self, file: int) -> list[int]:
         """Scales at which tiles can be decoded small: 1/2 to 1/8 of JPEG, to 1/32 of JPEG 2000,
@@ -156,6 +151,10 @@ class Tiles:
     def compressed(self, file: int, index: int) -> bytes:
         """The bytes of tile `index`, none where the scanner left it out."""
         return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
+
+    def decode(self, file: int, index: int, shrink: int = 1) -> NDArray:
+        """The pixels of tile `index` (see Codec.decode)."""
+        return self.codec.decode(self.compressed(file, index), shrink)
 
 
 class Recent:
@@ -177,19 +176,20 @@ class Recent:
         return tile
 
 
-TileReader = Callable[[int, int], NDArray]  # row, column
+Place = tuple[int, int, int, int]  # x, y, width, height in pixels of a level
 
 
-def assemble(tile: TileReader, tw: int, th: int, x: int, y: int, w: int, h: int) -> NDArray:
-    """(h, w, 3) uint8 at (x, y) of a picture in tiles of tw x th px; by tile(row, column)."""
+def assemble(tile: Callable[[int, int], NDArray], side: Any, place: Place) -> NDArray:
+    """(h, w, 3) uint8 of a picture in tiles of `side` (width, height), by tile(row, column)."""
+    (tw, th), (x, y, w, h) = side, place
     out = np.empty((h, w, 3), np.uint8)
     for row in range(y // th, (y + h - 1) // th + 1):
-        top, bottom = max(y, row * th), min(y + h, (row + 1) * th)
+        top = row * th - y
         for column in range(x // tw, (x + w - 1) // tw + 1):
-            left, right = max(x, column * tw), min(x + w, (column + 1) * tw)
-            part = tile(row, column)[top - row * th : bottom - row * th]
-            part = part[:, left - column * tw : right - column * tw]
-            out[top - y : bottom - y, left - x : right - x] = part
+            left = column * tw - x
+            part = tile(row, column)[max(-top, 0) : h - top, max(-left, 0) : w - left]
+            rows = out[max(top, 0) : top + th]
+            rows[:, max(left, 0) : left + tw] = part
     return out
 
 

@@ -5,8 +5,6 @@ and cleans what is left. `measure_blur` looks at the patches. `read_mask` takes 
 first where somebody has drawn the tissue.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -22,6 +20,10 @@ from g2l.slides import Slide
 NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 
 
+# Colour, and change of light from pixel to pixel, as shares of the glass's light: less change is
+# flat; tissue that is not has at least FAINT colour, flat places with less than GLOW are glass.
+FLAT, FAINT, GLOW = 0.02, 0.035, 0.13
+
 # Ratio of the Laplacian's power between octaves, and the blur in patch pixels that leaves it.
 BLUR = (
     (0.1, 0.16, 0.215, 0.35, 0.55),
@@ -32,37 +34,46 @@ BLUR = (
 def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     """Masks (h, w) bool of tissue and pen in a low-power (h, w, 3) uint8 image of an H&E slide.
 
-    Tissue has colour; background has none, be it white, grey, two greys or black. Tissue and holes
-    in it smaller than `smallest` px are dropped and filled.
+    Tissue has colour and texture: glass has none, be it white, grey, two greys or black, and in the
+    glow of eosin only colour. Tissue and holes in it smaller than `smallest` px are dropped and
+    filled.
     """
     from scipy import ndimage
 
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
     low = np.minimum.reduce(planes)  # several times the speed of image.min(axis=2)
     high = np.maximum.reduce(planes)
-    void = high < 25  # black borders
+    void = (high < 25) & (high - low < 10)  # black borders
     light, density = [], []  # relative to the glass
     for plane, white in zip(planes, _glass(planes, low, high), strict=True):
         through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
         light.append(through[plane])
         density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
-    pen = _ink(density[0], density[1], density[2], void)
+    # Of neighbours: of tissue 0.05 and more, of faint tissue half of that, of glass below 0.01.
+    change = ndimage.uniform_filter(_change(light[1]), 3)
+    pen = _ink(density[0], density[1], density[2], void, change)
 
     chroma = np.maximum.reduce(light)
     chroma -= np.minimum.reduce(light)
-    smooth = ndimage.uniform_filter(chroma, 3)
-    clear = ~(void | pen)
-    least = np.clip(_otsu(smooth[clear][::5]), 0.045, 0.09)
-    mask = (smooth > least) & ~pen
-    mask &= chroma > least / 2  # keeps the smoothing from widening it
+    least = np.where(change > FLAT, FAINT, GLOW)
+    mask = (ndimage.uniform_filter(chroma, 3) > least) & ~pen
+    mask &= chroma > 0.75 * least  # keeps the smoothing from widening it
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
     mask = _without_specks(mask, smallest)
     mask = ~_without_specks(~mask, smallest)
     gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
-    mask &= clear & ~gap
+    mask &= ~(void | pen | gap)
     return mask, pen
+
+
+def _change(plane: NDArray) -> NDArray:
+    """Difference to the pixel above plus that to the pixel at the left."""
+    change = np.zeros_like(plane)
+    change[1:] = abs(np.diff(plane, axis=0))
+    change[:, 1:] += abs(np.diff(plane, axis=1))
+    return change
 
 
 def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
@@ -87,7 +98,7 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     return [max(value, least) for value in tint]
 
 
-def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
+def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray, change: NDArray) -> NDArray:
     """Mask of pen strokes by optical densities.
 
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
@@ -99,7 +110,8 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray) -> NDArray:
     red_share = red / most
     blue_share = blue / most
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
-    pen |= (red_share > 0.97) & (red > 0.7)  # dark blue; dense haematoxylin has 0.93
+    plain = (change < FLAT) | (blue_share < 0.3)  # dense haematoxylin is neither
+    pen |= (red_share > 0.97) & (red > 0.7) & plain  # dark blue
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
     mixed = (blue_share > 0.8) & (red_share > 0.6)  # black, brown, green on tissue
     pen |= mixed & (green > 0.3)
@@ -142,20 +154,6 @@ def _without_specks(mask: NDArray, smallest: float) -> NDArray:
     return keep[labels]
 
 
-def _otsu(values: NDArray) -> float:
-    """Otsu's threshold of values in [0, 1], on 256 bins: the split that sets its sides apart."""
-    counts = np.histogram(values, 256, (0, 1))[0].astype(float)
-    below = np.cumsum(counts)
-    weighted = np.cumsum(counts * np.arange(256))
-    whole = below[-1]
-    apart = weighted * whole
-    apart -= weighted[-1] * below
-    sides = below * (whole - below)
-    apart = apart**2 / np.maximum(sides, 1)
-    best = int(apart.argmax())
-    return (best + 0.5) / 256
-
-
 def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
     """(N,) mean of an (h, w) array in squares of `side` at `places` (N, 2; x, y).
 
@@ -165,16 +163,12 @@ def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
 
     total = values.cumsum(axis=0, dtype=float).cumsum(axis=1)
     total = np.pad(total, ((1, 0), (1, 0)))
-
-    def integral(x, y):
-        return ndimage.map_coordinates(total, [y, x], order=1, mode="nearest")
-
-    left, top = places.T
-    right, bottom = left + side, top + side
-    inside = integral(right, bottom)
-    inside -= integral(left, bottom)
-    inside -= integral(right, top)
-    inside += integral(left, top)
+    inside = np.zeros(len(places))
+    for below in (side, 0):
+        for right in (side, 0):
+            corner = np.add(places, (right, below)).T[::-1]
+            part = ndimage.map_coordinates(total, corner, order=1, mode="nearest")
+            inside += part if right == below else -part
     return inside / side**2
 
 
@@ -257,31 +251,22 @@ def _draw_polygons(
     path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
 ) -> NDArray:
     """Each polygon on its own, so that a hole erases only what is its own."""
-    size = shape[::-1]
-    drawn = {
-        True: Image.new("1", size),
-        False: Image.new("1", size),
-    }
+    drawn = {wanted: np.zeros(shape, bool) for wanted in (True, False)}
     try:
         features = json.loads(path.read_text(encoding="utf-8"))
         for polygon, wanted in _polygons(features):
-            rings = []
-            for ring in polygon:
+            piece = Image.new("1", shape[::-1])
+            draw = ImageDraw.Draw(piece)
+            for number, ring in enumerate(polygon):  # the outer ring, then holes
                 corners = np.array([point[:2] for point in ring], float)
                 corners = (corners + origin) / scale - 0.5
                 if not (abs(corners) < 1e6).all():  # not NaN either
                     raise ValueError("coordinates that are no numbers or lie far outside")
-                rings.append(corners)
-            first = np.floor(rings[0].min(axis=0)).clip(-1, size).astype(int)
-            last = np.ceil(rings[0].max(axis=0)).clip(-1, size).astype(int)
-            piece = Image.new("1", (last - first + 1).tolist())
-            draw = ImageDraw.Draw(piece)
-            for number, corners in enumerate(rings):  # the outer ring, then holes
-                draw.polygon((corners - first).ravel().tolist(), fill=int(number == 0))
-            drawn[wanted].paste(1, first.tolist(), piece)
+                draw.polygon(corners.ravel().tolist(), fill=int(number == 0))
+            drawn[wanted] |= np.asarray(piece)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
-    return np.asarray(drawn[True]) & ~np.asarray(drawn[False])
+    return drawn[True] & ~drawn[False]
 
 
 def _polygons(node, wanted=True):
@@ -290,7 +275,8 @@ def _polygons(node, wanted=True):
         for part in node:
             yield from _polygons(part, wanted)
         return
-    wanted = wanted and not NOT_TISSUE.match(_class_of(node))
+    kind = (node.get("properties") or {}).get("classification") or {}
+    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
@@ -299,12 +285,6 @@ def _polygons(node, wanted=True):
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
         yield from _polygons(below or [], wanted)
-
-
-def _class_of(node: dict) -> str:
-    """The name of a feature's class, as QuPath writes it; "" for none."""
-    kind = (node.get("properties") or {}).get("classification") or {}
-    return kind.get("name") or ""
 
 
 def find_mask(folder: Path, name: str) -> Path:

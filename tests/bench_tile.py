@@ -3,10 +3,12 @@
 
     python tests/bench_tile.py SLIDE... [--patches 400] [--mpp UM]
 
-For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second, native in
-scan and in random order, off the grid of tiles, and resampled to half the scale, by `Slide.read`,
-by OpenSlide's read_region with its conversion to RGB (and Pillow), and by FastSlide where that is
-installed; JPEG tiles by simplejpeg alone. Native patches are compared pixel by pixel with
+For each slide: CPU seconds and memory of segmentation and grid; patches per CPU second by
+`Slide.read`, by OpenSlide's read_region with its conversion to RGB (and Pillow), and by FastSlide
+where that is installed: native where patches are whole tiles, on the grid of patches in scan and in
+random order, off the grid, and resampled to half the scale. Whole JPEG tiles also by simplejpeg
+from memory, which nothing that decodes them can outrun. All readers take turns over the same
+patches; rates are medians over the turns. Native patches are compared pixel by pixel with
 OpenSlide's first; no rate is printed for pixels that differ. At the end the whole command, from
 start to exit, and `PatchIndex.read`. Run it on a machine that does nothing else.
 """
@@ -49,20 +51,11 @@ def rates(places, *readers, repeats: int = 5) -> list[float]:
     return [len(places) / sorted(taken)[repeats // 2] for taken in seconds]
 
 
-def raw_rate(slide: Slide, count: int) -> float:
-    """Level-0 tiles per CPU second that simplejpeg decodes from memory."""
-    tiles = slide.levels[0].tiles
-    full = np.flatnonzero(tiles.counts)[:count].tolist()
-    data = [tiles.codec.standalone(tiles.compressed(slide.file, index)) for index in full]
+def compare(name: str, path: Path, places: list, side: int, out: int, raw=None) -> None:
+    """Prints patches per CPU second of all readers: squares of `side` px resampled to `out`.
 
-    def exact():
-        return lambda data: simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
-
-    return rates(data, exact)[0]
-
-
-def compare(name: str, path: Path, places: list, side: int, out: int) -> None:
-    """Prints patches per CPU second of all readers: squares of `side` px resampled to `out`."""
+    `raw` holds the JPEG files of the patches, where they are tiles.
+    """
 
     def resized(pixels):
         return pixels if side == out else np.asarray(Image.fromarray(pixels).resize((out, out), 3))
@@ -77,15 +70,24 @@ def compare(name: str, path: Path, places: list, side: int, out: int) -> None:
         slide = fastslide.FastSlide.from_file_path(str(path))
         return lambda place: resized(slide.read_region(tuple(place), 0, (side, side)).numpy())
 
+    def by_simplejpeg():
+        return lambda place: simplejpeg.decode_jpeg(
+            raw[tuple(place)], fastdct=False, fastupsample=False
+        )
+
     def ours():
         slide = Slide(path)
         return lambda place: slide.read(*place, side, out)
 
-    readers = [ours, by_openslide, *([by_fastslide] if fastslide else [])]
-    found = rates(places, *readers)
-    text = f"  {name:9} Slide.read {found[0]:6.0f} patches/s"
-    for other, rate in zip(("OpenSlide", "FastSlide"), found[1:], strict=False):
-        text += f", {other} {rate:6.0f} ({found[0] / rate:.1f}x)"
+    readers = {"Slide.read": ours, "OpenSlide": by_openslide}
+    if fastslide:
+        readers["FastSlide"] = by_fastslide
+    if raw:
+        readers["simplejpeg alone"] = by_simplejpeg
+    found = rates(places, *readers.values())
+    text = f"  {name:15} Slide.read {found[0]:6.0f} patches/s"
+    for other, rate in zip(list(readers)[1:], found[1:], strict=True):
+        text += f", {other} {rate:6.0f} ({found[0] / rate:.2f}x)"
     print(text, flush=True)
 
 
@@ -119,7 +121,11 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
                 return
         tiles = slide.levels[0].tiles
         if tiles and tiles.codec.is_jpeg:
-            print(f"  tiles by simplejpeg alone: {raw_rate(slide, patches):.0f} a second")
+            side, raw = tiles.codec.width, {}
+            for x, y in np.unique(places // side, axis=0).tolist():
+                data = tiles.compressed(slide.file, y * tiles.columns + x)
+                raw[x * side, y * side] = tiles.codec.standalone(data)
+            compare(f"tiles of {side}", path, list(raw), side, side, raw)
     orders = {
         "scan": (places, size, size),
         "random": (tiling.coords[chosen], size, size),

@@ -532,3 +532,17 @@ def test_clam_finds_the_coordinates_by_its_own_names(cohort):
             assert file["coords"].attrs["patch_level"] == 0
             assert len(file["coords"]) > 0 and file["coords"].attrs["patch_size"] == 256
     assert not (cohort / "patches" / "c.h5").exists()
+
+
+def test_names_as_long_as_a_file_system_takes(tmp_path, sound):
+    """255 bytes: what is written beside is longer, so such a slide fails by name, and alone."""
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    for length in (255, 220):
+        (folder / f"{'n' * (length - 4)}.svs").write_bytes(sound)
+    assert tile.main(["--cancer", "mine", "--data", str(tmp_path)]) == 1
+    rows = csv.DictReader(open(tmp_path / "tiles" / "mine" / "slides.csv"))
+    found = {len(row["slide"]): (row["status"], row["reason"]) for row in rows}
+    assert found[216] == ("done", "") and found[251][0] == "failed"
+    assert "File name too long" in found[251][1]
+    assert len(PatchIndex(tmp_path / "tiles" / "mine").read(0)) == 256

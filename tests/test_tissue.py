@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+import scenes
 from mirax import write_mirax
 from PIL import Image, ImageDraw, ImageFilter
 from synthetic import BACKGROUND, section, stained, write_slide
@@ -101,9 +102,11 @@ def test_tissue_is_told_from_greys_black_borders_and_gaps():
     "tint", [(250, 246, 236), (236, 240, 248), (190, 190, 190), (245, 238, 243)]
 )
 def test_pale_tissue_on_a_tinted_background(tint):
-    image = np.full((200, 200, 3), tint, np.uint8)
-    image[50:150, 50:150] = np.array(tint) * np.array([0.97, 0.88, 0.95])
-    mask, _ = find_tissue(image, 16)
+    """It has the glass's tint over its own, and the structure that glass has not."""
+    image = np.full((200, 200, 3), tint, float)
+    grain = np.random.default_rng(0).normal(1, 0.25, (100, 100, 1))
+    image[50:150, 50:150] *= 1 - grain * [0.03, 0.12, 0.05]
+    mask, _ = find_tissue(image.astype(np.uint8), 16)
     assert mask[55:145, 55:145].mean() > 0.98 and mask[:45].sum() == 0
 
 
@@ -378,3 +381,15 @@ def test_dense_haematoxylin_is_no_ink():
     image[70:90, 70:110] = 245 * 10 ** -np.array([0.84, 0.92, 0.4])
     mask, pen = find_tissue(image, 16)
     assert not pen[68:92, 68:112].any() and mask[70:90, 70:110].all()
+
+
+def test_patches_kept_hold_tissue_and_tissue_is_kept():
+    """On any tint, in the glow of eosin, on black, under pen, faded, overstained, by other stains:
+    99.6 % and 99.1 % as measured by `python tests/scenes.py`.
+    """
+    kinds, _ = scenes.totals(every=3)
+    kept, right, wanted, got = sum(kinds.values())
+    assert right / kept > 0.985 and got / wanted > 0.985
+    for kind in ("dense ducts 0.98", "IHC negative", "cut out on black", "half black", "tint pink"):
+        kept, right, wanted, got = kinds[kind]
+        assert right / kept > 0.98 and got / wanted > 0.98, kind
