@@ -7,8 +7,10 @@ is checked when it is read back, since people open it in spreadsheets and disks 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
+import zlib
 from pathlib import Path
 
 from g2l.errors import UserError
@@ -38,6 +40,8 @@ COLUMNS = (
     "settings",  # digest of all that decides on the patches
     "bytes",  # of the slide's file
     "path",  # of the slide's file
+    "seals",  # by which the files of the slide are known again
+    "check",  # of all that stands before it
 )
 
 Rows = dict[str, dict[str, str]]  # by slide name; values as text by column
@@ -58,8 +62,8 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     """The rows of slides.csv by slide name, all values text; empty when there is none yet.
 
     Reads what spreadsheets make of it, too: semicolons, tabs, UTF-16. Raises UserError for a table
-    without all columns and for a damaged row; given a list `damaged`, such a row is left out and
-    told of there.
+    without all columns and for a damaged row; given a list `damaged`, what is damaged is left out
+    and told of there.
     """
     path = folder / "slides.csv"
     try:
@@ -70,9 +74,15 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
         return {}
     mark = separator(lines[0])
     header = _cells(lines[0], mark)
-    missing = [column for column in COLUMNS if column not in header]
+    former = COLUMNS[:-2]  # of tables from before there were checksums
+    wanted = former if len(header) <= len(former) else COLUMNS
+    missing = [column for column in wanted if column not in header]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)} in its first line", "table")
+        fault = f"{path}: no column {', '.join(missing)} in its first line"
+        if damaged is None or len(header) != len(COLUMNS):
+            raise UserError(fault, "table")
+        damaged.append(fault)
+        header = list(COLUMNS)  # each row proves by its checksum that this is right
     rows = {}
     for number, line in enumerate(lines[1:], 2):
         cells = _cells(line, mark)
@@ -81,7 +91,7 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
         row = dict(zip(header, cells, strict=False))
         fault = _fault(row) if len(cells) == len(header) else f"{len(cells)} values"
         if not fault:
-            rows[row["slide"]] = {column: row[column] for column in COLUMNS}
+            rows[row["slide"]] = {column: row.get(column, "") for column in COLUMNS}
         elif damaged is None:
             raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
         else:
@@ -109,7 +119,20 @@ def _fault(row: dict[str, str]) -> str:
     for column, pattern in DONE.items() if row["status"] == "done" else ():
         if not re.fullmatch(pattern, row[column]):
             return f"{column} {row[column]!r}"
+    if row.get("check", "") not in ("", _check(row)):
+        return "its checksum is another"
     return ""
+
+
+def _check(row: dict[str, str]) -> str:
+    """Checksum of a row; numbers count by their worth, since spreadsheets write them anew."""
+    values = []
+    for column in COLUMNS[:-1]:
+        value = row.get(column, "")
+        with contextlib.suppress(ValueError):
+            value = str(float(value))
+        values.append(value)
+    return f"x{zlib.crc32(repr(values).encode('utf-8', 'backslashreplace')):08x}"
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
@@ -127,12 +150,13 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
             writer = csv.DictWriter(file, COLUMNS)  # refuses a column that it does not know
             writer.writeheader()
             for name in sorted(merged):
-                writer.writerow({key: _plain(value) for key, value in merged[name].items()})
+                row = {column: one_line(str(value)) for column, value in merged[name].items()}
+                row["check"] = _check(row)
+                writer.writerow({column: _plain(text) for column, text in row.items()})
 
 
-def _plain(value: object) -> str:
-    """A value as one line of text that no spreadsheet takes for a formula."""
-    text = one_line(str(value))
+def _plain(text: str) -> str:
+    """A value as no spreadsheet takes for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
 
 
