@@ -45,6 +45,8 @@ def write_coords(
     each patch and, in `compressed`, `offset` and `bytes` of each patch in the shard, or of each
     tile in the slide (see tile_table), so that PatchIndex need not open it.
     """
+    import h5py
+
     assert slide.mpp is not None
     native = tiling.size0 == tiling.patch_size
     target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 1)
@@ -74,10 +76,11 @@ def write_coords(
     }
     if native:
         attributes["patch_level"] = 0
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
+    # No process writes into a file that another reads: HDF5 need not lock it.
+    with atomic(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
         file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
         for name, values in tiling.measures.items():
-            file.create_dataset(name, data=values)
+            file[name] = values
         if source:
             _write_source(file.create_group("compressed"), **source)
     if native:  # the name that CLAM's extract_features_fp.py looks for
@@ -86,20 +89,20 @@ def write_coords(
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
-    group.create_dataset("offset", data=np.array(offset, np.int64))
-    group.create_dataset("bytes", data=np.array(bytes, np.int64))
-    group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
+    group["offset"] = np.array(offset, np.int64)
+    group["bytes"] = np.array(bytes, np.int64)
+    group["prefix"] = np.frombuffer(codec.prefix, np.uint8)
     values = columns, codec.compression, codec.width, codec.height
     group.attrs.update(zip(SOURCE, values, strict=True))
 
 
 def write_clam_list(folder: Path) -> None:
     """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
-    lines = ["slide_id"]
+    text = "slide_id\n"
     for name, row in read_rows(folder).items():
         if row["status"] == "done" and row["size0"] == row["patch_size"]:
-            lines.append(name)
-    write_text(folder / "clam.csv", "\n".join(lines) + "\n")
+            text += f"{name}\n"
+    write_text(folder / "clam.csv", text)
 
 
 def magnification(mpp: float) -> int:
@@ -143,10 +146,6 @@ def write_shard(
             kept.append(number)
             offsets.append(tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
             sizes.append(len(data))
-        if not kept:
-            raise UserError(
-                f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}"
-            )
     tiling.take(kept)
     codec = Codec(Codec.JPEG, b"", size, size)
     return {"codec": codec, "columns": 0, "offset": offsets, "bytes": sizes}, errors
@@ -429,48 +428,42 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
 
 def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
     """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
-    with open_h5(path, "r") as file:
-        coords = file.get("coords")
-        held = coords.shape[0] if coords is not None and coords.shape else 0
-        if held != count:
-            raise PatchError(
-                f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
-            )
-        layout = _Layout(version, _start(coords, (count, 2)))
-        about = coords.attrs
-        names = "level0_width", "level0_height", "patch_size_level0"
-        if not all(name in about for name in names):
-            raise PatchError(f"{path} was not written by tile.py; run tile.py again")
-        width, height, side = (int(about[name]) for name in names)
-        places = coords[:]
-        if (places < 0).any() or (places + side > (width, height)).any():
-            raise PatchError(f"{path} holds places beyond the slide; run tile.py again")
-        if "slide_bytes" in about:
-            layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
-        group = file.get("compressed")
-        if group:
-            number = len(group["offset"])
-            layout.offset = _start(group["offset"], (number,))
-            layout.bytes = _start(group["bytes"], (number,))
-            layout.columns, kind, *size = (int(group.attrs[name]) for name in SOURCE)
-            layout.codec = Codec(kind, group["prefix"][:].tobytes(), *size)
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return _layout_of(file, version, count)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says of damage
+        raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
+
+
+def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
+    coords = file.get("coords")
+    held = coords.shape[0] if coords is not None and coords.shape else 0
+    if held != count:
+        raise PatchError(
+            f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
+        )
+    layout, about = _Layout(version, _start(coords, (count, 2))), coords.attrs
+    places, size = coords[:], (about["level0_width"], about["level0_height"])
+    if (places < 0).any() or (places + about["patch_size_level0"] > size).any():
+        raise PatchError(f"{file.filename} holds places beyond the slide; run tile.py again")
+    if "slide_bytes" in about:
+        layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
+    if group := file.get("compressed"):
+        shape = group["offset"].shape
+        layout.offset, layout.bytes = _start(group["offset"], shape), _start(group["bytes"], shape)
+        layout.columns, *kind = (int(group.attrs[name]) for name in SOURCE)
+        layout.codec = Codec(kind[0], group["prefix"][:].tobytes(), *kind[1:])
     return layout
 
 
 def _start(data: Any, shape: tuple[int, ...]) -> int:
     """Where the 64-bit integers of a dataset begin in its file."""
     start = data.id.get_offset()
-    if data.dtype != np.dtype("<i8") or data.shape != shape or start is None:
+    if data.dtype != np.int64 or data.shape != shape or start is None:
         raise PatchError(
             f"{data.file.filename}: {data.name} is {data.dtype} {data.shape}, expected plain int64 "
             f"{shape}; run tile.py again"
         )
     return start
-
-
-def open_h5(path: Path, mode: str) -> Any:
-    """An HDF5 file; where the file system has no locks, HDF5 goes without."""
-    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "BEST_EFFORT")
-    import h5py
-
-    return h5py.File(path, mode)
