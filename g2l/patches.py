@@ -45,8 +45,6 @@ def write_coords(
     each patch and, in `compressed`, `offset` and `bytes` of each patch in the shard, or of each
     tile in the slide (see tile_table), so that PatchIndex need not open it.
     """
-    import h5py
-
     assert slide.mpp is not None
     native = tiling.size0 == tiling.patch_size
     target = magnification(slide.mpp) if native else round(10 / tiling.mpp, 1)
@@ -76,8 +74,7 @@ def write_coords(
     }
     if native:
         attributes["patch_level"] = 0
-    # No process writes into a file that another reads: HDF5 need not lock it.
-    with atomic(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
+    with atomic(path) as temporary, open_h5(temporary, "w") as file:
         file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
         for name, values in tiling.measures.items():
             file[name] = values
@@ -428,10 +425,8 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
 
 def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
     """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
-    import h5py
-
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with open_h5(path, "r") as file:
             return _layout_of(file, version, count)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says of damage
         raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
@@ -467,3 +462,11 @@ def _start(data: Any, shape: tuple[int, ...]) -> int:
             f"{shape}; run tile.py again"
         )
     return start
+
+
+def open_h5(path: Path, mode: str) -> Any:
+    """An HDF5 file; where the file system has no locks, HDF5 goes without."""
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "BEST_EFFORT")
+    import h5py
+
+    return h5py.File(path, mode)

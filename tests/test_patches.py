@@ -208,9 +208,7 @@ def test_index_bounds_its_handles(cohort):
 def test_index_opens_each_h5_once(cohort, monkeypatch):
     """Draws jump from slide to slide; each would cost a look into HDF5 otherwise."""
     index, opened, right = PatchIndex(cohort, handles=1), [], h5py.File
-    monkeypatch.setattr(
-        h5py, "File", lambda path, *args, **options: opened.append(path) or right(path, *args)
-    )
+    monkeypatch.setattr(h5py, "File", lambda path, *args: opened.append(path) or right(path, *args))
     order = [index.draw(0, n) for n in range(40)]
     sums = [int(index.read(i).sum()) for i in order]
     assert len({index.locate(i)[0] for i in order}) == 3 and len(opened) == 3
