@@ -73,7 +73,7 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     if not any(lines):
         return {}
     mark = separator(lines[0])
-    header = _cells(lines[0], mark)
+    header = cells_of(lines[0], mark)
     former = COLUMNS[:-2]  # of tables from before there were checksums
     wanted = former if len(header) <= len(former) else COLUMNS
     missing = [column for column in wanted if column not in header]
@@ -85,7 +85,7 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
         header = list(COLUMNS)  # each row proves by its checksum that this is right
     rows = {}
     for number, line in enumerate(lines[1:], 2):
-        cells = _cells(line, mark)
+        cells = cells_of(line, mark)
         if not any(cells):
             continue
         row = dict(zip(header, cells, strict=False))
@@ -99,12 +99,13 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     return rows
 
 
-def _cells(line: str, mark: str) -> list[str]:
-    """The values of one line; "'" before a sign that a spreadsheet would take for a formula is
-    ours.
+def cells_of(line: str, mark: str, **options) -> list[str]:
+    """The values of one line, separated by `mark`; `options` are those of csv.reader.
+
+    "'" before a sign that a spreadsheet would take for a formula is ours.
     """
     try:
-        cells = next(csv.reader([line.rstrip("\r")], delimiter=mark), [])
+        cells = next(csv.reader([line], delimiter=mark, **options), [])
     except csv.Error:
         return ["?"]
     return [cell.removeprefix("'") for cell in cells]
