@@ -233,7 +233,9 @@ def run(args: argparse.Namespace) -> int:
     known = read_rows(job.folder, damaged)
     slides = list_gdc(args) if args.download else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo = [slide for slide in chosen if not is_finished(slide, known.get(slide.name), job)]
+    todo, finished = [], []
+    for slide in chosen:
+        (finished if is_finished(slide, known.get(slide.name), job) else todo).append(slide)
     if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
         return 1
@@ -241,13 +243,11 @@ def run(args: argparse.Namespace) -> int:
         set_aside(job.folder, damaged)
         write_manifest(job.folder, chosen)
         update_rows(job, slides, left_out, known)
-        for slide in chosen:
-            if slide not in todo:
-                discard(slide, job)  # left by a run that was killed
-    finished = len(chosen) - len(todo)
-    print(f"{finished} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
-    others = [slide for number, slide in enumerate(todo) if number % world != rank]
-    busy = work_through(todo[rank::world] + others, job, workers)
+        for slide in finished:
+            discard(slide, job)  # left by a run that was killed
+    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
+    start = len(todo) * rank // world  # each rank begins elsewhere
+    busy = work_through(todo[start:] + todo[:start], job, workers)
     if rank:
         return 0  # a rank that ends with an error would take the others down; rank 0 reports
     # What other processes hold: wait for it, or do it if they died.
@@ -381,12 +381,15 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     kept = f"; at most {need / 1e9:.2f} GB are kept at a time" if args.discard_slides else ""
-    plan = f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder}"
-    print(f"{plan} ({free / 1e9:.1f} GB free{kept})", flush=True)
+    print(
+        f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder} "
+        f"({free / 1e9:.1f} GB free{kept})",
+        flush=True,
+    )
     if need > free:
         raise UserError(
-            f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
-            f"--max-slides, another disk by --data, or --save-patches --discard-slides"
+            f"{folder}: {need / 1e9:.1f} GB needed; take fewer slides by --max-slides, another "
+            "disk by --data, or --save-patches --discard-slides"
         )
     if args.yes:
         return True

@@ -346,8 +346,8 @@ def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
         table.append([cell.strip() for cell in cells])
     header = table[0] if table else []
     columns = [number for number, cell in enumerate(header) if cell.lower() in PATIENT_COLUMNS]
-    cells = set()
+    found = set()
     for row in table[bool(columns) :]:
         for column in columns or [0]:
-            cells.update(row[column : column + 1])
-    return cells
+            found.update(row[column : column + 1])
+    return found
