@@ -235,7 +235,8 @@ def run(args: argparse.Namespace) -> int:
     chosen, left_out = choose(args, slides, known, job)
     todo, finished = [], []
     for slide in chosen:
-        (finished if is_finished(slide, known.get(slide.name), job) else todo).append(slide)
+        done = is_finished(slide, known.get(slide.name), job, tell=True)
+        (finished if done else todo).append(slide)
     if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
         return 1

@@ -80,9 +80,6 @@ def write_coords(
             file[name] = values
         if source:
             _write_source(file.create_group("compressed"), **source)
-    if native:  # the name that CLAM's extract_features_fp.py looks for
-        with contextlib.suppress(OSError), atomic(path.with_name(f"{slide.name}.h5")) as link:
-            os.symlink(path.name, link)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
@@ -94,11 +91,17 @@ def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: An
 
 
 def write_clam_list(folder: Path) -> None:
-    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
+    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path; beside
+    the coordinates a link by the name that it looks for.
+    """
     text = "slide_id\n"
     for name, row in read_rows(folder).items():
         if row["status"] == "done" and row["size0"] == row["patch_size"]:
             text += f"{name}\n"
+            link = folder / "patches" / f"{name}.h5"
+            if not link.exists():
+                with contextlib.suppress(OSError), atomic(link) as temporary:
+                    os.symlink(f"{name}_patches.h5", temporary)
     write_text(folder / "clam.csv", text)
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from g2l.cohort import CohortSlide
@@ -118,6 +119,9 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         if slide.mpp is None and settings.assume_mpp:
             slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
         row |= _facts(slide)
+        pixels = slide.width * slide.height
+        if len(slide.levels) == 1 and pixels > max(1e9, 300 * row["bytes"]):  # a bomb
+            raise UserError(f"{path}: {pixels:,} px in {row['bytes']:,} bytes are no tissue")
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
@@ -167,6 +171,8 @@ def _seal(path: Path, known: str = "") -> str:
     """
     try:
         found = path.stat()
+        if not S_ISREG(found.st_mode):
+            return "-"
         place = f":{found.st_size}:{found.st_mtime_ns}"
         if path.suffix == ".tar" and known.endswith(place):
             return known
@@ -176,9 +182,11 @@ def _seal(path: Path, known: str = "") -> str:
         return "-"
 
 
-def is_finished(source: CohortSlide, row: Mapping[str, str] | None, job: Job) -> bool:
+def is_finished(
+    source: CohortSlide, row: Mapping[str, str] | None, job: Job, tell: bool = False
+) -> bool:
     """Whether nothing is left to do for a slide: its row fits, and its files are those that were
-    written; failed ones are tried again.
+    written (else a note can `tell` which is not); failed ones are tried again.
 
     A shard may be gone if none is asked for: then the slide must be the one that was tiled.
     """
@@ -196,5 +204,7 @@ def is_finished(source: CohortSlide, row: Mapping[str, str] | None, job: Job) ->
     for path, known in zip(outputs, files, strict=True):
         needed = sharded or path != outputs.shard
         if needed and not _seal(path, known).startswith(known.split(":")[0]):
+            if tell:
+                print(f"note: {path}: lost or damaged; its slide is done anew", flush=True)
             return False
     return True

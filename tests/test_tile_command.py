@@ -17,7 +17,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from cohorts import command, put, rows, run, tree
+from cohorts import command, held, put, rows, run, start, tree
 from conftest import SHARED, torchrun
 from PIL import Image
 from scipy import ndimage
@@ -280,53 +280,62 @@ def finished(tmp_path_factory, sound):
     """Three slides with shards, tiled: (data, what the folder holds)."""
     data = tmp_path_factory.mktemp("finished")
     put(data, sound, "a.svs", "b.svs")
-    write_slide(data / "slides" / "mine" / "c.svs", section(1100, 1200, seed=1))
+    write_slide(data / "slides" / "mine" / "c.svs", section(600, 700, seed=1))
+    write_slide(data / "slides" / "mine" / "blank.svs", np.full((600, 700, 3), 240, np.uint8))
     assert run(data, "--save-patches").returncode == 0
-    return data, tree(data / "tiles" / "mine")
+    return data, held(data / "tiles" / "mine")
 
 
-def empty(path, _):
-    path.write_bytes(b"")
+def flip(data, rng):
+    place = rng.randrange(len(data))
+    data[place] ^= 1 << rng.randrange(8)
+    return data
 
 
-def cut(path, _):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+def cut(data, rng):
+    return data[: rng.randrange(len(data))]
 
 
-def swap(path, other):
-    path.write_bytes(other.read_bytes())
+def zero(data, rng):
+    place = rng.randrange(len(data))
+    return data[:place] + bytes(len(data[place : place + 512])) + data[place + 512 :]
 
 
-def remove(path, _):
-    path.unlink()
-
-
-def zero(path, _):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-FILES = {
+KINDS = {
     "patches": "{}_patches.h5",
     "shards": "{}.tar",
     "thumbnails": "{}.jpg",
     "geojson": "{}.geojson",
+    ".": "slides.csv",
 }
-HARMS = [
-    (kind, harm, other) for kind in FILES for harm in (empty, cut, remove, zero) for other in ("b",)
-] + [(kind, swap, other) for kind in ("patches", "shards") for other in "bc"]
 
 
-@pytest.mark.parametrize(("kind", "harm", "other"), HARMS)
-def test_harmed_files_are_mended_by_the_next_run(finished, kind, harm, other):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_harmed_files_are_named_and_made_again(finished, kind, count):
+    """Flipped, cut, zeroed, emptied, swapped, removed: the next run equals an unbroken one."""
     data, whole = finished
-    folder = data / "tiles" / "mine"
-    path = folder / kind / FILES[kind].format("a")
-    before = path.read_bytes()
-    harm(path, folder / kind / FILES[kind].format(other))
-    done = tile.main(["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"])
-    assert done == 0 and tree(folder) == whole
-    if kind != "patches":  # HDF5 writes times into its file
-        assert path.read_bytes() == before
+    folder, rng = data / "tiles" / "mine", random.Random(count)
+    for harm in (flip, cut, zero, "empty", "swap", "remove") * count:
+        name, other = rng.sample("abc", 2)
+        path = folder / kind / KINDS[kind].format(name)
+        harmed = path.read_bytes()
+        if harm == "remove":
+            path.unlink()
+        elif harm == "swap":
+            source = path if kind == "." else folder / kind / KINDS[kind].format(other)
+            shutil.copy2(source, path.with_suffix(".other"))
+            path.with_suffix(".other").rename(path)
+        else:
+            path.write_bytes(b"" if harm == "empty" else harm(bytearray(harmed), rng))
+        changed = not path.exists() or path.read_bytes() != harmed
+        done = run(data, "--save-patches", "--workers", 1)
+        if "in its first line" in done.stderr:  # its separators are lost: only a person can tell
+            path.write_bytes(harmed)
+            continue
+        assert done.returncode == 0 and held(folder) == whole, (harm, done)
+        if changed and (kind != "." or harm == flip):  # lost rows leave nothing to name
+            assert f"{path}" in done.stdout.replace(f"see {path}", ""), (harm, done)
     index = PatchIndex(folder)
     assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
 
@@ -349,15 +358,15 @@ def test_every_flipped_bit_in_an_h5_file_is_noticed(finished):
     assert is_finished(slide, row, job)
 
 
-@pytest.mark.parametrize("harm", [empty, cut, remove])
+@pytest.mark.parametrize("harm", [flip, cut])
 def test_a_stale_contact_sheet_is_drawn_again(finished, harm, capsys):
     data, _ = finished
     sheet = data / "tiles" / "mine" / "contact.jpg"
     before = sheet.read_bytes()
-    harm(sheet, None)
+    sheet.write_bytes(harm(bytearray(before), random.Random(0)))
     args = ["--cancer", "mine", "--data", str(data), "--save-patches"]
     assert tile.main(args) == 0 and sheet.read_bytes() == before
-    assert "3 slides are finished, 0 to do" in capsys.readouterr().out
+    assert "4 slides are finished, 0 to do" in capsys.readouterr().out
     old = time.time() - 1000
     os.utime(sheet, (old, old))
     assert tile.main(args) == 0 and sheet.stat().st_mtime > old
@@ -371,12 +380,12 @@ def test_damaged_rows_are_set_aside_and_done_anew(finished, capsys):
     lines[2] = lines[2].replace("done", "d\x00ne")
     table.write_text("\n".join([*lines, "gone,dome"]))  # the latter's slide is here no longer
     args = ["--cancer", "mine", "--data", str(data), "--save-patches", "--workers", "1"]
-    assert tile.main(args) == 0 and tree(folder) == whole
+    assert tile.main(args) == 0 and held(folder) == whole
     output = capsys.readouterr().out
     assert (
         "line 3: status" in output
-        and "line 5: 2 values" in output
-        and "2 slides are finished, 1 to do" in output
+        and "line 6: 2 values" in output
+        and "3 slides are finished, 1 to do" in output
     )
     assert (folder / "slides.csv.damaged").is_file()
     sound = table.read_bytes()
@@ -523,7 +532,7 @@ def test_full_disk_stops_the_run_and_loses_nothing(tmp_path, sound):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    done = run(tmp_path, "--workers", 2, preexec_fn=little_room)
+    done = start(tmp_path, "--workers", 2, preexec_fn=little_room)
     assert done.returncode == 1 and "make room and run the same command again" in done.stderr, (
         done.stderr
     )
@@ -568,7 +577,7 @@ def test_unused_imports_are_not_paid_for(tmp_path, sound):
     """
     put(tmp_path, sound, "a.svs")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run(tmp_path, "--workers", 1).returncode == 0
+    assert start(tmp_path, "--workers", 1).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 5
     with open(tmp_path / "tiles" / "mine" / "slides.csv") as file:
