@@ -301,43 +301,57 @@ def zero(data, rng):
     return data[:place] + bytes(len(data[place : place + 512])) + data[place + 512 :]
 
 
-KINDS = {
-    "patches": "{}_patches.h5",
-    "shards": "{}.tar",
-    "thumbnails": "{}.jpg",
-    "geojson": "{}.geojson",
-    ".": "slides.csv",
-}
+FILES = "patches/{}_patches.h5", "shards/{}.tar", "thumbnails/{}.jpg", "geojson/{}.geojson"
+HARMS = flip, cut, zero, "empty", "swap", "remove"
+ROUNDS = int(os.environ.get("G2L_ROUNDS", 8))  # more of them for a night
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_harmed_files_are_named_and_made_again(finished, kind, count):
-    """Flipped, cut, zeroed, emptied, swapped, removed: the next run equals an unbroken one."""
+def harm_file(path, other, harm, rng):
+    """Whether it changed."""
+    before = path.read_bytes()
+    if harm == "remove":
+        path.unlink()
+        return True
+    if harm == "swap":
+        shutil.copy2(other, path.with_suffix(".other"))
+        path.with_suffix(".other").rename(path)
+    else:
+        path.write_bytes(b"" if harm == "empty" else harm(bytearray(before), rng))
+    return path.read_bytes() != before
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_harmed_files_are_named_and_made_again(finished, rounds):
+    """The next run names them and equals an unbroken one."""
     data, whole = finished
-    folder, rng = data / "tiles" / "mine", random.Random(count)
-    for harm in (flip, cut, zero, "empty", "swap", "remove") * count:
-        name, other = rng.sample("abc", 2)
-        path = folder / kind / KINDS[kind].format(name)
-        harmed = path.read_bytes()
-        if harm == "remove":
-            path.unlink()
-        elif harm == "swap":
-            source = path if kind == "." else folder / kind / KINDS[kind].format(other)
-            shutil.copy2(source, path.with_suffix(".other"))
-            path.with_suffix(".other").rename(path)
-        else:
-            path.write_bytes(b"" if harm == "empty" else harm(bytearray(harmed), rng))
-        changed = not path.exists() or path.read_bytes() != harmed
+    folder, rng = data / "tiles" / "mine", random.Random(rounds)
+    for harm in HARMS * rounds:
+        names = []
+        for slide, other, kind in zip("abc", "bca", rng.sample(FILES, 3), strict=True):
+            path = folder / kind.format(slide)
+            if harm_file(path, folder / kind.format(other), harm, rng):
+                names.append(str(path))
         done = run(data, "--save-patches", "--workers", 1)
-        if "in its first line" in done.stderr:  # its separators are lost: only a person can tell
-            path.write_bytes(harmed)
-            continue
-        assert done.returncode == 0 and held(folder) == whole, (harm, done)
-        if changed and (kind != "." or harm == flip):  # lost rows leave nothing to name
-            assert f"{path}" in done.stdout.replace(f"see {path}", ""), (harm, done)
+        assert done.returncode == 0 and held(folder) == whole, (harm, names, done)
+        assert all(name in done.stdout for name in names), (harm, names, done)
     index = PatchIndex(folder)
     assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_a_harmed_slides_csv_is_made_again(finished, rounds):
+    data, whole = finished
+    table, rng = data / "tiles" / "mine" / "slides.csv", random.Random(rounds)
+    for harm in (flip, cut, zero, "empty", "remove") * rounds:
+        before = table.read_bytes()
+        changed = harm_file(table, None, harm, rng)
+        done = run(data, "--save-patches", "--workers", 1)
+        if "in its first line" in done.stderr:  # no longer a table of ours: only a person can tell
+            table.write_bytes(before)
+            continue
+        assert done.returncode == 0 and held(table.parent) == whole, (harm, done)
+        if changed and harm == flip:  # lost rows leave nothing to name
+            assert f"note: {table}" in done.stdout
 
 
 def test_every_flipped_bit_in_an_h5_file_is_noticed(finished):
