@@ -46,7 +46,7 @@ from g2l.overlays import write_contact_sheet
 from g2l.patches import write_clam_list
 from g2l.pool import Pool
 from g2l.progress import Progress
-from g2l.rows import Rows, read_rows, write_rows
+from g2l.rows import Rows, one_line, read_rows, write_rows
 from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, seals_of, tile_one
 
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
@@ -90,21 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         download,
         "--download",
-        "fetch the slides of a TCGA project, as many at once as there are --workers",
+        "fetch the slides of a TCGA project, as many at a time as there are --workers",
     )
-    flag(download, "--yes", "do not ask before downloading")
+    flag(download, "--yes", "download without asking")
     flag(
         download,
         "--discard-slides",
-        "delete each slide that was downloaded here once its patches are saved or it is skipped "
-        "(with --download and --save-patches)",
+        "delete each downloaded slide once its patches are saved or it is skipped (needs "
+        "--download and --save-patches)",
     )
-    flag(download, "--gdc-url URL", "the server", "https://api.gdc.cancer.gov")
+    flag(download, "--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
     flag(
         parser.add_argument_group("work"),
         "--workers N",
-        "processes, up to 1 GB each (default: one per CPU, at most 16); for several machines start "
-        "this script by torchrun on a shared disk",
+        "processes, of up to 1 GB each (default: one per CPU, at most 16); to use several "
+        "machines, start this script by torchrun on a shared disk",
     )
     return parser
 
@@ -114,40 +114,44 @@ def add_cohort_arguments(group) -> None:
     flag(
         group,
         "--cancer NAME",
-        "a TCGA project (brca, prad, ...) or any name; output goes to DATA/tiles/NAME",
+        "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
         type=plain_name,
         required=True,
     )
-    flag(group, "--data DIR", "holds slides/ and tiles/", Path("data"))
-    flag(group, "--slides DIR", "slides, flat or in folders (default: DATA/slides/NAME)")
+    flag(group, "--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
+    flag(
+        group,
+        "--slides DIR",
+        "the folder of the slides, flat or nested (default: DATA/slides/NAME)",
+    )
     flag(
         group,
         "--manifest FILE",
-        "take only the slides named here: a GDC manifest, or a CSV with slide[,mpp][,patient]. "
-        "Where it names no patient, the slide's name does: by its TCGA barcode, else by all up to "
-        "and with the first of its parts between _ that holds a digit (P1 of P1_a, case_001 of "
-        "case_001_HE)",
+        "take only the slides that this file names: a GDC manifest, or a CSV with the columns "
+        "slide[,mpp][,patient]. Without a patient there, a slide's name tells whose it is: its "
+        "TCGA barcode, else all up to and including the first part between underscores that holds "
+        "a digit (P1 for P1_a, case_001 for case_001_HE)",
     )
     group.add_argument(
         "--strategy",
         choices=("diagnostic", "tissue", "both"),
-        help="of TCGA: paraffin sections (DX), frozen ones (TS, BS, MS), or both, paraffin first "
-        "(default: diagnostic for --download, both for slides at hand)",
+        help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
+        "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
     )
     flag(
         group,
         "--exclude FILE",
-        "hold out the patients named here (slides or patients, one a line or a CSV), such as those "
-        "of a benchmark",
+        "hold out the patients that this file names (a slide or patient per line, or a CSV), for "
+        "example those of a benchmark",
     )
     flag(
         group,
         "--max-slides N",
-        "take a random sample of so many; 0 takes all",
+        "take a random sample of at most N slides; 0 takes all",
         1000,
         type=functools.partial(whole, least=0),
     )
-    flag(group, "--seed N", "draws another sample", 0, type=int)
+    flag(group, "--seed N", "another seed draws another sample", 0, type=int)
 
 
 def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,61 +160,62 @@ def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
     flag(
         group,
         "--mpp UM",
-        "µm per pixel wanted; slides within 20 %% of it are taken as they are (0.25 is 40x, 0.5 "
-        "20x, 1 10x)",
+        "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
+        "40x, 0.5 is 20x, 1 is 10x)",
         0.25,
     )
     side = functools.partial(whole, least=16, most=4096)
     flag(group, "--patch-size PX", "side of a patch", 256, type=side)
     overlap = functools.partial(whole, least=0)
-    flag(group, "--overlap PX", "of neighbouring patches", 0, type=overlap)
+    flag(group, "--overlap PX", "how far neighbouring patches overlap", 0, type=overlap)
     flag(
         group,
         "--resample",
         "rescale slides of another magnification instead of skipping them (a coarser slide gains "
-        "no detail by it)",
+        "no detail)",
     )
     flag(
         group,
         "--enlarge",
-        "with --resample: also take slides that are more than 1.5 times coarser",
+        "with --resample, also take slides that are more than 1.5 times coarser",
     )
     flag(
         group,
         "--assume-mpp UM",
-        "µm per pixel of slides that do not say (default: skip them)",
+        "µm per pixel of slides that do not state it (default: skip them)",
     )
-    group = parser.add_argument_group("tissue and quality (of a patch)")
+    group = parser.add_argument_group("tissue and quality of a patch")
     flag(group, "--min-tissue SHARE", "least share of tissue", 0.5)
     flag(
         group,
         "--max-pen SHARE",
-        "most share of ink; 1 for stains other than H&E, whose colours look like ink",
+        "largest share of ink; use 1 for stains other than H&E, whose colours look like ink",
         0.1,
     )
     flag(
         group,
         "--max-blur PX",
-        "most blur, as the sigma of a Gaussian in patch pixels (measured up to 6); 6 keeps all",
+        "most blur, as the sigma of a Gaussian in patch pixels (measured up to 6, so 6 keeps all)",
         3.5,
         type=positive,
     )
     flag(
         group,
         "--masks DIR",
-        "your own tissue: <slide>.geojson (QuPath) or an image of the whole slide, not 0 in tissue",
+        "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
+        "slide that is not 0 in tissue",
     )
     group = parser.add_argument_group("patches on disk")
     flag(
         group,
         "--save-patches",
-        "also write the patches as JPEG to DATA/tiles/NAME/shards (WebDataset tars; about 10 to "
-        "40 kB a patch of 256 px)",
+        "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "
+        "40 kB for a patch of 256 px)",
     )
     flag(
         group,
         "--jpeg-quality Q",
-        "of patches that have to be encoded anew",
+        "quality of the patches that have to be encoded anew",
         90,
         type=functools.partial(whole, most=100),
     )
@@ -293,7 +298,7 @@ def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
-        print(f"note: {note}", flush=True)
+        print(f"note: {one_line(note)}", flush=True)
     return slides
 
 
@@ -440,7 +445,7 @@ def update_rows(
 def reason_of(error: BaseException) -> str:
     """What slides.csv says of an error, with what mends it."""
     told = explain(error, REMEDIES) if isinstance(error, UserError) else str(error)
-    return told or type(error).__name__
+    return one_line(told or type(error).__name__)
 
 
 def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
@@ -460,7 +465,11 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
                 rate = fetched / 1e6 / progress.seconds
                 progress.step(0, f"{fetched / 1e9:.2f} GB fetched, {rate:.1f} MB/s")
             elif kind == "died":
-                row = first_facts(slide, job) | {"reason": how_it_died(content)}
+                why = "an error of this program ended it, printed above"
+                if content < 0:
+                    name = signal.Signals(-content).name
+                    why = f"its reader died ({name}): damaged, or too little memory"
+                row = first_facts(slide, job) | {"reason": why}
                 write_rows(job.folder, [row])
                 tell_slide(progress, row)
             elif content is None:
@@ -468,13 +477,6 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
             else:
                 tell_slide(progress, content)
     return busy
-
-
-def how_it_died(code: int) -> str:
-    """Why a worker process ended without an answer."""
-    if code < 0:
-        return f"its reader died ({signal.Signals(-code).name}): damaged, or too little memory"
-    return "an error of this program ended it, printed above"
 
 
 def tell_slide(progress: Progress, row: dict) -> None:
@@ -550,29 +552,21 @@ def discard(slide: CohortSlide, job: Job) -> None:
         slide.path.parent.rmdir()
 
 
-def renew_contact_sheet(folder: Path) -> None:
-    """Draw contact.jpg where it is not the one of this slides.csv, whose time it gets."""
-    sheet, now = folder / "contact.jpg", (folder / "slides.csv").stat().st_mtime_ns
-    if not sheet.exists() or sheet.stat().st_mtime_ns != now:
-        write_contact_sheet(folder)
-        os.utime(sheet, ns=(now, now))
-
-
 def summarize(slides: list[CohortSlide], job: Job) -> int:
-    """The contact sheet, the slides that failed, and the last line; the exit status."""
+    """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
-    rows, done = [], []
-    for slide in slides:
-        row = every[slide.name]
-        rows.append(row)
-        if row["status"] == "done":
-            done.append(row)
-            if not job.settings.made(row, slide):
-                text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
-                raise UserError(text, "settings")
+    rows = [every[slide.name] for slide in slides]
+    done = [row for row in rows if row["status"] == "done"]
+    for row, slide in zip(rows, slides, strict=True):
+        if row["status"] == "done" and not job.settings.made(row, slide):
+            text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
+            raise UserError(text, "settings")
     write_clam_list(job.folder)
-    if done:
-        renew_contact_sheet(job.folder)
+    sheet, now = job.folder / "contact.jpg", (job.folder / "slides.csv").stat().st_mtime_ns
+    # It gets the time of the table that it shows, so that a stale or harmed one is known.
+    if done and not (sheet.exists() and sheet.stat().st_mtime_ns == now):
+        write_contact_sheet(job.folder)
+        os.utime(sheet, ns=(now, now))
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed[:10]:
         print(f"failed: {row['slide']}: {row['reason']}")

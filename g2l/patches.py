@@ -13,8 +13,8 @@ import os
 import resource
 import struct
 import weakref
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,12 @@ def tile_table(slide: Slide, tiling: Tiling) -> dict[str, Any]:
     tiles = slide.levels[0].tiles
     if not tiles or tiling.size0 != tiling.patch_size:
         return {}
-    table = {"offset": tiles.offsets, "bytes": tiles.counts}
-    return {"codec": tiles.codec, "columns": tiles.columns, **table}
+    return {
+        "codec": tiles.codec,
+        "columns": tiles.columns,
+        "offset": tiles.offsets,
+        "bytes": tiles.counts,
+    }
 
 
 def write_shard(
@@ -184,8 +188,8 @@ class _Layout:
 class _Handle:
     """What is kept open of a slide: its h5 file; the shard or slide that holds tiles; a reader."""
 
-    layout: _Layout
     table: int
+    layout: _Layout = field(init=False)
     file: int = -1
     slide: Slide | None = None
 
@@ -287,31 +291,25 @@ class PatchIndex:
         slide = first * len(self.slides) >> 64
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
 
-    def _layout(self, number: int, table: int) -> _Layout:
+    def _layout(self, number: int, path: Path, table: int) -> _Layout:
         """Read from the h5 file (open as `table`) where it is new to us or was written anew."""
         status = os.fstat(table)
         version = status.st_ino, status.st_size, status.st_mtime_ns
         known = self._layouts.get(number)
         if known and known.version == version:
             return known
-        layout = _read_layout(self._table(number), version, int(self.counts[number]))
+        layout = _read_layout(path, version, int(self.counts[number]))
         self._layouts[number] = layout
         return layout
-
-    def _table(self, number: int) -> Path:
-        return self.folder / "patches" / f"{self.slides[number]}_patches.h5"
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        table = os.open(self._table(number), os.O_RDONLY)
-        try:
-            handle = _Handle(self._layout(number, table), table)
-        except BaseException:
-            os.close(table)
-            raise
+        path = self.folder / "patches" / f"{self.slides[number]}_patches.h5"
+        handle = _Handle(os.open(path, os.O_RDONLY))
+        handle.layout = self._layout(number, path, handle.table)
         self._open[number] = handle
         if handle.layout.codec:
             # A lost shard: the slide may still be there.
@@ -415,12 +413,12 @@ def _finished_rows(folder: Path) -> list[dict[str, str]]:
 def _moved(paths: list[Path], folder: Path) -> list[Path]:
     """Where slides lie below `folder` now: the one of the same folder and name, else of the name
     where only one has it, else where it was."""
-    named: dict[str, list[Path]] = {}
+    named = defaultdict(list)
     for path in find_slides(folder):
-        named.setdefault(path.name, []).append(path)
+        named[path.name].append(path)
     found = []
     for path in paths:
-        others = named.get(path.name, [])
+        others = named[path.name]
         same = [other for other in others if other.parent.name == path.parent.name]
         found.append((same or (others if len(others) == 1 else [path]))[0])
     return found

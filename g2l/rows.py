@@ -7,7 +7,6 @@ is checked when it is read back, since people open it in spreadsheets and disks 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import re
 import zlib
@@ -126,14 +125,10 @@ def _fault(row: dict[str, str]) -> str:
 
 
 def _check(row: dict[str, str]) -> str:
-    """Checksum of a row; numbers count by their worth, since spreadsheets write them anew."""
-    values = []
-    for column in COLUMNS[:-1]:
-        value = row.get(column, "")
-        with contextlib.suppress(ValueError):
-            value = str(float(value))
-        values.append(value)
-    return f"x{zlib.crc32(repr(values).encode('utf-8', 'backslashreplace')):08x}"
+    """Checksum of a row, without zeros at the ends of decimals: spreadsheets drop them."""
+    text = "\n".join(row.get(column, "") for column in COLUMNS[:-1])
+    plain = re.sub(r"\.\d+", lambda match: match[0].rstrip("0").rstrip("."), text)
+    return f"x{zlib.crc32(plain.encode('utf-8', 'backslashreplace')):08x}"
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:

@@ -136,8 +136,7 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         write_coords(outputs.coords, slide, tiling, settings.limits.overlap, place)
     if errors:
         tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
-    row |= {name: f"{share:.4f}" for name, share in tiling.summary.items()}
-    row |= {
+    row |= {name: f"{share:.4f}" for name, share in tiling.summary.items()} | {
         "status": "done",
         "patches": len(tiling.coords),
         "size0": tiling.size0,

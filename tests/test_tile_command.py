@@ -8,8 +8,10 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -208,6 +210,54 @@ def test_impossible_values_are_named_with_their_flag(capsys, flag, value, text):
     with pytest.raises(SystemExit):
         tile.main(["--cancer", "mine", f"{flag}={value}"])
     assert f"{flag}: {text}" in capsys.readouterr().err
+
+
+def with_tags(slide, edits):
+    """A little-endian TIFF with other values of some tags of its first directory."""
+    data = bytearray(slide)
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    for at in range(start + 2, start + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from("<H", data, at)
+        if tag in edits:
+            struct.pack_into("<HII", data, at + 2, 4, 1, edits[tag])
+    return data
+
+
+def test_hostile_files_are_refused_in_seconds(tmp_path, sound):
+    folder = put(tmp_path, sound, "good.svs")
+    os.mkfifo(folder / "pipe.svs")
+    (folder / "link.svs").symlink_to("pipe.svs")
+    for side in (1 << 14, 1 << 20, (1 << 32) - 16):
+        (folder / f"side{side}.svs").write_bytes(with_tags(sound, {322: side, 323: side}))
+    (folder / "high.svs").write_bytes(with_tags(sound, {257: 1 << 31}))
+    empty = zlib.compress(bytes(3 * 1024**2), 9)
+    with tifffile.TiffWriter(folder / "bomb.tif") as file:  # 3 GB in 3 MB
+        file.write(
+            (empty for _ in range(1024)),
+            shape=(32768, 32768, 3),
+            dtype=np.uint8,
+            tile=(1024, 1024),
+            compression="zlib",
+            photometric="rgb",
+            resolution=(40000, 40000),
+            resolutionunit="CENTIMETER",
+        )
+    start = time.time()
+    done = run(tmp_path, "--workers", 1)
+    assert done.returncode == 1 and time.time() - start < 20
+    table = rows(tmp_path)
+    assert {name for name, row in table.items() if row["status"] == "done"} == {"good"}
+    assert "are no tissue" in table["bomb"]["reason"] and "pipe" not in table
+    assert all("has tiles of" in row["reason"] for name, row in table.items() if "side" in name)
+
+
+def test_names_with_controls_do_not_reach_the_terminal(tmp_path, sound):
+    put(tmp_path, sound, "a\n\x1b[31m.svs")
+    done = run(tmp_path)
+    assert (
+        done.returncode == 1 and "\x1b" not in done.stdout and "control characters" in done.stdout
+    )
 
 
 def test_masks_and_mpp_of_the_user(tmp_path, sound):
