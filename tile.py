@@ -29,7 +29,7 @@ from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, directory, pixel_size, positive, share, whole
+from g2l.arguments import Help, flag, positive, whole
 from g2l.cohort import (
     CohortSlide,
     find_slides,
@@ -46,8 +46,8 @@ from g2l.overlays import write_contact_sheet
 from g2l.patches import write_clam_list
 from g2l.pool import Pool
 from g2l.progress import Progress
-from g2l.rows import Rows, read_rows, write_rows
-from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, is_whole_jpeg, tile_one
+from g2l.rows import Rows, one_line, read_rows, write_rows
+from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, seals_of, tile_one
 
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
     "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
@@ -85,175 +85,139 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
     )
     add_cohort_arguments(parser.add_argument_group("cohort"))
-    add_grid_arguments(parser.add_argument_group("magnification"))
-    add_quality_arguments(parser.add_argument_group("tissue and quality (of a patch)"))
-    add_output_arguments(parser.add_argument_group("patches on disk"))
-    add_download_arguments(parser.add_argument_group("download from the GDC"))
-    parser.add_argument_group("work").add_argument(
-        "--workers",
-        type=whole,
-        metavar="N",
-        help="processes, up to 1 GB each (default: one per CPU, "
-        "at most 16); for several machines start this script by torchrun on a shared disk",
+    add_patch_arguments(parser)
+    download = parser.add_argument_group("download from the GDC")
+    flag(
+        download,
+        "--download",
+        "fetch the slides of a TCGA project, as many at a time as there are --workers",
+    )
+    flag(download, "--yes", "download without asking")
+    flag(
+        download,
+        "--discard-slides",
+        "delete each downloaded slide once its patches are saved or it is skipped (needs "
+        "--download and --save-patches)",
+    )
+    flag(download, "--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
+    flag(
+        parser.add_argument_group("work"),
+        "--workers N",
+        "processes, of up to 1 GB each (default: one per CPU, at most 16); to use several "
+        "machines, start this script by torchrun on a shared disk",
     )
     return parser
 
 
 def add_cohort_arguments(group) -> None:
     """Which slides."""
-    group.add_argument(
-        "--cancer",
+    flag(
+        group,
+        "--cancer NAME",
+        "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
         type=plain_name,
         required=True,
-        metavar="NAME",
-        help="a TCGA project (brca, prad, ...) or any name; output goes to DATA/tiles/NAME",
     )
-    group.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="DIR", help="holds slides/ and tiles/"
+    flag(group, "--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
+    flag(
+        group,
+        "--slides DIR",
+        "the folder of the slides, flat or nested (default: DATA/slides/NAME)",
     )
-    group.add_argument(
-        "--slides",
-        type=directory,
-        metavar="DIR",
-        help="slides, flat or in folders (default: DATA/slides/NAME)",
-    )
-    group.add_argument(
-        "--manifest",
-        type=Path,
-        metavar="FILE",
-        help="take only the slides named here: a GDC manifest, or a CSV with "
-        "slide[,mpp][,patient]. Where it names no patient, the slide's name does: by its TCGA "
-        "barcode, else by all up to and with the first of its parts between _ that holds a digit "
-        "(P1 of P1_a, case_001 of case_001_HE)",
+    flag(
+        group,
+        "--manifest FILE",
+        "take only the slides that this file names: a GDC manifest, or a CSV with the columns "
+        "slide[,mpp][,patient]. Without a patient there, a slide's name tells whose it is: its "
+        "TCGA barcode, else all up to and including the first part between underscores that holds "
+        "a digit (P1 for P1_a, case_001 for case_001_HE)",
     )
     group.add_argument(
         "--strategy",
         choices=("diagnostic", "tissue", "both"),
-        help="of TCGA: paraffin sections (DX), frozen ones (TS, BS, MS), or both, paraffin first "
-        "(default: diagnostic for --download, both for slides at hand)",
+        help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
+        "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
     )
-    group.add_argument(
-        "--exclude",
-        type=Path,
-        metavar="FILE",
-        help="hold out the patients named here (slides or patients, one a line or a CSV), such "
-        "as those of a benchmark",
+    flag(
+        group,
+        "--exclude FILE",
+        "hold out the patients that this file names (a slide or patient per line, or a CSV), for "
+        "example those of a benchmark",
     )
-    group.add_argument(
-        "--max-slides",
+    flag(
+        group,
+        "--max-slides N",
+        "take a random sample of at most N slides; 0 takes all",
+        1000,
         type=functools.partial(whole, least=0),
-        default=1000,
-        metavar="N",
-        help="a random sample of so many; 0: all",
     )
-    group.add_argument("--seed", type=int, default=0, help="draws another sample")
+    flag(group, "--seed N", "another seed draws another sample", 0, type=int)
 
 
-def add_grid_arguments(group) -> None:
-    """How patches lie on a slide."""
-    group.add_argument(
-        "--mpp",
-        type=pixel_size,
-        default=0.25,
-        metavar="UM",
-        help="µm per pixel wanted; slides within "
-        "20 %% of it are taken as they are (0.25 is 40x, 0.5 20x, 1 10x)",
+def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
+    """How patches lie on a slide, which are kept, and what is written of them."""
+    group = parser.add_argument_group("magnification")
+    flag(
+        group,
+        "--mpp UM",
+        "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
+        "40x, 0.5 is 20x, 1 is 10x)",
+        0.25,
     )
-    group.add_argument(
-        "--patch-size",
-        type=functools.partial(whole, least=16, most=4096),
-        default=256,
-        metavar="PX",
-        help="side of a patch",
-    )
-    group.add_argument(
-        "--overlap",
-        type=functools.partial(whole, least=0),
-        default=0,
-        metavar="PX",
-        help="of neighbouring patches",
-    )
-    group.add_argument(
+    side = functools.partial(whole, least=16, most=4096)
+    flag(group, "--patch-size PX", "side of a patch", 256, type=side)
+    overlap = functools.partial(whole, least=0)
+    flag(group, "--overlap PX", "how far neighbouring patches overlap", 0, type=overlap)
+    flag(
+        group,
         "--resample",
-        action="store_true",
-        help="rescale slides of another magnification instead of "
-        "skipping them (a coarser slide gains no detail by it)",
+        "rescale slides of another magnification instead of skipping them (a coarser slide gains "
+        "no detail)",
     )
-    group.add_argument(
+    flag(
+        group,
         "--enlarge",
-        action="store_true",
-        help="with --resample: take slides too that are more than 1.5 times coarser",
+        "with --resample, also take slides that are more than 1.5 times coarser",
     )
-    group.add_argument(
-        "--assume-mpp",
-        type=pixel_size,
-        metavar="UM",
-        help="µm per pixel of slides that do not say (default: skip them)",
+    flag(
+        group,
+        "--assume-mpp UM",
+        "µm per pixel of slides that do not state it (default: skip them)",
     )
-
-
-def add_quality_arguments(group) -> None:
-    """Which patches are kept."""
-    group.add_argument(
-        "--min-tissue", type=share, default=0.5, metavar="SHARE", help="least share of tissue"
+    group = parser.add_argument_group("tissue and quality of a patch")
+    flag(group, "--min-tissue SHARE", "least share of tissue", 0.5)
+    flag(
+        group,
+        "--max-pen SHARE",
+        "largest share of ink; use 1 for stains other than H&E, whose colours look like ink",
+        0.1,
     )
-    group.add_argument(
-        "--max-pen",
-        type=share,
-        default=0.1,
-        metavar="SHARE",
-        help="most share of ink; 1 for stains other than H&E, whose colours look like ink",
-    )
-    group.add_argument(
-        "--max-blur",
+    flag(
+        group,
+        "--max-blur PX",
+        "most blur, as the sigma of a Gaussian in patch pixels (measured up to 6, so 6 keeps all)",
+        3.5,
         type=positive,
-        default=3.5,
-        metavar="PX",
-        help="most blur, as the sigma of a "
-        "Gaussian in patch pixels (measured up to 6); 6 keeps all",
     )
-    group.add_argument(
-        "--masks",
-        type=directory,
-        metavar="DIR",
-        help="your own tissue: <slide>.geojson (QuPath) or an "
-        "image of the whole slide, not 0 in tissue",
+    flag(
+        group,
+        "--masks DIR",
+        "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
+        "slide that is not 0 in tissue",
     )
-
-
-def add_output_arguments(group) -> None:
-    """What is written beside the coordinates."""
-    group.add_argument(
+    group = parser.add_argument_group("patches on disk")
+    flag(
+        group,
         "--save-patches",
-        action="store_true",
-        help="write the patches as JPEG to DATA/tiles/NAME/"
-        "shards too (WebDataset tars; about 10 to 40 kB a patch of 256 px)",
+        "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "
+        "40 kB for a patch of 256 px)",
     )
-    group.add_argument(
-        "--jpeg-quality",
+    flag(
+        group,
+        "--jpeg-quality Q",
+        "quality of the patches that have to be encoded anew",
+        90,
         type=functools.partial(whole, most=100),
-        default=90,
-        metavar="Q",
-        help="of patches that have to be encoded anew",
-    )
-
-
-def add_download_arguments(group) -> None:
-    """Slides that are not at hand."""
-    group.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch the slides of a TCGA project, as many at once as there are --workers",
-    )
-    group.add_argument("--yes", action="store_true", help="do not ask before downloading")
-    group.add_argument(
-        "--discard-slides",
-        action="store_true",
-        help="delete each slide that was downloaded here when "
-        "its patches are saved or it is skipped (with --download and --save-patches)",
-    )
-    group.add_argument(
-        "--gdc-url", default="https://api.gdc.cancer.gov", metavar="URL", help="the server"
     )
 
 
@@ -274,7 +238,10 @@ def run(args: argparse.Namespace) -> int:
     known = read_rows(job.folder, damaged)
     slides = list_gdc(args) if args.download else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo = [slide for slide in chosen if not is_finished(slide, known.get(slide.name), job)]
+    todo, finished = [], []
+    for slide in chosen:
+        done = is_finished(slide, known.get(slide.name), job, tell=True)
+        (finished if done else todo).append(slide)
     if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
         return 1
@@ -282,13 +249,11 @@ def run(args: argparse.Namespace) -> int:
         set_aside(job.folder, damaged)
         write_manifest(job.folder, chosen)
         update_rows(job, slides, left_out, known)
-        for slide in chosen:
-            if slide not in todo:
-                discard(slide, job)  # left by a run that was killed
-    finished = len(chosen) - len(todo)
-    print(f"{finished} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
-    others = [slide for number, slide in enumerate(todo) if number % world != rank]
-    busy = work_through(todo[rank::world] + others, job, workers)
+        for slide in finished:
+            discard(slide, job)  # left by a run that was killed
+    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
+    start = len(todo) * rank // world  # each rank begins elsewhere
+    busy = work_through(todo[start:] + todo[:start], job, workers)
     if rank:
         return 0  # a rank that ends with an error would take the others down; rank 0 reports
     # What other processes hold: wait for it, or do it if they died.
@@ -305,10 +270,10 @@ def check(args: argparse.Namespace) -> None:
             "--discard-slides: only with --download (your own slides are never deleted) and "
             "--save-patches (or nothing would be left)"
         )
-    for flag in ("masks", "manifest", "exclude"):
-        path = getattr(args, flag)
+    for name in ("masks", "manifest", "exclude"):
+        path = getattr(args, name)
         if path and not path.exists():
-            raise UserError(f"--{flag} {path}: no such file or folder")
+            raise UserError(f"--{name} {path}: no such file or folder")
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -333,7 +298,7 @@ def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
-        print(f"note: {note}", flush=True)
+        print(f"note: {one_line(note)}", flush=True)
     return slides
 
 
@@ -422,12 +387,15 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     kept = f"; at most {need / 1e9:.2f} GB are kept at a time" if args.discard_slides else ""
-    plan = f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder}"
-    print(f"{plan} ({free / 1e9:.1f} GB free{kept})", flush=True)
+    print(
+        f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder} "
+        f"({free / 1e9:.1f} GB free{kept})",
+        flush=True,
+    )
     if need > free:
         raise UserError(
-            f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; fewer slides by "
-            f"--max-slides, another disk by --data, or --save-patches --discard-slides"
+            f"{folder}: {need / 1e9:.1f} GB needed; take fewer slides by --max-slides, another "
+            "disk by --data, or --save-patches --discard-slides"
         )
     if args.yes:
         return True
@@ -443,7 +411,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
         shutil.copy(table, table.with_suffix(".csv.damaged"))
         write_rows(folder, [])
         for fault in damaged:
-            print(f"note: {fault}: damaged, its slide is done anew (copy: {table}.damaged)")
+            print(f"note: {fault}: damaged; what is lost is made anew (copy: {table}.damaged)")
 
 
 def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
@@ -477,7 +445,7 @@ def update_rows(
 def reason_of(error: BaseException) -> str:
     """What slides.csv says of an error, with what mends it."""
     told = explain(error, REMEDIES) if isinstance(error, UserError) else str(error)
-    return told or type(error).__name__
+    return one_line(told or type(error).__name__)
 
 
 def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
@@ -497,7 +465,11 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
                 rate = fetched / 1e6 / progress.seconds
                 progress.step(0, f"{fetched / 1e9:.2f} GB fetched, {rate:.1f} MB/s")
             elif kind == "died":
-                row = first_facts(slide, job) | {"reason": how_it_died(content)}
+                why = "an error of this program ended it, printed above"
+                if content < 0:
+                    name = signal.Signals(-content).name
+                    why = f"its reader died ({name}): damaged, or too little memory"
+                row = first_facts(slide, job) | {"reason": why}
                 write_rows(job.folder, [row])
                 tell_slide(progress, row)
             elif content is None:
@@ -505,13 +477,6 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
             else:
                 tell_slide(progress, content)
     return busy
-
-
-def how_it_died(code: int) -> str:
-    """Why a worker process ended without an answer."""
-    if code < 0:
-        return f"its reader died ({signal.Signals(-code).name}): damaged, or too little memory"
-    return "an error of this program ended it, printed above"
 
 
 def tell_slide(progress: Progress, row: dict) -> None:
@@ -548,6 +513,8 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
             if disk_full(error):  # every further slide would meet it
                 raise
             row["reason"] = reason_of(error)
+        if row["status"] != "failed":
+            row["seals"] = seals_of(slide, job)
         row["seconds"] = f"{perf_counter() - start:.2f}"
         write_rows(job.folder, [row])
         if row["status"] != "failed" and not row.get("unreadable"):
@@ -585,28 +552,21 @@ def discard(slide: CohortSlide, job: Job) -> None:
         slide.path.parent.rmdir()
 
 
-def renew_contact_sheet(folder: Path) -> None:
-    """Draw contact.jpg where it is not whole, or older than the last change of slides.csv."""
-    sheet, table = folder / "contact.jpg", folder / "slides.csv"
-    if not is_whole_jpeg(sheet) or sheet.stat().st_mtime_ns < table.stat().st_mtime_ns:
-        write_contact_sheet(folder)
-
-
 def summarize(slides: list[CohortSlide], job: Job) -> int:
-    """The contact sheet, the slides that failed, and the last line; the exit status."""
+    """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
-    rows, done = [], []
-    for slide in slides:
-        row = every[slide.name]
-        rows.append(row)
-        if row["status"] == "done":
-            done.append(row)
-            if not job.settings.made(row, slide):
-                text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
-                raise UserError(text, "settings")
+    rows = [every[slide.name] for slide in slides]
+    done = [row for row in rows if row["status"] == "done"]
+    for row, slide in zip(rows, slides, strict=True):
+        if row["status"] == "done" and not job.settings.made(row, slide):
+            text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
+            raise UserError(text, "settings")
     write_clam_list(job.folder)
-    if done:
-        renew_contact_sheet(job.folder)
+    sheet, now = job.folder / "contact.jpg", (job.folder / "slides.csv").stat().st_mtime_ns
+    # It gets the time of the table that it shows, so that a stale or harmed one is known.
+    if done and not (sheet.exists() and sheet.stat().st_mtime_ns == now):
+        write_contact_sheet(job.folder)
+        os.utime(sheet, ns=(now, now))
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed[:10]:
         print(f"failed: {row['slide']}: {row['reason']}")

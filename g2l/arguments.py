@@ -6,9 +6,9 @@ import argparse
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,12 +37,12 @@ def share(text: str) -> float:
     return value
 
 
-def whole(text: str, least: int = 1, most: float = np.inf) -> int:
+def whole(text: str, least: int = 1, most: float = math.inf) -> int:
     """A whole number of a flag, from `least` to `most`."""
     if not text.isdecimal() or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(
             f"{text}: expected a whole number from {least}"
-            + (f" to {most}" if most < np.inf else "")
+            + (f" to {most}" if most < math.inf else "")
         )
     return int(text)
 
@@ -54,41 +54,40 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
+# What a flag takes, by the word that stands for it in the help.
+KINDS: dict[str, Callable[[str], Any]] = {
+    "DIR": directory,
+    "FILE": Path,
+    "N": whole,
+    "PX": whole,
+    "SHARE": share,
+    "UM": pixel_size,
+}
+
+
+def flag(group, usage: str, help: str, default: Any = None, **options) -> None:
+    """Add a flag to a parser or group: "--mpp UM" takes a value of that kind (see KINDS; text where
+    it names none), "--yes" takes none. `options` are those of add_argument.
+    """
+    name, _, kind = usage.partition(" ")
+    if kind:
+        options = {"type": KINDS.get(kind), "metavar": kind, "default": default} | options
+    else:
+        options["action"] = "store_true"
+    group.add_argument(name, help=help, **options)
+
+
 def add_running_arguments(where, run):
     """Add the flags that evaluate.py and robustness.py share to two argument groups; returns the
     second.
     """
-    where.add_argument(
-        "--runs", default=Path("runs"), type=Path, help="looked through for students"
-    )
-    where.add_argument(
-        "--results", default=Path("results"), type=Path, help="features, metrics, tables, pictures"
-    )
-    run.add_argument(
-        "--input-size",
-        type=whole,
-        metavar="PX",
-        help="side of the networks' input, if not the published",
-    )
-    run.add_argument(
-        "--batch-size",
-        type=whole,
-        metavar="N",
-        help="images per forward pass; default by device, memory",
-    )
-    run.add_argument(
-        "--workers",
-        type=functools.partial(whole, least=0),
-        default=0,
-        metavar="N",
-        help="processes that read images",
-    )
-    run.add_argument(
-        "--max-unreadable",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="of images, before it stops",
-    )
-    run.add_argument("--no-pictures", action="store_true", help="tables only")
+    flag(where, "--runs DIR", "looked through for students", Path("runs"))
+    flag(where, "--results DIR", "features, metrics, tables, pictures", Path("results"))
+    flag(run, "--input-size PX", "side of the networks' input, if not the published one")
+    flag(run, "--batch-size N", "images per forward pass (default: by device and memory)")
+    workers = "processes that read images"
+    flag(run, "--workers N", workers, 0, type=functools.partial(whole, least=0))
+    unreadable = "the run stops when more than this share of images cannot be read"
+    flag(run, "--max-unreadable SHARE", unreadable, 0.01)
+    flag(run, "--no-pictures", "write tables only")
     return run

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from g2l.errors import SkippedSlide, UserError
-from g2l.files import files_below, read_table, read_text, size_of
-from g2l.rows import one_line
+from g2l.files import files_below, read_table, read_text, separator, size_of
+from g2l.rows import cells_of, one_line
 from g2l.slides import SUFFIXES, slide_name
 
 TCGA = (
@@ -210,14 +210,19 @@ def _named_slides(
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
     for row in rows:
-        if path := _locate(row, (Path(), manifest.parent, folder, folder / row.id)):
-            row.path = path
-            places.setdefault(str(path), path)
+        for parent in (Path(), manifest.parent, folder, folder / row.id):
+            path = Path(os.path.abspath(parent / row.path))
+            if path.is_file():
+                row.path = places.setdefault(str(path), path)
+                break
+    called: dict[str, set[str]] = defaultdict(set)  # names of slides, by what may mean them
     named = name_slides(places.values())
-    called = _calls(named)
+    for name, path in named.items():
+        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
+            called[key].add(name)
     slides, missing = {}, []
     for row in rows:
-        keys = (str(row.path), row.path.name, slide_name(row.path))
+        keys = (os.path.abspath(row.path), row.path.name, slide_name(row.path))
         found = sorted(next((called[key] for key in keys if key in called), ()))
         if len(found) > 1:
             many = f"{len(found)} slides are called so: {', '.join(found)}"
@@ -231,23 +236,6 @@ def _named_slides(
         count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
         raise UserError(f"{manifest}: {count}", "slides")
     return list(slides.values()), missing
-
-
-def _locate(row: CohortSlide, folders: Iterable[Path]) -> Path | None:
-    """The absolute path of a slide in the first of the folders that has it."""
-    for folder in folders:
-        if (folder / row.path).is_file():
-            return Path(os.path.abspath(folder / row.path))
-    return None
-
-
-def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
-    """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
-    called: dict[str, set[str]] = defaultdict(set)
-    for name, path in named.items():
-        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
-            called[key].add(name)
-    return called
 
 
 def join_copies(slides: list[CohortSlide]) -> list[str]:
@@ -347,20 +335,19 @@ def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
 
 
 def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
-    """What stands in the columns of slides and patients, or in the first where none has a
-    heading.
+    """What stands in the columns of slides and patients, or in the first where none has a heading;
+    a line that is one of the names `whole` is not cut.
     """
-    table = [_cut(line.strip(" "), whole) for line in lines if line.strip()]
+    table = []
+    for line in filter(str.strip, lines):
+        cells = [line.strip(" ")]
+        if cells[0] not in whole:
+            cells = cells_of(line, separator(lines[0]), skipinitialspace=True)
+        table.append([cell.strip() for cell in cells])
     header = table[0] if table else []
     columns = [number for number, cell in enumerate(header) if cell.lower() in PATIENT_COLUMNS]
-    cells = set()
+    found = set()
     for row in table[bool(columns) :]:
         for column in columns or [0]:
-            cells.update(row[column : column + 1])
-    return cells
-
-
-def _cut(line: str, whole: set[str]) -> list[str]:
-    """The cells of a line: cut at separators outside quotes, unless all of it is a name."""
-    parts = [line] if line in whole else re.split(r'[,;\t](?=(?:[^"]*"[^"]*")*[^"]*$)', line)
-    return [re.sub('^"(.*)"$', r"\1", part.strip()).replace('""', '"') for part in parts]
+            found.update(row[column : column + 1])
+    return found

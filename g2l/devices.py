@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from g2l.arguments import flag
 from g2l.errors import UserError
 
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -82,13 +83,13 @@ def describe_device(device: torch.device) -> str:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads models; `model_options` turns them into arguments."""
     group = parser.add_argument_group("models")
-    group.add_argument(
-        "--weights",
+    flag(
+        group,
+        "--weights [NAME=]FILE",
+        "weights by model: a safetensors or .bin file, a folder, or `random`; default: the hub's "
+        "cache, or the hub",
         nargs="+",
         action="extend",
-        metavar="[NAME=]FILE",
-        help="weights by model: a safetensors or .bin file, a folder, or `random`; default: the "
-        "hub's cache, or the hub",
     )
     device = "cpu, cuda or cuda:1; auto takes a GPU if there is one"
     group.add_argument("--device", default="auto", help=device)
@@ -99,8 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of matrix products; auto is fp32 on a CPU and the model's own half precision on a "
         "GPU; bf16 doubles the speed of recent CPUs too",
     )
-    slow = "compile models with torch.compile (a minute of start)"
-    group.add_argument("--compile", action="store_true", help=slow)
+    flag(group, "--compile", "compile models with torch.compile (a minute of start)")
 
 
 def model_options(args: argparse.Namespace) -> dict:

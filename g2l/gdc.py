@@ -17,6 +17,7 @@ from pathlib import Path
 
 from g2l.cohort import TCGA, CohortSlide, name_slides
 from g2l.errors import UserError, disk_full
+from g2l.files import size_of
 from g2l.slides import SUFFIXES
 
 MOST_SLIDES = 100_000  # the GDC has 30,000 in all
@@ -150,9 +151,7 @@ def downloaded_mark(path: Path) -> Path:
 def verify(path: Path, size: int, md5: str) -> bool:
     """Whether a file is what the server states."""
     with open(path, "rb") as file:
-        return os.fstat(file.fileno()).st_size == size and (
-            hashlib.file_digest(file, "md5").hexdigest() == md5
-        )
+        return size_of(path) == size and hashlib.file_digest(file, "md5").hexdigest() == md5
 
 
 def check_own(source: CohortSlide) -> None:
@@ -173,9 +172,9 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
     partial.parent.mkdir(parents=True, exist_ok=True)
     url, failures = f"{url.rstrip('/')}/data/{source.id}", 0
     while failures < 6:
-        before = partial.stat().st_size if partial.exists() else 0
+        before = size_of(partial)
         reason = _fetch(url, partial, before, source.size, report) if before < source.size else ""
-        now = partial.stat().st_size if partial.exists() else 0
+        now = size_of(partial)
         if now >= source.size:
             if verify(partial, source.size, source.md5):
                 downloaded_mark(source.path).touch()
@@ -183,8 +182,7 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
                 return
             reason = f"size ({now} of {source.size} bytes) or md5 is not what the server states"
             partial.unlink()
-        progressed = before < now < source.size
-        failures = 0 if progressed else failures + 1
+        failures = 0 if before < now < source.size else failures + 1
         pause(failures)
     why = f"not fetched after {failures} tries: {reason}"
     raise UserError(f"{url}: {why}; the same command goes on from here later")

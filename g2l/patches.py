@@ -13,8 +13,8 @@ import os
 import resource
 import struct
 import weakref
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,29 +80,32 @@ def write_coords(
     with atomic(path) as temporary, open_h5(temporary, "w") as file:
         file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
         for name, values in tiling.measures.items():
-            file.create_dataset(name, data=values)
+            file[name] = values
         if source:
             _write_source(file.create_group("compressed"), **source)
-    if native:  # the name that CLAM's extract_features_fp.py looks for
-        with contextlib.suppress(OSError), atomic(path.with_name(f"{slide.name}.h5")) as link:
-            os.symlink(path.name, link)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
-    group.create_dataset("offset", data=np.array(offset, np.int64))
-    group.create_dataset("bytes", data=np.array(bytes, np.int64))
-    group.create_dataset("prefix", data=np.frombuffer(codec.prefix, np.uint8))
+    group["offset"] = np.array(offset, np.int64)
+    group["bytes"] = np.array(bytes, np.int64)
+    group["prefix"] = np.frombuffer(codec.prefix, np.uint8)
     values = columns, codec.compression, codec.width, codec.height
     group.attrs.update(zip(SOURCE, values, strict=True))
 
 
 def write_clam_list(folder: Path) -> None:
-    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path."""
-    lines = ["slide_id"]
+    """clam.csv: the slides that CLAM's extract_features_fp.py can take, as its --csv_path; beside
+    the coordinates a link by the name that it looks for.
+    """
+    text = "slide_id\n"
     for name, row in read_rows(folder).items():
         if row["status"] == "done" and row["size0"] == row["patch_size"]:
-            lines.append(name)
-    write_text(folder / "clam.csv", "\n".join(lines) + "\n")
+            text += f"{name}\n"
+            link = folder / "patches" / f"{name}.h5"
+            if not link.exists():
+                with contextlib.suppress(OSError), atomic(link) as temporary:
+                    os.symlink(f"{name}_patches.h5", temporary)
+    write_text(folder / "clam.csv", text)
 
 
 def magnification(mpp: float) -> int:
@@ -116,8 +119,12 @@ def tile_table(slide: Slide, tiling: Tiling) -> dict[str, Any]:
     tiles = slide.levels[0].tiles
     if not tiles or tiling.size0 != tiling.patch_size:
         return {}
-    table = {"offset": tiles.offsets, "bytes": tiles.counts}
-    return {"codec": tiles.codec, "columns": tiles.columns, **table}
+    return {
+        "codec": tiles.codec,
+        "columns": tiles.columns,
+        "offset": tiles.offsets,
+        "bytes": tiles.counts,
+    }
 
 
 def write_shard(
@@ -146,10 +153,6 @@ def write_shard(
             kept.append(number)
             offsets.append(tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
             sizes.append(len(data))
-        if not kept:
-            raise UserError(
-                f"{slide.path}: none of its {len(errors)} patches can be read, first: {errors[0]}"
-            )
     tiling.take(kept)
     codec = Codec(Codec.JPEG, b"", size, size)
     return {"codec": codec, "columns": 0, "offset": offsets, "bytes": sizes}, errors
@@ -188,8 +191,8 @@ class _Layout:
 class _Handle:
     """What is kept open of a slide: its h5 file; the shard or slide that holds tiles; a reader."""
 
-    layout: _Layout
     table: int
+    layout: _Layout = field(init=False)
     file: int = -1
     slide: Slide | None = None
 
@@ -302,7 +305,7 @@ class PatchIndex:
             with open_h5(path, "r") as file:
                 about = file["coords"].attrs
                 if "od_mean" not in about:
-                    raise UserError(f"{path}: colours were not measured; run tile.py again", "tile")
+                    raise UserError(f"{path}: colours are missing; remove it and run tile.py again")
                 means.append(about["od_mean"])
                 covariances.append(about["od_covariance"])
         mean, covariance = np.array(means), np.array(covariances)
@@ -311,31 +314,25 @@ class PatchIndex:
             values[empty] = values[~empty].mean(0)
         return mean, covariance
 
-    def _layout(self, number: int, table: int) -> _Layout:
+    def _layout(self, number: int, path: Path, table: int) -> _Layout:
         """Read from the h5 file (open as `table`) where it is new to us or was written anew."""
         status = os.fstat(table)
         version = status.st_ino, status.st_size, status.st_mtime_ns
         known = self._layouts.get(number)
         if known and known.version == version:
             return known
-        layout = _read_layout(self._table(number), version, int(self.counts[number]))
+        layout = _read_layout(path, version, int(self.counts[number]))
         self._layouts[number] = layout
         return layout
-
-    def _table(self, number: int) -> Path:
-        return self.folder / "patches" / f"{self.slides[number]}_patches.h5"
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        table = os.open(self._table(number), os.O_RDONLY)
-        try:
-            handle = _Handle(self._layout(number, table), table)
-        except BaseException:
-            os.close(table)
-            raise
+        path = self.folder / "patches" / f"{self.slides[number]}_patches.h5"
+        handle = _Handle(os.open(path, os.O_RDONLY))
+        handle.layout = self._layout(number, path, handle.table)
         self._open[number] = handle
         if handle.layout.codec:
             # A lost shard: the slide may still be there.
@@ -439,12 +436,12 @@ def _finished_rows(folder: Path) -> list[dict[str, str]]:
 def _moved(paths: list[Path], folder: Path) -> list[Path]:
     """Where slides lie below `folder` now: the one of the same folder and name, else of the name
     where only one has it, else where it was."""
-    named: dict[str, list[Path]] = {}
+    named = defaultdict(list)
     for path in find_slides(folder):
-        named.setdefault(path.name, []).append(path)
+        named[path.name].append(path)
     found = []
     for path in paths:
-        others = named.get(path.name, [])
+        others = named[path.name]
         same = [other for other in others if other.parent.name == path.parent.name]
         found.append((same or (others if len(others) == 1 else [path]))[0])
     return found
@@ -452,38 +449,38 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
 
 def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
     """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
-    with open_h5(path, "r") as file:
-        coords = file.get("coords")
-        held = coords.shape[0] if coords is not None and coords.shape else 0
-        if held != count:
-            raise PatchError(
-                f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
-            )
-        layout = _Layout(version, _start(coords, (count, 2)))
-        about = coords.attrs
-        names = "level0_width", "level0_height", "patch_size_level0"
-        if not all(name in about for name in names):
-            raise PatchError(f"{path} was not written by tile.py; run tile.py again")
-        width, height, side = (int(about[name]) for name in names)
-        places = coords[:]
-        if (places < 0).any() or (places + side > (width, height)).any():
-            raise PatchError(f"{path} holds places beyond the slide; run tile.py again")
-        if "slide_bytes" in about:
-            layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
-        group = file.get("compressed")
-        if group:
-            number = len(group["offset"])
-            layout.offset = _start(group["offset"], (number,))
-            layout.bytes = _start(group["bytes"], (number,))
-            layout.columns, kind, *size = (int(group.attrs[name]) for name in SOURCE)
-            layout.codec = Codec(kind, group["prefix"][:].tobytes(), *size)
+    try:
+        with open_h5(path, "r") as file:
+            return _layout_of(file, version, count)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says of damage
+        raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
+
+
+def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
+    coords = file.get("coords")
+    held = coords.shape[0] if coords is not None and coords.shape else 0
+    if held != count:
+        raise PatchError(
+            f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
+        )
+    layout, about = _Layout(version, _start(coords, (count, 2))), coords.attrs
+    places, size = coords[:], (about["level0_width"], about["level0_height"])
+    if (places < 0).any() or (places + about["patch_size_level0"] > size).any():
+        raise PatchError(f"{file.filename} holds places beyond the slide; run tile.py again")
+    if "slide_bytes" in about:
+        layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
+    if group := file.get("compressed"):
+        shape = group["offset"].shape
+        layout.offset, layout.bytes = _start(group["offset"], shape), _start(group["bytes"], shape)
+        layout.columns, *kind = (int(group.attrs[name]) for name in SOURCE)
+        layout.codec = Codec(kind[0], group["prefix"][:].tobytes(), *kind[1:])
     return layout
 
 
 def _start(data: Any, shape: tuple[int, ...]) -> int:
     """Where the 64-bit integers of a dataset begin in its file."""
     start = data.id.get_offset()
-    if data.dtype != np.dtype("<i8") or data.shape != shape or start is None:
+    if data.dtype != np.int64 or data.shape != shape or start is None:
         raise PatchError(
             f"{data.file.filename}: {data.name} is {data.dtype} {data.shape}, expected plain int64 "
             f"{shape}; run tile.py again"

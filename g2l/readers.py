@@ -7,6 +7,7 @@ not know the format tifffile, then FastSlide (other pixels by up to 49 grey leve
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import struct
 from pathlib import Path
@@ -22,6 +23,7 @@ from g2l.tiff import Place, Recent, assemble, read_bytes
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
 MEND = "make it a slide by vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+MOST = 1 << 26  # px of a tile, which a reader holds whole
 
 
 class Reader:
@@ -36,6 +38,9 @@ class Reader:
     def __init__(self, path: Path, cache: int):
         self.path, self.cache = path, cache
         self._open()
+        largest = max(math.prod(self.tile_size(level)) for level in range(len(self.sizes)))
+        if largest > MOST:
+            raise UserError(f"{path}: has tiles of {largest:,} px; damaged")
 
     def _open(self) -> None:
         raise NotImplementedError

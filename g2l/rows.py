@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import zlib
 from pathlib import Path
 
 from g2l.errors import UserError, one_line
@@ -38,6 +39,8 @@ COLUMNS = (
     "settings",  # digest of all that decides on the patches
     "bytes",  # of the slide's file
     "path",  # of the slide's file
+    "seals",  # by which the files of the slide are known again
+    "check",  # of all that stands before it
 )
 
 Rows = dict[str, dict[str, str]]  # by slide name; values as text by column
@@ -58,8 +61,8 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     """The rows of slides.csv by slide name, all values text; empty when there is none yet.
 
     Reads what spreadsheets make of it, too: semicolons, tabs, UTF-16. Raises UserError for a table
-    without all columns and for a damaged row; given a list `damaged`, such a row is left out and
-    told of there.
+    without all columns and for a damaged row; given a list `damaged`, what is damaged is left out
+    and told of there.
     """
     path = folder / "slides.csv"
     try:
@@ -69,19 +72,25 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     if not any(lines):
         return {}
     mark = separator(lines[0])
-    header = _cells(lines[0], mark)
-    missing = [column for column in COLUMNS if column not in header]
+    header = cells_of(lines[0], mark)
+    former = COLUMNS[:-2]  # of tables from before there were checksums
+    wanted = former if len(header) <= len(former) else COLUMNS
+    missing = [column for column in wanted if column not in header]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)} in its first line", "table")
+        fault = f"{path}: no column {', '.join(missing)} in its first line"
+        if damaged is None or len(header) != len(COLUMNS):
+            raise UserError(fault, "table")
+        damaged.append(fault)
+        header = list(COLUMNS)  # each row proves by its checksum that this is right
     rows = {}
     for number, line in enumerate(lines[1:], 2):
-        cells = _cells(line, mark)
+        cells = cells_of(line, mark)
         if not any(cells):
             continue
         row = dict(zip(header, cells, strict=False))
         fault = _fault(row) if len(cells) == len(header) else f"{len(cells)} values"
         if not fault:
-            rows[row["slide"]] = {column: row[column] for column in COLUMNS}
+            rows[row["slide"]] = {column: row.get(column, "") for column in COLUMNS}
         elif damaged is None:
             raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
         else:
@@ -89,12 +98,13 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     return rows
 
 
-def _cells(line: str, mark: str) -> list[str]:
-    """The values of one line; "'" before a sign that a spreadsheet would take for a formula is
-    ours.
+def cells_of(line: str, mark: str, **options) -> list[str]:
+    """The values of one line, separated by `mark`; `options` are those of csv.reader.
+
+    "'" before a sign that a spreadsheet would take for a formula is ours.
     """
     try:
-        cells = next(csv.reader([line.rstrip("\r")], delimiter=mark), [])
+        cells = next(csv.reader([line], delimiter=mark, **options), [])
     except csv.Error:
         return ["?"]
     return [cell.removeprefix("'") for cell in cells]
@@ -109,7 +119,16 @@ def _fault(row: dict[str, str]) -> str:
     for column, pattern in DONE.items() if row["status"] == "done" else ():
         if not re.fullmatch(pattern, row[column]):
             return f"{column} {row[column]!r}"
+    if row.get("check", "") not in ("", _check(row)):
+        return "its checksum is another"
     return ""
+
+
+def _check(row: dict[str, str]) -> str:
+    """Checksum of a row, without zeros at the ends of decimals: spreadsheets drop them."""
+    text = "\n".join(row.get(column, "") for column in COLUMNS[:-1])
+    plain = re.sub(r"\.\d+", lambda match: match[0].rstrip("0").rstrip("."), text)
+    return f"x{zlib.crc32(plain.encode('utf-8', 'backslashreplace')):08x}"
 
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
@@ -127,10 +146,11 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
             writer = csv.DictWriter(file, COLUMNS)  # refuses a column that it does not know
             writer.writeheader()
             for name in sorted(merged):
-                writer.writerow({key: _plain(value) for key, value in merged[name].items()})
+                row = {column: one_line(str(value)) for column, value in merged[name].items()}
+                row["check"] = _check(row)
+                writer.writerow({column: _plain(text) for column, text in row.items()})
 
 
-def _plain(value: object) -> str:
-    """A value as one line of text that no spreadsheet takes for a formula."""
-    text = one_line(str(value))
+def _plain(text: str) -> str:
+    """A value as no spreadsheet takes for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text

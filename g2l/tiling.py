@@ -2,7 +2,7 @@
 finished.
 
 `tile_one` writes the files of `Outputs` and fills in the slide's row; `is_finished` believes a row
-of slides.csv only if the files are there and are what it says.
+of slides.csv only if the files are there and are those that were written.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from g2l.cohort import CohortSlide
 from g2l.errors import SkippedSlide, UserError
-from g2l.files import clear_leftovers, size_of
+from g2l.files import clear_leftovers, digest, size_of, stamp
 from g2l.grid import tile_slide
 from g2l.overlays import write_geojson, write_thumbnail
 from g2l.patches import magnification, tile_table, write_coords, write_shard
@@ -121,14 +119,16 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         if slide.mpp is None and settings.assume_mpp:
             slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
         row |= _facts(slide)
+        pixels = slide.width * slide.height
+        if len(slide.levels) == 1 and pixels > max(1e9, 300 * row["bytes"]):  # a bomb
+            raise UserError(f"{path}: {pixels:,} px in {row['bytes']:,} bytes are no tissue")
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
             if len(slide.drafts) > 1:  # another would have to be read whole
                 write_thumbnail(outputs.thumbnail, slide)
             raise
-        place = tile_table(slide, tiling)
-        errors = tiling.unreadable
+        place, errors = tile_table(slide, tiling), tiling.unreadable
         if settings.jpeg_quality:
             place, errors = write_shard(outputs.shard, slide, tiling, settings.jpeg_quality)
         write_thumbnail(outputs.thumbnail, slide, tiling)
@@ -136,8 +136,7 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         write_coords(outputs.coords, slide, tiling, settings.limits.overlap, place)
     if errors:
         tiling.warnings.append(f"{len(errors)} unreadable patches left out, first: {errors[0]}")
-    row |= {name: f"{tiling.summary[name]:.4f}" for name in ("tissue", "pen", "blur")}
-    row |= {
+    row |= {name: f"{share:.4f}" for name, share in tiling.summary.items()} | {
         "status": "done",
         "patches": len(tiling.coords),
         "size0": tiling.size0,
@@ -158,85 +157,53 @@ def _facts(slide: Slide) -> dict[str, Any]:
     }
 
 
-def is_finished(source: CohortSlide, row: Mapping[str, str] | None, job: Job) -> bool:
-    """Whether nothing is left to do for a slide: its row fits, and its files are whole; failed ones
-    are tried again.
+def seals_of(source: CohortSlide, job: Job) -> str:
+    """What proves later that a slide is the one that was tiled, and its files those written."""
+    files = map(_seal, Outputs.of(job.folder, source.name))
+    return " ".join([digest(stamp(source.path)), *files])
+
+
+def _seal(path: Path, known: str = "") -> str:
+    """Checksum, size and time of a file, by which it is known again; "-" where there is none.
+
+    A shard of the size and time that the seal `known` says is not read.
+    """
+    try:
+        found = path.stat()
+        if not S_ISREG(found.st_mode):
+            return "-"
+        place = f":{found.st_size}:{found.st_mtime_ns}"
+        if path.suffix == ".tar" and known.endswith(place):
+            return known
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16] + place
+    except OSError:
+        return "-"
+
+
+def is_finished(
+    source: CohortSlide, row: Mapping[str, str] | None, job: Job, tell: bool = False
+) -> bool:
+    """Whether nothing is left to do for a slide: its row fits, and its files are those that were
+    written (else a note can `tell` which is not); failed ones are tried again.
+
+    A shard may be gone if none is asked for: then the slide must be the one that was tiled.
     """
     if not row or row["status"] == "failed" or not job.settings.made(row, source):
         return False
-    if row["status"] == "skipped":
-        return row["bytes"] == str(source.size)
-    if source.size and row["bytes"] != str(source.size):
+    if row["bytes"] != str(source.size) and (source.size or row["status"] == "skipped"):
         return False
     outputs = Outputs.of(job.folder, source.name)
-    return (
-        is_whole_jpeg(outputs.thumbnail)
-        and _ends_with(outputs.outline, b"}")
-        and _coords_fit(source.path, outputs, row, shard=bool(job.settings.jpeg_quality))
-    )
-
-
-def is_whole_jpeg(path: Path) -> bool:
-    """Whether a JPEG file is there and was not cut."""
-    return _ends_with(path, b"\xff\xd9")
-
-
-def _ends_with(path: Path, end: bytes) -> bool:
-    """Whether a file is there and was not cut."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, size_of(path) - len(end)))
-            return file.read() == end
-    except OSError:
+    if not row["seals"]:  # a table from before there were any
+        return row["status"] == "skipped" or outputs.coords.exists()
+    slide, *files = row["seals"].split()
+    sharded = job.settings.jpeg_quality or outputs.shard.exists()
+    if not sharded and source.path.exists() and digest(stamp(source.path)) != slide:
         return False
-
-
-def _coords_fit(slide: Path, outputs: Outputs, row: Mapping[str, str], shard: bool) -> bool:
-    """Whether the coordinates are this slide's and lie in it, and so does a shard that they point
-    to.
-
-    A lost shard passes unless `shard`: the slide is read instead.
-    """
-    import h5py
-
-    try:
-        with h5py.File(outputs.coords, "r", locking=False) as file:
-            coords = file["coords"]
-            places, facts = coords[:], coords.attrs
-            size0 = int(row["size0"])
-            room = np.array([int(row["width"]), int(row["height"])]) - size0
-            if (
-                facts["name"] != row["slide"]
-                or facts["od_mean"].shape != (3,)
-                or facts["patch_size_level0"] != size0
-                or facts["patch_size"] != int(row["patch_size"])
-                or places.dtype != np.int64
-                or places.shape != (int(row["patches"]), 2)
-                or not ((places >= 0) & (places <= room)).all()
-            ):
-                return False
-            group = file.get("compressed")
-            own = group is None or group.attrs["columns"]  # pixels are the slide's
-            if own or not outputs.shard.exists():
-                return not shard and _time_fits(slide, facts.get("slide_mtime_ns"))
-            return _shard_fits(outputs.shard, row["slide"], group["offset"][:], group["bytes"][:])
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError):  # what HDF5 says of damage
-        return False
-
-
-def _time_fits(slide: Path, then: int | None) -> bool:
-    """Whether a slide that is there is the one that was tiled, where that was written down."""
-    return then is None or not slide.exists() or slide.stat().st_mtime_ns == then
-
-
-def _shard_fits(path: Path, name: str, offsets: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether a tar reaches to its last patch, and its first and last patch are this slide's."""
-    if size_of(path) < offsets[-1] + sizes[-1]:
-        return False
-    key = name.replace(".", "_").encode()[:100]
-    with open(path, "rb") as file:
-        for offset in (offsets[0], offsets[-1]):
-            file.seek(offset - tarfile.BLOCKSIZE)  # its header
-            if file.read(len(key)) != key:
-                return False
+    for path, known in zip(outputs, files, strict=True):
+        needed = sharded or path != outputs.shard
+        if needed and not _seal(path, known).startswith(known.split(":")[0]):
+            if tell:
+                print(f"note: {path}: lost or damaged; its slide is done anew", flush=True)
+            return False
     return True

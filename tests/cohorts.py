@@ -1,5 +1,8 @@
 """Cohorts in a folder, and tile.py run on them as a user does."""
 
+import contextlib
+import functools
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +10,7 @@ import sys
 import h5py
 from conftest import ROOT
 
+import tile
 from g2l.rows import read_rows
 
 
@@ -15,7 +19,16 @@ def command(data, *args, name="mine"):
     return [sys.executable, script, "--cancer", name, "--data", str(data), *map(str, args)]
 
 
-def run(data, *args, **options):
+def run(data, *args):
+    """tile.py in this process, which has its libraries loaded; what a process would have said."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = tile.main(["--cancer", "mine", "--data", str(data), *map(str, args)])
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def start(data, *args, **options):
+    """tile.py as a process of its own."""
     return subprocess.run(
         command(data, *args), capture_output=True, text=True, timeout=120, **options
     )
@@ -45,3 +58,27 @@ def tree(folder):
         with h5py.File(path) as file:
             coords[path.name] = file["coords"][:].tolist()
     return table, coords
+
+
+def held(folder):
+    """All that a finished cohort holds, without what differs from run to run."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".h5":  # HDF5 writes times into its file
+            with h5py.File(path) as file:
+                found[name] = {}
+                file.visititems(functools.partial(_add_object, found[name]))
+        elif name == "slides.csv":
+            found[name] = read_rows(folder)
+            for row in found[name].values():
+                for column in ("seconds", "seals", "check"):
+                    del row[column]
+        elif path.is_file() and path.suffix != ".damaged" and not name.startswith(".locks"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def _add_object(found, name, thing):
+    data = thing[()].tobytes() if isinstance(thing, h5py.Dataset) else b""
+    found[name] = data, sorted((key, str(value)) for key, value in thing.attrs.items())

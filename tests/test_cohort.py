@@ -327,7 +327,7 @@ def test_slides_csv_as_spreadsheets_save_it(tmp_path, mark, encoding):
         ("done", "dome", "line 2: damaged (status 'dome')"),
         (",0.25,", ',"0,25",', "line 2: damaged (mpp '0,25')"),
         (",16,", ",1b,", "line 2: damaged (patches '1b')"),
-        ("/s.svs", "/s.svs,more", "line 2: damaged (24 values)"),
+        ("/s.svs", "/s.svs,more", "line 2: damaged (26 values)"),
     ],
 )
 def test_a_damaged_slides_csv_is_refused_in_words(tmp_path, old, new, text):

@@ -22,6 +22,8 @@ ANSWERS = {
     "infinite": (200, b'{"data": {"hits": [], "pagination": {"total": Infinity}}}'),
     "many": (200, b'{"data": {"hits": [], "pagination": {"total": 1000000000}}}'),
     "deep": (200, b"[" * 100_000),
+    "deep hits": (200, b'{"data": {"hits": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}"),
+    "long number": (200, b'{"data": {"hits": [], "pagination": {"total": 1' + b"0" * 9999 + b"}}}"),
     "large": (200, b" " * 2_000_000),
 }
 
@@ -207,6 +209,18 @@ def test_hostile_entries_of_the_list(tmp_path, gdc, change, capsys):
     Gdc.changes = {"uuid-1": change}
     assert download(tmp_path, gdc, "--yes") == 0
     assert len(rows(tmp_path, "ucs")) == 3 and "refused" in capsys.readouterr().out
+
+
+def test_a_harmed_partial_file_is_fetched_anew(tmp_path, gdc, sound):
+    Gdc.faults = {"uuid-1": ["cut", *[404] * 9]}
+    assert download(tmp_path, gdc, "--yes") == 1
+    (partial,) = tmp_path.rglob("*.partial")
+    half = bytearray(partial.read_bytes())
+    half[len(half) // 2] ^= 1
+    partial.write_bytes(half)
+    Gdc.faults = {}
+    assert download(tmp_path, gdc, "--yes") == 0
+    assert partial.with_suffix("").read_bytes() == sound and not partial.exists()
 
 
 def test_download_gives_up_on_one_slide_only(tmp_path, gdc, capsys):
