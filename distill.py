@@ -17,8 +17,6 @@ The file follows a run: `distill` says whether there is anything to do, opens th
 pair and builds the distiller; `Training` takes the steps; `finish` exports. The flags come last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re
@@ -52,16 +50,19 @@ from g2l.ranks import (
     agree,
     any_rank,
     end_workers,
+    exit_process,
     gather_values,
     leave_distributed,
     rank_and_world,
     setup_distributed,
 )
 from g2l.recipe import LOSSES, Step, StopRule, build, cosine
+from g2l.registry import REGISTRY, find
 from g2l.rows import read_rows
 from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
-from g2l.stream import Batches, Heldout, hold_out, load
+from g2l.stream import Batches, Heldout, load, open_cohort
+from g2l.sweep import run_name, trials, write_sweep
 from g2l.weights import parse_weights
 
 
@@ -75,15 +76,16 @@ def distill(args: Namespace) -> int:
         precision = pick_precision(args.precision, device)
         torch.backends.cudnn.benchmark = True
         # What the run is, first as far as the command line says: a mistake costs no loading.
-        recipe = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
-        identity = {name: getattr(args, name) for name in recipe}
+        identity = recipe_of(args)
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
         if done := agree(run.finished(identity) if run.main else 0):
             if run.main:
                 print(f"{folder}: finished at step {done}; student: {folder / 'student'}")
             return 0
 
-        index, held = open_cohort(args, world)
+        index, held = check_cohort(args, world)
+        if run.main and (forbidden := licence_note(args.teacher)):
+            print(forbidden, flush=True)
         teacher, student = load_pair(args, device, precision)
         distiller, flops = build(args, teacher, student)
         identity |= identify(index, teacher, student)
@@ -152,16 +154,10 @@ class Training:
         self.config = {"arguments": vars(args), "identity": self.identity, **config}
         run.write_config(self.config)
         run.cut_log(self.done)
-        self.heldout = Heldout(
-            index,
-            held,
-            args.eval_patches,
-            args.crop,
-            args.seed,
-            self.step.teacher,
-            args.batch_size,
-        )
         teacher, student = self.step.teacher, distiller.student
+        self.heldout = Heldout(
+            index, held, args.eval_patches, args.crop, args.seed, teacher, args.batch_size
+        )
         print(
             f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
             f"({student.parameters_count / 1e6:,.1f} M parameters); {self.images} patches a step, "
@@ -182,20 +178,21 @@ class Training:
         if self.done == 0:
             self.measure()
         self.progress = Progress(args.max_steps, "step", self.done, interval=5, shown=self.run.main)
-        self.saved = time.monotonic()
         self.seed()
         signals.hold()
         caught = False
         while not self.over:
             batches = self.fetch(stream, signals)
-            late, caught = any_rank([self.is_late(), not batches])
+            minutes = (time.monotonic() - self.saved) / 60
+            late = self.run.main and minutes > args.checkpoint_minutes > 0  # by rank 0's clock
+            late, caught = any_rank([late, not batches])
             if caught:
                 break
             self.readings.send(self.step(batches, *self.schedule(self.done)))
             self.done += 1
-            due = late or is_multiple(self.done, args.checkpoint_steps)
+            due = late or (args.checkpoint_steps and self.done % args.checkpoint_steps == 0)
             self.collect(everything=due or self.done == args.max_steps)
-            if self.over or is_multiple(self.done, every):
+            if self.over or self.done % every == 0:
                 self.measure()
             if due and not self.over:
                 self.save()
@@ -204,11 +201,6 @@ class Training:
         if self.run.main:
             self.run.draw_loss()
         return caught
-
-    def is_late(self) -> bool:
-        """Whether a checkpoint is due by time; rank 0 has the clock."""
-        minutes = (time.monotonic() - self.saved) / 60
-        return self.run.main and minutes > self.args.checkpoint_minutes > 0
 
     def seed(self) -> None:
         """Set the random numbers of the steps, last of all before them.
@@ -349,11 +341,6 @@ class Training:
         return int(total > 0)
 
 
-def is_multiple(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps (0: never) is due."""
-    return every > 0 and step % every == 0
-
-
 def finish(training: Training, index: PatchIndex) -> None:
     """Export the student and say where it is."""
     args, run, best = training.args, training.run, training.best
@@ -391,9 +378,27 @@ def finish(training: Training, index: PatchIndex) -> None:
 # ---- what a run is -----------------------------------------------------------------------
 
 
+def recipe_of(args: Namespace) -> dict:
+    """What is computed, as far as the command line says."""
+    names = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
+    return {name: getattr(args, name) for name in names}
+
+
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
+
+
+def licence_note(teacher: str) -> str:
+    """What to say before a teacher is used whose licence forbids it; a note, not a lock."""
+    known = find(teacher)
+    if known is None or REGISTRY[known].teaches:
+        return ""
+    entry = REGISTRY[known]
+    return (
+        f"note: the licence of {teacher} ({entry.licence}) forbids models trained on its outputs, "
+        f"which this student will be; see https://huggingface.co/{entry.hub}"
+    )
 
 
 def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
@@ -403,11 +408,9 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     """
     if rank_and_world()[0] > 0:
         return {}
-    counts = np.asarray(index.counts).tolist()
-    cohort = [list(index.slides), list(index.patient), counts, index.patch_size]
     rows = read_rows(index.folder)
     return {
-        "cohort": digest(*cohort),
+        "cohort": digest(index.slides, index.patient, index.counts.tolist(), index.patch_size),
         "settings of tile.py": digest([rows[name].get("settings") for name in index.slides]),
         "teacher weights": teacher.fingerprint,
         "student weights": student.fingerprint,
@@ -428,12 +431,11 @@ def describe_run(index: PatchIndex, held: np.ndarray, device: torch.device) -> d
 # ---- cohort and models -------------------------------------------------------------------
 
 
-def open_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
+def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
     """The patches, and bool (slides,): which slides are held out. UserError where they are few."""
     folder = Path(args.data) / "tiles" / args.cancer
-    index = PatchIndex(folder, Path(args.slides) if args.slides else None)
-    held = hold_out(index, args.hold_out, args.seed)
-    counts, size = np.asarray(index.counts), index.patch_size
+    index, held = open_cohort(folder, args.slides, args.hold_out, args.max_slides, args.seed)
+    counts, size = index.counts, index.patch_size
     available, wanted = int(counts[~held].sum()), args.batch_size * args.accumulate * world
     if available < wanted:
         raise UserError(
@@ -471,11 +473,14 @@ def load_pair(args: Namespace, device: torch.device, precision: torch.dtype) -> 
 
 # Flags that say what is computed: a run that goes on must have those it was begun with. (flag,
 # default, help, choices); the type is that of the default, and False makes a switch.
+NORMALIZE = ("both", "student", "student-affine", "none")
+STOP = ("consecutive", "cumulative", "off")
 RECIPE = {
     "what": [
         ("--cancer", "brca", "cohort: the name given to tile.py"),
         ("--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder"),
         ("--student", "hibou-l", "a name of the same kinds"),
+        ("--max-slides", 0, "train on so many slides, drawn by --seed; 0: on all"),
     ],
     "recipe (defaults: the paper's, where it says)": [
         ("--max-steps", 10_000, "optimizer steps; the cosine schedules span them"),
@@ -494,23 +499,13 @@ RECIPE = {
     "loss": [
         ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
         ("--alpha", 4.0, "exponent of logsum and correlation"),
-        (
-            "--normalize",
-            "both",
-            "batch norm after the projector and on the teacher",
-            ("both", "student", "student-affine", "none"),
-        ),
+        ("--normalize", "both", "of projected student and teacher, by batch norm", NORMALIZE),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
         ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
         ("--sync", False, "the loss, and on GPUs the student's batch norm, over all ranks"),
     ],
     "when to stop": [
-        (
-            "--stop",
-            "consecutive",
-            "how to count steps whose loss exceeds the mean of the last --stop-window",
-            ("consecutive", "cumulative", "off"),
-        ),
+        ("--stop", "consecutive", "how to count steps above the mean of --stop-window", STOP),
         ("--stop-window", 100, "steps"),
         ("--stop-patience", 10, "stop at more than this count"),
         ("--stop-min-steps", 1000, "never stop before this step"),
@@ -529,11 +524,7 @@ FREE = {
         ("--name", "", "name of the run; by default cancer and student"),
     ],
     "running": [
-        (
-            "--workers",
-            None,
-            "loading processes per rank; by default up to 12 for a GPU, else 0 or 1",
-        ),
+        ("--workers", None, "loading processes a rank; default: up to 12 for a GPU, else 0 or 1"),
         ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
         ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),
@@ -564,6 +555,8 @@ def build_parser() -> ArgumentParser:
     add_flags(parser, RECIPE)
     add_model_arguments(parser)
     add_flags(parser, FREE)
+    every = "a run for each combination of such values, then a table and a picture of them all"
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,...", help=every)
     return parser
 
 
@@ -617,20 +610,41 @@ REMEDIES = MODEL_REMEDIES | {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: run_command(args), REMEDIES)
+    return exit_status(lambda: run_command(args, argv), REMEDIES)
 
 
-def run_command(args: Namespace) -> int:
+def run_command(args: Namespace, argv: list[str]) -> int:
     """Check the flags, train, and leave no process behind; the exit status."""
     try:
         check(args)
-        status = distill(args)
+        status = sweep(args, argv) if args.sweep else distill(args)
     except Stopped as stop:
         return tell_stopped(stop.number, "before the first step")
     finally:
         end_workers()  # before anything is said: the death of one is a signal that raises
     leave_distributed()  # not after an error: it would wait for what other ranks will never send
+    return status
+
+
+def sweep(args: Namespace, argv: list[str]) -> int:
+    """A run for each combination of the values given, then what they have in common."""
+    base = args.name or default_name(args)
+    found = trials(args.sweep, recipe_of(args))
+    plan = []
+    for trial in found:
+        more = [f"{flag_of(name)}={value}" for name, value in trial.items()]
+        plan.append(build_parser().parse_args([*argv, *more, "--name", run_name(base, trial)]))
+        check(plan[-1])
+    status = 0
+    for number, one in enumerate(plan, 1):
+        print(f"run {number} of {len(plan)}: {one.name}", flush=True)
+        status = max(status, distill(one))
+        if status > 1:  # stopped
+            return status
+    if rank_and_world()[0] == 0:
+        print(f"sweep: {write_sweep(Path(args.runs), base, found)}", flush=True)
     return status
 
 
@@ -643,4 +657,4 @@ def tell_stopped(number: int, when: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

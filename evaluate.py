@@ -57,6 +57,7 @@ from g2l.protocols import (
     vote,
 )
 from g2l.published import PUBLISHED, at_hand, list_benchmarks, load_benchmarks
+from g2l.registry import tcga_notes
 from g2l.report import summarize, write_report, write_tables
 from g2l.results import (
     Study,
@@ -217,6 +218,8 @@ def without_leaks(
             notes.append(
                 f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
             )
+    origins = {display(name): study.cards[name]["metadata"] for name in x}
+    notes += tcga_notes(origins, benchmark.name, benchmark.groups)
     if not keep.any():
         raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
     return keep, notes, marked

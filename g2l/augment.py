@@ -5,8 +5,6 @@ it where the patches are. For given parameters each operation gives the pixels o
 transform on a float image.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -100,16 +98,15 @@ def jitter_and_blur(out: Tensor, params: Params) -> Tensor:
 
     In as few operations as there are kinds, whatever the number of images.
     """
-    rows = params.jitter.nonzero().flatten()
-    if len(rows):
-        there = _send(rows, out.device)
-        factors, order = params.factors[rows], params.order[rows]
-        out[there] = color_jitter(out[there], factors, order)
-    rows = params.blur.nonzero().flatten()
-    if len(rows):
-        there = _send(rows, out.device)
-        sigma = params.sigma[rows]
-        out[there] = gaussian_blur(out[there], sigma)
+    kinds = (
+        (params.jitter, color_jitter, (params.factors, params.order)),
+        (params.blur, gaussian_blur, (params.sigma,)),
+    )
+    for chosen, change, how in kinds:
+        rows = chosen.nonzero().flatten()
+        if len(rows):
+            there = _send(rows, out.device)
+            out[there] = change(out[there], *(values[rows] for values in how))
     return out
 
 
@@ -213,14 +210,11 @@ def gaussian_blur(x: Tensor, sigma: Tensor, size: int = BLUR_SIZE) -> Tensor:
     taps = torch.softmax(exponents, dim=1)  # exp, divided by its sum
     taps = _send(taps, x.device).to(x.dtype)
     weights = taps[..., None, None, None].unbind(1)
-    height, width = x.shape[2:]
+    sides = x.shape
     x = F.pad(x, (size // 2,) * 4, mode="reflect")
-    columns = x[:, :, :height] * weights[0]
-    for i in range(1, size):
-        shifted = x[:, :, i : i + height]
-        columns.addcmul_(shifted, weights[i])
-    out = columns[..., :width] * weights[0]
-    for i in range(1, size):
-        shifted = columns[..., i : i + width]
-        out.addcmul_(shifted, weights[i])
-    return out
+    for axis in (2, 3):
+        source = x
+        x = source.narrow(axis, 0, sides[axis]) * weights[0]
+        for i in range(1, size):
+            x.addcmul_(source.narrow(axis, i, sides[axis]), weights[i])
+    return x

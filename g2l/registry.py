@@ -56,12 +56,12 @@ was trained at 0.5 µm/px, G2L distils it at 0.25. Weights: the hub's cache and 
 [NAME=]FILE, FOLDER, random."""
 
 
-def find(name: object) -> Entry | None:
-    """The entry of a model that is called by its name, or by its repository on the hub."""
+def find(name: object) -> str | None:
+    """Under which name the registry has a model, called so or by its repository on the hub."""
     wanted = str(name).lower().removeprefix("hf-hub:")
     for known, entry in REGISTRY.items():
         if wanted in (known, entry.hub.lower()):
-            return entry
+            return known
     return None
 
 
@@ -76,10 +76,10 @@ def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[s
     notes = []
     for name, metadata in models.items():
         for origin in (name, metadata.get("teacher"), metadata.get("student")):
-            entry = find(origin)
-            if entry and entry.tcga:
-                of = "" if origin == name else f" comes from {origin}, which"
-                notes.append(f"{name}{of} may know these slides: TCGA, {entry.tcga}")
+            known = find(origin)
+            if known and REGISTRY[known].tcga:
+                of = "" if origin == name else f" comes from {known}, which"
+                notes.append(f"{name}{of} may know these slides: TCGA, {REGISTRY[known].tcga}")
     return notes
 
 

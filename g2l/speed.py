@@ -1,22 +1,21 @@
 """How fast a network runs here: FLOPs counted, the matmul ceiling measured, images a second, batch
 size."""
 
-from __future__ import annotations
-
 import functools
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 
-def _forward(model, x: torch.Tensor) -> torch.Tensor:
+def _forward(model, x: Tensor) -> Tensor:
     """The forward pass as written, never the compiled one: this shape is of no use later."""
     return type(model).forward(model, x)
 
 
-def _blank(model, count: int) -> torch.Tensor:
+def _blank(model, count: int) -> Tensor:
     """(count, 3, S, S) of zeros on the model's device."""
     device = next(model.parameters()).device
     return torch.zeros(count, 3, model.input_size, model.input_size, device=device)
@@ -58,29 +57,16 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # a training run's random numbers stay its own
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, device))
+    return 2 * n**3 / min(timed(lambda: a @ b))
 
 
-def timed(call: Callable, device: torch.device, budget: float = 3.0) -> list[float]:
-    """Seconds of up to 20 runs of `call` after a warm-up, or as many as fit into `budget` seconds.
+def timed(call: Callable) -> list[float]:
+    """Seconds of runs of `call`, the device waited for: as many as fit into half a second.
 
-    There are at least two.
+    Some before them, which the timer takes to choose how, are the warm-up.
     """
-    cuda = device.type == "cuda"
-
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for _ in range(3 if cuda else 1):  # allocation, compilation, clocks
-        once()
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < 20 and sum(times) < budget):
-        times.append(once())
-    return times
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).times
 
 
 def milliseconds(model) -> float:
@@ -88,7 +74,7 @@ def milliseconds(model) -> float:
     device = next(model.parameters()).device
     x = _blank(model, 32 if device.type == "cuda" else 4)
     with torch.inference_mode():
-        return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
+        return 1e3 * float(np.median(timed(lambda: model(x)))) / len(x)
 
 
 def speed(model, batch_size: int | None = None) -> dict[str, str]:
@@ -104,7 +90,7 @@ def speed(model, batch_size: int | None = None) -> dict[str, str]:
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        rate = batch_size / float(np.median(timed(lambda: model(x), device)))
+        rate = batch_size / float(np.median(timed(lambda: model(x))))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
     return {
         "parameters": f"{model.parameters_count / 1e6:,.1f} M",
