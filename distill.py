@@ -57,7 +57,7 @@ from g2l.ranks import (
     setup_distributed,
 )
 from g2l.recipe import LOSSES, Step, StopRule, build, cosine
-from g2l.registry import REGISTRY, find
+from g2l.registry import licence_note
 from g2l.rows import read_rows
 from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
@@ -84,8 +84,6 @@ def distill(args: Namespace) -> int:
             return 0
 
         index, held = check_cohort(args, world)
-        if run.main and (forbidden := licence_note(args.teacher)):
-            print(forbidden, flush=True)
         teacher, student = load_pair(args, device, precision)
         distiller, flops = build(args, teacher, student)
         identity |= identify(index, teacher, student)
@@ -95,7 +93,7 @@ def distill(args: Namespace) -> int:
         if state:
             training.resume(state)
         if run.main:
-            training.begin(index, held, describe_run(index, held, device))
+            training.begin(index, held)
         patches = (args.seed, args.batch_size, args.crop, args.sampling)
         stream = load(
             Batches(index, held, *patches, rank, world),
@@ -145,13 +143,17 @@ class Training:
         if self.run.main:
             print(f"going on from step {self.done} of {self.run.folder}", flush=True)
 
-    def begin(self, index: PatchIndex, held: np.ndarray, config: dict) -> None:
+    def begin(self, index: PatchIndex, held: np.ndarray) -> None:
         """On rank 0: look at the room on the disk, write config.json, draw the patches held out."""
         args, run, distiller = self.args, self.run, self.step.distiller
         weights = sum(value.nbytes for value in distiller.state_dict().values())
         # AdamW keeps two numbers a weight; while a checkpoint is written, one more is there.
         run.check_room(3 * weights * (args.keep + 1) + weights)
-        self.config = {"arguments": vars(args), "identity": self.identity, **config}
+        device = describe_device(self.step.device)
+        cohort = {"slides": len(index.slides), "patches": len(index), "patients": index.patients}
+        cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
+        self.config = {"arguments": vars(args), "identity": self.identity, "device": device}
+        self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
         teacher, student = self.step.teacher, distiller.student
@@ -159,10 +161,10 @@ class Training:
             index, held, args.eval_patches, args.crop, args.seed, teacher, args.batch_size
         )
         print(
-            f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
-            f"({student.parameters_count / 1e6:,.1f} M parameters); {self.images} patches a step, "
-            f"{args.max_steps} steps; {self.identity['precision']} on {config['device']}; at the "
-            f"matmul ceiling {self.peak:,.3g} steps a second",
+            f"{run.folder}: {teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into "
+            f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
+            f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
+            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
             flush=True,
         )
 
@@ -272,17 +274,10 @@ class Training:
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
-            row = {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "grad_norm": norm,
-                "spread": spread,
-                "above_mean": self.stop.count,
-                "images_per_second": round(rate * self.images, 2),
-                "mfu": round(rate / self.peak, 4),
-            }
+            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
+            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
+            row["images_per_second"] = round(rate * self.images, 2)
+            row["mfu"] = round(rate / self.peak, 4)
             lines.append(row)
         if self.run.main and lines:
             self.run.log(lines)
@@ -346,14 +341,9 @@ def finish(training: Training, index: PatchIndex) -> None:
     args, run, best = training.args, training.run, training.best
     folder, done = run.folder / "student", training.done
     metadata = {name: getattr(args, name) for name in ("teacher", "student", "cancer", "loss")}
-    metadata |= {
-        "run": run.folder.name,
-        "steps": done,
-        "patients": list(index.patients),
-        "slides": list(index.slides),
-        "cka_before": best["before"],
-        "cka_after": best["last"],
-    }
+    metadata |= {"run": run.folder.name, "steps": done}
+    metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
+    metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
     because = training.ended or "--max-steps"
     try:
         save_student(training.step.distiller.student, folder, metadata=metadata)
@@ -389,18 +379,6 @@ def default_name(args: Namespace) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
 
 
-def licence_note(teacher: str) -> str:
-    """What to say before a teacher is used whose licence forbids it; a note, not a lock."""
-    known = find(teacher)
-    if known is None or REGISTRY[known].teaches:
-        return ""
-    entry = REGISTRY[known]
-    return (
-        f"note: the licence of {teacher} ({entry.licence}) forbids models trained on its outputs, "
-        f"which this student will be; see https://huggingface.co/{entry.hub}"
-    )
-
-
 def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     """The parts of a run's identity that take opening and loading: cohort and weights.
 
@@ -417,17 +395,6 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     }
 
 
-def describe_run(index: PatchIndex, held: np.ndarray, device: torch.device) -> dict:
-    """What config.json says beside arguments and identity."""
-    cohort = {
-        "slides": len(index.slides),
-        "patches": len(index),
-        "patients": list(index.patients),
-        "held out": [index.slides[i] for i in np.flatnonzero(held)],
-    }
-    return {"device": describe_device(device), **describe_setting(), "cohort": cohort}
-
-
 # ---- cohort and models -------------------------------------------------------------------
 
 
@@ -435,8 +402,8 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
     """The patches, and bool (slides,): which slides are held out. UserError where they are few."""
     folder = Path(args.data) / "tiles" / args.cancer
     index, held = open_cohort(folder, args.slides, args.hold_out, args.max_slides, args.seed)
-    counts, size = index.counts, index.patch_size
-    available, wanted = int(counts[~held].sum()), args.batch_size * args.accumulate * world
+    size, available = index.patch_size, int(index.counts[~held].sum())
+    wanted = args.batch_size * args.accumulate * world
     if available < wanted:
         raise UserError(
             f"{folder}: a step takes {wanted} patches (--batch-size x --accumulate x ranks) and "
@@ -452,8 +419,8 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         if not held.any():  # --hold-out 0, or fewer than 4 patients
             kept = "none held out, so CKA is measured on slides that are trained on"
         print(
-            f"{args.cancer}: {int(counts.sum()):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}",
+            f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
+            f"slides of {len(index.patients)} patients; {kept}{licence_note(args.teacher)}",
             flush=True,
         )
     return index, held
@@ -539,13 +506,12 @@ def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag, default, text, *choices in flags:
-            if default is False:
-                group.add_argument(flag, action="store_true", help=text)
-            elif choices:
-                group.add_argument(flag, default=default, help=text, choices=choices[0])
-            else:
-                kind = int if default is None else type(default)
-                group.add_argument(flag, default=default, help=text, type=kind)
+            how: dict = {"action": "store_true"}
+            if default is not False:
+                how = {"type": int if default is None else type(default)}
+            if choices:
+                how["choices"] = choices[0]
+            group.add_argument(flag, default=default, help=text, **how)
     return parser
 
 
@@ -638,8 +604,7 @@ def sweep(args: Namespace, argv: list[str]) -> int:
         plan.append(build_parser().parse_args([*argv, *more, "--name", run_name(base, trial)]))
         check(plan[-1])
     status = 0
-    for number, one in enumerate(plan, 1):
-        print(f"run {number} of {len(plan)}: {one.name}", flush=True)
+    for one in plan:
         status = max(status, distill(one))
         if status > 1:  # stopped
             return status

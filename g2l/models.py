@@ -30,13 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from g2l.arguments import Help, whole
-from g2l.devices import (
-    MODEL_REMEDIES,
-    PRECISIONS,
-    add_model_arguments,
-    describe_device,
-    model_options,
-)
+from g2l.devices import MODEL_REMEDIES, add_model_arguments, describe_device, model_options
 from g2l.errors import UserError, exit_status
 from g2l.files import atomic, write_text
 from g2l.registry import NOTES, REGISTRY, find, table
@@ -208,7 +202,7 @@ class Blueprint:
     preprocessing: dict = field(default_factory=dict)  # what differs from timm's pretrained_cfg
     embedding: str | None = None
     metadata: dict = field(default_factory=dict)
-    precision: str = "bf16"  # on a GPU
+    precision: str = "bfloat16"  # on a GPU
     repository: str = ""  # on the hub
     weights: str | None = None  # a file or folder, or "random"; None: the hub's
     published: bool = False  # in the registry
@@ -281,7 +275,7 @@ def load_model(
     """
     device, plan = torch.device(device), blueprint(name, weights)
     if dtype is None:
-        dtype = PRECISIONS["fp32" if device.type == "cpu" else plan.precision]
+        dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.precision)
     net = _network(plan)
     if input_size and input_size != net.pretrained_cfg["input_size"][-1]:
         _resize_input(net, plan, input_size)

@@ -222,7 +222,8 @@ class PatchIndex:
 
     `slides` is where slides lie if moved, `only` names those that are wanted. Only slides.csv is
     read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
-    process holds them, the system's cache of the files serves all workers. The files of the last `handles` slides stay open, fewer
+    process holds them, the system's cache of the files serves all workers. The files of the last
+    `handles` slides stay open, fewer
     where the system allows fewer; patches that are in a shard or are pixels of compressed tiles are
     read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork
     and to use in data-loader workers; not to be shared between threads.

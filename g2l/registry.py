@@ -27,7 +27,7 @@ class Entry:
     # "cls", or "cls+mean": CLS beside the mean of the patch tokens, registers left out
     embedding: str = "cls"
     # of matrix products on a GPU: as published, bf16 where nothing is known
-    precision: str = "bf16"
+    precision: str = "bfloat16"
     resize: int = 224  # the shorter side is resized to this, then the middle 224 x 224 is taken
     interpolation: str = "bilinear"
     teaches: bool = True  # False: the licence forbids models trained on its outputs
@@ -63,6 +63,18 @@ def find(name: object) -> str | None:
         if wanted in (known, entry.hub.lower()):
             return known
     return None
+
+
+def licence_note(teacher: str) -> str:
+    """A line on a teacher whose licence forbids students, to be said before there is one."""
+    known = find(teacher)
+    if known is None or REGISTRY[known].teaches:
+        return ""
+    entry = REGISTRY[known]
+    return (
+        f"\nnote: the licence of {known}, {entry.licence}, forbids models trained on its outputs, "
+        f"as the student will be; its terms: https://huggingface.co/{entry.hub}"
+    )
 
 
 def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[str]) -> list[str]:

@@ -2,12 +2,12 @@
 size."""
 
 import functools
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 
 def _forward(model, x: Tensor) -> Tensor:
@@ -57,16 +57,21 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # a training run's random numbers stay its own
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b))
+    return 2 * n**3 / min(timed(lambda: a @ b, device))
 
 
-def timed(call: Callable) -> list[float]:
-    """Seconds of runs of `call`, the device waited for: as many as fit into half a second.
-
-    Some before them, which the timer takes to choose how, are the warm-up.
-    """
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.5).times
+def timed(call: Callable, device: torch.device) -> list[float]:
+    """Seconds of 2 to 20 runs of `call`, the device waited for, after a warm-up; 3 s if that do."""
+    cuda = device.type == "cuda"
+    warm = 3 if cuda else 1  # allocation, compilation, clocks
+    times: list[float] = []
+    while len(times) < warm + 2 or (len(times) < warm + 20 and sum(times[warm:]) < 3):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times[warm:]
 
 
 def milliseconds(model) -> float:
@@ -74,7 +79,7 @@ def milliseconds(model) -> float:
     device = next(model.parameters()).device
     x = _blank(model, 32 if device.type == "cuda" else 4)
     with torch.inference_mode():
-        return 1e3 * float(np.median(timed(lambda: model(x)))) / len(x)
+        return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
 
 
 def speed(model, batch_size: int | None = None) -> dict[str, str]:
@@ -90,7 +95,7 @@ def speed(model, batch_size: int | None = None) -> dict[str, str]:
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        rate = batch_size / float(np.median(timed(lambda: model(x))))
+        rate = batch_size / float(np.median(timed(lambda: model(x), device)))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
     return {
         "parameters": f"{model.parameters_count / 1e6:,.1f} M",

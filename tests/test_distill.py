@@ -1,5 +1,6 @@
 """distill.py as a user runs it: whole runs, real kills and resumption, ranks, guards."""
 
+import dataclasses
 import json
 import math
 import os
@@ -304,6 +305,26 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)
         assert not (tmp_path / "r").exists()
+
+
+def test_a_licence_that_forbids_students_is_told_before_the_first_step(
+    data, tmp_path, capsys, monkeypatch
+):
+    from g2l.registry import REGISTRY
+
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    entry = dataclasses.replace(REGISTRY["h0-mini"], args=small, dim=32)
+    monkeypatch.setitem(REGISTRY, "h0-mini", entry)
+    pair = ["--teacher", "h0-mini", "--student", "timm:test_vit"]
+    assert (
+        distill.main(command(data, tmp_path, "r", "--crop", 56, "--max-steps", 2, pair=pair)) == 0
+    )
+    output = capsys.readouterr().out
+    note, first = "forbids models trained on its outputs", "step 0: "
+    assert "huggingface.co/bioptimus/H0-mini" in output
+    assert output.index(note) < output.index(first)
+    assert distill.main(command(data, tmp_path, "s", "--max-steps", 2)) == 0
+    assert note not in capsys.readouterr().out
 
 
 def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
