@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=3 distill.py --cancer brca         # H-optimus-0 into Hibou-L
     python distill.py --cancer NAME --teacher A --student B --max-steps N
+    python distill.py --sweep loss=logsum,mse seed=0,1,2         # runs, a table, a picture
 
 One step: a batch of patches -> one random crop, flips, colour jitter and blur per patch -> the
 frozen teacher and the student see the same crop, each in its own normalisation -> the student's
@@ -465,7 +466,7 @@ RECIPE = {
     ],
     "loss": [
         ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
-        ("--alpha", 4.0, "exponent of logsum and correlation"),
+        ("--alpha", 4.0, "exponent of logsum and correlation; 2 learns faster in a short run"),
         ("--normalize", "both", "of projected student and teacher, by batch norm", NORMALIZE),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
         ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),

@@ -34,7 +34,7 @@ from g2l.devices import MODEL_REMEDIES, add_model_arguments, describe_device, mo
 from g2l.errors import UserError, exit_status
 from g2l.files import atomic, write_text
 from g2l.registry import NOTES, REGISTRY, find, table
-from g2l.speed import speed
+from g2l.speed import COLUMNS, speed
 from g2l.weights import (
     State,
     explained,
@@ -469,14 +469,12 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     compiled = "; compiled" if args.compile else ""
     print(f"{describe_device(options['device'])}; torch {torch.__version__}{compiled}")
     width = max(len(name) for name in names)
-    for number, name in enumerate(names):
+    print("model".ljust(width), *(title.rjust(11) for title in COLUMNS))
+    for name in names:
         given = weights[name] or (None if Path(name).exists() else "random")
         model = load_model(name, given, input_size=args.input_size, **options)
         cells = speed(model, args.batch_size)
-        if number == 0:
-            print("model".ljust(width), *(title.rjust(9) for title in cells))
-        row = [cell.rjust(max(9, len(title))) for title, cell in cells.items()]
-        print(name.ljust(width), *row, flush=True)
+        print(name.ljust(width), *(cell.rjust(11) for cell in cells), flush=True)
     print(
         "MFU: share of the ceiling, the TFLOP/s measured for a large matrix product in the same "
         "precision; preprocessing and reading are not counted"
@@ -488,14 +486,13 @@ def check_weights(name: str | None, path: str | None, args: argparse.Namespace) 
 
     Without a name, say which models it fits.
     """
-    if name is None and path is not None:
-        fits = identify(read_weights(weight_file(path)))
+    if name is None:
+        fits = identify(read_weights(weight_file(str(path))))
         if not fits:
             raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
         print(f"{path}: fits {' and '.join(fits)}")
         return
     start = time.perf_counter()
-    name = str(name)
     if path is None and (known := find(name)):
         path = str(hub_file(REGISTRY[known].hub))
     if path and path != "random":
@@ -545,19 +542,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure, check, or print the registry; the exit status."""
     if args.speed is not None:
         show_speed(args.speed + args.names or list(REGISTRY), args)
-    elif args.check:
-        for name in args.names or [None]:
-            check_weights(name, args.check, args)
-    elif args.names:
-        given = parse_weights(args.weights, args.names)
-        for name in args.names:
-            check_weights(name, given[name], args)
-    elif args.weights:
-        files = " ".join(args.weights)
-        raise UserError(
-            f"--weights {files}: of which model? python -m g2l.models NAME --weights ..."
-        )
-    else:
+        return 0
+    if args.weights and not args.names:
+        raise UserError(f"--weights {args.weights[0]}: of which model? Name it before")
+    given = parse_weights(args.weights, args.names)
+    for name in args.names or [None] * bool(args.check):
+        check_weights(name, args.check or given[name], args)
+    if not args.names and not args.check:
         print(table() + "\n" + NOTES)
     return 0
 

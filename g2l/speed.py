@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def _forward(model, x: Tensor) -> Tensor:
-    """The forward pass as written, never the compiled one: this shape is of no use later."""
-    return type(model).forward(model, x)
-
-
 def _blank(model, count: int) -> Tensor:
     """(count, 3, S, S) of zeros on the model's device."""
     device = next(model.parameters()).device
@@ -34,7 +29,7 @@ def fitting_batch_size(model) -> int:
         for _ in range(2):  # the first call also loads libraries
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            _forward(model, x)
+            type(model).forward(model, x)  # never the compiled one: this shape is of no use later
     each = (torch.cuda.max_memory_allocated(device) - before) / len(x)
     torch.cuda.empty_cache()
     return int(np.clip(0.8 * torch.cuda.mem_get_info(device)[0] / each // 8 * 8, 8, 256))
@@ -47,7 +42,7 @@ def flops_per_image(model) -> float:
 
     x, counter = _blank(model, 1), FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        _forward(model, x)
+        type(model).forward(model, x)
     return float(counter.get_total_flops())
 
 
@@ -82,8 +77,12 @@ def milliseconds(model) -> float:
         return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
 
 
-def speed(model, batch_size: int | None = None) -> dict[str, str]:
-    """Throughput of one model on its device: the row that `python -m g2l.models --speed` prints."""
+COLUMNS = "parameters precision input batch GFLOP/image ms/image images/s TFLOP/s ceiling".split()
+COLUMNS += ["MFU", "memory"]
+
+
+def speed(model, batch_size: int | None = None) -> list[str]:
+    """Throughput of one model on its device: the `COLUMNS` that `python -m g2l.models` prints."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     batch_size = batch_size or (fitting_batch_size(model) if cuda else 4)
@@ -97,16 +96,16 @@ def speed(model, batch_size: int | None = None) -> dict[str, str]:
     with torch.inference_mode():
         rate = batch_size / float(np.median(timed(lambda: model(x), device)))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
-    return {
-        "parameters": f"{model.parameters_count / 1e6:,.1f} M",
-        "precision": str(model.dtype).removeprefix("torch."),
-        "input": str(model.input_size),
-        "batch": str(batch_size),
-        "GFLOP/image": f"{flops / 1e9:,.1f}",
-        "ms/image": f"{1e3 / rate:.2f}",
-        "images/s": f"{rate:,.1f}",
-        "TFLOP/s": f"{flops * rate / 1e12:.3g}",
-        "ceiling": f"{ceiling / 1e12:.3g}",
-        "MFU": f"{flops * rate / ceiling:.0%}",
-        "memory": f"{peak:.1f} GiB" if cuda else "-",
-    }
+    return [
+        f"{model.parameters_count / 1e6:,.1f} M",
+        str(model.dtype).removeprefix("torch."),
+        str(model.input_size),
+        str(batch_size),
+        f"{flops / 1e9:,.1f}",
+        f"{1e3 / rate:.2f}",
+        f"{rate:,.1f}",
+        f"{flops * rate / 1e12:.3g}",
+        f"{ceiling / 1e12:.3g}",
+        f"{flops * rate / ceiling:.0%}",
+        f"{peak:.1f} GiB" if cuda else "-",
+    ]
