@@ -236,13 +236,13 @@ def blueprint(name: str, weights: str | None = None) -> Blueprint:
     if name.startswith("hf-hub:"):
         repository = name.removeprefix("hf-hub:")
         config = read_config(hub_file(repository, ["config.json"]).parent)
-        return Blueprint(name, *config, repository=repository, weights=weights)
+        return Blueprint(name, **config, repository=repository, weights=weights)
     if Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
         config, folder = read_config(folder), folder.resolve()
         own = folder.parent.name if folder.name == "student" else folder.name
-        run = str(config.metadata.get("run") or own)
-        return Blueprint(run, *config, weights=weights or name)
+        run = str(config["metadata"].get("run") or own)
+        return Blueprint(run, **config, weights=weights or name)
     if Path(name).name == "student":
         raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.5)

@@ -9,7 +9,7 @@ import math
 from argparse import Namespace
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -228,26 +228,21 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        losses = []
+        total = torch.zeros((), device=self.device)
         for number, (images, params) in enumerate(batches, 1):
-            with self._gradients_shared(number == len(batches)):
+            # Ranks add their gradients up once a step, after its last micro-batch.
+            apart = self.parallel is not None and number < len(batches)
+            with self.parallel.no_sync() if apart else nullcontext():
                 loss, spread = self._forward(images, params)
                 (loss / len(batches)).backward()
-            losses.append(loss.detach())
+            total += loss.detach()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = sum(losses[1:], losses[0]) / len(batches)
-        return torch.stack([loss, norm, spread])
-
-    def _gradients_shared(self, shared: bool) -> AbstractContextManager:
-        """Ranks add their gradients up once a step, after its last micro-batch."""
-        if shared or self.parallel is None:
-            return nullcontext()
-        return self.parallel.no_sync()
+        return torch.stack([total / len(batches), norm, spread])
 
     def _forward(self, images: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, P, P) -> (loss, spread) of both models' views of one augmentation."""

@@ -14,7 +14,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +48,8 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
         elif len(weights) == 1 and ("=" not in spec or Path(spec).exists()):
             weights[names[0]] = spec
         else:
-            known = ", ".join(names)
-            raise UserError(
-                f"weights {spec}: for which model? Write NAME=FILE with NAME one of {known}"
-            )
+            which = "for which model? Write NAME=FILE with NAME one of"
+            raise UserError(f"weights {spec}: {which} {', '.join(names)}")
     return weights
 
 
@@ -60,7 +57,7 @@ def weight_file(path: str | Path) -> Path:
     """The weight file at `path`, or in the folder `path`; of a model in several files, their
     index."""
     path = Path(path).expanduser()
-    folder = path.parent
+    index = path.parent / INDEX
     if path.is_dir():
         found = [path / file for file in WEIGHT_FILES if (path / file).is_file()]
         if not found:
@@ -70,9 +67,8 @@ def weight_file(path: str | Path) -> Path:
         return found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file", mend="weights")
-    if re.search(r"-\d+-of-\d+\.safetensors$", path.name) and (folder / INDEX).is_file():
-        return folder / INDEX
-    return path
+    part = re.search(r"-\d+-of-\d+\.safetensors$", path.name)
+    return index if part and index.is_file() else path
 
 
 def read_weights(path: Path) -> State:
@@ -141,18 +137,11 @@ def _state_dict(content: object, path: Path) -> State:
     return dict(items)
 
 
-class Config(NamedTuple):
-    """What config.json of a folder in timm's format says."""
+def read_config(folder: Path) -> dict:
+    """What folder/config.json says, as the fields of a Blueprint of these names.
 
-    architecture: str
-    args: dict  # of the constructor
-    preprocessing: dict  # timm's pretrained_cfg
-    embedding: str | None
-    metadata: dict  # what distill.py wrote
-
-
-def read_config(folder: Path) -> Config:
-    """Read folder/config.json; UserError where it is none in timm's format."""
+    Raises UserError where it is none in timm's format.
+    """
     path = folder / "config.json"
     if (folder / "student" / "config.json").is_file():
         raise UserError(f"{folder}: a folder with a student in it; name that: {folder / 'student'}")
@@ -173,8 +162,13 @@ def read_config(folder: Path) -> Config:
             raise UserError(
                 f"{path}: model_args may not hold {', '.join(bad)}, which name other files"
             )
-        architecture, metadata = str(config["architecture"]), dict(config.get("g2l") or {})
-        return Config(architecture, args, _preprocessing(config), config.get("embedding"), metadata)
+        return {
+            "architecture": str(config["architecture"]),
+            "args": args,
+            "preprocessing": _preprocessing(config),
+            "embedding": config.get("embedding"),
+            "metadata": dict(config.get("g2l") or {}),
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a timm configuration ({reason})") from None

@@ -19,7 +19,7 @@ def data(tmp_path_factory):
 
 
 def short(data, runs, *more):
-    return command(data, runs, "s", "--max-steps", 3, "--eval-every", 1, *more)
+    return command(data, runs, "s", "--max-steps", 2, "--eval-every", 1, *more)
 
 
 def test_all_combinations_in_order_and_what_is_no_sweep():
@@ -46,7 +46,7 @@ def test_a_sweep_leaves_its_runs_a_table_and_a_picture_and_goes_on(data, tmp_pat
     assert "| loss | runs |" in table and "| mse | 2 |" in table
     Image.open(tmp_path / "s_loss_seed.png").load()
     assert distill.main(arguments) == 0
-    assert capsys.readouterr().out.count("finished at step 3") == 4
+    assert capsys.readouterr().out.count("finished at step 2") == 4
 
 
 def test_cohort_sizes_say_how_many_slides_it_takes(data, tmp_path):
@@ -79,4 +79,4 @@ def test_a_sweep_under_torchrun(data, tmp_path):
     done = torchrun(2, "distill.py", *short(data, tmp_path, "--sweep", "alpha=2,4"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| 2 | 1 |" in (tmp_path / "s_alpha.md").read_text()
-    assert len(losses(tmp_path / "s_alpha-4")) == 3
+    assert len(losses(tmp_path / "s_alpha-4")) == 2
