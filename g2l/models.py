@@ -280,9 +280,6 @@ def load_model(
     if input_size and input_size != net.pretrained_cfg["input_size"][-1]:
         _resize_input(net, plan, input_size)
     net._model_args = plan.args
-    crop_mode = net.pretrained_cfg.get("crop_mode", "center")
-    if crop_mode not in ("center", "squash"):
-        raise UserError(f"{plan.name}: its crop mode {crop_mode!r} is not supported")
     pooled = "cls" if getattr(net, "global_pool", None) == "token" else "pool"
     model = Model(
         net,
@@ -292,6 +289,8 @@ def load_model(
         weights=plan.weights or "hub",
         metadata=plan.metadata,
     )
+    if model.crop_mode not in ("center", "squash"):
+        raise UserError(f"{plan.name}: its crop mode {model.crop_mode!r} is not supported")
     model = model.to(device).eval()
     if compile:  # each at first use
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]

@@ -69,10 +69,10 @@ def timed(call: Callable, device: torch.device) -> list[float]:
     return times[warm:]
 
 
-def milliseconds(model) -> float:
-    """Median time per image of a forward pass; batches of 32 on a GPU, of 4 on a CPU."""
+def milliseconds(model, batch_size: int | None = None) -> float:
+    """Median time per image of a forward pass; batches of 32 on a GPU, of 4 on a CPU by default."""
     device = next(model.parameters()).device
-    x = _blank(model, 32 if device.type == "cuda" else 4)
+    x = _blank(model, batch_size or (32 if device.type == "cuda" else 4))
     with torch.inference_mode():
         return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
 
@@ -86,26 +86,22 @@ def speed(model, batch_size: int | None = None) -> list[str]:
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     batch_size = batch_size or (fitting_batch_size(model) if cuda else 4)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch_size, 3, model.input_size, model.input_size, generator=generator)
-    x = model.normalize(x.to(device))
-    flops = flops_per_image(model)
-    ceiling = matmul_ceiling(device, model.dtype)
+    flops, ceiling = flops_per_image(model), matmul_ceiling(device, model.dtype)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.inference_mode():
-        rate = batch_size / float(np.median(timed(lambda: model(x), device)))
+    each = milliseconds(model, batch_size)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
+    reached = 1e3 * flops / each
     return [
         f"{model.parameters_count / 1e6:,.1f} M",
         str(model.dtype).removeprefix("torch."),
         str(model.input_size),
         str(batch_size),
         f"{flops / 1e9:,.1f}",
-        f"{1e3 / rate:.2f}",
-        f"{rate:,.1f}",
-        f"{flops * rate / 1e12:.3g}",
+        f"{each:.2f}",
+        f"{1e3 / each:,.1f}",
+        f"{reached / 1e12:.3g}",
         f"{ceiling / 1e12:.3g}",
-        f"{flops * rate / ceiling:.0%}",
+        f"{reached / ceiling:.0%}",
         f"{peak:.1f} GiB" if cuda else "-",
     ]

@@ -492,7 +492,7 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "GPFM.pth"])
 def test_weights_come_from_the_hub_and_then_from_its_cache(
     file, hub, tiny, tmp_path, monkeypatch, capsys
 ):
