@@ -231,8 +231,8 @@ class Step:
         total = torch.zeros((), device=self.device)
         for number, (images, params) in enumerate(batches, 1):
             # Ranks add their gradients up once a step, after its last micro-batch.
-            apart = self.parallel is not None and number < len(batches)
-            with self.parallel.no_sync() if apart else nullcontext():
+            apart = self.parallel if number < len(batches) else None
+            with apart.no_sync() if apart else nullcontext():
                 loss, spread = self._forward(images, params)
                 (loss / len(batches)).backward()
             total += loss.detach()
