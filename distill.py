@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=3 distill.py --cancer brca         # H-optimus-0 into Hibou-L
     python distill.py --cancer NAME --teacher A --student B --max-steps N
+    python distill.py --sweep loss=logsum,mse seed=0,1,2         # runs, a table, a picture
 
 One step: a batch of patches -> one random crop, flips, colour jitter and blur per patch -> the
 frozen teacher and the student see the same crop, each in its own normalisation -> the student's
@@ -16,8 +17,6 @@ at the addresses of the old ones (pytorch issue 135712).
 The file follows a run: `distill` says whether there is anything to do, opens the cohort, loads the
 pair and builds the distiller; `Training` takes the steps; `finish` exports. The flags come last.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -52,16 +51,19 @@ from g2l.ranks import (
     agree,
     any_rank,
     end_workers,
+    exit_process,
     gather_values,
     leave_distributed,
     rank_and_world,
     setup_distributed,
 )
 from g2l.recipe import LOSSES, Step, StopRule, build, cosine
+from g2l.registry import licence_note
 from g2l.rows import read_rows
 from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
-from g2l.stream import Batches, Heldout, hold_out, load
+from g2l.stream import Batches, Heldout, load, open_cohort
+from g2l.sweep import run_name, trials, write_sweep
 from g2l.teacher_cache import TeacherCache
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 from g2l.weights import parse_weights
@@ -77,8 +79,7 @@ def distill(args: Namespace) -> int:
         precision = pick_precision(args.precision, device)
         torch.backends.cudnn.benchmark = True
         # What the run is, first as far as the command line says: a mistake costs no loading.
-        recipe = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
-        identity = {name: getattr(args, name) for name in recipe}
+        identity = recipe_of(args)
         identity["targets"] = "fp16" if args.teacher_cache else "as computed"
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
         if done := agree(run.finished(identity) if run.main else 0):
@@ -86,7 +87,7 @@ def distill(args: Namespace) -> int:
                 print(f"{folder}: finished at step {done}; student: {folder / 'student'}")
             return 0
 
-        index, held = open_cohort(args, world)
+        index, held = check_cohort(args, world)
         teacher, student = load_pair(args, device, precision)
         distiller, flops = build(args, teacher, student)
         identity |= identify(index, teacher, student)
@@ -102,7 +103,7 @@ def distill(args: Namespace) -> int:
         if state:
             training.resume(state)
         if run.main:
-            training.begin(index, held, describe_run(index, held, device))
+            training.begin(index, held)
         patches = (args.seed, args.batch_size, args.crop, args.sampling)
         stream = load(
             Batches(index, held, *patches, rank, world),
@@ -152,30 +153,28 @@ class Training:
         if self.run.main:
             print(f"going on from step {self.done} of {self.run.folder}", flush=True)
 
-    def begin(self, index: PatchIndex, held: np.ndarray, config: dict) -> None:
+    def begin(self, index: PatchIndex, held: np.ndarray) -> None:
         """On rank 0: look at the room on the disk, write config.json, draw the patches held out."""
         args, run, distiller = self.args, self.run, self.step.distiller
         weights = sum(value.nbytes for value in distiller.state_dict().values())
         # AdamW keeps two numbers a weight; while a checkpoint is written, one more is there.
         run.check_room(3 * weights * (args.keep + 1) + weights)
-        self.config = {"arguments": vars(args), "identity": self.identity, **config}
+        device = describe_device(self.step.device)
+        cohort = {"slides": len(index.slides), "patches": len(index), "patients": index.patients}
+        cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
+        self.config = {"arguments": vars(args), "identity": self.identity, "device": device}
+        self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
-        self.heldout = Heldout(
-            index,
-            held,
-            args.eval_patches,
-            args.crop,
-            args.seed,
-            self.step.teacher,
-            args.batch_size,
-        )
         teacher, student = self.step.teacher, distiller.student
+        self.heldout = Heldout(
+            index, held, args.eval_patches, args.crop, args.seed, teacher, args.batch_size
+        )
         print(
-            f"{teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into {student.name} "
-            f"({student.parameters_count / 1e6:,.1f} M parameters); {self.images} patches a step, "
-            f"{args.max_steps} steps; {self.identity['precision']} on {config['device']}; at the "
-            f"matmul ceiling {self.peak:,.3g} steps a second",
+            f"{run.folder}: {teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into "
+            f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
+            f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
+            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
             flush=True,
         )
 
@@ -191,20 +190,21 @@ class Training:
         if self.done == 0:
             self.measure()
         self.progress = Progress(args.max_steps, "step", self.done, interval=5, shown=self.run.main)
-        self.saved = time.monotonic()
         self.seed()
         signals.hold()
         caught = False
         while not self.over:
             batches = self.fetch(stream, signals)
-            late, caught = any_rank([self.is_late(), not batches])
+            minutes = (time.monotonic() - self.saved) / 60
+            late = self.run.main and minutes > args.checkpoint_minutes > 0  # by rank 0's clock
+            late, caught = any_rank([late, not batches])
             if caught:
                 break
             self.readings.send(self.step(batches, *self.schedule(self.done)))
             self.done += 1
-            due = late or is_multiple(self.done, args.checkpoint_steps)
+            due = late or (args.checkpoint_steps and self.done % args.checkpoint_steps == 0)
             self.collect(everything=due or self.done == args.max_steps)
-            if self.over or is_multiple(self.done, every):
+            if self.over or self.done % every == 0:
                 self.measure()
             if due and not self.over:
                 self.save()
@@ -213,11 +213,6 @@ class Training:
         if self.run.main:
             self.run.draw_loss()
         return caught
-
-    def is_late(self) -> bool:
-        """Whether a checkpoint is due by time; rank 0 has the clock."""
-        minutes = (time.monotonic() - self.saved) / 60
-        return self.run.main and minutes > self.args.checkpoint_minutes > 0
 
     def seed(self) -> None:
         """Set the random numbers of the steps, last of all before them.
@@ -291,17 +286,10 @@ class Training:
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
-            row = {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "grad_norm": norm,
-                "spread": spread,
-                "above_mean": self.stop.count,
-                "images_per_second": round(rate * self.images, 2),
-                "mfu": round(rate / self.peak, 4),
-            }
+            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
+            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
+            row["images_per_second"] = round(rate * self.images, 2)
+            row["mfu"] = round(rate / self.peak, 4)
             lines.append(row)
         if self.run.main and lines:
             self.run.log(lines)
@@ -360,24 +348,14 @@ class Training:
         return int(total > 0)
 
 
-def is_multiple(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps (0: never) is due."""
-    return every > 0 and step % every == 0
-
-
 def finish(training: Training, index: PatchIndex) -> None:
     """Export the student and say where it is."""
     args, run, best = training.args, training.run, training.best
     folder, done = run.folder / "student", training.done
     metadata = {name: getattr(args, name) for name in ("teacher", "student", "cancer", "loss")}
-    metadata |= {
-        "run": run.folder.name,
-        "steps": done,
-        "patients": list(index.patients),
-        "slides": list(index.slides),
-        "cka_before": best["before"],
-        "cka_after": best["last"],
-    }
+    metadata |= {"run": run.folder.name, "steps": done}
+    metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
+    metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
     because = training.ended or "--max-steps"
     try:
         save_student(training.step.distiller.student, folder, metadata=metadata)
@@ -402,6 +380,12 @@ def finish(training: Training, index: PatchIndex) -> None:
 # ---- what a run is -----------------------------------------------------------------------
 
 
+def recipe_of(args: Namespace) -> dict:
+    """What is computed, as far as the command line says."""
+    names = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
+    return {name: getattr(args, name) for name in names}
+
+
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
@@ -414,11 +398,9 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     """
     if rank_and_world()[0] > 0:
         return {}
-    counts = np.asarray(index.counts).tolist()
-    cohort = [list(index.slides), list(index.patient), counts, index.patch_size]
     rows = read_rows(index.folder)
     return {
-        "cohort": digest(*cohort),
+        "cohort": digest(index.slides, index.patient, index.counts.tolist(), index.patch_size),
         "settings of tile.py": digest([rows[name].get("settings") for name in index.slides]),
         "teacher weights": teacher.fingerprint,
         "student weights": student.fingerprint,
@@ -434,27 +416,15 @@ def open_cache(args: Namespace, identity: dict, teacher: Model) -> TeacherCache:
     return TeacherCache(Path(args.teacher_cache), key, teacher.dim)
 
 
-def describe_run(index: PatchIndex, held: np.ndarray, device: torch.device) -> dict:
-    """What config.json says beside arguments and identity."""
-    cohort = {
-        "slides": len(index.slides),
-        "patches": len(index),
-        "patients": list(index.patients),
-        "held out": [index.slides[i] for i in np.flatnonzero(held)],
-    }
-    return {"device": describe_device(device), **describe_setting(), "cohort": cohort}
-
-
 # ---- cohort and models -------------------------------------------------------------------
 
 
-def open_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
+def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
     """The patches, and bool (slides,): which slides are held out. UserError where they are few."""
     folder = Path(args.data) / "tiles" / args.cancer
-    index = PatchIndex(folder, Path(args.slides) if args.slides else None)
-    held = hold_out(index, args.hold_out, args.seed)
-    counts, size = np.asarray(index.counts), index.patch_size
-    available, wanted = int(counts[~held].sum()), args.batch_size * args.accumulate * world
+    index, held = open_cohort(folder, args.slides, args.hold_out, args.max_slides, args.seed)
+    size, available = index.patch_size, int(index.counts[~held].sum())
+    wanted = args.batch_size * args.accumulate * world
     if available < wanted:
         raise UserError(
             f"{folder}: a step takes {wanted} patches (--batch-size x --accumulate x ranks) and "
@@ -470,8 +440,8 @@ def open_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         if not held.any():  # --hold-out 0, or fewer than 4 patients
             kept = "none held out, so CKA is measured on slides that are trained on"
         print(
-            f"{args.cancer}: {int(counts.sum()):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}",
+            f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
+            f"slides of {len(index.patients)} patients; {kept}{licence_note(args.teacher)}",
             flush=True,
         )
     return index, held
@@ -491,11 +461,14 @@ def load_pair(args: Namespace, device: torch.device, precision: torch.dtype) -> 
 
 # Flags that say what is computed: a run that goes on must have those it was begun with. (flag,
 # default, help, choices); the type is that of the default, and False makes a switch.
+NORMALIZE = ("both", "student", "student-affine", "none")
+STOP = ("consecutive", "cumulative", "off")
 RECIPE = {
     "what": [
         ("--cancer", "brca", "cohort: the name given to tile.py"),
         ("--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder"),
         ("--student", "hibou-l", "a name of the same kinds"),
+        ("--max-slides", 0, "train on so many slides, drawn by --seed; 0: on all"),
     ],
     "recipe (defaults: the paper's, where it says)": [
         ("--max-steps", 10_000, "optimizer steps; the cosine schedules span them"),
@@ -513,13 +486,8 @@ RECIPE = {
     ],
     "loss": [
         ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
-        ("--alpha", 4.0, "exponent of logsum and correlation"),
-        (
-            "--normalize",
-            "both",
-            "batch norm after the projector and on the teacher",
-            ("both", "student", "student-affine", "none"),
-        ),
+        ("--alpha", 4.0, "exponent of logsum and correlation; 2 learns faster in a short run"),
+        ("--normalize", "both", "of projected student and teacher, by batch norm", NORMALIZE),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
         ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
         (
@@ -537,12 +505,7 @@ RECIPE = {
         ("--sync", False, "the loss, and on GPUs the student's batch norm, over all ranks"),
     ],
     "when to stop": [
-        (
-            "--stop",
-            "consecutive",
-            "how to count steps whose loss exceeds the mean of the last --stop-window",
-            ("consecutive", "cumulative", "off"),
-        ),
+        ("--stop", "consecutive", "how to count steps above the mean of --stop-window", STOP),
         ("--stop-window", 100, "steps"),
         ("--stop-patience", 10, "stop at more than this count"),
         ("--stop-min-steps", 1000, "never stop before this step"),
@@ -561,11 +524,7 @@ FREE = {
         ("--name", "", "name of the run; by default cancer and student"),
     ],
     "running": [
-        (
-            "--workers",
-            None,
-            "loading processes per rank; by default up to 12 for a GPU, else 0 or 1",
-        ),
+        ("--workers", None, "loading processes a rank; default: up to 12 for a GPU, else 0 or 1"),
         (
             "--teacher-cache",
             "",
@@ -587,13 +546,12 @@ def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag, default, text, *choices in flags:
-            if default is False:
-                group.add_argument(flag, action="store_true", help=text)
-            elif choices:
-                group.add_argument(flag, default=default, help=text, choices=choices[0])
-            else:
-                kind = int if default is None else type(default)
-                group.add_argument(flag, default=default, help=text, type=kind)
+            how: dict = {"action": "store_true"}
+            if default is not False:
+                how = {"type": int if default is None else type(default)}
+            if choices:
+                how["choices"] = choices[0]
+            group.add_argument(flag, default=default, help=text, **how)
     return parser
 
 
@@ -603,6 +561,8 @@ def build_parser() -> ArgumentParser:
     add_flags(parser, RECIPE)
     add_model_arguments(parser)
     add_flags(parser, FREE)
+    every = "a run for each combination of such values, then a table and a picture of them all"
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,...", help=every)
     return parser
 
 
@@ -660,20 +620,40 @@ REMEDIES = MODEL_REMEDIES | {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: run_command(args), REMEDIES)
+    return exit_status(lambda: run_command(args, argv), REMEDIES)
 
 
-def run_command(args: Namespace) -> int:
+def run_command(args: Namespace, argv: list[str]) -> int:
     """Check the flags, train, and leave no process behind; the exit status."""
     try:
         check(args)
-        status = distill(args)
+        status = sweep(args, argv) if args.sweep else distill(args)
     except Stopped as stop:
         return tell_stopped(stop.number, "before the first step")
     finally:
         end_workers()  # before anything is said: the death of one is a signal that raises
     leave_distributed()  # not after an error: it would wait for what other ranks will never send
+    return status
+
+
+def sweep(args: Namespace, argv: list[str]) -> int:
+    """A run for each combination of the values given, then what they have in common."""
+    base = args.name or default_name(args)
+    found = trials(args.sweep, recipe_of(args))
+    plan = []
+    for trial in found:
+        more = [f"{flag_of(name)}={value}" for name, value in trial.items()]
+        plan.append(build_parser().parse_args([*argv, *more, "--name", run_name(base, trial)]))
+        check(plan[-1])
+    status = 0
+    for one in plan:
+        status = max(status, distill(one))
+        if status > 1:  # stopped
+            return status
+    if rank_and_world()[0] == 0:
+        print(f"sweep: {write_sweep(Path(args.runs), base, found)}", flush=True)
     return status
 
 
@@ -686,4 +666,4 @@ def tell_stopped(number: int, when: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

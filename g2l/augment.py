@@ -5,8 +5,6 @@ it where the patches are. For given parameters each operation gives the pixels o
 transform on a float image.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-JITTER = (0.15, 0.15, 0.10, 0.05)  # brightness, contrast, saturation, hue: the paper's
+JITTER = np.array([0.15, 0.15, 0.10, 0.05])  # brightness, contrast, saturation, hue: the paper's
 JITTER_P, FLIP_P, BLUR_P = 0.5, 0.5, 0.1
 BLUR_SIZE = 9
 AUGMENT_VERSION = 1  # raised when a sample's crop would be another: teachers' rows are kept by it
@@ -53,27 +51,21 @@ def draw_params(
     bits = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, 0xA06], counter=4 * first)
     u = np.random.Generator(bits).random((count, 16))
     span = patch_size - crop + 1
-    factors = np.empty((count, 4), np.float32)
-    for i, reach in enumerate(JITTER):
-        centre = 0 if i == 3 else 1  # hue is shifted, the others are scaled
-        low, high = centre - reach, centre + reach
-        factors[:, i] = low + (high - low) * u[:, 5 + i]
+    centre = np.array([1, 1, 1, 0])  # hue is shifted, the others are scaled
+    low, high = centre - JITTER, centre + JITTER
+    factors = low + (high - low) * u[:, 5:9]
     low, high = BLUR_SIGMA
-    arrays = (
-        (u[:, 0] * span).astype(np.int64),
-        (u[:, 1] * span).astype(np.int64),
-        u[:, 2] < FLIP_P,
-        u[:, 3] < FLIP_P,
-        u[:, 4] < JITTER_P,
-        factors,
-        np.argsort(u[:, 9:13], axis=1),
-        u[:, 13] < BLUR_P,
-        (low + (high - low) * u[:, 14]).astype(np.float32),
-        first + np.arange(count),
-        np.full(count, -1),
-        np.full(count, -1),
-    )
-    return Params(*map(torch.from_numpy, arrays))
+    sigma = low + (high - low) * u[:, 14]
+    top, left = (u[:, :2] * span).astype(np.int64).T
+    hflip, vflip = u[:, 2:4].T < FLIP_P
+    jitter, blur = u[:, 4] < JITTER_P, u[:, 13] < BLUR_P
+    order = np.argsort(u[:, 9:13], axis=1)
+    unknown = np.full(count, -1)
+    number = first + np.arange(count)
+    arrays = [top, left, hflip, vflip, jitter, factors, order, blur, sigma]
+    arrays += [number, unknown, unknown]
+    found = Params(*map(torch.from_numpy, arrays))
+    return found._replace(factors=found.factors.float(), sigma=found.sigma.float())
 
 
 def augment(images: Tensor, crop: int, params: Params) -> Tensor:
@@ -107,16 +99,15 @@ def jitter_and_blur(out: Tensor, params: Params) -> Tensor:
 
     In as few operations as there are kinds, whatever the number of images.
     """
-    rows = params.jitter.nonzero().flatten()
-    if len(rows):
-        there = _send(rows, out.device)
-        factors, order = params.factors[rows], params.order[rows]
-        out[there] = color_jitter(out[there], factors, order)
-    rows = params.blur.nonzero().flatten()
-    if len(rows):
-        there = _send(rows, out.device)
-        sigma = params.sigma[rows]
-        out[there] = gaussian_blur(out[there], sigma)
+    kinds: tuple = (
+        (params.jitter, color_jitter, (params.factors, params.order)),
+        (params.blur, gaussian_blur, (params.sigma,)),
+    )
+    for chosen, change, how in kinds:
+        rows = chosen.nonzero().flatten()
+        if len(rows):
+            there = _send(rows, out.device)
+            out[there] = change(out[there], *(values[rows] for values in how))
     return out
 
 
@@ -161,19 +152,17 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Move each image away from (factor > 1) or towards its mean grey."""
-    factor = factor.view(-1, 1, 1, 1)
-    mean = _gray(x).mean((1, 2, 3), keepdim=True)
-    out = x * factor
-    out.add_(mean * (1 - factor))
-    return out.clamp_(0, 1)
+    return _blend(x, _gray(x).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Move each pixel away from (factor > 1) or towards its own grey."""
+    return _blend(x, _gray(x), factor)
+
+
+def _blend(x: Tensor, gray: Tensor, factor: Tensor) -> Tensor:
     factor = factor.view(-1, 1, 1, 1)
-    gray = _gray(x).mul_(1 - factor)
-    out = (x * factor).add_(gray)
-    return out.clamp_(0, 1)
+    return (x * factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -220,14 +209,11 @@ def gaussian_blur(x: Tensor, sigma: Tensor, size: int = BLUR_SIZE) -> Tensor:
     taps = torch.softmax(exponents, dim=1)  # exp, divided by its sum
     taps = _send(taps, x.device).to(x.dtype)
     weights = taps[..., None, None, None].unbind(1)
-    height, width = x.shape[2:]
+    sides = x.shape
     x = F.pad(x, (size // 2,) * 4, mode="reflect")
-    columns = x[:, :, :height] * weights[0]
-    for i in range(1, size):
-        shifted = x[:, :, i : i + height]
-        columns.addcmul_(shifted, weights[i])
-    out = columns[..., :width] * weights[0]
-    for i in range(1, size):
-        shifted = columns[..., i : i + width]
-        out.addcmul_(shifted, weights[i])
-    return out
+    for axis in (2, 3):
+        source = x
+        x = source.narrow(axis, 0, sides[axis]) * weights[0]
+        for i in range(1, size):
+            x.addcmul_(source.narrow(axis, i, sides[axis]), weights[i])
+    return x

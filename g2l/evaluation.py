@@ -34,6 +34,7 @@ from g2l.protocols import (
     split,
     vote,
 )
+from g2l.registry import tcga_notes
 from g2l.results import Study, load_predictions, record, recorded, save_predictions
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
@@ -82,6 +83,8 @@ def without_leaks(
             notes.append(
                 f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
             )
+    origins = {display(name): study.cards[name]["metadata"] for name in x}
+    notes += tcga_notes(origins, benchmark.name, benchmark.groups)
     if not keep.any():
         raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
     return keep, notes, marked

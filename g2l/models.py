@@ -10,8 +10,6 @@ fills it with weights, and gives a `Model`: that network with its own preprocess
 definition of the embedding. `save_student` writes one as a folder that timm and `load_model` read.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -19,25 +17,24 @@ import functools
 import hashlib
 import inspect
 import json
-import os
+import math
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from g2l.arguments import Help, whole
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, describe_device, model_options
 from g2l.errors import UserError, exit_status
-from g2l.files import atomic
-from g2l.registry import BF16, NOTES, REGISTRY, constructor, table
-from g2l.speed import speed
+from g2l.files import atomic, write_text
+from g2l.registry import NOTES, REGISTRY, find, table
+from g2l.speed import COLUMNS, speed
 from g2l.weights import (
     State,
     explained,
@@ -88,17 +85,16 @@ class Model(nn.Module):
         width = getattr(net, "head_hidden_size", None) or net.num_features
         self.dim = 2 * net.num_features if embedding == "cls+mean" else width
         self.parameters_count = sum(p.numel() for p in net.parameters())
-        self._mean: torch.Tensor
-        self._std: torch.Tensor
-        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
-        if dtype != torch.float32:
-            for module in net.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(dtype)
+        self._mean: Tensor
+        self._std: Tensor
+        for key, values in ("_mean", self.mean), ("_std", self.std):
+            self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
+        for module in net.modules():
+            if dtype != torch.float32 and isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
 
     @property
-    def geometry(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def geometry(self) -> Callable[[Tensor], Tensor]:
         """This model's `resize_and_crop`, which can be sent to a worker process as the model need
         not be."""
         return functools.partial(
@@ -109,7 +105,7 @@ class Model(nn.Module):
             squash=self.crop_mode == "squash",
         )
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """float (B, 3, S, S) in [0, 1] -> float32 of the same shape, by this model's mean and
         standard deviation.
 
@@ -119,7 +115,7 @@ class Model(nn.Module):
         x = (images - self._mean.to(images.device)) / self._std.to(images.device)
         return x if self.is_vit else x.contiguous(memory_format=torch.channels_last)
 
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+    def tokens(self, x: Tensor) -> Tensor:
         """Normalised (B, 3, S, S) -> all tokens (B, T, C) after the final norm, prefix tokens
         first. ViTs only."""
         if not self.is_vit:
@@ -127,7 +123,7 @@ class Model(nn.Module):
         with self.autocast(x):
             return self.net.forward_features(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalised (B, 3, S, S) -> embedding (B, dim)."""
         if self.embedding != "cls+mean":
             with self.autocast(x):
@@ -135,7 +131,7 @@ class Model(nn.Module):
         tokens = Model.tokens(self, x)
         return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(1)], dim=-1)
 
-    def autocast(self, x: torch.Tensor) -> contextlib.AbstractContextManager:
+    def autocast(self, x: Tensor) -> contextlib.AbstractContextManager:
         """This model's precision; with fp32 an autocast of the caller's stays in force."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -160,24 +156,16 @@ class Model(nn.Module):
             str(self.dtype),
         ]
         total = hashlib.sha256(json.dumps(about).encode())
-        # hashlib releases the interpreter's lock, so threads share the work.
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for part in pool.map(_digest, sorted(self.net.state_dict().items())):
-                total.update(part)
+        for name, tensor in sorted(self.net.state_dict().items()):
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            total.update(hashlib.sha256(data.data).digest())
         return total.hexdigest()[:32]
 
 
-def _digest(item: tuple[str, torch.Tensor]) -> bytes:
-    """Name, type, shape and the SHA-256 of the bytes of a tensor."""
-    name, tensor = item
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    head = f"{name} {tensor.dtype} {tuple(tensor.shape)} "
-    return head.encode() + hashlib.sha256(data.data).digest()
-
-
 def resize_and_crop(
-    images: torch.Tensor, *, size: int, resize: int, interpolation: str, squash: bool = False
-) -> torch.Tensor:
+    images: Tensor, *, size: int, resize: int, interpolation: str, squash: bool = False
+) -> Tensor:
     """uint8 (B, 3, H, W) of any size -> uint8 (B, 3, size, size).
 
     The shorter side becomes `resize` with antialias, smaller images are enlarged, and the middle is
@@ -214,7 +202,7 @@ class Blueprint:
     preprocessing: dict = field(default_factory=dict)  # what differs from timm's pretrained_cfg
     embedding: str | None = None
     metadata: dict = field(default_factory=dict)
-    precision: torch.dtype = BF16  # on a GPU
+    precision: str = "bfloat16"  # on a GPU
     repository: str = ""  # on the hub
     weights: str | None = None  # a file or folder, or "random"; None: the hub's
     published: bool = False  # in the registry
@@ -222,19 +210,20 @@ class Blueprint:
 
 def blueprint(name: str, weights: str | None = None) -> Blueprint:
     """What `load_model` is to build; UserError where the name stands for nothing."""
-    if entry := REGISTRY.get(name.lower()):
-        seen = dict(
-            input_size=(3, 224, 224),
-            mean=entry.norm[0],
-            std=entry.norm[1],
-            crop_pct=224 / entry.resize,
-            interpolation=entry.interpolation,
-            crop_mode="center",
-        )
+    if known := find(name):
+        entry = REGISTRY[known]
+        seen = {
+            "input_size": (3, 224, 224),
+            "mean": entry.norm[0],
+            "std": entry.norm[1],
+            "crop_pct": 224 / entry.resize,
+            "interpolation": entry.interpolation,
+            "crop_mode": "center",
+        }
         return Blueprint(
-            name.lower(),
+            known,
             entry.timm,
-            constructor(entry),
+            {"img_size": 224, "global_pool": "token", **entry.args},
             seen,
             entry.embedding,
             precision=entry.precision,
@@ -247,27 +236,20 @@ def blueprint(name: str, weights: str | None = None) -> Blueprint:
     if name.startswith("hf-hub:"):
         repository = name.removeprefix("hf-hub:")
         config = read_config(hub_file(repository, ["config.json"]).parent)
-        return Blueprint(name, *config, repository=repository, weights=weights)
+        return Blueprint(name, **config, repository=repository, weights=weights)
     if Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
         config, folder = read_config(folder), folder.resolve()
         own = folder.parent.name if folder.name == "student" else folder.name
-        run = str(config.metadata.get("run") or own)
-        return Blueprint(run, *config, weights=weights or name)
-    for known, entry in REGISTRY.items():
-        if entry.hub.lower() == name.lower():
-            return blueprint(known, weights)
-    raise UserError(_unknown(name))
-
-
-def _unknown(name: str) -> str:
-    """What to say of a name that stands for nothing."""
+        run = str(config["metadata"].get("run") or own)
+        return Blueprint(run, **config, weights=weights or name)
     if Path(name).name == "student":
-        return f"{name}: no such folder; distill.py makes it at the end of its run"
+        raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.5)
     near = f"; did you mean {close[0]}?" if close else "."
     forms = "timm:NAME, hf-hub:OWNER/NAME, and folders such as runs/NAME/student"
-    return f"{name}: no such model or folder{near} Known are {', '.join(REGISTRY)}, {forms}"
+    known = f"Known are {', '.join(REGISTRY)}, {forms}"
+    raise UserError(f"{name}: no such model or folder{near} {known}")
 
 
 def load_model(
@@ -293,14 +275,11 @@ def load_model(
     """
     device, plan = torch.device(device), blueprint(name, weights)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else plan.precision
+        dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.precision)
     net = _network(plan)
     if input_size and input_size != net.pretrained_cfg["input_size"][-1]:
         _resize_input(net, plan, input_size)
     net._model_args = plan.args
-    crop_mode = net.pretrained_cfg.get("crop_mode", "center")
-    if crop_mode not in ("center", "squash"):
-        raise UserError(f"{plan.name}: its crop mode {crop_mode!r} is not supported")
     pooled = "cls" if getattr(net, "global_pool", None) == "token" else "pool"
     model = Model(
         net,
@@ -310,6 +289,8 @@ def load_model(
         weights=plan.weights or "hub",
         metadata=plan.metadata,
     )
+    if model.crop_mode not in ("center", "squash"):
+        raise UserError(f"{plan.name}: its crop mode {model.crop_mode!r} is not supported")
     model = model.to(device).eval()
     if compile:  # each at first use
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
@@ -321,8 +302,7 @@ def load_model(
 def _network(plan: Blueprint) -> Network:
     """The timm network with its weights and preprocessing."""
     random = plan.weights == "random"
-    # From the hub, timm finds and converts its own weights best.
-    own = not plan.repository and plan.weights is None
+    own = not plan.repository and plan.weights is None  # timm finds and converts its own best
     net = build(plan, empty=not own and (plan.published or not random), hub=own)
     net.pretrained_cfg = {**net.pretrained_cfg, **plan.preprocessing}
     if random and plan.published:
@@ -352,47 +332,32 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
     module = timm.models.model_entrypoint(architecture).__module__
     bare = empty and module == "timm.models.vision_transformer"
     place = torch.device("meta") if bare else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), place, _timm_weights(plan, hub):
+    repository = getattr(timm.get_pretrained_cfg(architecture), "hf_hub_id", "") or plan.name
+    with torch.random.fork_rng(devices=[]), place, explained(repository):
         torch.manual_seed(zlib.crc32(plan.name.encode()))
         try:
             return timm.create_model(architecture, pretrained=hub, num_classes=0, **plan.args)
         except TypeError as error:
-            raise UserError(
-                f"{plan.name}: timm {version} cannot build {architecture} with {plan.args}: {error}"
-            ) from None
-
-
-@contextlib.contextmanager
-def _timm_weights(plan: Blueprint, hub: bool):
-    """While timm fetches its own weights, the hub's errors become one line."""
-    import timm
-
-    if not hub:
-        yield
-        return
-    cfg = timm.get_pretrained_cfg(plan.architecture)
-    with explained(getattr(cfg, "hf_hub_id", "") or plan.name):
-        try:
-            yield
+            how = f"timm {version} cannot build {architecture} with {plan.args}"
+            raise UserError(f"{plan.name}: {how}: {error}") from None
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{plan.name}: timm has no weights to load: {reason}", "weights"
-            ) from None
+            if not hub:
+                raise
+            text = f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}"
+            raise UserError(text, "weights") from None
 
 
 def _randomize(net: Network, name: str) -> None:
     """Random weights for a network built without storage: always the same bits for one name."""
     net.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    constant = {"bias": 0, "gamma": 1e-5}
     with torch.no_grad():
         for key, p in net.named_parameters():
             if p.ndim > 1:
                 p.normal_(0, 0.02, generator=generator)
-            elif key.endswith("bias"):
-                p.fill_(0)
             else:
-                p.fill_(1e-5 if key.endswith("gamma") else 1)
+                p.fill_(constant.get(key.rpartition(".")[2], 1))
 
 
 def _fill(net: Network, state: State, blame: str) -> None:
@@ -419,8 +384,8 @@ def _resampled(net: Network, state: State) -> State:
         return state
     grid = list(net.patch_embed.grid_size)
     prefix = own.shape[1] - grid[0] * grid[1]
-    side = (held.shape[1] - prefix) ** 0.5
-    if prefix < 0 or side != int(side):
+    cells = held.shape[1] - prefix
+    if cells < 1 or math.isqrt(cells) ** 2 != cells:  # no square image
         return state
     resized = resample_abs_pos_embed(held.float(), grid, num_prefix_tokens=prefix)
     return state | {"pos_embed": resized}
@@ -432,7 +397,8 @@ def identify(state: State) -> list[str]:
     state, fits = to_timm(state), []
     width = state["pos_embed"].shape[-1] if "pos_embed" in state else 0
     for name, entry in REGISTRY.items():
-        if width == entry.width:  # building takes half a second
+        # Building takes half a second; NAME+mean is the same network.
+        if width == entry.width and "+" not in name:
             expected = build(blueprint(name), empty=True).state_dict()
             if not misfits(state, expected):
                 fits.append(name)
@@ -446,10 +412,8 @@ def _resize_input(net: Network, plan: Blueprint, size: int) -> None:
     patch = patch[0] if isinstance(patch, tuple) else patch
     if patch and size % patch:
         below = max(1, size // patch) * patch
-        raise UserError(
-            f"input size {size}: {plan.name} takes multiples of its patch size {patch}, such as "
-            f"{below} or {below + patch}"
-        )
+        text = f"takes multiples of its patch size {patch}, such as {below} or {below + patch}"
+        raise UserError(f"input size {size}: {plan.name} {text}")
     if hasattr(net, "set_input_size"):
         net.set_input_size(img_size=size)
         plan.args["img_size"] = size
@@ -494,8 +458,7 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
     with atomic(folder / "model.safetensors") as path:
         # safetensors' own save_file makes files that only their owner reads
         path.write_bytes(safetensors.torch.save(state, {"format": "pt"}))
-    with atomic(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2))
+    write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
@@ -505,14 +468,12 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     compiled = "; compiled" if args.compile else ""
     print(f"{describe_device(options['device'])}; torch {torch.__version__}{compiled}")
     width = max(len(name) for name in names)
-    for number, name in enumerate(names):
+    print("model".ljust(width), *(title.rjust(11) for title in COLUMNS))
+    for name in names:
         given = weights[name] or (None if Path(name).exists() else "random")
         model = load_model(name, given, input_size=args.input_size, **options)
         cells = speed(model, args.batch_size)
-        if number == 0:
-            print("model".ljust(width), *(title.rjust(9) for title in cells))
-        row = [cell.rjust(max(9, len(title))) for title, cell in cells.items()]
-        print(name.ljust(width), *row, flush=True)
+        print(name.ljust(width), *(cell.rjust(11) for cell in cells), flush=True)
     print(
         "MFU: share of the ceiling, the TFLOP/s measured for a large matrix product in the same "
         "precision; preprocessing and reading are not counted"
@@ -524,16 +485,15 @@ def check_weights(name: str | None, path: str | None, args: argparse.Namespace) 
 
     Without a name, say which models it fits.
     """
-    if name is None and path is not None:
-        fits = identify(read_weights(weight_file(path)))
+    if name is None:
+        fits = identify(read_weights(weight_file(str(path))))
         if not fits:
             raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
         print(f"{path}: fits {' and '.join(fits)}")
         return
     start = time.perf_counter()
-    name = str(name)
-    if path is None and name.lower() in REGISTRY:
-        path = str(hub_file(REGISTRY[name.lower()].hub))
+    if path is None and (known := find(name)):
+        path = str(hub_file(REGISTRY[known].hub))
     if path and path != "random":
         verify(weight_file(path))
     model = load_model(name, path, input_size=args.input_size, **model_options(args))
@@ -581,19 +541,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure, check, or print the registry; the exit status."""
     if args.speed is not None:
         show_speed(args.speed + args.names or list(REGISTRY), args)
-    elif args.check:
-        for name in args.names or [None]:
-            check_weights(name, args.check, args)
-    elif args.names:
-        given = parse_weights(args.weights, args.names)
-        for name in args.names:
-            check_weights(name, given[name], args)
-    elif args.weights:
-        files = " ".join(args.weights)
-        raise UserError(
-            f"--weights {files}: of which model? python -m g2l.models NAME --weights ..."
-        )
-    else:
+        return 0
+    if args.weights and not args.names:
+        raise UserError(f"--weights {args.weights[0]}: of which model? Name it before")
+    given = parse_weights(args.weights, args.names)
+    for name in args.names or [None] * bool(args.check):
+        check_weights(name, args.check or given[name], args)
+    if not args.names and not args.check:
         print(table() + "\n" + NOTES)
     return 0
 

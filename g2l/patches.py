@@ -14,6 +14,7 @@ import resource
 import struct
 import weakref
 from collections import OrderedDict, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,21 +226,28 @@ class _Handle:
 class PatchIndex:
     """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>.
 
-    `slides` is where slides lie if moved. Only slides.csv is read at first (1,000 rows for 10
-    million patches). Rows of coordinates are read one by one: no process holds them, the system's
-    cache of the files serves all workers. The files of the last `handles` slides stay open, fewer
+    `slides` is where slides lie if moved, `only` names those that are wanted. Only slides.csv is
+    read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
+    process holds them, the system's cache of the files serves all workers. The files of the last
+    `handles` slides stay open, fewer
     where the system allows fewer; patches that are in a shard or are pixels of compressed tiles are
     read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork
     and to use in data-loader workers; not to be shared between threads.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, slides: str | os.PathLike | None = None, handles: int = 256
+        self,
+        folder: str | os.PathLike,
+        slides: str | os.PathLike | None = None,
+        handles: int = 256,
+        only: Collection[str] | None = None,
     ):
         self.folder = Path(folder)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.handles = max(1, min(handles, files // 4)) if files > 0 else handles
         rows = _finished_rows(self.folder)
+        if only is not None:
+            rows = [row for row in rows if row["slide"] in only]
         self.patch_size, self.mpp = int(rows[0]["patch_size"]), float(rows[0]["target_mpp"])
         self.slides = [row["slide"] for row in rows]
         self.patient = [row["patient"] for row in rows]  # of each slide

@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,19 @@ def leave_distributed() -> None:
     """Leave the job, if in one: an exit that gloo's threads outlive now and then aborts."""
     if in_job():
         dist.destroy_process_group()
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process with an exit status.
+
+    Where an error or a signal left it in the job, without the interpreter's own end: waiting for
+    what other ranks will never send could take long, and gloo's threads outlive the interpreter.
+    """
+    if in_job():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def in_job() -> bool:

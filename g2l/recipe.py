@@ -5,13 +5,11 @@
 names that distill.py's flags have.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -164,37 +162,22 @@ def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, f
     device = next(teacher.parameters()).device
     student.eval()
     flops = flops_per_image(teacher) + 3 * flops_per_image(student)
-    rows, teacher_width = _shape_of_rows(teacher, args.tokens, device)
-    others, width = _shape_of_rows(student, args.tokens, device)
-    student.train()
+    sample = torch.zeros(1, 3, args.crop, args.crop, device=device)
+    try:
+        with torch.no_grad():
+            rows, teacher_width = token_rows(teacher, sample, args.tokens).shape
+            others, width = token_rows(student, sample, args.tokens).shape
+    except ValueError as error:  # no vision transformer
+        raise UserError(str(error), "tokens") from None
     if rows != others:
         text = f"for the same crop {args.teacher} has {rows} tokens and {args.student} {others}"
         raise UserError(text, "tokens")
+    student.train()
     distiller = Distiller(student, width, teacher_width, args).to(device)
     if distiller.group and device.type == "cuda":
         student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     distiller.requires_grad_(True)
-    for model in (teacher, student):
-        if not (teacher.num_prefix_tokens and student.num_prefix_tokens):
-            # A third faster for convolutions, on a CPU too.
-            model.to(memory_format=torch.channels_last)
-        if args.compile:
-            # Block by block: one short compilation serves all blocks, and DDP still overlaps with
-            # the backward pass.
-            for module in getattr(model.net, "blocks", [model.net]):
-                module.compile()
     return distiller, flops * args.batch_size * args.accumulate
-
-
-def _shape_of_rows(model: Model, tokens: str, device: torch.device) -> tuple[int, int]:
-    """Rows that are compared of one image, and their width."""
-    sample = torch.zeros(1, 3, model.input_size, model.input_size, device=device)
-    try:
-        with torch.no_grad():
-            rows, width = token_rows(model, sample, tokens).shape
-    except ValueError as error:
-        raise UserError(str(error), "tokens") from None
-    return rows, width
 
 
 class Step:
@@ -219,8 +202,16 @@ class Step:
         self.teacher, self.distiller = teacher, distiller
         self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16
-        convolutional = not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens)
-        self.layout = torch.channels_last if convolutional else torch.contiguous_format
+        self.layout = torch.contiguous_format
+        if not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens):
+            self.layout = torch.channels_last  # a third faster for convolutions, on a CPU too
+        for model in (teacher, distiller.student):
+            model.to(memory_format=self.layout)
+            if args.compile:
+                # Block by block: one short compilation serves all blocks, and DDP still overlaps
+                # with the backward pass.
+                for module in getattr(model.net, "blocks", [model.net]):
+                    module.compile()
         groups = param_groups(distiller, args.decay_all)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -245,26 +236,21 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        losses = []
+        total = torch.zeros((), device=self.device)
         for number, (images, params) in enumerate(batches, 1):
-            with self._gradients_shared(number == len(batches)):
+            # Ranks add their gradients up once a step, after its last micro-batch.
+            apart = self.parallel if number < len(batches) else None
+            with apart.no_sync() if apart else nullcontext():
                 loss, spread = self._forward(images, params)
                 (loss / len(batches)).backward()
-            losses.append(loss.detach())
+            total += loss.detach()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = sum(losses[1:], losses[0]) / len(batches)
-        return torch.stack([loss, norm, spread])
-
-    def _gradients_shared(self, shared: bool) -> AbstractContextManager:
-        """Ranks add their gradients up once a step, after its last micro-batch."""
-        if shared or self.parallel is None:
-            return nullcontext()
-        return self.parallel.no_sync()
+        return torch.stack([total / len(batches), norm, spread])
 
     def _forward(self, images: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, P, P) -> (loss, spread) of both models' views of one augmentation."""

@@ -5,8 +5,6 @@ named, set aside as NAME.damaged, and made again where it can be. `Run` is the f
 brings the numbers of each step from the device to it; the rest says what a run was made with.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -18,6 +16,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +77,8 @@ class Run:
             return {}
         try:
             config = json.loads(path.read_text())
-            if isinstance(config["identity"], dict) and isinstance(
-                config.get("finished", {}), dict
-            ):
-                return config
-            raise ValueError("not of a run")
+            _ = {**config["identity"], **config.get("finished", {})}  # TypeError for no mappings
+            return config
         except (ValueError, LookupError, TypeError) as error:
             self.set_aside(path, error)
             return {}
@@ -94,20 +90,8 @@ class Run:
 
     def cut_log(self, step: int) -> None:
         """Drop what log.jsonl says of steps after `step`: they are about to be done again."""
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step > 0]
+        kept = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] <= step > 0]
         write_text(self.folder / "log.jsonl", "".join(kept))
-
-    def rows(self) -> list[dict]:
-        """The rows of log.jsonl; a line that is half or damaged is left out."""
-        rows = []
-        path = self.folder / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        for line in lines:
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                row = json.loads(line)
-                row["step"] = int(row["step"])
-                rows.append(row)
-        return rows
 
     def log(self, rows: list[dict]) -> None:
         """Append rows to log.jsonl and TensorBoard."""
@@ -146,10 +130,9 @@ class Run:
                 torch.save({"version": VERSION, **state}, path)
                 with open(path, "rb") as file:  # for its sake the oldest is deleted
                     os.fsync(file.fileno())
-                for newer, older in zip(
-                    self.checkpoints[-2::-1], self.checkpoints[:0:-1], strict=True
-                ):
-                    _move_on(newer, older)
+                for older, newer in pairwise(reversed(self.checkpoints)):
+                    if newer.exists():
+                        os.replace(newer, older)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
             text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
@@ -158,11 +141,11 @@ class Run:
     def changes(self, old: dict, new: dict) -> str:
         """What a run was begun with and has otherwise now."""
         found = []
-        for name in new:
-            if name in old and old[name] != new[name]:
+        for name in new.keys() & old.keys():
+            if old[name] != new[name]:
                 word = self.words.get(name, name)
                 found.append(f"{word} was {old[name]!r} and is now {new[name]!r}")
-        return "; ".join(found)
+        return "; ".join(sorted(found))
 
     def refuse_changes(self, old: dict, new: dict) -> None:
         """Raise UserError naming whatever differs between a run's beginning and now."""
@@ -229,25 +212,21 @@ class Run:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        log = self.rows()
-        steps = [row for row in log if "loss" in row]
-        evals = [row for row in log if "cka" in row]
+        steps, losses = column(self.folder, "loss")
         if not steps:
             return
         window = max(1, min(100, len(steps) // 10))
-        mean = np.convolve([row["loss"] for row in steps], np.full(window, 1 / window), "valid")
+        mean = np.convolve(losses, np.full(window, 1 / window), "valid")
         figure, (top, middle, bottom) = plt.subplots(
             3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
         )
-        _plot(top, steps, "loss", color="lightsteelblue", lw=0.8)
-        top.plot(
-            [row["step"] for row in steps[window - 1 :]], mean, label=f"mean of {window} steps"
-        )
+        top.plot(steps, losses, label="loss", color="lightsteelblue", lw=0.8)
+        top.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
         top.set_ylabel("loss")
-        _plot(middle, evals, "cka", marker="o")
+        middle.plot(*column(self.folder, "cka"), marker="o")
         middle.set_ylabel("CKA to the teacher\n(unbiased, fixed patches)")
-        _plot(bottom, steps, "lr")
-        _plot(bottom, steps, "weight_decay")
+        bottom.plot(*column(self.folder, "lr"), label="lr")
+        bottom.plot(*column(self.folder, "weight_decay"), label="weight decay")
         bottom.set_yscale("log")
         bottom.set_xlabel("step")
         for axes in (top, bottom):
@@ -265,29 +244,31 @@ class Run:
 
         room = images.shape[-1] - seen[0].shape[-1]
         framed = [torch.nn.functional.pad(crops, (0, room, 0, room), value=1) for crops in seen]
-        rows = []
-        for start in range(0, min(len(images), 24), 8):
-            part = slice(start, start + 8)
-            if len(images[part]) == 8 or start == 0:  # a row that is not full would shift the next
-                rows += [view[part] for view in (images, *framed)]
+        across = min(8, len(images))
+        shown = min(24, len(images)) // across * across  # in full rows
+        views = torch.stack([view[:shown] for view in (images, *framed)])
+        rows = views.unflatten(1, (-1, across)).transpose(0, 1).flatten(0, 2)
         with atomic(self.folder / "augmented.png") as path:
-            save_image(torch.cat(rows), path, nrow=len(rows[0]), padding=4, pad_value=1)
+            save_image(rows, path, nrow=across, padding=4, pad_value=1)
 
 
-def _plot(axes, rows: list[dict], name: str, **style) -> None:
-    """One quantity of the log over steps."""
-    steps = [row["step"] for row in rows]
-    axes.plot(steps, [row[name] for row in rows], label=name.replace("_", " "), **style)
+def read_log(folder: Path) -> list[dict]:
+    """The rows of a run's log.jsonl; a line that is half or damaged is left out."""
+    rows = []
+    path = folder / "log.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            rows.append(row)
+    return rows
 
 
-def _move_on(newer: Path, older: Path) -> None:
-    """Give a checkpoint its next name; it keeps its own until it is replaced."""
-    if newer.exists():
-        older.unlink(missing_ok=True)
-        try:
-            os.link(newer, older)
-        except OSError:  # some network file systems have no links; then only the older is there
-            os.replace(newer, older)
+def column(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """One quantity of a run's log.jsonl: the steps that have it, and its values."""
+    rows = [row for row in read_log(folder) if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -1,22 +1,16 @@
 """How fast a network runs here: FLOPs counted, the matmul ceiling measured, images a second, batch
 size."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def _forward(model, x: torch.Tensor) -> torch.Tensor:
-    """The forward pass as written, never the compiled one: this shape is of no use later."""
-    return type(model).forward(model, x)
-
-
-def _blank(model, count: int) -> torch.Tensor:
+def _blank(model, count: int) -> Tensor:
     """(count, 3, S, S) of zeros on the model's device."""
     device = next(model.parameters()).device
     return torch.zeros(count, 3, model.input_size, model.input_size, device=device)
@@ -35,7 +29,7 @@ def fitting_batch_size(model) -> int:
         for _ in range(2):  # the first call also loads libraries
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            _forward(model, x)
+            type(model).forward(model, x)  # never the compiled one: this shape is of no use later
     each = (torch.cuda.max_memory_allocated(device) - before) / len(x)
     torch.cuda.empty_cache()
     return int(np.clip(0.8 * torch.cuda.mem_get_info(device)[0] / each // 8 * 8, 8, 256))
@@ -48,7 +42,7 @@ def flops_per_image(model) -> float:
 
     x, counter = _blank(model, 1), FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        _forward(model, x)
+        type(model).forward(model, x)
     return float(counter.get_total_flops())
 
 
@@ -61,61 +55,53 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(timed(lambda: a @ b, device))
 
 
-def timed(call: Callable, device: torch.device, budget: float = 3.0) -> list[float]:
-    """Seconds of up to 20 runs of `call` after a warm-up, or as many as fit into `budget` seconds.
-
-    There are at least two.
-    """
+def timed(call: Callable, device: torch.device) -> list[float]:
+    """Seconds of 2 to 20 runs of `call`, the device waited for, after a warm-up; 3 s if that do."""
     cuda = device.type == "cuda"
-
-    def once() -> float:
+    warm = 3 if cuda else 1  # allocation, compilation, clocks
+    times: list[float] = []
+    while len(times) < warm + 2 or (len(times) < warm + 20 and sum(times[warm:]) < 3):
         start = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for _ in range(3 if cuda else 1):  # allocation, compilation, clocks
-        once()
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < 20 and sum(times) < budget):
-        times.append(once())
-    return times
+        times.append(time.perf_counter() - start)
+    return times[warm:]
 
 
-def milliseconds(model) -> float:
-    """Median time per image of a forward pass; batches of 32 on a GPU, of 4 on a CPU."""
+def milliseconds(model, batch_size: int | None = None) -> float:
+    """Median time per image of a forward pass; batches of 32 on a GPU, of 4 on a CPU by default."""
     device = next(model.parameters()).device
-    x = _blank(model, 32 if device.type == "cuda" else 4)
+    x = _blank(model, batch_size or (32 if device.type == "cuda" else 4))
     with torch.inference_mode():
         return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
 
 
-def speed(model, batch_size: int | None = None) -> dict[str, str]:
-    """Throughput of one model on its device: the row that `python -m g2l.models --speed` prints."""
+COLUMNS = "parameters precision input batch GFLOP/image ms/image images/s TFLOP/s ceiling".split()
+COLUMNS += ["MFU", "memory"]
+
+
+def speed(model, batch_size: int | None = None) -> list[str]:
+    """Throughput of one model on its device: the `COLUMNS` that `python -m g2l.models` prints."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     batch_size = batch_size or (fitting_batch_size(model) if cuda else 4)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch_size, 3, model.input_size, model.input_size, generator=generator)
-    x = model.normalize(x.to(device))
-    flops = flops_per_image(model)
-    ceiling = matmul_ceiling(device, model.dtype)
+    flops, ceiling = flops_per_image(model), matmul_ceiling(device, model.dtype)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.inference_mode():
-        rate = batch_size / float(np.median(timed(lambda: model(x), device)))
+    each = milliseconds(model, batch_size)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
-    return {
-        "parameters": f"{model.parameters_count / 1e6:,.1f} M",
-        "precision": str(model.dtype).removeprefix("torch."),
-        "input": str(model.input_size),
-        "batch": str(batch_size),
-        "GFLOP/image": f"{flops / 1e9:,.1f}",
-        "ms/image": f"{1e3 / rate:.2f}",
-        "images/s": f"{rate:,.1f}",
-        "TFLOP/s": f"{flops * rate / 1e12:.3g}",
-        "ceiling": f"{ceiling / 1e12:.3g}",
-        "MFU": f"{flops * rate / ceiling:.0%}",
-        "memory": f"{peak:.1f} GiB" if cuda else "-",
-    }
+    reached = 1e3 * flops / each
+    return [
+        f"{model.parameters_count / 1e6:,.1f} M",
+        str(model.dtype).removeprefix("torch."),
+        str(model.input_size),
+        str(batch_size),
+        f"{flops / 1e9:,.1f}",
+        f"{each:.2f}",
+        f"{1e3 / each:,.1f}",
+        f"{reached / 1e12:.3g}",
+        f"{ceiling / 1e12:.3g}",
+        f"{reached / ceiling:.0%}",
+        f"{peak:.1f} GiB" if cuda else "-",
+    ]

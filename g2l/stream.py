@@ -4,10 +4,9 @@
 `hold_out` keeps patients back, and `Heldout` measures the student on their patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,13 +106,29 @@ def hold_out(index, fraction: float, seed: int) -> np.ndarray:
 
     At least 2 patients of 8 or more, 1 of 4, none of fewer.
     """
-    patients = list(index.patients)
-    held: set[str] = set()
-    if fraction > 0 and len(patients) >= 4:
-        order = np.random.default_rng([seed, 0x4E1D]).permutation(len(patients))
-        least = 1 + (len(patients) >= 8)
-        held = {patients[i] for i in order[: max(least, round(fraction * len(patients)))]}
-    return np.array([patient in held for patient in index.patient], bool)
+    count = len(index.patients)
+    held = 0
+    if fraction > 0 and count >= 4:
+        held = max(1 + (count >= 8), round(fraction * count))
+    order = np.random.default_rng([seed, 0x4E1D]).permutation(count)
+    return np.isin(index.patient, np.array(index.patients)[order[:held]])
+
+
+def open_cohort(
+    folder: Path, slides: str, fraction: float, most: int, seed: int
+) -> tuple[PatchIndex, np.ndarray]:
+    """The patches, and bool (slides,): which slides are held out (see `hold_out`).
+
+    With `most`, training keeps so many slides; a larger number adds to those of a smaller one.
+    """
+    index = PatchIndex(folder, slides or None)
+    held = hold_out(index, fraction, seed)
+    if most:
+        names = np.array(index.slides)
+        others = np.random.default_rng([seed, 0x511D]).permutation(names[~held])[:most]
+        index = PatchIndex(folder, slides or None, only={*names[held], *others})
+        held = np.isin(index.slides, names[held])
+    return index, held
 
 
 class Heldout:

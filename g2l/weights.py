@@ -6,8 +6,6 @@ In order of use: which file (`parse_weights`, `weight_file`, `hub_file`), its te
 (`misfits`). Nothing in a file is ever executed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -16,15 +14,21 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from g2l.errors import UserError
 
 INDEX = "model.safetensors.index.json"  # of a model in several files
-WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
-State = dict[str, torch.Tensor]
+WEIGHT_FILES = (
+    "model.safetensors",
+    INDEX,
+    "pytorch_model.bin",
+    "GPFM.pth",
+    "teacher_checkpoint_load.pt",  # OpenMidnight's
+)
+State = dict[str, Tensor]
 
 
 def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str, str | None]:
@@ -44,10 +48,8 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
         elif len(weights) == 1 and ("=" not in spec or Path(spec).exists()):
             weights[names[0]] = spec
         else:
-            known = ", ".join(names)
-            raise UserError(
-                f"weights {spec}: for which model? Write NAME=FILE with NAME one of {known}"
-            )
+            which = "for which model? Write NAME=FILE with NAME one of"
+            raise UserError(f"weights {spec}: {which} {', '.join(names)}")
     return weights
 
 
@@ -55,7 +57,7 @@ def weight_file(path: str | Path) -> Path:
     """The weight file at `path`, or in the folder `path`; of a model in several files, their
     index."""
     path = Path(path).expanduser()
-    folder = path.parent
+    index = path.parent / INDEX
     if path.is_dir():
         found = [path / file for file in WEIGHT_FILES if (path / file).is_file()]
         if not found:
@@ -65,9 +67,8 @@ def weight_file(path: str | Path) -> Path:
         return found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file", mend="weights")
-    if re.search(r"-\d+-of-\d+\.safetensors$", path.name) and (folder / INDEX).is_file():
-        return folder / INDEX
-    return path
+    part = re.search(r"-\d+-of-\d+\.safetensors$", path.name)
+    return index if part and index.is_file() else path
 
 
 def read_weights(path: Path) -> State:
@@ -86,13 +87,9 @@ def read_weights(path: Path) -> State:
 
 def _read_shards(index: Path) -> State:
     """All tensors of the files that an index names, each in the index's own folder."""
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not an index of weight files ({error!r})") from None
     state: State = {}
-    for file in files:
-        shard = index.parent / Path(str(file)).name  # beside the index, wherever it says
+    for file in _shards(index):
+        shard = index.parent / Path(file).name  # beside the index, wherever it says
         if not shard.is_file():
             raise UserError(f"{shard}: no such file; {index.name} names it", mend="weights")
         state |= read_weights(shard)
@@ -133,25 +130,18 @@ def _state_dict(content: object, path: Path) -> State:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     items = list(content.items()) if isinstance(content, dict) else []
-    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
+    if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         inside = f" of {', '.join(str(key) for key, _ in items[:3])}" if items else ""
         kind = type(content).__name__
         raise UserError(f"{path}: expected a state dict (names and tensors), found {kind}{inside}")
     return dict(items)
 
 
-class Config(NamedTuple):
-    """What config.json of a folder in timm's format says."""
+def read_config(folder: Path) -> dict:
+    """What folder/config.json says, as the fields of a Blueprint of these names.
 
-    architecture: str
-    args: dict  # of the constructor
-    preprocessing: dict  # timm's pretrained_cfg
-    embedding: str | None
-    metadata: dict  # what distill.py wrote
-
-
-def read_config(folder: Path) -> Config:
-    """Read folder/config.json; UserError where it is none in timm's format."""
+    Raises UserError where it is none in timm's format.
+    """
     path = folder / "config.json"
     if (folder / "student" / "config.json").is_file():
         raise UserError(f"{folder}: a folder with a student in it; name that: {folder / 'student'}")
@@ -172,8 +162,13 @@ def read_config(folder: Path) -> Config:
             raise UserError(
                 f"{path}: model_args may not hold {', '.join(bad)}, which name other files"
             )
-        architecture, metadata = str(config["architecture"]), dict(config.get("g2l") or {})
-        return Config(architecture, args, _preprocessing(config), config.get("embedding"), metadata)
+        return {
+            "architecture": str(config["architecture"]),
+            "args": args,
+            "preprocessing": _preprocessing(config),
+            "embedding": config.get("embedding"),
+            "metadata": dict(config.get("g2l") or {}),
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a timm configuration ({reason})") from None
@@ -206,7 +201,7 @@ def hub_file(repository: str, files: Sequence[str] = WEIGHT_FILES) -> Path:
             for file in files:
                 try:
                     path = Path(hf_hub_download(repository, file, local_files_only=cached))
-                    for shard in _shards(path):
+                    for shard in _shards(path) if file == INDEX else ():
                         hf_hub_download(repository, shard)
                     return path
                 except EntryNotFoundError as error:
@@ -217,10 +212,11 @@ def hub_file(repository: str, files: Sequence[str] = WEIGHT_FILES) -> Path:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the files that an index lists; none for any other file."""
-    if index.name != INDEX:
-        return []
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    """Names of the files that an index lists."""
+    try:
+        return sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not an index of weight files ({error!r})") from None
 
 
 @contextlib.contextmanager
@@ -281,7 +277,7 @@ def to_timm(state: State) -> State:
         if "pos_embed" in state:  # DINOv2 may keep its blocks in chunks; convnets number theirs so
             key = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key)
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-        if key != "mask_token":
+        if key != "mask_token" and not key.startswith("pooler."):
             named[key] = value
     if {"register_tokens", "cls_token", "pos_embed"} <= set(named):
         named["reg_token"] = named.pop("register_tokens")
@@ -311,6 +307,10 @@ TRANSFORMERS = {
     "encoder.layer.": "blocks.",
     "attention.attention.query": "attn.qkv",
     "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",  # of their plain ViT, whose layers are named otherwise
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
     "mlp.weights_in": "mlp.w12",
@@ -327,10 +327,9 @@ def _from_transformers(state: State) -> State:
     rest, renamed = dict(state), {}
     for query in [key for key in state if ".attention.attention.query." in key]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
-        parts = [rest.pop(name, None) for name in names]
-        whole = [part for part in parts if part is not None]
-        if len(whole) == 3:  # else it will be missed
-            rest[query] = torch.cat(whole)
+        parts = [rest.pop(name) for name in names if name in rest]
+        if len(parts) == 3:  # else it will be missed
+            rest[query] = torch.cat(parts)
     for key, value in rest.items():
         for theirs, ours in TRANSFORMERS.items():
             key = key.replace(theirs, ours)
@@ -341,18 +340,20 @@ def _from_transformers(state: State) -> State:
 def misfits(state: State, expected: State) -> str:
     """What keeps `state` from being loaded as `expected`, with the first names; "" if nothing
     does."""
-    missing, other = [], []
-    for key, value in expected.items():
-        if key not in state:
-            if not key.endswith("num_batches_tracked"):
-                missing.append(key)
-        elif state[key].shape != value.shape:
-            other.append(f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}")
-    extra = [key for key in state if key not in expected]
+    other = []
+    for key in state.keys() & expected.keys():
+        held, wanted = (tuple(part[key].shape) for part in (state, expected))
+        if held != wanted:
+            other.append(f"{key} {held} instead of {wanted}")
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}
     found = []
-    kinds = {"tensors missing": missing, "not expected": extra, "of another shape": other}
+    kinds = {
+        "tensors missing": expected.keys() - state.keys() - optional,
+        "not expected": state.keys() - expected.keys(),
+        "of another shape": other,
+    }
     for kind, names in kinds.items():
         if names:
             more = ", ..." if len(names) > 3 else ""
-            found.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
+            found.append(f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{more})")
     return "; ".join(found)

@@ -2,6 +2,7 @@
 command."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from g2l.models import (
     save_student,
 )
 from g2l.ranks import setup_distributed
-from g2l.registry import REGISTRY
+from g2l.registry import REGISTRY, tcga_notes
 from g2l.speed import flops_per_image
 
 
@@ -44,8 +45,29 @@ def test_each_entry_builds_as_stated(name):
         )
         x = torch.zeros(2, 3, 224, 224)
         assert model(x).shape == (2, entry.dim) and model.dim == entry.dim
-        patches = (224 // entry.args.get("patch_size", 16 if "16" in entry.timm else 14)) ** 2
+        side = entry.args.get("patch_size") or int(re.search(r"patch(\d+)", entry.timm)[1])
+        patches = (224 // side) ** 2
         assert model.tokens(x).shape == (2, entry.prefix + patches, entry.width)
+
+
+def test_parameters_are_those_that_the_authors_state():
+    """In millions, as their cards or papers round them."""
+    stated = {"h-optimus-0": 1135, "uni2-h": 681, "virchow2": 631, "hibou-b": 86, "phikon": 85.8}
+    stated |= {"prov-gigapath-flash": 21.7, "lunit-vits16": 21.7, "h0-mini": 86}
+    for name, millions in stated.items():
+        assert REGISTRY[name].parameters / 1e6 == pytest.approx(millions, abs=0.5)
+
+
+def test_the_registry_says_what_licences_forbid_and_who_has_seen_tcga():
+    forbid = {name for name, entry in REGISTRY.items() if not entry.teaches}
+    assert forbid == {"h-optimus-1", "h0-mini", "h0-mini+mean", "virchow2", "uni", "uni2-h"}
+    assert "says" in REGISTRY["phikon-v2"].tcga and not REGISTRY["h-optimus-0"].tcga
+    student = {"runs/a/student": {"teacher": "bioptimus/H0-mini", "student": "hibou-l"}}
+    (note,) = tcga_notes(student, "tp53", ["a"])
+    assert "runs/a/student comes from h0-mini" in note and "40 M of its tiles" in note
+    assert tcga_notes({"phikon": {}}, "mine", ["TCGA-AA-0001"])
+    assert not tcga_notes({"phikon": {}, "uni": {}}, "mine", ["P1"])
+    assert not tcga_notes({"uni": {}, "timm:test_vit": {}}, "tils", ["TCGA-AA-0001"])
 
 
 def test_the_mean_beside_the_class_token_leaves_registers_out(tiny, monkeypatch):
@@ -132,7 +154,7 @@ def test_numbers_that_cannot_be_are_named(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["h-optimus-0", "hibou-l", "uni2-h", "virchow2", "prov-gigapath", "phikon-v2"]
+    "name", ["h-optimus-0", "hibou-l", "uni2-h", "prov-gigapath", "phikon-v2", "kaiko-vits8"]
 )
 @pytest.mark.parametrize("shape", [(256, 256), (224, 224), (300, 230), (150, 200)])
 def test_preprocess_equals_the_published_transform(name, shape, monkeypatch):

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+from conftest import ROOT
 from jobs import run_ranks
 
 from g2l import ranks

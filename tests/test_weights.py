@@ -29,7 +29,9 @@ def published(tmp_path_factory, kind, **config):
     transformers = pytest.importorskip("transformers")
     make = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")
     torch.manual_seed(0)
-    net = make[0](make[1](image_size=224, layerscale_value=1.0, **config)).eval()
+    if "Dino" in kind:
+        config["layerscale_value"] = 1.0
+    net = make[0](make[1](image_size=224, **config)).eval()
     with torch.no_grad():  # every tensor matters: no zero bias hides a swap
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -171,6 +173,23 @@ def test_phikon_equals_transformers(tmp_path_factory, short_l):
         num_attention_heads=16,
     )
     assert off("phikon-v2", folder, x, tokens) < 1e-4
+
+
+def test_phikon_and_midnight_equal_transformers(tmp_path_factory, monkeypatch):
+    """Their layouts, with 2 blocks: the plain ViT with a pooler, and SwiGLU without registers."""
+    small = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2)
+    ours = dict(embed_dim=96, depth=2, num_heads=2)
+    swiglu = dict(patch_size=14, use_swiglu_ffn=True)
+    for name, kind, config in [
+        ("phikon", "ViT", dict(patch_size=16, intermediate_size=384)),
+        ("midnight-12k", "Dinov2", swiglu),
+    ]:
+        entry = REGISTRY[name]
+        entry = dataclasses.replace(entry, args={**entry.args, **ours})
+        monkeypatch.setitem(REGISTRY, name, entry)
+        folder, state, x, tokens = published(tmp_path_factory, kind, **config, **small)
+        assert ("pooler.dense.weight" in state) == (kind == "ViT")
+        assert off(name, folder, x, tokens) < 3e-4  # ViT's norms add 1e-12, timm's 1e-6
 
 
 def test_check_names_the_model_that_a_file_fits(hibou_b, capsys):
@@ -473,7 +492,7 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "GPFM.pth"])
 def test_weights_come_from_the_hub_and_then_from_its_cache(
     file, hub, tiny, tmp_path, monkeypatch, capsys
 ):

@@ -124,12 +124,12 @@ def safe_losses(folder: Path) -> list[tuple]:
         return []
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and everything below it, as a machine that fails does."""
+def kill(process: subprocess.Popen) -> str:
+    """SIGKILL to the process and everything below it, as a machine that fails does; its output."""
     below = descendants(process.pid)
     for pid in [process.pid, *below]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    process.communicate()
+    return process.communicate()[0]

@@ -1,0 +1,107 @@
+"""A sweep: a run for each combination of values, then one table and one picture of them all.
+
+`trials` reads what is to be varied and `run_name` names the runs; when they are done, `write_sweep`
+reads what each has left in its folder. Runs that differ in their seed only are repetitions.
+"""
+
+import csv
+import itertools
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from g2l.errors import UserError
+from g2l.files import atomic, read_json, safe, write_text
+from g2l.pictures import canvas, save_figure
+from g2l.report import markdown
+from g2l.runs import column
+
+Trial = dict[str, str]  # what is varied, and the value
+MEASURES = ("cka_before", "cka_after", "cka_best", "best_step", "steps")
+Groups = dict[tuple[str, ...], list[dict]]  # rows of repetitions, by their values
+
+
+def trials(specs: Sequence[str], known: Collection[str]) -> list[Trial]:
+    """`NAME=VALUE,VALUE,...`, once or more, as all combinations; the last name varies fastest.
+
+    Raises UserError for a name that is not of `known` or is given twice, and for an empty value.
+    """
+    axes: dict[str, list[str]] = {}
+    for spec in specs:
+        name, _, values = spec.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or name in axes or "" in values.split(","):
+            wanted = f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
+            raise UserError(f"sweep {spec}: expected {wanted}")
+        axes[name] = values.split(",")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def run_name(base: str, trial: Trial) -> str:
+    """The folder of a trial's run."""
+    return "_".join([base, *(safe(f"{name}-{value}") for name, value in trial.items())])
+
+
+def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
+    """Write BASE_NAMES.md, .csv and .png beside the finished runs; the path of the first."""
+    path = folder / f"{'_'.join([base, *found[0]])}.md"
+    names = [name for name in found[0] if name != "seed"] or ["seed"]
+    rows, groups = [], Groups()
+    for trial in found:
+        run = folder / run_name(base, trial)
+        finished = read_json(run / "config.json")["finished"]
+        best = finished["best"]
+        measured = best["before"], best["last"], best["cka"], best["step"], finished["step"]
+        rows.append({**trial, "run": run.name, **dict(zip(MEASURES, measured, strict=True))})
+        key = tuple(trial[name] for name in names)
+        groups.setdefault(key, []).append({**rows[-1], "curve": column(run, "cka")})
+    with atomic(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    write_text(path, _table(names, groups))
+    _draw(path.with_suffix(".png"), names, groups)
+    return path
+
+
+def _after(rows: list[dict]) -> tuple[float, float]:
+    """Mean and standard deviation of the CKA at the end of repetitions."""
+    values = [row["cka_after"] for row in rows]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _table(names: list[str], groups: Groups) -> str:
+    """Means of repetitions in Markdown, and where cohorts were varied, how many slides it took."""
+    lines = []
+    for key, rows in groups.items():
+        means = [f"{np.mean([row[name] for row in rows]):.4g}" for name in MEASURES]
+        lines.append([*key, str(len(rows)), f"{_after(rows)[1]:.3f}", *means])
+    text = markdown([*names, "runs", "± of cka_after", *MEASURES], lines)
+    text += "\nCKA: unbiased, to the teacher, on the patches held out; ±: over seeds.\n"
+    if names == ["max_slides"]:
+        most = max(groups, key=lambda key: int(key[0]) or np.inf)  # 0: all
+        mean, spread = _after(groups[most])
+        near = [key for key in groups if _after(groups[key])[0] >= mean - max(spread, 0.01)]
+        few = min(near, key=lambda key: int(key[0]) or np.inf)
+        text += f"As good as the largest cohort, within {max(spread, 0.01):.3f}: {few[0]} slides.\n"
+    return text
+
+
+def _draw(path: Path, names: list[str], groups: Groups) -> None:
+    """CKA over steps for each combination, and at the end over the values of the first name."""
+    figure, ((left, right),) = canvas(1, 2, 4.6, 3.6)
+    lines: dict[str, dict] = {}  # by the other values
+    for number, (key, rows) in enumerate(groups.items()):
+        for row in rows:
+            left.plot(*row["curve"], color=f"C{number}", label=" ".join(key))
+        lines.setdefault(" ".join(key[1:]), {})[key[0]] = _after(rows)
+    for label, after in lines.items():
+        right.errorbar(list(after), *zip(*after.values(), strict=True), fmt="o-", label=label)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    left.legend(handles.values(), handles)
+    left.set(xlabel="step", ylabel="CKA to the teacher, held-out patches")
+    right.set(xlabel=names[0], ylabel="CKA at the end, ± over seeds")
+    if len(names) > 1:
+        right.legend()
+    save_figure(figure, path)
