@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
 
 CARD_VERSION = 1  # raised when a model would be loaded, measured or described otherwise
+AHEAD = 3  # batches that are prepared before they are needed, at most
 SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
@@ -110,25 +112,34 @@ class Forward:
 
     def __init__(self, model: Model, batch_size: int, device: torch.device):
         self.model, self.batch_size, self.device = model, batch_size, device
+        self.used: deque[torch.Tensor] = deque()  # memory of earlier batches
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (m, 3, S, S) -> (m, dim), queued on the device."""
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (m, 3, S, S) -> normalised (m, 3, S, S) on the device.
+
+        It may be overwritten when `AHEAD` more batches have been prepared.
+        """
+        again = self.used.popleft() if len(self.used) > AHEAD else None
+        if again is not None and again.shape != images.shape:
+            again = None
+        x = self.model.normalize(images.to(self.device, non_blocking=True), again)
+        self.used.append(x)
+        return x
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Prepared (m, 3, S, S) -> (m, dim), queued on the device."""
         parts, start = [], 0
-        while start < len(images):
-            part = images[start : start + self.batch_size]
+        while start < len(x):
+            part = x[start : start + self.batch_size]
+            # For a compiled network another number of images would be compiled anew.
+            pad = self.batch_size - len(part) if self.model.compiled else 0
             try:
-                parts.append(self._part(part))
+                full = nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, pad)) if pad else part
+                parts.append(self.model(full)[: len(part)])
                 start += len(part)
             except torch.cuda.OutOfMemoryError:
                 self._halve()
         return torch.cat(parts) if parts else torch.empty(0, self.model.dim)
-
-    def _part(self, part: torch.Tensor) -> torch.Tensor:
-        x = part.to(self.device, non_blocking=True).float() / 255
-        # For a compiled network another number of images would be compiled anew.
-        pad = self.batch_size - len(part) if self.model.compiled else 0
-        x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, pad))
-        return self.model(self.model.normalize(x))[: len(part)]
 
     def _halve(self) -> None:
         name = self.model.name
@@ -136,10 +147,8 @@ class Forward:
             why = f"{name}: not enough memory on {self.device} for one image"
             raise UserError(why, mend="one image") from None
         self.batch_size = (self.batch_size + 1) // 2
-        print(
-            f"{name}: out of memory on {self.device}, batch size now {self.batch_size}",
-            file=sys.stderr,
-        )
+        text = f"{name}: out of memory on {self.device}, batch size now {self.batch_size}"
+        print(text, file=sys.stderr)
 
 
 class Means:
@@ -229,7 +238,9 @@ def _embed(
     waiting = None
     with torch.inference_mode():
         for items, batch, ended in loader:
-            features = forward(batch)  # queued on a GPU while the batch before is collected
+            features = forward(
+                forward.prepare(batch)
+            )  # queued on a GPU while the batch before is collected
             if waiting:
                 yield from means.add(*waiting)
             waiting = items, features, ended
