@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.fx.experimental.optimization
 
+from g2l import heatmap
 from g2l.arguments import Help, whole
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, default_workers, model_options
 from g2l.embeddings import (
@@ -49,6 +50,7 @@ from g2l.features import AHEAD, Forward, check_names, display, one_behind
 from g2l.files import safe, size_of, write_text
 from g2l.models import Model, load_model
 from g2l.patches import PatchIndex
+from g2l.pictures import save_figure
 from g2l.progress import Progress
 from g2l.ranks import (
     agree,
@@ -286,6 +288,45 @@ def report(
     return lost
 
 
+def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) -> None:
+    """The pictures that are asked for, below heatmaps/."""
+    folder = index.folder / "heatmaps"
+    files = {n: t.path for n, t in targets.items() if t.path.exists()}
+    if args.similar:
+        figure = heatmap.draw_similar(index, files, name, args.similar, 7)
+        save_figure(figure, folder / f"{name}_similar.png")
+        print(f"picture: {folder / name}_similar.png")
+    if not args.heatmap:
+        return
+    named = {index.slides[number]: number for number in files}
+    if args.heatmap not in named:
+        raise UserError(
+            f"{args.heatmap}: no features of such a slide; there are {', '.join(named)}"
+        )
+    number = named[args.heatmap]
+    features, coords = read_features(files[number])
+    side = int(targets[number].where.attributes["patch_size_level0"])
+    row, path = None, folder / f"{args.heatmap}_{name}_components"
+    title = "three principal components of its features as red, green and blue"
+    if args.scores:
+        coords, values = heatmap.read_scores(args.scores, args.heatmap)
+        title, path = args.scores.stem, folder / f"{args.heatmap}_{safe(args.scores.stem)}"
+    elif args.query:
+        row = heatmap.patch_at(coords, side, args.query)
+        values = heatmap.by_similarity(features, row)
+        x, y = coords[row]
+        title = f"cosine to the patch at {x},{y}"
+        path = folder / f"{args.heatmap}_{name}_like_{x}_{y}"
+    else:
+        values = heatmap.by_components(features)
+    with index.slide(number) as slide:
+        about = f"{args.heatmap}, {name}: {title}"
+        figure = heatmap.paint(slide, coords, side, values, about, row)
+        save_figure(figure, Path(f"{path}.png"))
+        heatmap.write_tiles(Path(f"{path}.geojson"), slide, coords, side, values, title)
+    print(f"picture: {path}.png, and for QuPath {path.name}.geojson")
+
+
 def tell(parts: list[Told], seconds: float) -> None:
     """Where the time went, over all ranks."""
     total: Told = sum(parts, Counter())
@@ -360,8 +401,15 @@ def run(args: argparse.Namespace) -> int:
         for name in models:
             folder = index.folder / f"features_{name}"
             lost += report(index, folder, targets[name], problems, args)
+            draw(index, name, targets[name], args)
     leave_distributed()
     return int(lost > 0)
+
+
+def place(text: str) -> tuple[int, int]:
+    """A pixel of level 0: x,y."""
+    x, _, y = text.partition(",")
+    return whole(x, least=0), whole(y, least=0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -388,6 +436,15 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--format", choices=["stamp"], help=stamp)
     redo = "make features anew that came from other weights, preprocessing or patches"
     out.add_argument("--redo", action="store_true", help=redo)
+    see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
+    slide = "a slide's patches in colours: their features' principal components, or"
+    see.add_argument("--heatmap", metavar="SLIDE", help=slide)
+    query = "how like each is to the patch at this pixel of level 0, or"
+    see.add_argument("--query", type=place, metavar="X,Y", help=query)
+    scores = "values of your own: a table slide,x,y,value"
+    see.add_argument("--scores", type=Path, metavar="FILE", help=scores)
+    similar = "so many typical patches, with their nearest in the cohort"
+    see.add_argument("--similar", type=whole, nargs="?", const=8, metavar="N", help=similar)
     running = parser.add_argument_group("running")
     side = "side of the network's input in pixels, if not the published one"
     running.add_argument("--input-size", type=whole, metavar="PX", help=side)
