@@ -61,7 +61,7 @@ from g2l.ranks import (
     setup_distributed,
 )
 from g2l.readahead import Batch, ahead, read_batches
-from g2l.speed import fitting_batch_size
+from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import parse_weights
 
 REMEDIES = MODEL_REMEDIES | {
@@ -293,41 +293,38 @@ def report(
 
 def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) -> None:
     """The pictures that are asked for, below heatmaps/."""
-    folder = index.folder / "heatmaps"
-    files = {n: t.path for n, t in targets.items() if t.path.exists()}
+    folder, slide = index.folder / "heatmaps", args.heatmap
+    files = {number: t.path for number, t in targets.items() if t.path.exists()}
     if args.similar:
-        figure = heatmap.draw_similar(index, files, name, args.similar, 7)
-        save_figure(figure, folder / f"{name}_similar.png")
-        print(f"picture: {folder / name}_similar.png")
-    if not args.heatmap:
+        path = folder / f"{name}_similar.png"
+        save_figure(heatmap.draw_similar(index, files, name, args.similar, 7), path)
+        print(f"picture: {path}")
+    if not slide:
         return
     named = {index.slides[number]: number for number in files}
-    if args.heatmap not in named:
-        raise UserError(
-            f"{args.heatmap}: no features of such a slide; there are {', '.join(named)}"
-        )
-    number = named[args.heatmap]
+    if slide not in named:
+        raise UserError(f"{slide}: no features of such a slide; there are {', '.join(named)}")
+    number = named[slide]
     features, coords = read_features(files[number])
     side = int(targets[number].where.attributes["patch_size_level0"])
-    row, path = None, folder / f"{args.heatmap}_{name}_components"
+    row, kind = None, "components"
     title = "three principal components of its features as red, green and blue"
     if args.scores:
-        coords, values = heatmap.read_scores(args.scores, args.heatmap)
-        title, path = args.scores.stem, folder / f"{args.heatmap}_{safe(args.scores.stem)}"
+        coords, values = heatmap.read_scores(args.scores, slide)
+        title = kind = safe(args.scores.stem)
     elif args.query:
         row = heatmap.patch_at(coords, side, args.query)
         values = heatmap.by_similarity(features, row)
-        x, y = coords[row]
-        title = f"cosine to the patch at {x},{y}"
-        path = folder / f"{args.heatmap}_{name}_like_{x}_{y}"
+        kind = "like_{}_{}".format(*coords[row])
+        title = "cosine to the patch in the frame"
     else:
         values = heatmap.by_components(features)
-    with index.slide(number) as slide:
-        about = f"{args.heatmap}, {name}: {title}"
-        figure = heatmap.paint(slide, coords, side, values, about, row)
-        save_figure(figure, Path(f"{path}.png"))
-        heatmap.write_tiles(Path(f"{path}.geojson"), slide, coords, side, values, title)
-    print(f"picture: {path}.png, and for QuPath {path.name}.geojson")
+    path = folder / f"{slide}_{name}_{kind}.png"
+    with index.slide(number) as opened:
+        title = f"{slide}, {name}: {title}"
+        save_figure(heatmap.paint(opened, coords, side, values, title, row), path)
+        heatmap.write_tiles(path.with_suffix(".geojson"), opened, coords, side, values, kind)
+    print(f"picture: {path}; beside it the same as .geojson for QuPath")
 
 
 def tell(parts: list[Told], seconds: float) -> None:
@@ -335,24 +332,41 @@ def tell(parts: list[Told], seconds: float) -> None:
     total: Told = sum(parts, Counter())
     if not total["patches"]:
         return
-    ranks = len(parts)
-    share = {what: total[what] / ranks / seconds for what in ("network", "waiting")}
-    beside = ", ".join(
-        f"{what} {total[what]:.0f} s" for what in ("reading", "preprocessing", "writing")
-    )
+    hours = len(parts) * seconds / 3600
+    waiting = total["waiting"] / len(parts) / seconds
+    beside = [f"{what} {total[what]:.0f} s" for what in ("reading", "preprocessing", "writing")]
     print(
         f"{total['patches']:,} patches in {seconds:.0f} s, {total['patches'] / seconds:,.0f} a "
-        f"second, {ranks * seconds / 3600:.2f} device hours: network {share['network']:.0%}, "
-        f"waiting for patches {share['waiting']:.1%}; beside it {beside}"
+        f"second, {hours:.3f} device hours: network {total['network']:.0f} s, waiting for patches "
+        f"{waiting:.1%} of the time; beside it {', '.join(beside)}"
     )
     if total["unreadable"]:
         print(f"{total['unreadable']} patches could not be read and were left out")
 
 
+def compare(args: argparse.Namespace, patches: int) -> None:
+    """What another model would cost for all patches, by its speed here; any weights do."""
+    name = args.compare
+    weights = weights_of(args)[name]
+    if not weights and not Path(name).exists():
+        weights = "random"
+    model = load_model(name, weights, **model_options(args))
+    each = milliseconds(model)
+    print(
+        f"{name}, measured here: {each:.1f} ms a patch, {each * patches / 3.6e6:.3f} device hours "
+        f"for all {patches:,} patches, {4 * model.dim * patches / 1e9:.2f} GB of features"
+    )
+
+
+def weights_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """Weights by model, of those to run and of the one to compare with."""
+    return parse_weights(args.weights, [*args.models, *filter(None, [args.compare])])
+
+
 def load_models(args: argparse.Namespace) -> dict[str, Model]:
     """The models to run, by the names of their folders."""
     check_names(args.models)
-    weights, options = parse_weights(args.weights, args.models), model_options(args)
+    weights, options = weights_of(args), model_options(args)
     models = {}
     for name in args.models:
         model = load_model(name, weights[name], input_size=args.input_size, **options)
@@ -405,6 +419,8 @@ def run(args: argparse.Namespace) -> int:
             folder = index.folder / f"features_{name}"
             lost += report(index, folder, targets[name], problems, args)
             draw(index, name, targets[name], args)
+        if args.compare:
+            compare(args, len(index))
     leave_distributed()
     return int(lost > 0)
 
@@ -424,6 +440,8 @@ def build_parser() -> argparse.ArgumentParser:
         "registry names, timm:NAME, or folders such as runs/NAME/student; patches are read once"
     )
     what.add_argument("--models", "--model", nargs="+", required=True, metavar="NAME", help=models)
+    other = "say what this model would have cost, measured here, such as h-optimus-0"
+    what.add_argument("--compare", metavar="NAME", help=other)
     what.add_argument("--data", type=Path, default=Path("data"), help="folder that tile.py filled")
     moved = "folder of the slides, where they are not where tile.py found them"
     what.add_argument("--slides", type=Path, help=moved)
