@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -273,7 +274,8 @@ def render(
     shape, tissue = types.shape, types != BACKGROUND
     vigour = np.exp(rng.normal(0, 0.12, 2)) * centre.strength  # this slide's staining
     size = np.exp(rng.normal(0, 0.10))
-    y, x = np.indices(shape, dtype=np.float32)
+    places: Any = np.indices(shape, dtype=np.float32)
+    y, x = places
     eosin, blue, *noise = lay_ground(rng, types, x, y)
     packed = paint_ducts(rng, types == CLASSES.index("in-situ"), x, y, eosin, blue, *noise)
     chromatin = paint_nuclei(rng, types, packed, size)

@@ -56,27 +56,25 @@ class ImageReader(torch.utils.data.IterableDataset):
     ):
         super().__init__()
         self.source, self.todo, self.geometry = source, todo, geometry
-        self.size, self.batch_size = size, batch_size
+        self.none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
-        items, images, ended = self._empty()
+        ended: list[tuple[int, Problems]]
+        items, images, ended = [], [self.none], []
         for i in mine:
             problems: Problems = []
             for image in self._read(i, problems):
-                images[len(items)] = image
                 items.append(i)
+                images.append(image)
                 if len(items) == self.batch_size:
-                    yield items, images, ended
-                    items, images, ended = self._empty()
+                    yield items, torch.cat(images), ended
+                    items, images, ended = [], [self.none], []
             ended.append((i, problems))
         if ended:
-            yield items, images[: len(items)], ended
-
-    def _empty(self) -> Batch:
-        shape = self.batch_size, 3, self.size, self.size
-        return [], torch.empty(shape, dtype=torch.uint8), []
+            yield items, torch.cat(images), ended
 
     def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
         """The readable images of item i, as the network takes them; what is not goes to
@@ -93,7 +91,7 @@ class ImageReader(torch.utils.data.IterableDataset):
             problems.append("holds no images")
         for j in range(count):
             try:
-                yield self.geometry(_planes(images[j]))[0]
+                yield self.geometry(_planes(images[j]))
             except UNREADABLE as error:
                 problems.append(str(error) or type(error).__name__)
 

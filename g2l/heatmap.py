@@ -24,7 +24,6 @@ from g2l.pictures import canvas, draw_sheet
 from g2l.slides import Slide
 
 SAMPLE = 20000  # patches that decide on axes and on typical patches
-BLOCK = 16384  # patches that are held at once
 COLORS = "viridis"
 
 
@@ -34,17 +33,14 @@ def spread(count: int, most: int = SAMPLE) -> ndarray:
 
 
 def by_components(features: ndarray) -> ndarray:
-    """(N, D) -> (N, 3) in [0, 1]: the first three principal components, from rare to rare value."""
-    from sklearn.decomposition import PCA
-
+    """(N, D) -> (N, 3): the first three principal components, the bulk of each from 0.15 to 1."""
     sample = np.asarray(features[spread(len(features))], np.float32)
-    axes = PCA(min(3, *sample.shape), random_state=0).fit(sample)
-    blocks = range(0, len(features), BLOCK)
-    found = np.concatenate([axes.transform(features[at : at + BLOCK]) for at in blocks])
+    centred = sample - sample.mean(0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    found = features @ axes[:, :-4:-1]
     low, high = np.percentile(found, (1, 99), axis=0)
-    found = (found - low) / np.maximum(high - low, 1e-12)
-    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1]))).clip(0, 1)
-    return 0.15 + 0.85 * found  # nothing so dark that it hides the tissue
+    share = (found - low) / np.maximum(high - low, 1e-12)
+    return 0.15 + 0.85 * share.clip(0, 1)  # nothing so dark that it hides the tissue
 
 
 def by_similarity(features: ndarray, row: int) -> ndarray:
@@ -151,23 +147,22 @@ def typical(features: ndarray, count: int) -> ndarray:
 
 def nearest_over(
     cohort: Sequence[tuple[str, ndarray]], queries: ndarray, owners: Sequence[str], k: int
-) -> tuple[ndarray, ndarray, ndarray]:
+) -> ndarray:
     """The k nearest patches of a cohort to queries (Q, D), by cosine, exactly.
 
     cohort: patient and features (n, D) of each slide, which are held one at a time. Patches of the
-    query's own patient, `owners`, are left out. Returns distances, slides and rows, each (Q, k).
+    query's own patient, `owners`, are left out. Returns (3, Q, k): distances, slides and rows;
+    where there are no more, the distance is infinite.
     """
-    asked = torch.from_numpy(queries)
-    best = [np.full((len(queries), k), np.inf), *np.zeros((2, len(queries), k), int)]
+    asked, found = torch.from_numpy(queries), []
     for number, (patient, features) in enumerate(cohort):
-        base = torch.from_numpy(features.astype(np.float32))
-        found, rows = kernels.knn(base, k, asked, metric="cosine", return_distance=True)
-        found[[patient == owner for owner in owners]] = np.inf
-        parts = found.numpy(), np.full(rows.shape, number), rows.numpy()
-        both = [np.concatenate(pair, axis=1) for pair in zip(best, parts, strict=True)]
-        order = np.argsort(both[0], axis=1, kind="stable")[:, :k]
-        best = [np.take_along_axis(part, order, 1) for part in both]
-    return tuple(best)
+        base = torch.from_numpy(np.asarray(features, np.float32))
+        near, rows = kernels.knn(base, k, asked, metric="cosine", return_distance=True)
+        near[[patient == owner for owner in owners]] = np.inf
+        found.append(np.stack([near, np.full(near.shape, number), rows]))
+    every = np.concatenate(found, 2)
+    order = np.argsort(every[:1], axis=2, kind="stable")[:, :, :k]
+    return np.take_along_axis(every, order, 2)
 
 
 def draw_similar(index: PatchIndex, files: dict[int, Path], model: str, queries: int, k: int):
@@ -175,34 +170,33 @@ def draw_similar(index: PatchIndex, files: dict[int, Path], model: str, queries:
 
     files: of features, by the number of the slide.
     """
-    tables = {number: read_features(path) for number, path in files.items()}
-    pool, origin = [], []
-    for number, (features, _) in tables.items():
+    slides = list(files)
+    tables = [read_features(path)[0] for path in files.values()]
+    patients = [index.patient[slide] for slide in slides]
+
+    def cell(at: int, row: int, text: str, frame: str) -> tuple:
+        where = Coordinates.read(files[slides[at]])
+        side = int(where.attributes["patch_size_level0"])
+        with index.slide(slides[at]) as slide:
+            x, y = where.coords[row].tolist()
+            pixels = slide.read(x, y, side, index.patch_size)
+        return pixels, f"{slide.name}\n{text}", frame
+
+    places: list[tuple[int, int]] = []
+    for at, features in enumerate(tables):
         rows = spread(len(features), max(1, SAMPLE // len(tables)))
-        pool.append(np.asarray(features[rows], np.float32))
-        origin += [(number, row) for row in rows]
-    drawn = np.concatenate(pool)
+        places += [(at, row) for row in rows]
+    drawn = np.stack([tables[at][row] for at, row in places]).astype(np.float32)
     chosen = typical(drawn, queries)
-    owners = [index.patient[origin[i][0]] for i in chosen]
-    numbers = list(tables)
-    cohort = [(index.patient[number], features) for number, (features, _) in tables.items()]
+    owners = [patients[places[i][0]] for i in chosen]
+    cohort = list(zip(patients, tables, strict=True))
+    found = nearest_over(cohort, drawn[chosen], owners, k)
     lines = []
-    for i, *found in zip(chosen, *nearest_over(cohort, drawn[chosen], owners, k), strict=True):
-        line = [(*patch(index, files, tables, *origin[i]), "query")]
-        for distance, slide, row in zip(*found, strict=True):
+    for query, i in enumerate(chosen):
+        line = [cell(*places[i], "query", "query")]
+        for distance, at, row in found[:, query].T:
             if distance < np.inf:
-                pixels, name = patch(index, files, tables, numbers[slide], row)
-                line.append((pixels, f"{name}\n{1 - distance:.3f}", "nearest of other patients"))
+                line.append(cell(int(at), int(row), f"{1 - distance:.3f}", "of another patient"))
         lines.append(line)
-    frames = {"query": "black", "nearest of other patients": "#2a9d3a"}
+    frames = {"query": "black", "of another patient": "#2a9d3a"}
     return draw_sheet(f"{model}: typical patches and their nearest, by cosine", frames, lines)
-
-
-def patch(
-    index: PatchIndex, files: dict[int, Path], tables: dict, number: int, row: int
-) -> tuple[ndarray, str]:
-    """Pixels of a row of a slide's features, and the slide's name."""
-    side = int(Coordinates.read(files[number]).attributes["patch_size_level0"])
-    x, y = tables[number][1][row].tolist()
-    with index.slide(number) as slide:
-        return slide.read(x, y, side, index.patch_size), slide.name

@@ -325,7 +325,7 @@ def test_the_nearest_of_a_cohort_are_those_of_a_plain_search():
             if s != own
         ]
         want = sorted(away)[:6]
-        assert [(s, row) for _, s, row in want] == list(zip(found[1][i], found[2][i], strict=True))
+        assert [(s, row) for _, s, row in want] == [tuple(pair) for pair in found[1:, i].T]
         np.testing.assert_allclose(found[0][i], [d for d, _, _ in want], atol=1e-5)
 
 
