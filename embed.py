@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import sys
 import time
@@ -70,6 +71,7 @@ REMEDIES = MODEL_REMEDIES | {
     "redo": "--redo makes them anew",
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
+MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
 Told = Any  # a Counter: patches, and seconds by what they went to
 Block = tuple[np.ndarray, np.ndarray]  # features (n, D) float32, and which patches were readable
 
@@ -223,7 +225,8 @@ def stream(
     numbers = np.concatenate([np.zeros(0, np.int64), *spans])
     device = next(models[0].parameters()).device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
-    batches = read_batches(index, numbers, size, default_workers(args.workers, device))
+    workers = default_workers(args.workers, device)
+    batches = read_batches(index, numbers, size, min(workers, MOST_READERS))
     forwards = [Forward(model, size, device) for model in models]
     ends = np.cumsum([model.dim for model in models])[:-1]
     told: Told = Counter(patches=len(numbers))
@@ -262,33 +265,43 @@ def report(
     text = io.StringIO()
     table = csv.DictWriter(text, ["slide", "patient", "status", "patches", "unreadable", "reason"])
     table.writeheader()
-    names, means, lost, size = [], [], 0, 0
+    done, lost, size = [], 0, 0
     for number, slide in enumerate(index.slides):
         row = {"slide": slide, "patient": index.patient[number], "status": "failed"}
         row["reason"] = problems.get(number, "")
         target = targets.get(number)
-        if target is None or target.state() != "done":
-            lost += 1
-            table.writerow(row | {"reason": row["reason"] or "its coordinates cannot be read"})
-            continue
-        features, coords = read_features(target.path)
-        unreadable = target.count - len(coords)
-        table.writerow(row | {"status": "done", "patches": len(coords), "unreadable": unreadable})
+        if target and target.state() == "done":
+            unreadable = target.unreadable()
+            row |= {"status": "done", "unreadable": str(unreadable)}
+            row["patches"] = str(target.count - unreadable)
+            done.append((target, index.patient[number]))
+            size += size_of(target.path)
+        else:
+            unreadable = 1
+            row["reason"] = row["reason"] or "its coordinates cannot be read"
         lost += unreadable
-        size += size_of(target.path)
-        names.append((slide, index.patient[number]))
-        if args.slide:
-            means.append(features.mean(0, dtype=np.float64))
-        if args.pt:
-            write_tensor(folder / "pt_files" / f"{slide}.pt", features)
-        if args.format == "stamp":
-            stamp = folder.with_name(f"{folder.name}_stamp") / f"{slide}.h5"
-            write_stamp(stamp, features, Coordinates.read(target.path), target.origin.model)
+        table.writerow(row)
     write_text(folder.with_name(f"{folder.name}.csv"), text.getvalue())
-    if means:
-        write_means(folder.with_name(f"{folder.name}_mean.h5"), names, np.stack(means))
-    print(f"{folder}: {len(names)} of {len(index.slides)} slides, {size / 1e9:.2f} GB", flush=True)
+    if args.slide or args.pt or args.format:
+        export(folder, done, args)
+    print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB", flush=True)
     return lost
+
+
+def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: argparse.Namespace) -> None:
+    """What the flags ask for beside the features of slides, given with their patients."""
+    names, means = [], []
+    for target, patient in done:
+        features, _ = read_features(target.path)
+        names.append((target.slide, patient))
+        means.append(features.mean(0, dtype=np.float64))
+        if args.pt:
+            write_tensor(folder / "pt_files" / f"{target.slide}.pt", features)
+        if args.format == "stamp":
+            stamp = folder.with_name(f"{folder.name}_stamp") / f"{target.slide}.h5"
+            write_stamp(stamp, features, Coordinates.read(target.path), target.origin.model)
+    if args.slide and names:
+        write_means(folder.with_name(f"{folder.name}_mean.h5"), names, np.stack(means))
 
 
 def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) -> None:
@@ -471,8 +484,10 @@ def build_parser() -> argparse.ArgumentParser:
     running.add_argument("--input-size", type=whole, metavar="PX", help=side)
     batch = "patches a forward pass; default: by device and memory"
     running.add_argument("--batch-size", type=whole, metavar="N", help=batch)
-    readers = "processes that read patches, per rank; default: up to 12 for a GPU"
-    running.add_argument("--workers", type=int, metavar="N", help=readers)
+    readers = "processes that read patches, per rank, up to 4; default: 4 for a GPU"
+    running.add_argument(
+        "--workers", type=functools.partial(whole, least=0), metavar="N", help=readers
+    )
     return parser
 
 

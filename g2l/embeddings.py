@@ -84,6 +84,11 @@ class SlideFeatures:
             return "other"
         return "done" if held == asdict(self.origin) and whole else "other"
 
+    def unreadable(self) -> int:
+        """Patches that were left out of the file."""
+        with open_h5(self.path, "r") as file:
+            return len(file["unreadable"])
+
     def part(self, first: int) -> Path:
         """The file of the part that begins with patch `first`."""
         return Path(f"{self.name}.{first:08d}.npz")

@@ -193,7 +193,8 @@ def draw_similar(index: PatchIndex, files: dict[int, Path], model: str, queries:
     found = nearest_over(cohort, drawn[chosen], owners, k)
     lines = []
     for query, i in enumerate(chosen):
-        line = [cell(*places[i], "query", "query")]
+        own, row = places[i]
+        line = [cell(own, row, "query", "query")]
         for distance, at, row in found[:, query].T:
             if distance < np.inf:
                 line.append(cell(int(at), int(row), f"{1 - distance:.3f}", "of another patient"))
