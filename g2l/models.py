@@ -105,15 +105,31 @@ class Model(nn.Module):
             squash=self.crop_mode == "squash",
         )
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """float (B, 3, S, S) in [0, 1] -> float32 of the same shape, by this model's mean and
-        standard deviation.
+    def normalize(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """uint8, or float in [0, 1], (B, 3, S, S) -> float32 of the same shape, by this model's
+        mean and standard deviation.
 
+        `out` is an earlier result whose memory is used again: new memory costs more than the sums.
         For a convolutional network the result lies in memory channels-last, in which it runs 1.2 to
         1.4 times as fast on CPU (measured); for a ViT that makes no difference.
         """
-        x = (images - self._mean.to(images.device)) / self._std.to(images.device)
-        return x if self.is_vit else x.contiguous(memory_format=torch.channels_last)
+        mean, std = self._mean.to(images.device), self._std.to(images.device)
+        if out is None:
+            layout = torch.contiguous_format if self.is_vit else torch.channels_last
+            out = torch.empty(images.shape, device=images.device, memory_format=layout)
+        if not self.is_vit:  # whole rows, since a loop over three channels is slow
+            width = images.shape[-1]
+            mean, std = mean.flatten().repeat(width), std.flatten().repeat(width)
+        each = 1 if images.device.type == "cpu" else len(images)  # one stays in a CPU's cache
+        for x, part in zip(out.split(each), images.split(each), strict=True):
+            x.copy_(part)
+            if not self.is_vit:
+                x = x.permute(0, 2, 3, 1).view(-1, len(mean))
+            if part.dtype == torch.uint8:
+                x /= 255
+            x -= mean
+            x /= std
+        return out
 
     def tokens(self, x: Tensor) -> Tensor:
         """Normalised (B, 3, S, S) -> all tokens (B, T, C) after the final norm, prefix tokens

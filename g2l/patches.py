@@ -401,6 +401,10 @@ class PatchIndex:
         size0 = self._sizes[number]
         return handle.slide.area(x, y, size0, size0, size, size)
 
+    def slide(self, number: int) -> Slide:
+        """A slide of the cohort, opened anew."""
+        return Slide(self._paths[number], self._mpps[number])
+
     def _open_slide(self, number: int, handle: _Handle) -> Slide:
         """The slide, after closing others that take too much memory or too many files."""
         with contextlib.suppress(FileNotFoundError):  # Slide says it in better words

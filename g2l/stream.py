@@ -175,7 +175,7 @@ class Heldout:
         model.eval()
         parts = []
         for images in self.images.split(self.batch):
-            parts.append(model(model.normalize(images.to(device).float() / 255)).float())
+            parts.append(model(model.normalize(images.to(device))).float())
         model.train(training)
         return torch.cat(parts)
 

@@ -66,9 +66,10 @@ def test_patches_carry_their_label_centre_and_patient(tmp_path):
     (tmp_path / "images").mkdir()
     patient, seed, centre = demo.patients(51, 1)[2]
     rows = demo.write_patches((tmp_path / "images", patient, seed, centre, 1024, 3))
-    assert {row["label"] for row in rows} <= set(demo.CLASSES) and len(rows) >= 4
-    assert {(row["group"], row["center"]) for row in rows} == {(patient, centre.name)}
-    assert all((tmp_path / row["image"]).exists() for row in rows)
+    cells = [row.split(",") for row in rows]  # image, label, group, center
+    assert {cell[1] for cell in cells} <= set(demo.CLASSES) and len(cells) >= 4
+    assert {(cell[2], cell[3]) for cell in cells} == {(patient, centre.name)}
+    assert all((tmp_path / cell[0]).exists() for cell in cells)
     again = demo.write_patches((tmp_path / "images", patient, seed, centre, 1024, 3))
     assert again == rows
 
@@ -91,14 +92,14 @@ def test_the_whole_demo_by_its_command_line(tmp_path):
     folder = tmp_path / "demo"
     done = run("demo.py", "--folder", folder, "--max-steps", "80", timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for script in ("tile.py", "distill.py", "evaluate.py", "robustness.py"):
+    for script in ("tile.py", "distill.py", "evaluate.py", "robustness.py", "embed.py"):
         assert f"$ python {script} " in done.stdout
     screen = done.stdout[done.stdout.index("G2L in small") :]
     for line in ("teacher ", "student before", "student after", "majority class", "chance"):
         assert line in screen
     for picture in re.findall(r"^  .{20}(\S+)$", screen, re.MULTILINE):
         assert (ROOT / picture).stat().st_size > 500
-    assert len(re.findall(r"^  .{20}(\S+)$", screen, re.MULTILINE)) == 5
+    assert len(re.findall(r"^  .{20}(\S+)$", screen, re.MULTILINE)) == 7
 
     with open(folder / "data" / "tiles" / "demo" / "slides.csv") as file:
         slides = list(csv.DictReader(file))

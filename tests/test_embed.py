@@ -1,6 +1,8 @@
 """embed.py as a user runs it: a cohort into features per slide, read as MIL tools read them."""
 
 import csv
+import errno
+import json
 import os
 import shutil
 import signal
@@ -14,11 +16,13 @@ import pytest
 import tifffile
 import torch
 from conftest import ROOT, torchrun
+from PIL import Image
 
 import embed
 import tile
+from g2l import heatmap
 from g2l.embeddings import read_features
-from g2l.errors import UserError
+from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
 
@@ -188,6 +192,149 @@ def test_ranks_share_even_one_slide(data, monkeypatch, tmp_path):
         got = read_features(folder(data) / name)[0]
         np.testing.assert_allclose(got, features, rtol=1e-5, atol=1e-5)
     assert not list((folder(data) / ".parts").iterdir())
+
+
+def test_half_precision_and_stamp_are_what_they_say(data, capsys):
+    """STAMP 2 takes `feats`, coordinates in micrometres and these attributes of the file."""
+    assert embed.main(command(data)) == 0
+    want, coords = read_features(folder(data) / "P0_a.h5")
+    half = command(data, "--precision-out", "fp16", "--format", "stamp")
+    assert embed.main(half) == 1  # what is there is of another precision
+    assert embed.main([*half, "--redo"]) == 0
+    got, _ = read_features(folder(data) / "P0_a.h5")
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    with h5py.File(folder(data, "timm_test_vit_stamp") / "P0_a.h5") as file:
+        np.testing.assert_array_equal(file["feats"][:], got)
+        np.testing.assert_allclose(file["coords"][:], coords * 0.25)
+        assert file.attrs["unit"] == "um" and file.attrs["tile_size"] == 16
+        assert file.attrs["feat_type"] == "tile" and file.attrs["stamp_version"] == "2.0.0"
+    capsys.readouterr()
+    assert embed.main([*half, "--pt"]) == 1
+    assert "read fp32 only" in capsys.readouterr().err
+
+
+def test_a_slide_that_kills_its_reader_is_a_row(data, monkeypatch):
+    assert embed.main(command(data, "--workers", "1")) == 0
+    want = read_features(folder(data) / "P5_a.h5")[0]
+    shutil.rmtree(folder(data))
+    right = PatchIndex.read
+
+    def read(self, i):
+        if self.locate(i)[0] == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return right(self, i)
+
+    monkeypatch.setattr(PatchIndex, "read", read)
+    assert embed.main(command(data, "--workers", "1")) == 1
+    rows = table(data)
+    assert [slide for slide, row in rows.items() if row["status"] == "failed"] == ["P3_a"]
+    assert "killed the reader" in rows["P3_a"]["reason"]
+    np.testing.assert_array_equal(read_features(folder(data) / "P5_a.h5")[0], want)
+    monkeypatch.setattr(PatchIndex, "read", right)  # mended: it is tried again
+    assert embed.main(command(data)) == 0
+    assert table(data)["P3_a"]["status"] == "done"
+
+
+def test_a_patch_that_cannot_be_read_is_left_out_and_listed(data, monkeypatch):
+    right = PatchIndex.read
+
+    def read(self, i):
+        if i == 5:
+            raise PatchError("P0_a: patch at x=64, y=64 cannot be read: torn")
+        return right(self, i)
+
+    monkeypatch.setattr(PatchIndex, "read", read)
+    assert embed.main(command(data)) == 1
+    row = table(data)["P0_a"]
+    assert (row["status"], row["unreadable"], row["patches"]) == ("done", "1", "15")
+    assert "x=64, y=64" in row["reason"]
+    features, coords = read_features(folder(data) / "P0_a.h5")
+    assert np.isfinite(features).all() and len(features) == len(coords) == 15
+    with h5py.File(folder(data) / "P0_a.h5") as file:
+        lost = file["unreadable"][:]
+    with h5py.File(data / "tiles" / "tiny" / "patches" / "P0_a_patches.h5") as file:
+        np.testing.assert_array_equal(lost, file["coords"][5:6])
+
+
+def test_a_full_disk_stops_it_and_it_goes_on(data, monkeypatch, capsys):
+    right, calls = np.savez, []
+
+    def full(*args, **arrays):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(*args, **arrays)
+
+    monkeypatch.setattr("numpy.savez", full)
+    assert embed.main(command(data)) == 1
+    assert "no space left" in capsys.readouterr().err
+    monkeypatch.setattr("numpy.savez", right)
+    assert embed.main(command(data)) == 0
+    assert "4 of 6 slides to do" in capsys.readouterr().out
+    assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+def test_heatmaps_of_components_likeness_and_scores(data, tmp_path, capsys):
+    """PNGs, and GeoJSON as QuPath reads it: a polygon for each patch, with colour and value."""
+    scores = tmp_path / "risk.csv"
+    scores.write_text("slide,x,y,value\nP0_a,0,0,0.5\nP0_a,64,64,2\nP1_a,0,0,9\n")
+    wanted = {
+        "components": [],
+        "like_64_128": ["--query", "100,130"],
+        "risk": ["--scores", scores],
+    }
+    pictures = data / "tiles" / "tiny" / "heatmaps"
+    for kind, more in wanted.items():
+        assert embed.main(command(data, "--heatmap", "P0_a", *more)) == 0
+        path = pictures / f"P0_a_timm_test_vit_{kind}.png"
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+        tiles = json.loads(path.with_suffix(".geojson").read_text())["features"]
+        assert len(tiles) == (2 if kind == "risk" else 16)
+        assert tiles[0]["properties"]["objectType"] == "detection"
+        assert len(tiles[0]["properties"]["color"]) == 3
+        assert tiles[0]["geometry"]["coordinates"][0][0] == [0, 0]
+        assert tiles[0]["geometry"]["coordinates"][0][2] == [64, 64]
+    assert tiles[1]["properties"]["measurements"] == {"risk": 2}
+    like = json.loads((pictures / "P0_a_timm_test_vit_like_64_128.geojson").read_text())
+    found = [tile["properties"]["measurements"]["like_64_128"] for tile in like["features"]]
+    features, coords = read_features(folder(data) / "P0_a.h5")
+    row = np.flatnonzero((coords == (64, 128)).all(1))[0]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, unit @ unit[row], atol=1e-5)
+    capsys.readouterr()
+    assert embed.main(command(data, "--heatmap", "P0_a", "--query", "5000,5000")) == 1
+    assert "no patch holds 5000,5000" in capsys.readouterr().err
+    assert embed.main(command(data, "--heatmap", "P9")) == 1
+    assert "P0_a" in capsys.readouterr().err
+
+
+def test_the_nearest_of_a_cohort_are_those_of_a_plain_search():
+    rng = np.random.default_rng(0)
+    slides = [rng.normal(size=(n, 8)).astype(np.float32) for n in (40, 5, 60)]
+    owners = ["a", "b", "c"]
+    queries = np.stack([slides[0][3], slides[2][7]])
+    found = heatmap.nearest_over(list(zip(owners, slides, strict=True)), queries, ["a", "c"], 6)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (*slides, queries)]
+    for i, own in enumerate((0, 2)):
+        away = [
+            (1 - unit[s][row] @ unit[3][i], s, row)
+            for s in range(3)
+            for row in range(len(slides[s]))
+            if s != own
+        ]
+        want = sorted(away)[:6]
+        assert [(s, row) for _, s, row in want] == [tuple(pair) for pair in found[1:, i].T]
+        np.testing.assert_allclose(found[0][i], [d for d, _, _ in want], atol=1e-5)
+
+
+def test_a_page_of_patches_alike_and_what_another_model_would_cost(data, capsys):
+    compared = ["--compare", "timm:test_resnet"]
+    assert embed.main(command(data, "--similar", "3", *compared)) == 0
+    with Image.open(data / "tiles" / "tiny" / "heatmaps" / "timm_test_vit_similar.png") as picture:
+        assert min(picture.size) > 300
+    assert "timm:test_resnet, measured here" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,203 @@
+"""Features seen: on their slide as colours, and by the patches that lie nearest to one another.
+
+`by_components`, `by_similarity` and `read_scores` turn what is known of patches into numbers,
+`paint` lays these over the slide as a picture, `write_tiles` as objects for QuPath. `draw_similar`
+makes a page of typical patches and their like in the whole cohort.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+import kernels
+from g2l.embeddings import Coordinates, read_features
+from g2l.errors import UserError
+from g2l.files import atomic, read_table
+from g2l.patches import PatchIndex
+from g2l.pictures import canvas, draw_sheet
+from g2l.slides import Slide
+
+SAMPLE = 20000  # patches that decide on axes and on typical patches
+COLORS = "viridis"
+
+
+def spread(count: int, most: int = SAMPLE) -> ndarray:
+    """Up to `most` row numbers, evenly over `count`."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
+
+
+def by_components(features: ndarray) -> ndarray:
+    """(N, D) -> (N, 3): the first three principal components, the bulk of each from 0.15 to 1."""
+    sample = np.asarray(features[spread(len(features))], np.float32)
+    centred = sample - sample.mean(0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    found = features @ axes[:, :-4:-1]
+    low, high = np.percentile(found, (1, 99), axis=0)
+    share = (found - low) / np.maximum(high - low, 1e-12)
+    return 0.15 + 0.85 * share.clip(0, 1)  # nothing so dark that it hides the tissue
+
+
+def by_similarity(features: ndarray, row: int) -> ndarray:
+    """(N, D) -> (N,): cosine of the angle to the features of one patch."""
+    query = features[row].astype(np.float32)
+    lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(query)
+    return features @ query / np.maximum(lengths, 1e-12)
+
+
+def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
+    """Row of the patch that holds a level-0 pixel (x, y); of several the one centred nearest."""
+    away = np.abs(coords + side / 2 - place).max(1)
+    row = int(away.argmin())
+    if away[row] > side / 2:
+        x, y = coords[row]
+        raise UserError(f"no patch holds {place[0]},{place[1]}; the nearest begins at {x},{y}")
+    return row
+
+
+def read_scores(path: Path, slide: str) -> tuple[ndarray, ndarray]:
+    """Corners (n, 2) and values (n,) of a slide's patches from a table slide,x,y,value."""
+    rows = [r for r in read_table(path, ["slide", "x", "y", "value"]) if r["slide"] == slide]
+    if not rows:
+        raise UserError(f"{path}: holds no row of slide {slide}")
+    try:
+        found = np.array([[float(row[name]) for name in ("x", "y", "value")] for row in rows])
+    except ValueError as error:
+        raise UserError(f"{path}, slide {slide}: {error}; x, y and value are numbers") from error
+    return found[:, :2].astype(int), found[:, 2]
+
+
+def colored(values: ndarray) -> ndarray:
+    """Colours (N, 3) in [0, 1] of values (N,), from the least to the greatest; (N, 3) stay."""
+    from matplotlib import colormaps
+
+    if values.ndim == 2:
+        return values
+    low, high = values.min(), values.max()
+    return colormaps[COLORS]((values - low) / max(high - low, 1e-12))[:, :3]
+
+
+def paint(
+    slide: Slide, coords: ndarray, side: int, values: ndarray, title: str, query: int | None = None
+):
+    """A figure: the slide, and beside it its patches in colours through which tissue is seen.
+
+    coords: corners (N, 2) of patches of `side` px of level 0. values: (N,), or colours (N, 3).
+    query: row of the patch that is framed.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    image = slide.thumbnail(1400)
+    scale = image.shape[1] / slide.width
+    gray = image.mean(2, keepdims=True) / 255
+    picture = np.repeat(0.5 + 0.5 * gray, 3, 2)
+    corners = np.concatenate([coords, coords + side], axis=1) * scale
+    places = corners.round().astype(int).tolist()
+    for (left, top, right, bottom), color in zip(places, colored(values), strict=True):
+        part = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
+        picture[part] = color * (0.35 + 0.65 * gray[part])
+    height, width = 7 * np.array(image.shape[:2]) / max(image.shape[:2])  # inches
+    figure, axes = canvas(1, 2, max(width, 3), height + 0.5)
+    for axis, shown in zip(axes[0], (image, picture), strict=True):
+        axis.imshow(shown)
+        axis.axis("off")
+        if query is not None:
+            corner = coords[query] * scale
+            frame = Rectangle(corner, side * scale, side * scale, fill=False, color="red", lw=1.5)
+            axis.add_patch(frame)
+    if values.ndim == 1:
+        scaled = ScalarMappable(Normalize(values.min(), values.max()), COLORS)
+        figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6)
+    figure.suptitle(title)
+    return figure
+
+
+def write_tiles(
+    path: Path, slide: Slide, coords: ndarray, side: int, values: ndarray, name: str
+) -> None:
+    """GeoJSON that QuPath opens: a detection for each patch, with its colour and its value."""
+    features = []
+    ring = np.array([[0, 0], [side, 0], [side, side], [0, side], [0, 0]]) - slide.origin
+    colors = (255 * colored(values)).round().astype(int).tolist()
+    for corner, color, value in zip(coords, colors, values, strict=True):
+        properties = {"objectType": "detection", "color": color}
+        if values.ndim == 1:
+            properties["measurements"] = {name: float(value)}
+        square = {"type": "Polygon", "coordinates": [(corner + ring).tolist()]}
+        features.append({"type": "Feature", "geometry": square, "properties": properties})
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def typical(features: ndarray, count: int) -> ndarray:
+    """Rows of up to `count` patches, each of another kind: the nearest to k-means' centres."""
+    from sklearn.cluster import KMeans
+
+    sample = torch.from_numpy(np.asarray(features, np.float32))
+    centres = KMeans(min(count, len(sample)), random_state=0, n_init=1).fit(sample).cluster_centers_
+    return np.unique(np.asarray(kernels.knn(sample, 1, torch.from_numpy(centres).float())))
+
+
+def nearest_over(
+    cohort: Sequence[tuple[str, ndarray]], queries: ndarray, owners: Sequence[str], k: int
+) -> ndarray:
+    """The k nearest patches of a cohort to queries (Q, D), by cosine, exactly.
+
+    cohort: patient and features (n, D) of each slide, which are held one at a time. Patches of the
+    query's own patient, `owners`, are left out. Returns (3, Q, k): distances, slides and rows;
+    where there are no more, the distance is infinite.
+    """
+    asked, found = torch.from_numpy(queries), []
+    for number, (patient, features) in enumerate(cohort):
+        base = torch.from_numpy(np.asarray(features, np.float32))
+        near, rows = kernels.knn(base, k, asked, metric="cosine", return_distance=True)
+        near[[patient == owner for owner in owners]] = np.inf
+        found.append(np.stack([near, np.full(near.shape, number), rows]))
+    every = np.concatenate(found, 2)
+    order = np.argsort(every[:1], axis=2, kind="stable")[:, :, :k]
+    return np.take_along_axis(every, order, 2)
+
+
+def draw_similar(index: PatchIndex, files: dict[int, Path], model: str, queries: int, k: int):
+    """A figure: typical patches of a cohort, each with the k nearest patches of other patients.
+
+    files: of features, by the number of the slide.
+    """
+    slides = list(files)
+    tables = [read_features(path)[0] for path in files.values()]
+    patients = [index.patient[slide] for slide in slides]
+
+    def cell(at: int, row: int, text: str, frame: str) -> tuple:
+        where = Coordinates.read(files[slides[at]])
+        side = int(where.attributes["patch_size_level0"])
+        with index.slide(slides[at]) as slide:
+            x, y = where.coords[row].tolist()
+            pixels = slide.read(x, y, side, index.patch_size)
+        return pixels, f"{slide.name}\n{text}", frame
+
+    places: list[tuple[int, int]] = []
+    for at, features in enumerate(tables):
+        rows = spread(len(features), max(1, SAMPLE // len(tables)))
+        places += [(at, row) for row in rows]
+    drawn = np.stack([tables[at][row] for at, row in places]).astype(np.float32)
+    chosen = typical(drawn, queries)
+    owners = [patients[places[i][0]] for i in chosen]
+    cohort = list(zip(patients, tables, strict=True))
+    found = nearest_over(cohort, drawn[chosen], owners, k)
+    lines = []
+    for query, i in enumerate(chosen):
+        own, row = places[i]
+        line = [cell(own, row, "query", "query")]
+        for distance, at, row in found[:, query].T:
+            if distance < np.inf:
+                line.append(cell(int(at), int(row), f"{1 - distance:.3f}", "of another patient"))
+        lines.append(line)
+    frames = {"query": "black", "of another patient": "#2a9d3a"}
+    return draw_sheet(f"{model}: typical patches and their nearest, by cosine", frames, lines)
