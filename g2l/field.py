@@ -78,16 +78,17 @@ def retrieval(given: Given) -> list[dict]:
 
     x = torch.from_numpy(given.x).float().to(given.device)
     groups = torch.from_numpy(given.groups).to(given.device)
-    found = knn(x, max(RANKS), groups=groups, metric="cosine").cpu().numpy()
+    _, rows = knn(x, max(RANKS), groups=groups, metric="cosine", return_distance=True)
+    found = rows.cpu().numpy()
     hit = (given.labels[found] == given.labels[:, None]) & (found >= 0)
-    rows = []
+    measured = []
     for k in RANKS:
-        rows.append(row("retrieval", f"top-{k}", hit[:, :k].any(1).mean()))
+        measured.append(row("retrieval", f"top-{k}", hit[:, :k].any(1).mean()))
     hits = hit.cumsum(1)
-    precision = (hits / np.arange(1, max(RANKS) + 1) * hit).sum(1)
-    average = precision / hits[:, -1].clip(1)
-    rows.append(row("retrieval", "mAP@5", average.mean()))
-    return rows
+    precision = hits / np.arange(1, max(RANKS) + 1)
+    average = (precision * hit).sum(1) / hits[:, -1].clip(1)
+    measured.append(row("retrieval", "mAP@5", average.mean()))
+    return measured
 
 
 def agreement(given: Given) -> list[dict]:
@@ -97,6 +98,7 @@ def agreement(given: Given) -> list[dict]:
     """
     from sklearn.metrics import cohen_kappa_score, f1_score
 
+    judged: list[tuple[str, ndarray, ndarray, dict]]
     judged = [("knn", given.labels, given.guess, {})]
     for seed, scores in enumerate(given.scores):
         test = np.isfinite(scores[:, 0])

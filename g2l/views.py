@@ -58,32 +58,29 @@ class StudentView:
     def __call__(self, crops: Tensor, params: Params) -> Tensor:
         """float (B, 3, S, S) in [0, 1] -> the same, changed; the crops stay as they are."""
         bits = np.random.Philox(key=[self.seed, 0x51E7], counter=4 * int(params.number[0]))
-        u = np.random.Generator(bits).random((len(crops), 16))
+        u = np.random.Generator(bits).random((len(crops), 16))  # 16 of each sample
         matrix, offset = self._densities(u, params.slide.numpy())
-        light = (crops * 255 + 1) / 256
-        seen = (256 * torch.exp(-_affine(-light.log(), matrix, offset)) - 1) / 255
+        density = -torch.log((crops * 255 + 1) / 256)
+        mapped = _affine(density, matrix, offset)
+        seen = (256 * torch.exp(-mapped) - 1) / 255
         if "scanner" in self.kinds:
-            mixed = np.eye(3) + MATRIX * (2 * u[:, 3:12].reshape(-1, 3, 3) - 1)
-            mixed /= mixed.sum(2, keepdims=True)  # white stays white
-            gamma = _send(np.exp(GAMMA * (2 * u[:, 12] - 1)), crops)
-            seen = _affine(seen, mixed, np.zeros((len(u), 3))).clamp(0, 1)
-            seen = seen ** gamma[:, None, None, None]
+            seen = _scanned(seen, u[:, 3:12], u[:, 12])
         if "focus" in self.kinds:
-            seen = gaussian_blur(seen, torch.from_numpy(0.1 + BLUR * u[:, 13]).float())
-            for image, number, size in zip(seen, params.number.tolist(), u[:, 14], strict=True):
-                lot = torch.Generator(crops.device).manual_seed(self.seed ^ (number << 8))
-                noise = torch.empty_like(image).normal_(generator=lot)
-                image.add_(noise, alpha=NOISE * size)
+            seen = self._out_of_focus(seen, params.number, u[:, 13], u[:, 14])
         seen = seen.clamp(0, 1)
         if "jpeg" in self.kinds:
-            low, high = QUALITY
-            for image, share in zip(seen, u[:, 15], strict=True):
-                pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-                quality = int(low + (high - low) * share)
-                data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality)
-                decoded = torch.from_numpy(simplejpeg.decode_jpeg(data))
-                image.copy_(decoded.permute(2, 0, 1) / 255)
+            _compress(seen, u[:, 15])
         return seen
+
+    def _out_of_focus(self, x: Tensor, number: Tensor, blur: ndarray, noise: ndarray) -> Tensor:
+        """Blur and noise by as much as two numbers (B,) in [0, 1] say."""
+        sigma = torch.from_numpy(0.1 + BLUR * blur).float()
+        x = gaussian_blur(x, sigma)
+        for image, sample, size in zip(x, number.tolist(), noise, strict=True):
+            lot = torch.Generator(x.device).manual_seed(self.seed ^ (sample << 8))
+            normal = torch.empty_like(image).normal_(generator=lot)
+            image.add_(normal, alpha=NOISE * size)
+        return x
 
     def _densities(self, u: ndarray, slide: ndarray) -> tuple[ndarray, ndarray]:
         """The map of each sample's optical densities: matrix (B, 3, 3) and offset (B, 3).
@@ -105,6 +102,28 @@ class StudentView:
             matrix = change @ matrix
             offset = np.einsum("bij,bj->bi", change, offset)
         return matrix, offset
+
+
+def _scanned(x: Tensor, mixing: ndarray, curve: ndarray) -> Tensor:
+    """Another scanner's colour matrix and gamma, from numbers (B, 9) and (B,) in [0, 1]."""
+    spread = MATRIX * (2 * mixing.reshape(-1, 3, 3) - 1)
+    matrix = np.eye(3) + spread
+    matrix /= matrix.sum(2, keepdims=True)  # white stays white
+    gamma = np.exp(GAMMA * (2 * curve - 1))
+    mixed = _affine(x, matrix, np.zeros((len(x), 3)))
+    return mixed.clamp(0, 1) ** _send(gamma, x)[:, None, None, None]
+
+
+def _compress(x: Tensor, share: ndarray) -> None:
+    """JPEG in place, its quality by numbers (B,) in [0, 1]."""
+    low, high = QUALITY
+    qualities = low + (high - low) * share
+    for image, quality in zip(x, qualities, strict=True):
+        pixels = (image * 255).round().byte().permute(1, 2, 0)
+        array = np.ascontiguousarray(pixels.cpu().numpy())
+        data = simplejpeg.encode_jpeg(array, int(quality))
+        decoded = torch.from_numpy(simplejpeg.decode_jpeg(data))
+        image.copy_(decoded.permute(2, 0, 1) / 255)
 
 
 def _affine(x: Tensor, matrix: ndarray, offset: ndarray) -> Tensor:
