@@ -28,7 +28,7 @@ from typing import Any
 from g2l.arguments import Help, add_running_arguments, directory, whole
 from g2l.benchmarks import Benchmark
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
-from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
+from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
 from g2l.files import safe
 from g2l.published import PUBLISHED, at_hand, list_benchmarks, load_benchmarks
 
@@ -288,7 +288,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         argv=argv,
     )
     study, lost = evaluate_all(found, models_of, embed, study, failures)
-    texts = list(dict.fromkeys(explain(error, REMEDIES) or "" for error in failures))
+    texts = [one_line(explain(error, REMEDIES) or "") for error in failures]
+    texts = list(dict.fromkeys(texts))
     if study.found:
         show(study, texts, args.json, args.figure1)
     return report_failures(texts, lost)

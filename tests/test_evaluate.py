@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -469,11 +471,42 @@ def test_damaged_results_are_made_again_or_named(folder, weights, capsys):
         and (results / "table2.md").read_text() == before
     )
     assert "damaged" in capsys.readouterr().err
-    with open(results / "metrics.jsonl", "a") as file:
-        file.write("{half")
-    assert go(folder, "--no-pictures", w=weights) == 1
-    err = capsys.readouterr().err
-    assert "metrics.jsonl, line " in err and "remove the line" in err
+    lines = (results / "metrics.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:20]
+    (results / "metrics.jsonl").write_text("\n".join(lines))
+    assert go(folder, "--no-pictures", w=weights) == 0
+    assert (results / "table2.md").read_text() == before
+    assert "metrics.jsonl: damaged in line 4; measured again" in capsys.readouterr().err
+    assert (results / "metrics.damaged").read_text() == "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("time.sleep(60)", "the 1 loading processes gave nothing for 2 s; is the storage"),
+        ("os.kill(os.getpid(), 9)", "a loading process was killed"),
+        ("raise OSError(24, 'Too many open files')", "images cannot be loaded (OSError: [Errno 24"),
+    ],
+    ids=["stuck", "killed", "no handles"],
+)
+def test_a_loader_that_fails_ends_the_run_with_words(folder, capsys, monkeypatch, fault, message):
+    code = compile(fault, "fault", "exec")
+    monkeypatch.setattr(ImageFiles, "__getitem__", lambda *_: exec(code, {"os": os, "time": time}))
+    monkeypatch.setattr("g2l.ranks.WAIT", 2)
+    assert go(folder, "--no-pictures", "--workers", 1) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert message in last and "--workers" in last
+
+
+def test_names_from_outside_stay_text(folder, weights, capsys):
+    table = (folder / "labels.csv").read_text()
+    strange = "<b>a|b</b> *x* \x1b[31m"
+    (folder / "labels.csv").write_text(table.replace(",a,", f",{strange},"))
+    Image.new("RGB", (8, 8)).save(folder / "absent.png")
+    assert go(folder, "--no-pictures", w=weights) == 0
+    report = (folder.parent / "results" / "report.md").read_text()
+    assert "\\<b>a\\|b\\</b> \\*x\\* \ufffd[31m" in report and "\x1b" not in report
+    assert "\x1b" not in "".join(capsys.readouterr())
 
 
 def test_results_that_cannot_be_written_are_an_error_without_a_traceback(folder, capsys):

@@ -542,6 +542,34 @@ def test_predictions_survive_a_round_trip_and_know_their_key(tmp_path):
     assert load_predictions(tmp_path / "absent.npz", "k") is None
 
 
+def flipped(data: bytes, seed: int) -> bytes:
+    """One bit of the data turned over."""
+    place, bit = np.random.default_rng(seed).integers((len(data), 8))
+    changed = bytearray(data)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_a_turned_bit_of_predictions_or_rows_is_noticed(tmp_path):
+    path = tmp_path / "p.npz"
+    p = {"knn": np.arange(40), "scores": np.linspace(0, 1, 30).reshape(1, 10, 3)}
+    save_predictions(path, "k", p)
+    whole = path.read_bytes()
+    for seed in range(300):
+        path.write_bytes(flipped(whole, seed))
+        back = load_predictions(path, "k")
+        assert back is None or all(np.array_equal(back[name], p[name]) for name in p)
+    rows = [ROW | {"fold": i, "value": i / 7} for i in range(9)]
+    record(tmp_path, rows, key="k")
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for seed in range(300):
+        path.write_bytes(flipped(whole, seed))
+        found = recorded(tmp_path, "k")
+        assert [(r["fold"], r["value"]) for r in found] in ([], [(i, i / 7) for i in range(9)])
+    assert record(tmp_path, rows, key="k") and recorded(tmp_path, "k")
+
+
 def test_ranked_marks_best_and_second_and_families_average_magnifications():
     assert ranked([0.5, 0.9, None, 0.7], ["a", "b", "–", "c"]) == [
         "a",
