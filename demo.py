@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -448,7 +447,9 @@ def run(script: str, *arguments: str | Path) -> float:
     command = [path, *map(str, arguments)]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     start = time.monotonic()
-    status = subprocess.run([sys.executable, *command]).returncode
+    from g2l.ranks import run_child
+
+    status = run_child([sys.executable, *command])
     if status:
         raise UserError(
             f"{script} ended with status {status}: its message is above; run demo.py again to go on"

@@ -9,6 +9,7 @@ of a model, so that a run with nothing new loads no network.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from g2l import ranks
 from g2l.benchmarks import Benchmark
 from g2l.errors import PatchError, UserError
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
@@ -86,7 +88,7 @@ class ImageReader(torch.utils.data.IterableDataset):
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            problems.append(str(error) or type(error).__name__)
+            _note(error, problems)
             return
         if not count:
             problems.append("holds no images")
@@ -94,7 +96,15 @@ class ImageReader(torch.utils.data.IterableDataset):
             try:
                 yield self.geometry(_planes(images[j]))[0]
             except UNREADABLE as error:
-                problems.append(str(error) or type(error).__name__)
+                _note(error, problems)
+
+
+def _note(error: Exception, problems: Problems) -> None:
+    """Keep why an image cannot be read; raise what is no fault of the image."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise cause
+    problems.append(str(error) or type(error).__name__)
 
 
 def _planes(image: np.ndarray) -> torch.Tensor:
@@ -223,18 +233,31 @@ def _embed(
     batch_size = batch_size or fitting_batch_size(model)
     images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+        images,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_arrays,
+        worker_init_fn=ranks.quiet_worker,
+        timeout=ranks.WAIT if workers else 0,
     )
     forward, means = Forward(model, batch_size, device), Means(model.dim)
     waiting = None
-    with torch.inference_mode():
-        for items, batch, ended in loader:
+    with torch.inference_mode(), ranks.loading(workers):
+        for items, arrays, ended in loader:
+            batch = torch.from_numpy(arrays)
+            batch = batch.pin_memory() if device.type == "cuda" else batch
             features = forward(batch)  # queued on a GPU while the batch before is collected
             if waiting:
                 yield from means.add(*waiting)
             waiting = items, features, ended
         if waiting:
             yield from means.add(*waiting)
+
+
+def _as_arrays(batch: Batch) -> tuple:
+    """What a process sends: arrays, which go through the pipe; tensors would ask for /dev/shm."""
+    items, images, ended = batch
+    return items, images.numpy(), ended
 
 
 def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:

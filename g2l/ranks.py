@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -147,6 +148,38 @@ class Signals:
             yield
         finally:
             self.held = True
+
+
+@contextlib.contextmanager
+def loading(workers: int) -> Iterator[None]:
+    """While loading processes are waited for: UserError for what ends them, and none is left.
+
+    A process that was killed is a ConnectionError or a RuntimeError that `errors.explain` knows.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"nothing can be loaded ({last})", "workers") from None
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        text = f"the {workers} loading processes gave nothing for {WAIT:.0f} s"
+        raise UserError(text, "stuck") from None
+    finally:
+        end_workers()  # the loader would give each that is stuck another five seconds
+
+
+def run_child(command: list[str]) -> int:
+    """The exit status of a command; a signal to this process ends it first, and waits for it."""
+    with Signals(), subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.terminate()
+            raise
 
 
 def quiet_worker(_: int) -> None:
