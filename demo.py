@@ -14,7 +14,6 @@ pictures, which are made anew from the features kept.
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -430,11 +429,13 @@ KS = (3, 5, 10, 20)
 
 def run(command: str) -> float:
     """Print and run a command where the user is; returns seconds."""
+    from g2l.ranks import run_child
+
     script, *arguments = shlex.split(command)
     path = script if Path.cwd() == ROOT else str(ROOT / script)
     print(f"\n$ python {shlex.join([path, *arguments])}", flush=True)
     start = time.monotonic()
-    status = subprocess.run([sys.executable, path, *arguments]).returncode
+    status = run_child([sys.executable, path, *arguments])
     if status:
         raise UserError(
             f"{script} ended with status {status}: its message is above; run demo.py again to go on"

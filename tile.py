@@ -492,7 +492,7 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
     """Fetch, tile and discard one slide under its lock; its row, or None when another process has
     it in hand.
     """
-    with locked(job.folder / ".locks" / slide.name, job.wait) as mine:
+    with locked(job.folder / ".locks" / slide.name, job.wait, limit=6 * 3600) as mine:
         if not mine:
             return None
         known = read_rows(job.folder, []).get(slide.name)

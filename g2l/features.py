@@ -85,9 +85,7 @@ class ImageReader(torch.utils.data.IterableDataset):
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            if of_the_machine(error) or of_the_machine(error.__cause__):
-                raise
-            problems.append(str(error) or type(error).__name__)
+            _note(error, problems)
             return
         if not count:
             problems.append("holds no images")
@@ -95,7 +93,14 @@ class ImageReader(torch.utils.data.IterableDataset):
             try:
                 yield self.geometry(_planes(images[j]))
             except UNREADABLE as error:
-                problems.append(str(error) or type(error).__name__)
+                _note(error, problems)
+
+
+def _note(error: Exception, problems: Problems) -> None:
+    """Keep why an image cannot be read; raise what is no fault of the image."""
+    if of_the_machine(error) or of_the_machine(error.__cause__):
+        raise error
+    problems.append(str(error) or type(error).__name__)
 
 
 def _planes(image: np.ndarray) -> torch.Tensor:
@@ -229,10 +234,12 @@ def _computed(
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
     forward = Forward(model, batch_size, device)
-    images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
+    reader = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
     with torch.inference_mode(), loading("images", workers) as options:
-        for items, batch, ended in torch.utils.data.DataLoader(images, **options):
-            yield items, forward(forward.prepare(torch.from_numpy(batch))), ended
+        for items, batch, ended in torch.utils.data.DataLoader(reader, **options):
+            images = torch.from_numpy(batch)
+            images = images.pin_memory() if device.type == "cuda" else images
+            yield items, forward(forward.prepare(images)), ended
 
 
 def one_behind(items: Iterator) -> Iterator:

@@ -17,13 +17,17 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISDIR
+from typing import IO
 
 from g2l.errors import UserError
+
+LOCK_WAIT = 60.0  # seconds; what is done under a lock takes a fraction of one
 
 
 @contextlib.contextmanager
@@ -68,21 +72,39 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True):
-    """Hold an advisory lock on `path`; yields False when it is held elsewhere and `wait` is False.
+def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
+    """Hold an advisory lock on `path`, which holds nothing but the name of who has it.
 
-    The kernel frees it when the holder dies, however it dies: there are no stale locks to clear.
+    Yields False when it is held elsewhere and `wait` is False. Raises UserError where it is not
+    free within `limit` seconds. The kernel frees it when the holder dies, however it dies: there
+    are no stale locks to clear.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + limit
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            _no_locks(path.parent, str(error))
+        while not _free(file, path.parent):
+            if not wait:
+                yield False
+                return
+            if time.monotonic() > end:
+                who = path.read_text() or "another process"
+                raise UserError(f"{path}: waited {limit:.0f} s for {who}, which holds it")
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):  # a full disk takes no name, and the lock is ours
+            os.truncate(path, 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield True
+
+
+def _free(file: IO, folder: Path) -> bool:
+    """Take the lock on an open file, if nobody has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _no_locks(folder, str(error))
+    return True
 
 
 @functools.cache

@@ -43,6 +43,7 @@ from g2l.weights import (
     parse_weights,
     read_config,
     read_weights,
+    tensors_digest,
     to_timm,
     verify,
     weight_file,
@@ -473,7 +474,9 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
         state[key] = value.cpu().contiguous()
     with atomic(folder / "model.safetensors") as path:
         # safetensors' own save_file makes files that only their owner reads
-        path.write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+        path.write_bytes(safetensors.torch.save(state))
+        about = {"format": "pt", "sha256": tensors_digest(path)}  # checked when it is loaded
+        path.write_bytes(safetensors.torch.save(state, about))
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -167,6 +168,16 @@ class Signals:
             self.held = True
 
 
+def run_child(command: list[str]) -> int:
+    """The exit status of a command; a signal to this process ends it first, and waits for it."""
+    with Signals(), subprocess.Popen(command) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.terminate()
+            raise
+
+
 def quiet_worker(_: int) -> None:
     """Leave signals to the process that loads for; it ends its loaders when it has saved."""
     for number in NUMBERS:
@@ -186,6 +197,8 @@ def loading(what: str, workers: int) -> Iterator[dict]:
             multiprocessing.Lock()  # fails where /dev/shm has not even room for that
         options = {"batch_size": None, "num_workers": workers, "worker_init_fn": quiet_worker}
         yield options | {"timeout": WAIT if workers else 0}
+    except ConnectionError:  # one was killed: `errors.explain` has words for it
+        raise
     except OSError as error:
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"{what} cannot be loaded ({last})", "workers") from None

@@ -96,6 +96,13 @@ def _read_shards(index: Path) -> State:
     return state
 
 
+def tensors_digest(path: Path) -> str:
+    """SHA-256 of the bytes of all tensors in a safetensors file."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))  # behind the header
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _unpack(path: Path, head: bytes) -> object:
     """What the file holds, by its content: files in the hub's cache are named by their hash."""
     import safetensors.torch
@@ -104,6 +111,12 @@ def _unpack(path: Path, head: bytes) -> object:
     damage = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile)
     try:
         if head[8:9] == b"{":
+            with safetensors.safe_open(path, "pt") as file:
+                told = (file.metadata() or {}).get("sha256")
+            if told and told != tensors_digest(path):
+                raise UserError(
+                    f"{path}: damaged, its tensors are not those written; make it again"
+                )
             return safetensors.torch.load_file(path)
         if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: no safetensors file ({size}, begins {head[:12]!r}); {remedy}")

@@ -1,9 +1,11 @@
 """Whole files and locks."""
 
 import errno
+import os
 
 import pytest
 
+from g2l.errors import UserError
 from g2l.files import atomic, locked
 
 
@@ -16,6 +18,18 @@ def test_atomic_leaves_the_old_file_on_failure(tmp_path):
     assert (tmp_path / "sub" / "a.txt").read_text() == "old" and len(
         list((tmp_path / "sub").iterdir())
     ) == 1
+
+
+def test_who_waits_for_a_lock_is_told_who_holds_it(tmp_path):
+    with locked(tmp_path / "lock") as mine:
+        assert mine
+        with locked(tmp_path / "lock", wait=False) as free:
+            assert not free
+        held = f"waited 0 s for process {os.getpid()} on .*, which holds it"
+        with pytest.raises(UserError, match=held), locked(tmp_path / "lock", limit=0.1):
+            pass
+    with locked(tmp_path / "lock", wait=False) as free:
+        assert free
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

@@ -292,6 +292,30 @@ def test_models_measured_on_other_labels_or_centres_are_not_set_side_by_side(fol
     assert f"{sum(drawn)} patches were drawn" in text
 
 
+def test_rows_of_other_weights_are_not_set_beside_new_ones(folder, fake, monkeypatch, capsys):
+    results = folder.parent / "r"
+    more = ("--benchmark", folder, "--results", results, "--no-pictures", "--per-class", 9)
+    for flags in ((), ("--raw",)):
+        call(capsys, "--models", "tissue", "place", *more, *flags)
+    monkeypatch.setitem(WEIGHTS, "place", "trained-on")
+    call(capsys, "--models", "place", *more)
+    first, raw = (results / "table3.md").read_text().split("## mine")[1:]
+    assert "| tissue |" in first and "| place |" in first and "| trained- |" in first
+    assert "tissue − place" not in first  # the pair was of the weights before
+    assert "| tissue |" in raw and "place" not in raw
+
+
+def test_names_stay_names(folder, fake, capsys):
+    """Neither a table nor a picture takes a class's name for markup."""
+    relabel(folder, ",dots,", ",<b>*a*</b> [x](http://y) $5^ =1|2\x1b[31m,")
+    where = ("--benchmark", folder, "--results", folder.parent / "r", "--map", "pca")
+    status, out, _ = call(capsys, "--models", "tissue", *where, "--per-class", 6)
+    text = (folder.parent / "r" / "table3.md").read_text()
+    assert status == 0 and "\x1b" not in text + out
+    assert r"\<b>\*a\*\</b> [x]\(http://y) $5^ =1\|2" in text
+    assert "<b>*a*</b> [x](http://y) $5^ =1|2" in out
+
+
 def test_no_reading_where_each_centre_holds_one_class(folder, fake, capsys):
     for i, tissue in enumerate(("dots", "plain", "stripes")):
         table = (folder / "labels.csv").read_text()

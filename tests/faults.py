@@ -1,0 +1,84 @@
+"""What is promised when something goes wrong, as data: a case a line. test_faults.py runs them.
+
+A case is a command, what happens to it, what it then does, and where that is seen: a function of
+test_faults.py, or words of the name of a test that stands with its command.
+"""
+
+from typing import NamedTuple
+
+WITHIN = 30  # seconds: no wait is longer once its own limit (G2L_WAIT, here 1 s) has passed
+
+
+class Case(NamedTuple):
+    command: str
+    fault: str
+    promise: str
+    seen: str  # "fault", "kills", or "file: words of a test's name"
+
+
+ENDS = "status 1, one line that names cause and remedy, no traceback; the next run ends the work"
+EQUAL = "the next run ends the work; all its numbers equal those of an unbroken run"
+MENDED = "named, set aside, made again by the next run of the same command"
+
+CASES = [
+    # Ended from outside.
+    Case("tile", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("distill", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("distill, two ranks", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("evaluate", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("robustness", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("embed", "SIGKILL at any moment", EQUAL, "kills"),
+    Case("distill", "SIGTERM, SIGINT, SIGUSR1", "a checkpoint, then " + EQUAL, "distill: resumed"),
+    Case("distill", "a signal before the first step", "it ends at once", "distill: before_the_fir"),
+    Case(
+        "demo", "a signal", "the command that it runs ends first", "faults: signal_ends_the_child"
+    ),
+    # Loading processes.
+    Case("evaluate", "loader killed", ENDS, "fault"),
+    Case("robustness", "loader killed", ENDS, "fault"),
+    Case("distill", "loader killed", ENDS, "distill: loading_process_that_is_killed"),
+    Case("evaluate", "loader stands still", ENDS, "fault"),
+    Case("robustness", "loader stands still", ENDS, "fault"),
+    Case("distill", "loader stands still", ENDS, "stream: gives_nothing_within"),
+    Case("evaluate", "no file can be opened any more", ENDS, "fault"),
+    Case("robustness", "no file can be opened any more", ENDS, "fault"),
+    Case("distill", "no file can be opened any more", ENDS, "stream: too_many_open_files"),
+    Case("evaluate", "no process can be started", ENDS, "fault"),
+    Case("robustness", "no process can be started", ENDS, "fault"),
+    Case("distill", "no process can be started", ENDS, "stream: cannot_be_started"),
+    Case("evaluate", "no space in /dev/shm", "none is asked for", "fault"),
+    Case("robustness", "no space in /dev/shm", "none is asked for", "fault"),
+    Case("distill", "no space in /dev/shm", "none is asked for", "stream: no_shared_memory"),
+    # Ranks.
+    Case("evaluate, two ranks", "a rank stands still", "it is named; " + ENDS, "fault"),
+    Case("robustness, two ranks", "a rank stands still", "it is named; " + ENDS, "fault"),
+    Case("any", "a rank stands still or ends", "the others say so and end", "ranks: does_not_come"),
+    # Disk.
+    Case("tile", "disk full", ENDS, "tile_command: full_disk"),
+    Case("distill", "disk full", ENDS, "distill: full_disk_loses_nothing"),
+    Case("distill", "no room for checkpoints", "refused before the start", "distill: room_for_ch"),
+    Case("evaluate", "disk full", ENDS, "evaluate: full_disk_is_told"),
+    Case("robustness", "disk full", ENDS, "fault"),
+    Case(
+        "any",
+        "a lock that another holds",
+        "a limit, and who holds it",
+        "files: who_waits_for_a_lock",
+    ),
+    Case("any", "a file system without locks", "said once, goes on", "files: without_locks"),
+    # Files of ours, damaged.
+    Case("tile", "rows of slides.csv", MENDED, "tile_command: damaged_rows"),
+    Case("tile", "h5 files, shards, pictures", MENDED, "tile_command: mended_by_the_next"),
+    Case("distill", "a checkpoint", "the one before it is taken", "distill: set_aside"),
+    Case("distill", "every checkpoint", "said at every start", "distill: no_whole_checkpoint"),
+    Case("distill", "config.json, log.jsonl", MENDED, "distill: damaged_notes"),
+    Case("distill", "the student", MENDED, "distill: damaged_student"),
+    Case("any", "a flipped bit of a student", "refused by name", "faults: flipped_bit_of_a_st"),
+    Case("evaluate", "features, predictions, rows", MENDED, "evaluate: damaged_results"),
+    Case("embed", "a flipped bit of features", MENDED, "embed: flipped_bit"),
+    # Inputs that changed.
+    Case("distill", "a cohort tiled anew", "refused on resume", "distill: tiled_anew"),
+    Case("robustness", "slides swapped since tiling", "refused", "robustness: swapped"),
+    Case("robustness", "weights of one name replaced", "old rows go", "robustness: other_weights"),
+    Case("evaluate", "labels corrected", "old rows go", "evaluate: corrected_labels"),
+]
