@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
@@ -238,7 +239,8 @@ def run(args: argparse.Namespace) -> int:
     known = read_rows(job.folder, damaged)
     slides = list_gdc(args) if args.download else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo, finished = [], []
+    todo: list[CohortSlide] = []
+    finished: list[CohortSlide] = []
     for slide in chosen:
         done = is_finished(slide, known.get(slide.name), job, tell=True)
         (finished if done else todo).append(slide)
@@ -250,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
         write_manifest(job.folder, chosen)
         update_rows(job, slides, left_out, known)
         for slide in finished:
-            discard(slide, job)  # left by a run that was killed
+            discard(slide, job, known[slide.name])  # left by a run that was killed
     print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
     start = len(todo) * rank // world  # each rank begins elsewhere
     busy = work_through(todo[start:] + todo[:start], job, workers)
@@ -416,12 +418,11 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
 
 def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
     """manifest.txt, the slides used, as the GDC's client reads it."""
-    lines = ["id\tfilename\tmd5\tsize\tstate"]
+    text = "id\tfilename\tmd5\tsize\tstate\n"
     for slide in slides:
-        state = "released" if slide.id else "local"
-        key = slide.id or slide.name
-        lines.append(f"{key}\t{slide.path.name}\t{slide.md5}\t{slide.size}\t{state}")
-    write_text(folder / "manifest.txt", "\n".join([*lines, ""]))
+        key, state = (slide.id, "released") if slide.id else (slide.name, "local")
+        text += f"{key}\t{one_line(slide.path.name)}\t{slide.md5}\t{slide.size}\t{state}\n"
+    write_text(folder / "manifest.txt", text)
 
 
 def update_rows(
@@ -517,8 +518,8 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
             row["seals"] = seals_of(slide, job)
         row["seconds"] = f"{perf_counter() - start:.2f}"
         write_rows(job.folder, [row])
-        if row["status"] != "failed" and not row.get("unreadable"):
-            discard(slide, job)
+        if row["status"] != "failed":
+            discard(slide, job, row)
         return row
 
 
@@ -536,12 +537,12 @@ def first_facts(slide: CohortSlide, job: Job) -> dict:
     }
 
 
-def discard(slide: CohortSlide, job: Job) -> None:
-    """Delete a slide that was downloaded here, if that is wanted, when what was made of it is safe
-    on disk.
+def discard(slide: CohortSlide, job: Job, row: Mapping) -> None:
+    """Delete a slide that was downloaded here, if that is wanted and all of it could be read, when
+    what was made of it is safe on disk.
     """
     mark = downloaded_mark(slide.path)
-    if not (job.discard and mark.exists()):
+    if not (job.discard and mark.exists()) or int(row.get("unreadable") or 0):
         return
     for path in (*Outputs.of(job.folder, slide.name), job.folder / "slides.csv"):
         if path.exists():

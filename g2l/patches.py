@@ -101,7 +101,7 @@ def write_clam_list(folder: Path) -> None:
     text = "slide_id\n"
     for name, row in read_rows(folder).items():
         if row["status"] == "done" and row["size0"] == row["patch_size"]:
-            text += f"{name}\n"
+            text += '"{}"\n'.format(name.replace('"', '""'))
             link = folder / "patches" / f"{name}.h5"
             if not link.exists():
                 with contextlib.suppress(OSError), atomic(link) as temporary:

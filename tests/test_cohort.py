@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cohorts import put, rows, run
 from conftest import ROOT, SHARED
+from synthetic import section, write_slide
 
 import tile
 from g2l.cohort import (
@@ -27,6 +28,13 @@ from g2l.errors import UserError
 from g2l.patches import PatchIndex
 from g2l.rows import read_rows, write_rows
 from g2l.slides import slide_name
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A slide of six patches, smaller than that of other tests: which it is matters here."""
+    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(600, 700), levels=())
+    return path.read_bytes()
 
 
 def tcga(number, kind="DX1"):

@@ -1,6 +1,7 @@
 """Download from the GDC: a server on this machine, with every fault it can have."""
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tifffile
 from cohorts import rows
 
 import tile
@@ -334,6 +336,17 @@ def test_a_slide_left_by_a_kill_is_discarded_by_the_next_run(tmp_path, gdc, monk
     assert len(list((tmp_path / "slides").rglob("*.svs"))) == 4
     assert download(tmp_path, gdc, *flags) == 0
     assert not list((tmp_path / "slides").rglob("*.svs"))
+
+
+def test_a_slide_with_unreadable_patches_is_never_discarded(tmp_path, gdc, sound):
+    page, rotten = tifffile.TiffFile(io.BytesIO(sound)).pages[0], bytearray(sound)
+    start, count = page.dataoffsets[5], page.databytecounts[5]
+    rotten[start : start + count] = bytes(count)
+    md5 = hashlib.md5(rotten).hexdigest()
+    Gdc.slides = {"uuid-0": (Gdc.slides["uuid-0"][0], bytes(rotten), md5)}
+    for _ in range(2):
+        assert download(tmp_path, gdc, "--yes", "--save-patches", "--discard-slides") == 0
+        assert len(list((tmp_path / "slides").rglob("*.svs"))) == 1
 
 
 def test_what_a_slide_is_deleted_for_is_on_the_disk_first(tmp_path, gdc, monkeypatch):

@@ -20,7 +20,7 @@ import openslide
 import pytest
 import tifffile
 from cohorts import command, held, put, rows, run, start, tree
-from conftest import SHARED, torchrun
+from conftest import SHARED
 from PIL import Image
 from scipy import ndimage
 from synthetic import by_openslide, section, write_slide
@@ -228,7 +228,7 @@ def test_hostile_files_are_refused_in_seconds(tmp_path, sound):
     folder = put(tmp_path, sound, "good.svs")
     os.mkfifo(folder / "pipe.svs")
     (folder / "link.svs").symlink_to("pipe.svs")
-    for side in (1 << 14, 1 << 20, (1 << 32) - 16):
+    for side in (1 << 14, 1 << 20, 1 << 30):
         (folder / f"side{side}.svs").write_bytes(with_tags(sound, {322: side, 323: side}))
     (folder / "high.svs").write_bytes(with_tags(sound, {257: 1 << 31}))
     empty = zlib.compress(bytes(3 * 1024**2), 9)
@@ -388,7 +388,7 @@ def test_harmed_files_are_named_and_made_again(finished, rounds):
     assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
 def test_a_harmed_slides_csv_is_made_again(finished, rounds):
     data, whole = finished
     table, rng = data / "tiles" / "mine" / "slides.csv", random.Random(rounds)
@@ -559,13 +559,19 @@ def test_workers_end_with_their_parent(tmp_path, sound):
 def test_ranks_share_the_slides(tmp_path, sound):
     folder = put(tmp_path, sound, *(f"s{n}.svs" for n in range(5)))
     (folder / "bad.svs").write_text("no slide")
-    done = torchrun(3, "tile.py", "--cancer", "mine", "--data", tmp_path, "--workers", 1)
+    runs = []
+    for rank in "012":  # as torchrun would start them, without its seconds
+        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+        line = command(tmp_path, "--workers", 1)
+        runs.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env))
+    outputs = [process.communicate(timeout=120)[0] for process in runs]
     table = rows(tmp_path)
     assert (
         sum(row["status"] == "done" for row in table.values()) == 5
         and table["bad"]["status"] == "failed"
     )
-    assert done.returncode == 1 and "5 slides done, 0 skipped, 1 failed" in done.stdout
+    assert [process.returncode for process in runs] == [1, 0, 0] and outputs[1:] == ["", ""]
+    assert "5 slides done, 0 skipped, 1 failed" in outputs[0]
 
 
 def test_a_slide_that_crashes_its_reader_is_recorded(tmp_path, sound, monkeypatch, capsys):
