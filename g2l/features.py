@@ -229,7 +229,7 @@ def _embed(
 
 def _computed(
     model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
-) -> Iterator[Batch]:
+) -> Iterator[tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]]:
     """The reader's batches with features, queued on the device, in place of images."""
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)

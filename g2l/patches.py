@@ -308,8 +308,8 @@ class PatchIndex:
         Of a slide without tissue they are the mean of the others'.
         """
         means, covariances = [], []
-        for number in range(len(self.slides)):
-            path = self._table(number)
+        for name in self.slides:
+            path = self.folder / "patches" / f"{name}_patches.h5"
             with open_h5(path, "r") as file:
                 about = file["coords"].attrs
                 if "od_mean" not in about:
