@@ -29,6 +29,8 @@ from g2l.arguments import Help, add_running_arguments, directory, whole
 from g2l.benchmarks import Benchmark
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
+from g2l.exports import TOOLS, export
+from g2l.field import PROTOCOLS
 from g2l.files import safe
 from g2l.published import PUBLISHED, at_hand, list_benchmarks, load_benchmarks
 
@@ -42,6 +44,7 @@ STUDY_FLAGS = [
     "seeds",
     "paper_splits",
     "leaks",
+    "protocols",
     "no_pictures",
 ]
 
@@ -158,7 +161,7 @@ def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
     if as_json:
         print(json.dumps([row for row in study.rows if row["benchmark"]]))
     else:
-        report = study.results / "report.md"
+        report = study.results / "report.html"
         print(f"{summarize(study)}\n\ntables, pictures and how to read them: {report}")
 
 
@@ -200,6 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     figure = "benchmark of Figure 1, or mean; the first measured where it is not"
     what.add_argument("--figure1", default="tp53", metavar="NAME", help=figure)
     what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
+    other = "write what that benchmark needs to evaluate the students of --models, and stop"
+    what.add_argument("--export", choices=list(TOOLS), help=other)
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
     data = "its benchmarks/NAME hold published data sets"
@@ -214,6 +219,10 @@ def build_parser() -> argparse.ArgumentParser:
 def add_protocol_arguments(how) -> None:
     """The flags that change numbers."""
     votes = functools.partial(whole, most=64)
+    more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(PROTOCOLS)
+    how.add_argument(
+        "--protocols", nargs="+", default=[], metavar="NAME", choices=list(PROTOCOLS), help=more
+    )
     how.add_argument("--k", type=votes, default=15, help="neighbours that vote, 1 to 64")
     how.add_argument("--pca-dims", type=whole, default=50, help="principal axes before kNN")
     how.add_argument(
@@ -295,6 +304,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     return report_failures(texts, lost)
 
 
+def export_students(args: argparse.Namespace) -> int:
+    """What another benchmark needs of each student, below the results."""
+    if not args.models:
+        raise UserError("--export: name the students by --models, such as runs/NAME/student")
+    for name in args.models:
+        folder = args.results / "exports" / safe(Path(name).resolve().parent.name)
+        print(export(Path(name), args.export, folder))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
@@ -303,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
         own = f"Unpack each below {args.data}/benchmarks/NAME as it comes"
         print(f"\n{own}; your own folder: --benchmark DIR")
         return 0
+    if args.export:
+        return exit_status(lambda: export_students(args), REMEDIES)
     command = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: run(args, command), REMEDIES)
 

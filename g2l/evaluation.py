@@ -20,6 +20,7 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark, cohort_of, leaked
 from g2l.errors import UserError
 from g2l.features import data_stamp, display
+from g2l.field import PROTOCOLS, Given
 from g2l.files import digest, safe
 from g2l.pictures import draw_benchmark
 from g2l.protocols import (
@@ -160,6 +161,11 @@ def predict(
             scores = np.array([probe[0] for probe in tried if probe], np.float32)
             predictions = {"fold": fold, "knn": guess, "neighbors": neighbors.astype(np.int32)}
             predictions["scores"] = scores.reshape(-1, len(labels), classes)
+            group = np.unique(benchmark.groups, return_inverse=True)[1]
+            known = [x, labels, group, tenths, guess, votes, distances]
+            given = Given(*known, list(predictions["scores"]), classes, device)
+            for name in study.protocols:
+                rows += PROTOCOLS[name](given)
     return predictions, rows
 
 
@@ -218,7 +224,7 @@ def measure_models(
     about = digest(
         [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
         [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
-        [benchmark.groups, benchmark.centers, PROTOCOL_VERSION],
+        [benchmark.groups, benchmark.centers, PROTOCOL_VERSION, list(study.protocols)],
     )
     keys = {"chance": about}
     for name in x:

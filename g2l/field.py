@@ -9,10 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy import ndarray
-
-from g2l.protocols import recall, vote
 
 SHOTS = (1, 2, 4, 8, 16)  # patches of each class
 DRAWS = 100  # of few-shot supports
@@ -43,6 +40,10 @@ def few_shot(given: Given) -> list[dict]:
     A draw takes half of the folds, and of them `n` patches of each class; the images of the other
     half are judged. Features are centred by the support's mean and L2-normalised.
     """
+    import torch
+
+    from g2l.protocols import recall
+
     x = torch.from_numpy(given.x).float().to(given.device)
     folds = given.fold.max() + 1
     rows = []
@@ -74,6 +75,8 @@ def retrieval(given: Given) -> list[dict]:
     top-k: any of the k nearest is. mAP@5: the mean over the five ranks of the precision up to each
     rank that hits, divided by the number of hits (0 where there is none).
     """
+    import torch
+
     from kernels import knn
 
     x = torch.from_numpy(given.x).float().to(given.device)
@@ -138,6 +141,8 @@ def calibration(given: Given) -> list[dict]:
 
 def curve(given: Given) -> list[dict]:
     """Accuracy of kNN, all folds together, over k up to the k that was asked for."""
+    from g2l.protocols import vote
+
     rows = []
     for k in CURVE:
         if k <= given.votes.shape[1]:
@@ -158,3 +163,30 @@ PROTOCOLS: dict[str, Callable[[Given], list[dict]]] = {
     "calibration": calibration,
     "k-curve": curve,
 }
+# What the tables show of each: protocol and metric of its rows, and a title.
+TITLES = {
+    "few-shot": [
+        ("few-shot", f"{n} a class", f"Few-shot (SimpleShot), {n} a class: balanced accuracy")
+        for n in SHOTS
+    ],
+    "retrieval": [
+        ("retrieval", "top-1", "Retrieval over other patients: top-1 accuracy"),
+        ("retrieval", "top-3", "Retrieval: any of 3 is of the class"),
+        ("retrieval", "top-5", "Retrieval: any of 5 is of the class"),
+        ("retrieval", "mAP@5", "Retrieval: mean average precision at 5"),
+    ],
+    "agreement": [
+        ("knn", "macro F1", "kNN: macro F1"),
+        ("knn", "quadratic kappa", "kNN: quadratic kappa, of classes in their order"),
+        ("probe", "macro F1", "Linear probe: macro F1"),
+        ("probe", "quadratic kappa", "Linear probe: quadratic kappa, of classes in their order"),
+    ],
+    "calibration": [
+        ("probe", "ECE", "Linear probe: expected calibration error (less is better)"),
+        ("probe", "Brier score", "Linear probe: Brier score (less is better)"),
+    ],
+    "k-curve": [
+        ("k curve", f"k = {k}", f"kNN, k = {k}: accuracy of all folds together") for k in CURVE
+    ],
+}
+LESS_IS_BETTER = ("ECE", "Brier score")

@@ -16,7 +16,9 @@ import numpy as np
 
 from g2l.errors import one_line
 from g2l.features import display
+from g2l.field import LESS_IS_BETTER, TITLES
 from g2l.files import clear_stale, safe, write_text
+from g2l.html_report import write_html
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
 from g2l.results import Study
@@ -181,6 +183,9 @@ class Tables:
             for protocol, metric, title in (kinds[0], kinds[2]):
                 leaky = "ungrouped: a patient may be on both sides, which leaks (only to compare)"
                 kinds.append((f"{protocol}-ungrouped", metric, f"{title}, {leaky}"))
+        measured = {key[:2] for key in self.mean}
+        for name in study.protocols:
+            kinds += [kind for kind in TITLES[name] if kind[:2] in measured]
         marked = any(self.data[b.name]["marked"] for b in study.found)
         text = [
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
@@ -214,7 +219,10 @@ class Tables:
             missing = sum(self.undefined[key][2] for key in keys if key in self.undefined)
             defined = sum(self.mean[key][2] for key in keys if key in self.mean)
             parts = f" ({defined} of {defined + missing} splits)" if missing else ""
-            return value, score(value, sd) + parts
+            text = score(value, sd) + parts
+            if metric in LESS_IS_BETTER and value is not None:
+                value = -value  # for the ranking
+            return value, text
 
         paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
         rows = [
@@ -344,6 +352,7 @@ def write_report(study: Study, tables: str, failures: list[str]) -> None:
     if shown:
         text += [f"## {escaped(b.name)}\n\n" + picture_links(study, b.name) for b in study.found]
     write_text(results / "report.md", "\n\n".join(text))
+    write_html(results / "report.md")
 
 
 def model_table(study: Study) -> str:
