@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from kernels import cka, knn, log_sum_loss
@@ -116,7 +117,7 @@ def compare(case: Case, device: torch.device, seconds: float) -> list[dict]:
 # --- the three kernels ----------------------------------------------------------------------------
 
 
-def eager_loss(student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor):
+def eager_loss(student: Tensor, weight: Tensor, teacher: Tensor):
     """The same loss as anyone would write it."""
     y = batch_norm(student @ weight, None, None, training=True, eps=1e-4)
     t = batch_norm(teacher, None, None, training=True, eps=1e-4)
@@ -248,7 +249,7 @@ def off_by(truth) -> Callable:
     return lambda value: (torch.as_tensor(value).cpu() - truth.cpu()).abs().max()
 
 
-def related(device, n, *widths) -> list[torch.Tensor]:
+def related(device, n, *widths) -> list[Tensor]:
     """Feature sets with 64 directions in common."""
     torch.manual_seed(0)
     common = torch.randn(n, 64, device=device) / 8
@@ -259,7 +260,7 @@ def related(device, n, *widths) -> list[torch.Tensor]:
     return sets
 
 
-def knn_data(kind: str, n: int, width: int) -> torch.Tensor:
+def knn_data(kind: str, n: int, width: int) -> Tensor:
     """(n, width) rows: Gaussian, in 200 tight clusters, or Gaussian with a tenth all the same."""
     torch.manual_seed(0)
     x = torch.randn(n, width)
@@ -340,7 +341,7 @@ def search_case(device: torch.device, n: int, kind: str) -> Case:
     )
 
 
-def missed(base: torch.Tensor, k: int) -> Callable:
+def missed(base: Tensor, k: int) -> Callable:
     """Function of indices: share of neighbours farther than fp64 distances say, of 300 rows."""
     sample = torch.arange(0, len(base), max(1, len(base) // 300), device=base.device)
     exact = base[sample].double(), base.double()

@@ -28,8 +28,11 @@ def scaled(sides, dtype, by_row=False):
     scales = []
     for number in largest:
         mantissa = number.frexp()[0]
-        scales.append(torch.where(mantissa == 0, 1.0, number / (2 * mantissa)))
-    rows = [x.to(dtype) / scale for x, scale in zip(sides, scales, strict=True)]
+        power = number / (2 * mantissa)
+        scales.append(torch.where(mantissa == 0, 1.0, power))
+    rows = []
+    for x, scale in zip(sides, scales, strict=True):
+        rows.append(x.to(dtype) / scale)
     return rows, 1.0 if by_row else scales[0]
 
 
@@ -55,7 +58,9 @@ def operands(base, query, metric, unit):
             sides, _ = scaled(sides, torch.float32)
         mean = sides[0].mean(0)
         sides = [rounded(x - mean, unit) for x in sides]
-        squares = [torch.linalg.vector_norm(x.double(), dim=1).square() for x in sides]
+        squares = []
+        for x in sides:
+            squares.append(torch.linalg.vector_norm(x.double(), dim=1).square())
     return sides[-1], sides[0], squares[-1], squares[0], gamma
 
 

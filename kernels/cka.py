@@ -21,7 +21,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from kernels.bound import scaled
 from kernels.dispatch import check_tensor, pinned_products, use_triton
 
 CHUNK_ROWS = 16384  # rows that are centred at a time where features are multiplied
@@ -34,7 +36,7 @@ BLOCK_BYTES = 2**26  # and as many as fit here
 CANCELLATION = {"ieee": 250.0, "tf32": 8.0}
 
 
-def covariance(x: torch.Tensor) -> torch.Tensor:
+def covariance(x: Tensor) -> Tensor:
     """Covariance (D, D) of the rows of x (N, D), divided by N - 1 as np.cov(x.T).
 
     fp64 for fp64 input, else fp32. Raises TypeError or ValueError where x is no such tensor, and
@@ -49,11 +51,11 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
 
 
 def cka(
-    xs: torch.Tensor | Sequence[torch.Tensor],
-    ys: torch.Tensor | Sequence[torch.Tensor],
+    xs: Tensor | Sequence[Tensor],
+    ys: Tensor | Sequence[Tensor],
     *,
     estimator: str = "unbiased",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Linear CKA of every x with every y: (len(xs), len(ys)) fp64; of two tensors a scalar.
 
     xs, ys     (N, D) tensors, or lists of them, with the same N >= 4 rows (samples), in one order.
@@ -67,7 +69,7 @@ def cka(
     """
     if estimator not in ("unbiased", "biased", "both"):
         raise ValueError(f"estimator: expected unbiased, biased or both, got {estimator!r}")
-    if isinstance(xs, torch.Tensor) and isinstance(ys, torch.Tensor):
+    if isinstance(xs, Tensor) and isinstance(ys, Tensor):
         tables = cka([xs], [ys], estimator=estimator)
         if isinstance(tables, tuple):
             return tables[0][0, 0], tables[1][0, 0]
@@ -87,7 +89,7 @@ def cka(
 
 def _check(features, name, first=None):
     """Every one a (N, D) tensor with the rows and the device of the first."""
-    if isinstance(features, torch.Tensor) or not isinstance(features, Sequence):
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"{name}: expected a list of (N, D) tensors, got {type(features).__name__}")
     if len(features) == 0:
         raise ValueError(f"{name}: expected at least one (N, D) tensor, got an empty list")
@@ -291,10 +293,10 @@ def _inner_products(sets, pairs, wide):
 # --- operators ------------------------------------------------------------------------------------
 
 
-def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor:
+def _cka(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """-> (2: unbiased and biased, len(xs), len(ys)) fp64."""
     places: dict[tuple, int] = {}  # a feature set given twice is worked on once
-    sets: list[torch.Tensor] = []
+    sets: list[Tensor] = []
     place = []
     for x in (*xs, *ys):
         name = (x.data_ptr(), x.shape, x.stride(), x.dtype)
@@ -320,7 +322,8 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
         if not sure.all():
             _check_finite(xs, "xs")
             _check_finite(ys, "ys")
-            tables, _ = _inner_products([_scaled(x) for x in sets], pairs, torch.float64)
+            sets = [scaled([x], torch.float64)[0][0] for x in sets]  # CKA stays the same
+            tables, _ = _inner_products(sets, pairs, torch.float64)
         own = np.sqrt(tables.diagonal(axis1=1, axis2=2))
         own = np.where(own > 0, own, np.nan)
         tables /= own[:, :, None]
@@ -329,14 +332,7 @@ def _cka(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> torch.Tensor
     return torch.from_numpy(np.ascontiguousarray(chosen)).to(device)
 
 
-def _scaled(x):
-    """x in fp64, divided by its largest absolute value; CKA stays the same."""
-    x = x.double()
-    largest = x.abs().amax()
-    return x / torch.where(largest > 0, largest, 1.0)
-
-
-def _covariance(x: torch.Tensor) -> torch.Tensor:
+def _covariance(x: Tensor) -> Tensor:
     wide = _wide([x])
     mean = _mean(x).to(wide)
     width = x.shape[1]

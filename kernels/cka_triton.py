@@ -6,6 +6,7 @@ cores would cut) and leaves the lengths of the rounded rows behind. See cka.py.
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from kernels.dispatch import launching
 
@@ -15,7 +16,7 @@ CONFIG = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
 @triton.jit
 def centre_kernel(
     x, mean, out, norms, rows, width, stride_row, stride_column, stride_out,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """out (rows, width), norms (rows,) fp32; mean (width,) fp64. A program has ROWS whole rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -9,13 +9,14 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, x, other: str, first) -> None:
     """Raise TypeError or ValueError unless x is a tensor of floats on the device of `first`."""
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
@@ -23,7 +24,7 @@ def check_tensor(name: str, x, other: str, first) -> None:
         raise ValueError(f"{name}: on {x.device}, but {other} is on {first.device}")
 
 
-def launching(x: torch.Tensor):
+def launching(x: Tensor):
     """Triton launches on the current device; make that the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 

@@ -18,21 +18,22 @@ import math
 import numbers
 
 import torch
+from torch import Tensor
 
 from kernels.bound import FP64, TINY, lower, operands, scaled
 from kernels.dispatch import check_tensor, use_triton
 
 
 def knn(
-    base: torch.Tensor,
+    base: Tensor,
     k: int,
-    query: torch.Tensor | None = None,
+    query: Tensor | None = None,
     *,
-    groups: torch.Tensor | None = None,
-    query_groups: torch.Tensor | None = None,
+    groups: Tensor | None = None,
+    query_groups: Tensor | None = None,
     metric: str = "euclidean",
     return_distance: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The k nearest rows of base (N, D) for every row of query (Q, D), exactly.
 
     Nearest first, ties by smaller index.
@@ -91,7 +92,7 @@ def _check_groups(base, query, groups, query_groups):
     for name, labels, rows in (("groups", groups, base), ("query_groups", query_groups, query)):
         if labels is None:
             continue
-        if not isinstance(labels, torch.Tensor):
+        if not isinstance(labels, Tensor):
             raise TypeError(f"{name}: expected an integer tensor, got {type(labels).__name__}")
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
@@ -137,7 +138,7 @@ def _first_copies(base, groups, copies):
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
 
-SPARE = 8  # candidates beyond k: room for rows whose order the screen cannot tell
+SPARE = 2  # candidates beyond k: room for rows whose order the screen cannot tell
 PANEL = 1024  # columns of scores whose minima are taken while they are in a core's cache
 QUERIES = 192  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
@@ -160,19 +161,6 @@ def _differences(base, query, rows, candidates, metric):
     return torch.cat(distances)
 
 
-def _blocks(labels, queries, height, device):
-    """Blocks of query rows: (rows, label that all have or None). Large groups go together."""
-    if labels is None:
-        return [(rows, None) for rows in torch.arange(queries, device=device).split(height)]
-    order = labels.argsort(stable=True)
-    plain = [(rows, None) for rows in order.split(height)]
-    values, counts = labels.unique(return_counts=True)
-    grouped = []
-    for label, part in zip(values.tolist(), order.split(counts.tolist()), strict=True):
-        grouped += [(rows, label) for rows in part.split(height)]
-    return grouped if len(grouped) <= 2 * len(plain) else plain
-
-
 class _Screen:
     """Lower bounds of all distances from blocks of queries to base, less the queries' own half.
 
@@ -181,64 +169,68 @@ class _Screen:
     """
 
     def __init__(self, base, query, own, groups, labels, metric):
-        self.own, self.groups, self.labels, self.n = own, groups, labels, len(base)
+        self.own = own
+        self.groups = groups
+        self.labels = labels
+        self.n = len(base)
         found = operands(base, query, metric, FP64)
         q, b, self.squares_q, self.squares_b, self.gamma = found
         self.half_q = lower(self.squares_q, self.gamma)
-        self.half_b = lower(self.squares_b, self.gamma)
         panels = math.ceil(self.n / PANEL)
         self.panel = max(2, math.ceil(self.n / (panels * SET**2))) * SET**2
         self.width = panels * self.panel
         # base's half of the bound is one more column of the product: 1 times it is exact
         self.table = torch.nn.functional.pad(b, (0, 1, 0, self.width - self.n))
+        self.table[: self.n, -1] = lower(self.squares_b, self.gamma)
         self.table[self.n :, -1] = math.inf
         self.probe = torch.nn.functional.pad(q * -2, (0, 1), value=1.0)
         self.height = min(QUERIES, max(32, SCORES // self.width))
         self.scores = self.table.new_empty(self.height, self.width)
         self.least = self.table.new_empty(self.height, self.width // SET)
 
-    def best(self, rows, label, count):
+    def best(self, rows, count):
         """The `count` rows of base with the least bounds for each query of a block.
 
         -> rows (R, count), clipped to those there are, bounds in ascending order, and the bounds'
         largest errors.
         """
-        columns, bound = _least(*self._block(rows, label), self.panel, count)
-        columns.clamp_(max=self.n - 1)
+        one_more = count + (self.own is not None)
+        columns, bound = _least(*self._block(rows), self.panel, one_more)
+        if self.own is not None:  # to the end, and off
+            bound.masked_fill_(columns == self.own[rows, None], math.inf)
+            bound, order = bound.sort(dim=1)
+            columns = columns.gather(1, order)[:, :count]
+            bound = bound[:, :count]
+        columns = columns.clamp(max=self.n - 1)
         squares = self.squares_q[rows, None] + self.squares_b[columns]
-        return columns, bound.add_(self.half_q[rows, None]), squares * (4 * self.gamma) + 4 * TINY
+        error = squares * (4 * self.gamma) + 4 * TINY
+        return columns, bound + self.half_q[rows, None], error
 
-    def _block(self, rows, label):
+    def _block(self, rows):
         """Scores (R, width) and their sets' minima (R, width / SET) of query rows (R,)."""
-        probe, scores, least = self.probe[rows], self.scores[: len(rows)], self.least[: len(rows)]
-        half = self.half_b
-        if label is not None:
-            half = half.masked_fill(self.groups == label, math.inf)
-        self.table[: self.n, -1] = half
+        probe = self.probe[rows]
+        scores = self.scores[: len(rows)]
+        least = self.least[: len(rows)]
         for start in range(0, self.width, self.panel):
             score = scores[:, start : start + self.panel]
             torch.mm(probe, self.table[start : start + self.panel].T, out=score)
-            self._mask(score, rows, start, label)
-            sets = slice(start // SET, (start + self.panel) // SET)
-            torch.amin(score.unflatten(1, (SET, -1)), 1, out=least[:, sets])
+            self._mask(score, rows, start)
+            minima = least[:, start // SET : (start + self.panel) // SET]
+            torch.amin(score.unflatten(1, (SET, -1)), 1, out=minima)
         return scores, least
 
-    def _mask(self, score, rows, start, label):
-        """Infinity for the queries themselves and for rows of their group in a panel."""
-        if self.own is not None:
-            place = self.own[rows] - start
-            inside = (place >= 0) & (place < score.shape[1])
-            score[inside, place[inside]] = math.inf
-        if self.groups is not None and label is None:
+    def _mask(self, score, rows, start):
+        """Infinity for rows of the queries' own groups in a panel."""
+        if self.groups is not None:
             groups = self.groups[start : start + score.shape[1]]
-            same = self.labels[rows, None] == groups
-            score[:, : len(groups)].masked_fill_(same, math.inf)
+            score[:, : len(groups)].masked_fill_(self.labels[rows, None] == groups, math.inf)
 
     def below(self, rows, limit):
         """Pairs (place in rows (R,), row of base) that may be nearer than limit (R,)."""
-        self.table[: self.n, -1] = self.half_b
         score = self.probe[rows] @ self.table[: self.n].T
-        self._mask(score, rows, 0, None)
+        self._mask(score, rows, 0)
+        if self.own is not None:
+            score[self.own[rows, None] == torch.arange(self.n, device=score.device)] = math.inf
         possible = score.add_(self.half_q[rows, None]) <= limit.unsqueeze(1)
         return (possible & score.isfinite()).nonzero(as_tuple=True)
 
@@ -249,7 +241,8 @@ def _least(scores, least, panel, count):
     while least.shape[1] % SET == 0 and least.shape[1] >= 4 * SET * count:
         levels.append((least, least.shape[1] // SET))
         least = least.unflatten(1, (SET, -1)).amin(1)
-    columns = least.topk(min(count, least.shape[1]), dim=1, largest=False).indices
+    kept = min(count, least.shape[1])
+    columns = least.topk(kept, dim=1, largest=False, sorted=False).indices
     for values, sets in reversed(levels):
         step = torch.arange(0, SET * sets, sets, device=values.device)
         first = columns // sets * (sets * SET) + columns % sets
@@ -272,9 +265,10 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
     indices = query.new_empty(queries, k, dtype=torch.int64)
     redone = query.new_empty(queries, dtype=torch.bool)
     screen = _Screen(base, query, own, groups, labels, metric)
-    for rows, label in _blocks(labels, queries, screen.height, base.device):
-        columns, bound, error = screen.best(rows, label, k + SPARE)
-        distance, index = bound[:, :k].clone(), columns[:, :k]
+    for rows in torch.arange(queries, device=base.device).split(screen.height):
+        columns, bound, error = screen.best(rows, k + SPARE)
+        distance = bound[:, :k].clone()
+        index = columns[:, :k].clone()
         following = bound[:, 1 : k + 1]
         settled = ((bound + error)[:, :k] < following) | following.isinf()
         # fp32, which is returned, shows nothing of a 2^30th
@@ -285,8 +279,10 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
             exact = exact.masked_fill_(bound[again].isinf(), math.inf)
             columns, order = columns[again].sort(dim=1)
             exact, by_distance = exact.gather(1, order).sort(dim=1, stable=True)
-            distance[again], index[again] = exact[:, :k], columns.gather(1, by_distance)[:, :k]
-        distances[rows], indices[rows] = distance, index
+            distance[again] = exact[:, :k]
+            index[again] = columns.gather(1, by_distance)[:, :k]
+        distances[rows] = distance
+        indices[rows] = index
         proved = distance[:, -1] < bound[:, -1]
         redone[rows] = ~(proved | bound[:, -1].isinf())
     for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // len(base))):
@@ -300,12 +296,16 @@ def _nearest_pairs(row, index, distance, rows, k):
     """The k first by (distance, index) of each row, from pairs ordered by (row, index)."""
     order = distance.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]
-    row, index, distance = row[order], index[order], distance[order]
+    row = row[order]
+    index = index[order]
+    distance = distance[order]
     place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
     first = place < k
     at = row[first], place[first]
-    nearest, indices = distance.new_full((rows, k), math.inf), index.new_full((rows, k), -1)
-    nearest[at], indices[at] = distance[first], index[first]
+    nearest = distance.new_full((rows, k), math.inf)
+    nearest[at] = distance[first]
+    indices = index.new_full((rows, k), -1)
+    indices[at] = index[first]
     return nearest, indices
 
 
@@ -313,19 +313,18 @@ def _nearest_pairs(row, index, distance, rows, k):
 
 
 def _search(
-    base: torch.Tensor,
+    base: Tensor,
     k: int,
-    query: torch.Tensor | None,
-    groups: torch.Tensor | None,
-    query_groups: torch.Tensor | None,
+    query: Tensor | None,
+    groups: Tensor | None,
+    query_groups: Tensor | None,
     metric: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> distances (Q, k), indices (Q, k), rows searched again (Q,)."""
     rows = base if query is None else query
     labels = groups if query is None else query_groups
-    wide = torch.promote_types(rows.dtype, torch.float32)
     if len(base) == 0 or len(rows) == 0:
-        distance = rows.new_full((len(rows), k), math.inf, dtype=wide)
+        distance = rows.new_full((len(rows), k), math.inf, dtype=_wide(rows))
         index = torch.full_like(distance, -1, dtype=torch.int64)
         return distance, index, index.new_zeros(len(rows), dtype=torch.bool)
     own = None
@@ -338,22 +337,34 @@ def _search(
         if own is not None:
             own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
     with torch.autocast(base.device.type, enabled=False):
-        if wide == torch.float32 and use_triton(base.device):
-            from kernels.knn_triton import search
-
-            scale = 1.0
-            distance, index, redone = search(base, k, rows, own, groups, labels, metric)
-        else:
-            sides = [base] if rows is base else [base, rows]
-            sides, scale = scaled(sides, torch.float64, metric == "cosine")
-            inputs = (sides[0], k, sides[-1], own, groups, labels, metric)
-            distance, index, redone = _reference(*inputs, wide == torch.float64)
-            if metric == "euclidean":
-                _check_resolved(sides[0], sides[-1], distance, index)
-    distance = distance.sqrt() * scale if metric == "euclidean" else (distance / 2).clamp(min=0)
+        distance, index, redone = _distances(base, k, rows, own, groups, labels, metric)
     if kept is not None:
         index = torch.where(index < 0, -1, kept[index])
-    return distance.to(wide), index, redone
+    return distance.to(_wide(rows)), index, redone
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _distances(base, k, query, own, groups, labels, metric):
+    """By one of the two paths; see _search."""
+    inputs = (own, groups, labels, metric)
+    double = base.dtype == torch.float64
+    scale = 1.0
+    if not double and use_triton(base.device):
+        from kernels.knn_triton import search
+
+        squares, index, redone = search(base, k, query, *inputs)
+    else:
+        sides = [base] if query is base else [base, query]
+        sides, scale = scaled(sides, torch.float64, metric == "cosine")
+        squares, index, redone = _reference(sides[0], k, sides[-1], *inputs, double)
+        if metric == "euclidean":
+            _check_resolved(sides[0], sides[-1], squares, index)
+    if metric == "cosine":
+        return squares.div_(2).clamp_(min=0), index, redone
+    return squares.sqrt_().mul_(scale), index, redone
 
 
 def _check_resolved(base, query, distance, index):
@@ -372,7 +383,6 @@ _search_op = torch.library.custom_op("g2l::knn", _search, mutates_args=())
 @_search_op.register_fake
 def _(base, k, query, groups, query_groups, metric):
     rows = base if query is None else query
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    distances = rows.new_empty(len(rows), k, dtype=wide)
+    distances = rows.new_empty(len(rows), k, dtype=_wide(rows))
     indices = distances.new_empty(len(rows), k, dtype=torch.int64)
     return distances, indices, distances.new_empty(len(rows), dtype=torch.bool)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad
+from triton.language import constexpr
 
 from kernels.bound import TF32, TINY, lower, operands
 from kernels.dispatch import launching
@@ -27,8 +28,8 @@ SAMPLE = 16  # one row in so many of base for the bound
 @triton.jit
 def screen_kernel(
     query, base, half, limits, labels, groups, out, queries, rows, stride,
-    BOUND: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, LOOPED: tl.constexpr,
+    BOUND: constexpr, MASK: constexpr, QUERIES: constexpr, ROWS: constexpr,
+    WIDTH: constexpr, LOOPED: constexpr,
 ):  # fmt: skip
     """Of score = half - 2 q.b its least in each column of the tiles, or the bits of score <= limit.
 
@@ -36,7 +37,7 @@ def screen_kernel(
     a multiple of 16, so that loads are 16 bytes wide and asynchronous. Programs (queries, splits).
     With BOUND out is fp32 (queries, splits, ROWS), else int32 (queries, tiles * ROWS / 32).
     """
-    WORDS: tl.constexpr = ROWS // 32
+    WORDS: constexpr = ROWS // 32
     q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     real_q = q < queries
     d = tl.arange(0, WIDTH)
@@ -84,7 +85,7 @@ def screen_kernel(
 
 
 @triton.jit
-def list_kernel(bits, candidates, listed, count, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+def list_kernel(bits, candidates, listed, count, CAPACITY: constexpr, BLOCK: constexpr):
     """One query's bits (count words) -> places of base in its list (CAPACITY), and how many."""
     q = tl.program_id(0).to(tl.int64)
     filled = 0
@@ -108,8 +109,8 @@ def list_kernel(bits, candidates, listed, count, CAPACITY: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _distances(
-    query, base, q, index, real, width, COSINE: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    query, base, q, index, real, width, COSINE: constexpr, BLOCK: constexpr,
+    WIDTH: constexpr,
 ):  # fmt: skip
     """fp64 distances (squared, or twice the cosine's) of a query to base[index]; inf: not real."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -143,8 +144,8 @@ def _first(distance, index):
 @triton.jit
 def rescan_kernel(
     query, base, labels, groups, candidates, listed, distances, indices, rows, width, k,
-    COSINE: tl.constexpr, CAPACITY: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    COSINE: constexpr, CAPACITY: constexpr, KEEP: constexpr,
+    BLOCK: constexpr, WIDTH: constexpr,
 ):  # fmt: skip
     """One query's k neighbours among its listed rows, or among all where the list overflowed.
 
@@ -175,7 +176,7 @@ def rescan_kernel(
             last = tl.max(tl.where(best == worst, ids, -1))
             tie = (least == worst) & (chosen < last) & (least < float("inf"))
             better = (least < worst) | tie
-            hit = (best == worst) & (ids == last) & better
+            hit = (best == worst) & (ids == tl.where(better, last, -2))
             best = tl.where(hit, least, best)
             ids = tl.where(hit, chosen, ids)
             distance = tl.where(index == chosen, float("inf"), distance)

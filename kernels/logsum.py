@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kernels.dispatch import check_tensor, pinned_products, use_triton
 
@@ -43,19 +44,19 @@ class Options(NamedTuple):
 
 
 def log_sum_loss(
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    teacher: torch.Tensor,
+    student: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
     *,
     alpha: float = 4.0,
     normalize: str = "both",
     reduction: str = "batch",
     eps: float = 1e-5,
     norm_eps: float = 1e-4,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Log-Sum distillation loss of `student @ weight` against `teacher`.
 
     Gradients flow to student, weight, scale and shift.
@@ -112,7 +113,7 @@ class LogSumLoss(torch.nn.Module):
             self.scale = torch.nn.Parameter(torch.ones(teacher_width))
             self.shift = torch.nn.Parameter(torch.zeros(teacher_width))
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Rows (..., Ds) and (..., Dt) -> the loss."""
         return log_sum_loss(
             student, self.weight, teacher, scale=self.scale, shift=self.shift, **self.options

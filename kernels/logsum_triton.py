@@ -18,6 +18,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from kernels.dispatch import launching
 
@@ -30,7 +31,7 @@ PART_ROWS = 1408  # and at least: with 1,536 columns 66 tiles, half the processo
 
 
 @triton.jit
-def _power(d, ALPHA: tl.constexpr):
+def _power(d, ALPHA: constexpr):
     """(|d|^alpha, its derivative without the factor alpha)."""
     if ALPHA == 4.0:
         square = d * d
@@ -60,7 +61,7 @@ def _vector(at, inside):
 
 
 @triton.jit
-def _difference(x, t, real, gain, shift, NORMALIZE: tl.constexpr):
+def _difference(x, t, real, gain, shift, NORMALIZE: constexpr):
     if NORMALIZE == "student-affine":
         x = x * gain[None, :] + shift[None, :]
     return tl.where(real, x - t, 0.0)
@@ -75,7 +76,7 @@ def _through_norm(g, x, mean_g, mean_gx, rstd):
 @triton.jit
 def _product(
     a, b, real_m, real_n, count, stride_am, stride_ak, stride_bk, stride_bn, unit_a, unit_b,
-    OPERAND: tl.constexpr, STEP: tl.constexpr,
+    OPERAND: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """Product of the tiles that begin at a and b, over `count` common places; fp32 accumulators."""
     m, n, k = tl.arange(0, real_m.shape[0]), tl.arange(0, real_n.shape[0]), tl.arange(0, STEP)
@@ -96,7 +97,7 @@ def _product(
 
 
 @triton.jit
-def _slices(y, WIDTH: tl.constexpr):
+def _slices(y, WIDTH: constexpr):
     """Its columns as a tuple of tiles of WIDTH columns, in order."""
     if y.shape[1] <= WIDTH:
         return (y,)
@@ -107,7 +108,7 @@ def _slices(y, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store(out, tile, row, column, rows, columns, add, SLICE: tl.constexpr):
+def _store(out, tile, row, column, rows, columns, add, SLICE: constexpr):
     """A tile into `out` (rows, columns), added to what is there if `add`; slice by slice."""
     r = row + tl.arange(0, tile.shape[0])
     slices = _slices(tile, SLICE)
@@ -126,8 +127,8 @@ def _store(out, tile, row, column, rows, columns, add, SLICE: tl.constexpr):
 def fused_forward_kernel(
     student, weight, teacher, scale, shift, partial, grad_y, columns,
     rows, inner, features, stride_sb, stride_wi, stride_wf, stride_tb, norm_eps,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, NEED_GRAD: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ALPHA: constexpr, NORMALIZE: constexpr, NEED_GRAD: constexpr, OPERAND: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """All rows of COLUMNS columns: product, batch norm, sum of powers, unscaled gradient."""
     r = tl.arange(0, ROWS)
@@ -167,7 +168,7 @@ def fused_forward_kernel(
 
 
 @triton.jit
-def _finish(partial, count, eps, loss, factor, ALPHA: tl.constexpr):
+def _finish(partial, count, eps, loss, factor, ALPHA: constexpr):
     """`count` sums of powers, then bounds of the gradient -> loss and factor; returns the unit.
 
     The order is fixed. The unit, kept behind the factor, brings the largest gradient at the
@@ -191,8 +192,8 @@ def _finish(partial, count, eps, loss, factor, ALPHA: tl.constexpr):
 @triton.jit
 def shares_kernel(
     partial, loss, factor, grad_y, weight, shares, count, rows, inner, features,
-    stride_wi, stride_wf, eps, ALPHA: tl.constexpr, NEED_GRAD: tl.constexpr, SHARE: tl.constexpr,
-    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    stride_wi, stride_wf, eps, ALPHA: constexpr, NEED_GRAD: constexpr, SHARE: constexpr,
+    OPERAND: constexpr, ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """Loss and factor; tiles of grad_y weight^T over SHARE features each -> shares (., B, Ds)."""
     unit = _finish(partial, count, eps, loss, factor, ALPHA)  # the same in every program
@@ -217,8 +218,8 @@ def shares_kernel(
 def gradients_kernel(
     grad, factor, grad_y, student, weight, shares, d_student, d_weight, rows, inner, features,
     start, weight_programs, stride_sb,
-    SHARES: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    SHARES: constexpr, SLICE: constexpr, OPERAND: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """Tiles of student^T grad_y, then tiles of grad_y weight^T, both scaled, in one launch.
 
@@ -260,9 +261,9 @@ def gradients_kernel(
 @triton.jit
 def sweep_kernel(
     student, weight, teacher, columns, scale, shift, factor, out, partial,
-    rows, inner, features, count, stride_sb, stride_tb, STAGE: tl.constexpr,
-    ALPHA: tl.constexpr, NORMALIZE: tl.constexpr, SLICE: tl.constexpr, OPERAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    rows, inner, features, count, stride_sb, stride_tb, STAGE: constexpr,
+    ALPHA: constexpr, NORMALIZE: constexpr, SLICE: constexpr, OPERAND: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """One tile of the projection, slice by slice -> out.
 
@@ -332,7 +333,7 @@ def sweep_kernel(
 @triton.jit
 def merge_kernel(
     moments, columns, rows, features, norm_eps,
-    ROWS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: constexpr, TILES: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """Moments of tiles of ROWS rows -> columns: mean and 1 / deviation of y, then of teacher."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -362,7 +363,7 @@ def merge_kernel(
 @triton.jit
 def sums_kernel(
     sums, columns, partial, loss, factor, count, tiles, features, eps,
-    ALPHA: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    ALPHA: constexpr, TILES: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """Sums of the row tiles -> columns, after the moments; loss and factor."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -235,7 +235,7 @@ def test_the_bound_holds_for_tensor_cores_that_cut():
     def cut(x):
         return (x.view(torch.int32) & -2).view(torch.float32)  # one bit less than truncation
 
-    score = bound.lower(squares_b, gamma).expand(5, 20)
+    score = bound.lower(squares_b, gamma).float().expand(5, 20)
     for first in range(0, 2560, 4):
         product = cut(-2 * q[:, None, first : first + 4] * b[:, first : first + 4])
         score = cut(score + product.sum(-1))
