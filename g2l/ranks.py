@@ -196,7 +196,7 @@ def loading(what: str, workers: int) -> Iterator[dict]:
         if workers:
             multiprocessing.Lock()  # fails where /dev/shm has not even room for that
         options = {"batch_size": None, "num_workers": workers, "worker_init_fn": quiet_worker}
-        yield options | {"timeout": WAIT if workers else 0}
+        yield options | {"timeout": WAIT if workers else 0, "collate_fn": unchanged}
     except ConnectionError:  # one was killed: `errors.explain` has words for it
         raise
     except OSError as error:
@@ -209,6 +209,11 @@ def loading(what: str, workers: int) -> Iterator[dict]:
         raise UserError(text, "stuck") from None
     finally:
         end_workers()  # a loader would give each that is stuck another five seconds
+
+
+def unchanged(item: Any) -> Any:
+    """An item as it is: PyTorch would make tensors of arrays."""
+    return item
 
 
 def end_workers() -> None:

@@ -85,9 +85,8 @@ def load(
         loader = torch.utils.data.DataLoader(
             batches,
             sampler=numbers,
-            collate_fn=_as_arrays,  # of one item, as there is no batch_size
             generator=torch.Generator(),  # the seed it draws is not of the steps' stream
-            **options,
+            **options | {"collate_fn": _as_arrays},  # of one item, as there is no batch_size
         )
         for images, params, unreadable in loader:
             images = torch.from_numpy(images)
