@@ -38,7 +38,7 @@ from numpy import ndarray
 from g2l.arguments import Help, add_running_arguments, directory, share, whole
 from g2l.benchmarks import Benchmark, leaked
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
-from g2l.errors import UserError, exit_status, explain
+from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
 from g2l.features import (
     card,
     check_names,
@@ -93,7 +93,9 @@ REMEDIES = MODEL_REMEDIES | {
     "sample": "raise --per-class or add patches",
     "seen": "leave out --exclude-seen, and the table marks the students",
     "slides": "add slides (column slide, or group, of labels.csv), or --include-same-slide",
+    "stuck": f"is the storage of the images still there? Take other --workers, and {GO_ON}",
     "unreadable": "mend them, or allow more by --max-unreadable",
+    "workers": f"{WORKERS}, and {GO_ON}",
 }
 
 

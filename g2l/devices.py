@@ -1,27 +1,25 @@
-"""What a command computes on: device and precision, and the flags by which models are named."""
+"""What a command computes on: device and precision, and the flags by which models are named.
+
+PyTorch is imported by what needs it: a command shows its flags without.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from g2l.errors import UserError
 
-PRECISIONS: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = {"auto": "", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What mends an error of a model, in the words of the flags below.
 MODEL_REMEDIES = {
     "weights": "give a file by --weights NAME=FILE, or random weights by --weights random",
     "device": "name another by --device",
     "no gpu": "use --device cpu",
-    "workers": "lower --workers; 0 takes no further processes",
-    "stuck": "is the storage of the images still there? --workers 0 reads without processes",
     "one image": "use --device cpu or --precision bf16",
     "broken features": "check the weights (python -m g2l.models NAME --check FILE), or use "
     "--precision fp32",
@@ -30,6 +28,8 @@ MODEL_REMEDIES = {
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """The device named, or for "auto" this process's GPU if there is one, else the CPU."""
+    import torch
+
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -57,6 +57,8 @@ def default_workers(workers: int | None, device: torch.device) -> int:
 
     On a CPU there is at most one, which shares the cores with training.
     """
+    import torch
+
     if workers is not None:
         return workers
     cores = (os.cpu_count() or 1) // max(1, torch.cuda.device_count())
@@ -65,17 +67,21 @@ def default_workers(workers: int | None, device: torch.device) -> int:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """Of training: fp32 on a CPU, bf16 on a GPU that has it, unless named."""
+    import torch
+
     if name == "fp16":
         raise UserError(
             "precision fp16: its range is too small for training without loss scaling; "
             "take bf16 or fp32"
         )
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return PRECISIONS[name] or (torch.bfloat16 if half else torch.float32)
+    return getattr(torch, PRECISIONS[name] or ("bfloat16" if half else "float32"))
 
 
 def describe_device(device: torch.device) -> str:
     """The GPU's name, or the number of the CPU's threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -107,5 +113,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict:
     """Keyword arguments for `load_model` from the flags of `add_model_arguments`."""
-    dtype = PRECISIONS[args.precision]
+    import torch
+
+    dtype = getattr(torch, PRECISIONS[args.precision], None)
     return dict(device=pick_device(args.device), dtype=dtype, compile=args.compile)

@@ -14,6 +14,10 @@ import sys
 from collections.abc import Callable, Mapping
 
 GO_ON = "run the same command again; it goes on where it was"
+WORKERS = (
+    "lower --workers (0 needs no processes and no shared memory; in Docker, --shm-size or "
+    "--ipc=host give more)"
+)
 KILLED = (
     "a loading process was killed, by the system if memory was short: lower --workers, and run "
     "the same command again to go on"
@@ -48,6 +52,18 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in numbers or words is not None
 
 
+def of_the_machine(error: BaseException | None) -> bool:
+    """Whether an error says nothing of the file that was read: no handles or memory are left."""
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def one_line(text: str) -> str:
+    """`text` with a replacement character for each control character: escapes of a terminal, ends
+    of lines.
+    """
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)
+
+
 def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     """What a user is told of an error; None where it is a fault of this program."""
     text, kind = str(error), type(error).__name__
@@ -71,7 +87,8 @@ def say_error(text: str) -> None:
     """One line on standard error, with the rank where there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f"rank {os.environ['RANK']}: " if several else ""
-    print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+    lines = "\n".join(map(one_line, text.split("\n")))
+    print(f"error: {rank}{lines}", file=sys.stderr, flush=True)
 
 
 def exit_status(work: Callable[[], int], remedies: Mapping[str, str] | None = None) -> int:

@@ -9,7 +9,6 @@ of a model, so that a run with nothing new loads no network.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -24,13 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from g2l import ranks
 from g2l.benchmarks import Benchmark
-from g2l.errors import PatchError, UserError
+from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
 from g2l.progress import Progress
-from g2l.ranks import agree, gather_values, in_job, rank_and_world, setup_distributed
+from g2l.ranks import agree, gather_values, in_job, loading, rank_and_world, setup_distributed
 from g2l.registry import REGISTRY
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
@@ -40,7 +38,7 @@ SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
 Row = tuple[np.ndarray, Problems]  # the embedding of an item
-Batch = tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]
+Batch = tuple[list[int], np.ndarray, list[tuple[int, Problems]]]
 
 
 class ImageReader(torch.utils.data.IterableDataset):
@@ -69,11 +67,11 @@ class ImageReader(torch.utils.data.IterableDataset):
                 images[len(items)] = image
                 items.append(i)
                 if len(items) == self.batch_size:
-                    yield items, images, ended
+                    yield items, images.numpy(), ended
                     items, images, ended = self._empty()
             ended.append((i, problems))
         if ended:
-            yield items, images[: len(items)], ended
+            yield items, images[: len(items)].numpy(), ended
 
     def _empty(self) -> Batch:
         shape = self.batch_size, 3, self.size, self.size
@@ -88,7 +86,9 @@ class ImageReader(torch.utils.data.IterableDataset):
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            _note(error, problems)
+            if of_the_machine(error) or of_the_machine(error.__cause__):
+                raise
+            problems.append(str(error) or type(error).__name__)
             return
         if not count:
             problems.append("holds no images")
@@ -96,15 +96,7 @@ class ImageReader(torch.utils.data.IterableDataset):
             try:
                 yield self.geometry(_planes(images[j]))[0]
             except UNREADABLE as error:
-                _note(error, problems)
-
-
-def _note(error: Exception, problems: Problems) -> None:
-    """Keep why an image cannot be read; raise what is no fault of the image."""
-    for cause in (error, error.__cause__):
-        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise cause
-    problems.append(str(error) or type(error).__name__)
+                problems.append(str(error) or type(error).__name__)
 
 
 def _planes(image: np.ndarray) -> torch.Tensor:
@@ -232,32 +224,18 @@ def _embed(
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
     images = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_arrays,
-        worker_init_fn=ranks.quiet_worker,
-        timeout=ranks.WAIT if workers else 0,
-    )
     forward, means = Forward(model, batch_size, device), Means(model.dim)
     waiting = None
-    with torch.inference_mode(), ranks.loading(workers):
-        for items, arrays, ended in loader:
-            batch = torch.from_numpy(arrays)
-            batch = batch.pin_memory() if device.type == "cuda" else batch
-            features = forward(batch)  # queued on a GPU while the batch before is collected
+    with torch.inference_mode(), loading("images", workers) as options:
+        for items, batch, ended in torch.utils.data.DataLoader(images, **options):
+            features = forward(
+                torch.from_numpy(batch)
+            )  # queued on a GPU while the batch before is collected
             if waiting:
                 yield from means.add(*waiting)
             waiting = items, features, ended
         if waiting:
             yield from means.add(*waiting)
-
-
-def _as_arrays(batch: Batch) -> tuple:
-    """What a process sends: arrays, which go through the pipe; tensors would ask for /dev/shm."""
-    items, images, ended = batch
-    return items, images.numpy(), ended
 
 
 def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:

@@ -150,28 +150,6 @@ class Signals:
             self.held = True
 
 
-@contextlib.contextmanager
-def loading(workers: int) -> Iterator[None]:
-    """While loading processes are waited for: UserError for what ends them, and none is left.
-
-    A process that was killed is a ConnectionError or a RuntimeError that `errors.explain` knows.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ConnectionError):
-            raise
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(f"nothing can be loaded ({last})", "workers") from None
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        text = f"the {workers} loading processes gave nothing for {WAIT:.0f} s"
-        raise UserError(text, "stuck") from None
-    finally:
-        end_workers()  # the loader would give each that is stuck another five seconds
-
-
 def run_child(command: list[str]) -> int:
     """The exit status of a command; a signal to this process ends it first, and waits for it."""
     with Signals(), subprocess.Popen(command) as child:
@@ -186,6 +164,36 @@ def quiet_worker(_: int) -> None:
     """Leave signals to the process that loads for; it ends its loaders when it has saved."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def loading(what: str, workers: int) -> Iterator[dict]:
+    """Options of a DataLoader whose items come one by one, from so many processes.
+
+    UserError where no process can be started, one fails, or none gives anything for `WAIT` seconds.
+    What it loads should be sent as arrays: tensors would take shared memory, of which a container
+    has little.
+    """
+    try:
+        if workers:
+            multiprocessing.Lock()  # fails where /dev/shm has not even room for that
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": quiet_worker}
+        yield options | {"timeout": WAIT if workers else 0, "collate_fn": unchanged}
+    except OSError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"{what} cannot be loaded ({last})", "workers") from None
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        text = f"the {workers} loading processes gave nothing for {WAIT:.0f} s"
+        raise UserError(text, "stuck") from None
+    finally:
+        end_workers()  # a loader would give each that is stuck another five seconds
+
+
+def unchanged(item: Any) -> Any:
+    """An item as it is: PyTorch would make tensors of arrays."""
+    return item
 
 
 def end_workers() -> None:

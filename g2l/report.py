@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from g2l.errors import one_line
 from g2l.features import display
 from g2l.files import clear_stale, safe, write_text
 from g2l.paper import paper_figure
 from g2l.protocols import FEW
 from g2l.results import Study
-from g2l.rows import one_line
 
 PAIRED = {"cka": "CKA to teacher", "knn": "kNN accuracy", "probe": "probe AUC"}
 
@@ -314,7 +314,8 @@ def write_tables(study: Study) -> str:
 def summarize(study: Study) -> str:
     """One screen: per benchmark and model CKA, kNN and probe beside chance, and the verdicts."""
     tables = Tables(study)
-    return "\n".join(line for b in study.found for line in tables.summary(b.name))
+    lines = [line for b in study.found for line in tables.summary(b.name)]
+    return "\n".join(map(one_line, lines))
 
 
 def role(name: str, study: Study) -> str:

@@ -8,7 +8,10 @@ from these alone.
 from __future__ import annotations
 
 import json
+import struct
+import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,9 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
-from g2l.files import atomic, locked, read_json, write_text
+from g2l.files import atomic, digest, locked, read_json, write_text
+
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ def record(
     rows depend on, see `recorded`. Whole or not at all; safe when several processes write.
     """
     results.mkdir(parents=True, exist_ok=True)
-    proof = {"key": key, "rows": len(rows)} if key else {}
     finite = []
     for row in rows:
         values = {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
-        finite.append(values | proof)
+        finite.append(values)
+    if key:
+        proof = {"key": key, "sum": digest(finite)}
+        finite = [row | proof for row in finite]
     new = {json.dumps([row.get(field) for field in same]) for row in rows}
     with locked(results / ".metrics.lock"):
         kept = []
@@ -73,24 +80,45 @@ def record(
 
 
 def read_metrics(results: Path) -> list[dict]:
-    """All rows of results/metrics.jsonl, oldest first; none if there is no such file."""
+    """All rows of results/metrics.jsonl, oldest first; none if there is no such file.
+
+    Damaged lines are left out: what they held is measured again. The file as it was is kept beside
+    it, and named.
+    """
     path = Path(results) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number}: damaged ({error}); remove the line and run again"
-            ) from error
+    data = path.read_bytes() if path.is_file() else b""
+    rows, damaged = [], []
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        row = parsed(line)
+        if row is None:
+            damaged.append(str(number))
+        else:
+            rows.append(row)
+    aside = path.with_suffix(".damaged")
+    if damaged and (not aside.is_file() or aside.read_bytes() != data):
+        with atomic(aside) as temporary:
+            temporary.write_bytes(data)
+        which = ", ".join(damaged[:5])
+        print(f"{path}: damaged in line {which}; measured again ({aside.name})", file=sys.stderr)
     return rows
 
 
+def parsed(line: str) -> dict | None:
+    """A row of metrics.jsonl, or None where the line is damaged."""
+    try:
+        row = json.loads(line)
+        number = row["value"] is None or isinstance(row["value"], int | float)
+        names = [row[name] for name in ("model", "benchmark", "protocol", "metric")]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return row if number and all(isinstance(name, str) for name in names) else None
+
+
 def recorded(results: Path, key: str) -> list[dict]:
-    """The rows that were recorded under a key, if all of them are still there; else none."""
+    """The rows that were recorded under a key, if all of them are there unchanged; else none."""
     rows = [row for row in read_metrics(results) if row.get("key") == key]
-    return rows if rows and len(rows) == rows[0]["rows"] else []
+    measured = [{k: v for k, v in row.items() if k not in ("key", "sum")} for row in rows]
+    return rows if rows and rows[0].get("sum") == digest(measured) else []
 
 
 def claim(results: Path, origins: dict[str, str]) -> None:
@@ -112,14 +140,19 @@ def claim(results: Path, origins: dict[str, str]) -> None:
 def save_predictions(path: Path, key: str, predictions: dict[str, np.ndarray]) -> None:
     """Predictions (see `evaluate.predict`) as one .npz file."""
     with atomic(path) as temporary:
-        arrays: dict = {"key": key, **predictions}
+        arrays: dict = {"key": f"{key} {sorted(predictions)}", **predictions}
         np.savez_compressed(temporary, **arrays)
 
 
 def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What `save_predictions` wrote, or None if it is not there or depends on another key."""
+    """What `save_predictions` wrote; None if it is not there, damaged, or of another key."""
+    if not path.is_file():
+        return None
     try:
-        with np.load(path) as data:
-            return dict(data) if str(data["key"]) == key else None
-    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # not there, or damaged
+        with np.load(path) as data:  # whose every array has a checksum
+            arrays = dict(data)
+        about = str(arrays.pop("key"))
+    except (OSError, EOFError, LookupError, ValueError, RuntimeError, *DAMAGED) as error:
+        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        return None
+    return arrays if about == f"{key} {sorted(arrays)}" else None

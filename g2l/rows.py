@@ -11,7 +11,7 @@ import csv
 import re
 from pathlib import Path
 
-from g2l.errors import UserError
+from g2l.errors import UserError, one_line
 from g2l.files import atomic, clear_leftovers, locked, read_text, separator
 
 COLUMNS = (
@@ -134,10 +134,3 @@ def _plain(value: object) -> str:
     """A value as one line of text that no spreadsheet takes for a formula."""
     text = one_line(str(value))
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
-
-
-def one_line(text: str) -> str:
-    """`text` with a replacement character for each control character: escapes of a terminal, ends
-    of lines.
-    """
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)

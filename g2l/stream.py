@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import errno
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,12 +16,10 @@ from torch import Tensor
 import kernels
 from g2l import ranks
 from g2l.augment import Params, draw_params
-from g2l.errors import PatchError, UserError
+from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.models import Model
 from g2l.patches import PatchIndex
 
-# Of this process or machine, not of a patch: to draw another patch would only hide it.
-NOT_THE_PATCH = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
@@ -66,7 +62,7 @@ class Batches(torch.utils.data.Dataset):
                 return self.index.read(i)
             except PatchError as error:
                 cause = error.__cause__
-                if isinstance(cause, OSError) and cause.errno in NOT_THE_PATCH:
+                if cause and of_the_machine(cause):  # another patch would only hide it
                     raise cause from None
                 unreadable.append(str(error))
                 failures += 1
@@ -79,37 +75,19 @@ def load(
     """Items `numbers` of `batches`, read ahead by `workers` processes; `pin`: in pinned memory.
 
     They come through pipes, not through shared memory, of which a container has little. Raises
-    UserError where no process can be started, one fails, or none gives anything for `ranks.WAIT`
-    seconds.
+    UserError as `ranks.loading` says.
     """
-    try:
-        if workers:
-            multiprocessing.Lock()  # fails where /dev/shm has not even room for that
+    with ranks.loading("patches", workers) as options:
         loader = torch.utils.data.DataLoader(
             batches,
-            batch_size=None,
             sampler=numbers,
-            num_workers=workers,
-            collate_fn=_as_arrays,  # of one item, as there is no batch_size
-            worker_init_fn=ranks.quiet_worker,
-            timeout=ranks.WAIT if workers else 0,
             generator=torch.Generator(),  # the seed it draws is not of the steps' stream
+            **options | {"collate_fn": _as_arrays},  # of one item, as there is no batch_size
         )
-        stream = iter(loader)
-        for images, params, unreadable in stream:
+        for images, params, unreadable in loader:
             images = torch.from_numpy(images)
             params = Params(*map(torch.from_numpy, params))
             yield images.pin_memory() if pin else images, params, unreadable
-    except OSError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(f"patches cannot be loaded ({last})", "workers") from None
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        text = f"the {workers} loading processes gave nothing for {ranks.WAIT:.0f} s"
-        raise UserError(text, "stuck") from None
-    finally:
-        ranks.end_workers()  # `stream` would give each that is stuck another five seconds
 
 
 def _as_arrays(item) -> tuple:
