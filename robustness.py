@@ -55,7 +55,7 @@ from g2l.paper import paper_name
 from g2l.patches import PatchIndex
 from g2l.pictures import is_drawn, save_figure
 from g2l.report import provenance
-from g2l.results import record
+from g2l.results import claim, record
 from g2l.robust import (
     KS,
     codes,
@@ -90,6 +90,7 @@ REMEDIES = MODEL_REMEDIES | {
     "design": "--perturb needs no centres",
     "folder": "name it by --benchmark",
     "models": "name one by --models, for instance runs/NAME/student",
+    "name": "rename one of the two, or take another folder by --results",
     "sample": "raise --per-class or add patches",
     "seen": "leave out --exclude-seen, and the table marks the students",
     "slides": "add slides (column slide, or group, of labels.csv), or --include-same-slide",
@@ -471,6 +472,11 @@ def run(args: argparse.Namespace) -> int:
     if not models:
         raise UserError("no model is named and none is at hand", mend="models")
     check_names(models)
+    origins = {}
+    for name in models:
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        origins[f"model {safe(display(name))}"] = place
+    claim(args.results, origins)
     options = model_options(args)
     if args.input_size:
         options["input_size"] = args.input_size

@@ -305,6 +305,16 @@ def test_rows_of_other_weights_are_not_set_beside_new_ones(folder, fake, monkeyp
     assert "| tissue |" in raw and "place" not in raw
 
 
+def test_a_name_stands_for_one_model(folder, fake, capsys):
+    results = folder.parent / "r"
+    more = ("--benchmark", folder, "--results", results, "--no-pictures", "--per-class", 9)
+    for place in ("a", "b"):
+        (folder.parent / place / "run" / "student").mkdir(parents=True)
+    assert call(capsys, "--models", folder.parent / "a" / "run" / "student", *more)[0] == 0
+    status, _, err = call(capsys, "--models", folder.parent / "b" / "run" / "student", *more)
+    assert status == 1 and "holds the model run of" in err and "--results" in err
+
+
 def test_names_stay_names(folder, fake, capsys):
     """Neither a table nor a picture takes a class's name for markup."""
     relabel(folder, ",dots,", ",<b>*a*</b> [x](http://y) $5^ =1|2\x1b[31m,")
