@@ -286,8 +286,8 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
 
 def plain(text: str) -> str:
     """Markdown for a terminal: without markup, cells of tables 18 characters apart."""
-    markup = r"(?m)^\| ---.*\n|^\| | \|$|\*+|</?u>|\\(?=\W)|^#+ "
-    return re.sub(markup, "", text.replace(" | ", "\t")).expandtabs(18)
+    markup = r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ "
+    return re.sub(markup, r"\1", text.replace(" | ", "\t")).expandtabs(18)
 
 
 def draw_index(title: str, counts: dict[str, list[ndarray]]):
