@@ -37,8 +37,8 @@ from numpy import ndarray
 
 from g2l.arguments import Help, add_running_arguments, directory, share, whole
 from g2l.benchmarks import Benchmark, leaked
-from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
-from g2l.errors import UserError, exit_status, explain
+from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
+from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
 from g2l.features import (
     card,
     check_names,
@@ -55,7 +55,7 @@ from g2l.paper import paper_name
 from g2l.patches import PatchIndex
 from g2l.pictures import is_drawn, save_figure
 from g2l.report import provenance
-from g2l.results import record
+from g2l.results import claim, record
 from g2l.robust import (
     KS,
     codes,
@@ -68,11 +68,11 @@ from g2l.robust import (
     neighbors,
 )
 from g2l.robust_report import (
-    aligned,
     draw_index,
     draw_map,
     draw_misled,
     draw_shift,
+    plain,
     proven,
     section,
     sections,
@@ -90,10 +90,13 @@ REMEDIES = MODEL_REMEDIES | {
     "design": "--perturb needs no centres",
     "folder": "name it by --benchmark",
     "models": "name one by --models, for instance runs/NAME/student",
+    "name": "rename one of the two, or take another folder by --results",
     "sample": "raise --per-class or add patches",
     "seen": "leave out --exclude-seen, and the table marks the students",
     "slides": "add slides (column slide, or group, of labels.csv), or --include-same-slide",
+    "stuck": f"is the storage of the images still there? Take other --workers, and {GO_ON}",
     "unreadable": "mend them, or allow more by --max-unreadable",
+    "workers": f"{WORKERS}, and {GO_ON}",
 }
 
 
@@ -101,7 +104,8 @@ class IndexStudy:
     """The robustness index on one benchmark: who is who, which patches are drawn, what was counted.
 
     `who` (4, n) holds class, centre, slide and patient of each patch as small integers; neighbours
-    of the same slide do not count. `samples` hold rows of each sample.
+    of the same slide do not count. `samples` hold rows of each sample, `at` says which row of the
+    features `x` is theirs.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -126,7 +130,6 @@ class IndexStudy:
         by_group = slides == found.groups and (folder / "labels.csv").is_file()
         self.kin = "of the same group" if by_group else "on the same slide"
         self.samples: list[ndarray] = []
-        self.x: dict[str, ndarray] = {}
 
     def settings(self) -> str:
         """How patches are drawn and compared; results of one wording stand in one section."""
@@ -153,24 +156,22 @@ class IndexStudy:
             self.samples.append(pool[rows])
         if args.include_same_slide:
             self.who[2] = np.arange(len(found))
-        self.used = np.full(len(found), isinstance(found.images, ImageFiles))
-        self.used[np.concatenate(self.samples)] = True
-        if self.used.all():
+        used = np.full(len(found), isinstance(found.images, ImageFiles))
+        used[np.concatenate(self.samples)] = True
+        self.at = used.cumsum() - 1
+        if used.all():
             return found
         own = f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"
-        return dataclasses.replace(found.subset(self.used), source=own)
+        return dataclasses.replace(found.subset(used), source=own)
 
     def take(self, arrays: dict[str, ndarray]) -> int:
         """Take each model's features of what was drawn; how many patches were unreadable.
 
         Raises UserError where a sample leaves the index nothing to choose between.
         """
-        fine = self.used.copy()
-        for name, array in arrays.items():
-            self.x[name] = np.full((len(fine), array.shape[1]), np.nan, np.float32)
-            self.x[name][self.used] = array
-            fine &= np.isfinite(self.x[name]).all(1)
-        self.samples = [sample[fine[sample]] for sample in self.samples]
+        self.x = arrays
+        fine = np.all([np.isfinite(array).all(1) for array in arrays.values()], 0)
+        self.samples = [sample[fine[self.at[sample]]] for sample in self.samples]
         for sample in self.samples:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
             if min(classes, centers) < 2 or len(sample) <= KS[0]:
@@ -181,7 +182,7 @@ class IndexStudy:
                 raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
-        return int((self.used & ~fine).sum())
+        return int((~fine).sum())
 
     def base(self) -> dict:
         """What all rows share, with keys of what was read and of the patches drawn as proof."""
@@ -189,8 +190,10 @@ class IndexStudy:
         place = found.centers, found.groups, self.slides
         read = PROTOCOL_VERSION, data_stamp(found), found.labels.tolist(), found.classes, place
         drawn = [found.ids[i] for sample in self.samples for i in sample]
-        proof = {f"data of {found.name}": digest(read)}
-        proof[f"patches of {found.name}, {settings}"] = digest(drawn)
+        proof = {
+            f"data of {found.name}": digest(read),
+            f"patches of {found.name}, {settings}": digest(drawn),
+        }
         base = {"benchmark": found.name, "protocol": "robustness", "settings": settings}
         return base | {"proof": proof}
 
@@ -203,7 +206,7 @@ class IndexStudy:
         count = partial(measure, normalize=not self.args.raw, k_max=k_max)
         for seed, sample in enumerate(self.samples, self.args.seed):
             for name, kept in self.counts.items():
-                x = self.x[name][sample] if name in self.x else None
+                x = self.x[name][self.at[sample]] if name in self.x else None
                 draws = BLIND_DRAWS if x is None else 1
                 for draw in range(draws):
                     luck = draws * seed + draw
@@ -214,14 +217,12 @@ class IndexStudy:
                 kept.append(counts)
         yield from intervals(self.counts, [self.groups[sample] for sample in self.samples])
         k = fitting(k_max)[:3][-1]
-        for (name, counts), kind in itertools.product(self.counts.items(), self.kinds):
-            row = {"model": name, "metric": f"index_by_{kind}", "k": k}
-            for i, value in enumerate(self.kinds[kind]):
-                each = []
-                for count, sample in zip(counts, self.samples, strict=True):
-                    target = self.labels if kind == "class" else self.centers
-                    each.append(index_of(count[:, target[sample] == i, k - 1].sum(1)))
-                yield row | {kind: value, "value": np.mean(each)}
+        for (field, kinds), target in zip(self.kinds.items(), self.who[:2], strict=True):
+            for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
+                drawn = zip(self.counts[name], self.samples, strict=True)
+                each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in drawn]
+                row = {"model": name, "metric": f"index_by_{field}", field: kind, "k": k}
+                yield row | {"value": np.mean(each)}
 
     def design(self) -> Iterator[dict]:
         """Rows on the patches: how many of each class and centre, and the share that can decide."""
@@ -241,12 +242,15 @@ class IndexStudy:
         among = f"{len(some)} of " if len(some) < len(drawn) else ""
         times = f"{len(self.samples)} sample{'s' * (len(self.samples) > 1)}"
         title = f"{found.name}: {among}the {len(drawn)} patches drawn in {times}"
+        x: dict[str, ndarray] = {}
         draws = {
             "index.png": partial(draw_index, found.name, self.counts),
-            "map.png": partial(draw_map, title, found, self.x, some, self.args.map),
+            "map.png": partial(draw_map, title, found, x, some, self.args.map),
         }
         for name, array in self.x.items():
-            rows = neighbors(array[first], 5, self.who[2, first], not self.args.raw)[1]
+            x[name] = array[self.at[some]]
+            near = array[self.at[first]]
+            _, rows = neighbors(near, 5, self.who[2, first], not self.args.raw)
             draws[f"gallery-{safe(name)}.png"] = partial(draw_misled, name, found, first, rows)
         for picture, draw in draws.items():
             if not is_drawn(out / picture, key):
@@ -261,14 +265,14 @@ def folder_of(args: argparse.Namespace) -> Path:
     return args.benchmark or args.data / "benchmarks" / "tiger"
 
 
-def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
+def study(args: argparse.Namespace, load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
     found = index.benchmark
     unseen = np.full(len(found), True)
-    for model in models if args.exclude_seen else ():
-        unseen &= ~leaked(found, card(model, args.results, **load[model]))
-    gathered = gather([index.draw(np.flatnonzero(unseen))], args, models, load)
+    for model, options in load.items() if args.exclude_seen else ():
+        unseen &= ~leaked(found, card(model, args.results, **options))
+    gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
     if gathered is None:
         return 0
     arrays, cards, failures = gathered
@@ -293,15 +297,15 @@ def study(args: argparse.Namespace, models: list[str], load: dict) -> int:
     record(args.results, rows, same=("model", "benchmark", "protocol", "settings"))
     held = proven(args.results)
     here = sections(held)[found.name, base["settings"]]
-    print(aligned(section(here).split("### By class")[0]))
-    made = provenance(load[models[0]]["device"])
+    print(plain(section(here).split("### By class")[0]))
+    made = provenance(pick_device(args.device))
     write_text(args.results / "table3.md", table3(held) + made)
     print(f"table: {args.results / 'table3.md'}")
     return report_failures(failures, {found.name: lost} if lost else {})
 
 
 def gather(
-    parts: list[Benchmark], args: argparse.Namespace, models: list[str], load: dict
+    parts: list[Benchmark], args: argparse.Namespace, load: dict
 ) -> tuple[dict, dict, list[str]] | None:
     """Features (n, dim) of each part by model, cards of the models, and what failed.
 
@@ -310,13 +314,12 @@ def gather(
     from g2l.ranks import leave_distributed, setup_distributed
 
     rank, _, _ = setup_distributed(args.device)
-    check_names(models)
     how = {name: getattr(args, name) for name in ("batch_size", "workers", "max_unreadable")}
     x, cards, failures = {}, {}, []
-    for name in models:
+    for name, options in load.items():
         try:
-            read = [features(name, part, args.results, **how, **load[name]) for part in parts]
-            cards[display(name)] = card(name, args.results, **load[name])
+            read = [features(name, part, args.results, **how, **options) for part in parts]
+            cards[display(name)] = card(name, args.results, **options)
             x[display(name)] = read
         except UserError as error:
             failures.append(explain(error, REMEDIES) or "")
@@ -353,7 +356,7 @@ def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
 
 
-def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
+def perturb(args: argparse.Namespace, load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
     name = patches.name
@@ -365,7 +368,7 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    gathered = gather(parts, args, models, load)
+    gathered = gather(parts, args, load)
     if gathered is None:
         return 0
     x, _, failures = gathered
@@ -379,7 +382,7 @@ def perturb(args: argparse.Namespace, models: list[str], load: dict) -> int:
     text = shift_table(name, count, steps, found)
     out = args.results / "robustness" / safe(name)
     write_text(out / "shifts.md", text)
-    print(aligned(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
+    print(plain(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
     if not args.no_pictures:
         image = patches.images[int(fine.argmax())]
         for kind, strengths in steps.items():
@@ -406,115 +409,58 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list]) -> tuple[dict, n
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
-    draw = parser.add_argument_group("sampling")
-    draw.add_argument(
-        "--per-class",
-        type=partial(whole, least=0),
-        default=40,
-        metavar="N",
-        help="patches of each class; 0 takes all",
-    )
-    draw.add_argument(
-        "--per-center", action="store_true", help="N patches of each class and centre instead"
-    )
-    draw.add_argument(
-        "--samples",
-        type=whole,
-        default=5,
-        metavar="N",
-        help="number of seeded samples, which show the spread",
-    )
-    draw.add_argument(
-        "--seed", type=partial(whole, least=0), default=0, help="seed of the first sample"
-    )
-    draw.add_argument(
-        "--exclude-seen",
-        action="store_true",
-        help="leave out patients that a student was distilled on; otherwise the table marks it",
-    )
-    draw.add_argument(
-        "--patch-size",
-        type=whole,
-        default=224,
-        metavar="PX",
-        help="TIGER: side of a patch, 0.5 µm/px",
-    )
-    draw.add_argument(
-        "--min-fraction",
-        type=share,
-        default=0.75,
-        metavar="SHARE",
-        help="TIGER: how much of a patch its class must cover",
-    )
-    index = parser.add_argument_group("index")
-    index.add_argument(
-        "--include-same-slide",
-        action="store_true",
-        help="let neighbours come from the patch's own "
-        "slide, as the paper seems to; it raises the counts of both class and centre",
-    )
-    index.add_argument(
-        "--raw", action="store_true", help="compare features as they are instead of L2-normalised"
-    )
+    count = partial(whole, least=0)
+    add = parser.add_argument_group("sampling").add_argument
+    add("--per-class", type=count, default=40, help="patches of each class; 0 takes all")
+    add("--per-center", action="store_true", help="so many of each class and centre instead")
+    shown = "number of seeded samples, which show the spread"
+    add("--samples", type=whole, default=5, help=shown)
+    add("--seed", type=count, default=0, help="seed of the first sample")
+    seen = "leave out patients that a student was distilled on; otherwise the table marks it"
+    add("--exclude-seen", action="store_true", help=seen)
+    add("--patch-size", type=whole, default=224, help="TIGER: side of a patch, px of 0.5 µm")
+    covered = "TIGER: how much of a patch its class must cover"
+    add("--min-fraction", type=share, default=0.75, help=covered)
+    add = parser.add_argument_group("index").add_argument
+    same = "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
+    same += "counts of both class and centre"
+    add("--include-same-slide", action="store_true", help=same)
+    scale = "compare features as they are instead of L2-normalised"
+    add("--raw", action="store_true", help=scale)
 
 
 def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
-    shifts = parser.add_argument_group("shifts of stain and scanner, instead of the index")
-    shifts.add_argument(
-        "--perturb",
-        nargs="+",
-        choices=list(SHIFTS),
-        metavar="KIND",
-        help="change patches and follow "
-        f"the features: {', '.join(SHIFTS)}; needs no centres, any folder of images will do",
-    )
-    shifts.add_argument(
-        "--strengths",
-        nargs="+",
-        type=float,
-        metavar="S",
-        help="strengths of the change; a range is tried if none is given: "
-        + "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items()),
-    )
-    shifts.add_argument(
-        "--cancer", metavar="NAME", help="patches of DATA/tiles/NAME, as tile.py made them"
-    )
-    shifts.add_argument(
-        "--patches", type=whole, default=200, metavar="N", help="number of patches to follow"
-    )
+    title = "shifts of stain and scanner, instead of the index"
+    add = parser.add_argument_group(title).add_argument
+    kinds = f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
+    kinds += "folder of images will do"
+    add("--perturb", nargs="+", choices=list(SHIFTS), metavar="KIND", help=kinds)
+    steps = "strengths of the change; a range is tried if none is given: "
+    steps += "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
+    add("--strengths", nargs="+", type=float, metavar="S", help=steps)
+    add("--cancer", help="patches of DATA/tiles/CANCER, as tile.py made them")
+    add("--patches", type=whole, default=200, help="number of patches to follow")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="models to compare: registry names, "
-        "timm:NAME, folders such as runs/NAME/student; all at hand if not given",
-    )
+    models = "models to compare: registry names, timm:NAME, folders such as runs/NAME/student; all "
+    models += "at hand if not given"
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=models)
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    where.add_argument(
-        "--benchmark",
-        type=directory,
-        metavar="DIR",
-        help="folder with labels.csv (image,label,group,"
-        "center and perhaps slide), TIGER's wsirois, or PathoROB's metadata and images; "
-        "default: DATA/benchmarks/tiger",
-    )
-    where.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder that holds benchmarks/ and tiles/"
-    )
+    folder = "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's "
+    folder += "wsirois, or PathoROB's metadata and images; default: DATA/benchmarks/tiger"
+    where.add_argument("--benchmark", type=directory, metavar="DIR", help=folder)
+    data = "folder that holds benchmarks/ and tiles/"
+    where.add_argument("--data", type=Path, default=Path("data"), help=data)
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
-    run.add_argument(
-        "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"
-    )
+    layout = "layout of the embedding map"
+    run.add_argument("--map", default="tsne", choices=["tsne", "pca"], help=layout)
     return parser
 
 
@@ -525,12 +471,18 @@ def run(args: argparse.Namespace) -> int:
     models = args.models or models_at_hand(args.weights or (), args.runs)
     if not models:
         raise UserError("no model is named and none is at hand", mend="models")
+    check_names(models)
+    origins = {}
+    for name in models:
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        origins[f"model {safe(display(name))}"] = place
+    claim(args.results, origins)
     options = model_options(args)
     if args.input_size:
         options["input_size"] = args.input_size
     weights = parse_weights(args.weights, models)
     load = {name: options | {"weights": weights[name]} for name in models}
-    return (perturb if args.perturb else study)(args, models, load)
+    return (perturb if args.perturb else study)(args, load)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -21,8 +21,6 @@ MODEL_REMEDIES = {
     "weights": "give a file by --weights NAME=FILE, or random weights by --weights random",
     "device": "name another by --device",
     "no gpu": "use --device cpu",
-    "workers": "lower --workers; 0 takes no further processes",
-    "stuck": "is the storage of the images still there? --workers 0 reads without processes",
     "one image": "use --device cpu or --precision bf16",
     "broken features": "check the weights (python -m g2l.models NAME --check FILE), or use "
     "--precision fp32",

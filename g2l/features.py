@@ -85,7 +85,9 @@ class ImageReader(torch.utils.data.IterableDataset):
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            _note(error, problems)
+            if of_the_machine(error) or of_the_machine(error.__cause__):
+                raise
+            problems.append(str(error) or type(error).__name__)
             return
         if not count:
             problems.append("holds no images")

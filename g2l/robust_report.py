@@ -98,6 +98,7 @@ class Readings:
         self.cells = self.of("cell")
         self.deciding = self.of("deciding")[0]["value"]
         self.readable = self.deciding >= DECIDING
+        self.blind = self.values("index", "chance", k=self.k).mean()
 
     def of(self, metric: str, **want: Any) -> list[dict]:
         """The rows of a metric whose fields are as wanted."""
@@ -199,12 +200,12 @@ def index_column(held: Readings, k: int) -> list[str]:
 
 def behind(held: Readings) -> str:
     """The bounded index, and how well class and centre are told."""
-    blind = held.values("index", "chance", k=held.k).mean()
     rows = []
     for name in [*held.models, "chance"]:
         cells = [held.show(m, name, k=held.k) for m in ("bounded", "knn_class", "knn_center")]
         cells += [held.show(m, name) for m in ("probe_class", "probe_center")]
-        rows.append([name, two(held.values("index", name, k=held.k).mean() / blind), *cells])
+        index = held.values("index", name, k=held.k).mean()
+        rows.append([name, two(index / held.blind), *cells])
     head = "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre"
     return (
         f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy "
@@ -217,12 +218,12 @@ def behind(held: Readings) -> str:
 
 def over_patients(held: Readings) -> str:
     """Each index with its interval against chance, then the difference of each pair of models."""
-    blind = held.values("index", "chance", k=held.k).mean()
     rows: list[Sequence[str]] = []
     for row in held.of("index_interval", k=held.k) + held.of("index_difference", k=held.k):
-        name, other, interval, reading = row["model"], row["other"], "–", "too few patients to tell"
+        name, other = row["model"], row["other"]
+        interval, reading = "–", "too few patients to tell"
         if row["low"] is not None:
-            start = 0 if other else blind
+            start = 0 if other else held.blind
             word = "above" if row["low"] > start else "not clearly apart from"
             word = "below" if row["high"] < start else word
             reading = f"{word} {other or 'chance'}" if held.readable else "withheld"
@@ -283,23 +284,10 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
     return text
 
 
-def bare(text: str) -> str:
-    """Markdown as plain text."""
-    return re.sub(r"\\(\W)|</?u>|\*+|^#+ ", r"\1", text).strip()
-
-
-def aligned(text: str) -> str:
-    """Markdown for a terminal: no emphasis, table columns of one width."""
-    out: list[str] = []
-    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] == "|"):
-        # A line that is of no table is a row of one cell.
-        rows = [re.split(r"(?<!\\)\|", line)[1:-1] if is_table else [line] for line in lines]
-        if is_table:
-            del rows[1]  # the rule below the head
-        plain = [[bare(cell) for cell in row] for row in rows]
-        width = [max(map(len, column)) for column in zip(*plain, strict=True)]
-        out += ["  ".join(map(str.ljust, row, width)).rstrip() for row in plain]
-    return "\n".join(out)
+def plain(text: str) -> str:
+    """Markdown for a terminal: without markup, cells of tables 18 characters apart."""
+    markup = r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ "
+    return re.sub(markup, r"\1", text.replace(" | ", "\t")).expandtabs(18)
 
 
 def draw_index(title: str, counts: dict[str, list[ndarray]]):
@@ -324,14 +312,14 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
 
 
 def draw_map(title: str, benchmark: Benchmark, x: dict[str, ndarray], rows: ndarray, method: str):
-    """Each model's embedding of `rows` in two dimensions, coloured by class and by centre."""
+    """Embeddings x of each model of `rows` in two dimensions, coloured by class and by centre."""
     views = {
         "class": np.array(benchmark.classes)[benchmark.labels[rows]],
         "centre": np.array(benchmark.centers)[rows],
     }
     figure, axes = canvas(len(x), 2, 5.2, 3.4)
     for (name, array), pair in zip(x.items(), axes, strict=True):
-        flat = flatten(array[rows], method)
+        flat = flatten(array, method)
         for axis, (by, values) in zip(pair, views.items(), strict=True):
             looks = itertools.cycle(itertools.product("osD^v", COLORS))
             for value, (marker, color) in zip(np.unique(values), looks, strict=False):

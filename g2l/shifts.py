@@ -70,16 +70,14 @@ def rescale(image: ndarray, strength: float) -> ndarray:
     from PIL import Image
 
     height, width = image.shape[:2]
-    inner = min(1, 1 / strength)
+    inner, outer = min(1, 1 / strength), min(1, strength)
     h, w = round(height * inner), round(width * inner)
     top, left = (height - h) // 2, (width - w) // 2
     part = Image.fromarray(image[top : top + h, left : left + w])
-    outer = min(1, strength)
     size = round(width * outer), round(height * outer)
     changed = np.asarray(part.resize(size, Image.Resampling.BICUBIC))
-    gaps = height - size[1], width - size[0]
-    pad = [(gap // 2, gap - gap // 2) for gap in gaps]
-    return np.pad(changed, [*pad, (0, 0)], mode="symmetric")
+    gaps = np.subtract(image.shape, changed.shape)
+    return np.pad(changed, [(gap // 2, gap - gap // 2) for gap in gaps], mode="symmetric")
 
 
 def unit(x: ndarray) -> ndarray:
