@@ -207,14 +207,12 @@ class Slide:
             return self._tile(level, y // h, x // w)
 
         def tile(row, column):
-            key = level, row, column
-            try:
-                if strict:
-                    return self._recent.get(key, lambda: self._tile(*key))
-                return self._tile(*key)  # a draft asks for each once
+            if strict:
+                key = level, row, column
+                return self._recent.get(key, lambda: self._tile(*key))
+            try:  # a draft asks for each once
+                return self._tile(level, row, column)
             except PatchError as error:
-                if strict:
-                    raise
                 left, top = (round(n * level.downsample) for n in (column * w, row * h))
                 self.damaged.append(f"x={left}, y={top}: {error}")
                 return np.full((h, w, 3), 255, np.uint8)
@@ -331,20 +329,17 @@ def level_factor(
     several such factors a power of two is believed, if it is the only one. Else it is the mean of
     both ratios, if they agree as well as rounding lets them.
     """
-    ratios = [large / small for large, small in zip(whole, level, strict=True)]
-    fits = []
-    for factor in range(1, 2 * math.ceil(max(ratios)) + 1):
-        for large, small, side in zip(whole, level, tile, strict=True):
-            padded = -(-large // (factor * side)) * side
-            if small not in (large // factor, -(-large // factor), padded):
-                break
-        else:
-            fits.append(factor)
-    fits = [factor for factor in fits if factor & (factor - 1) == 0] or fits
-    if len(fits) == 1:
-        return float(fits[0])
-    slack = min(1 / level[0] + 1 / level[1], 0.02)
-    return sum(ratios) / 2 if abs(ratios[0] / ratios[1] - 1) <= slack else None
+    large, small, side = np.array([whole, level, tile])
+    ratios = large / small
+    factors = np.arange(1, 2 * math.ceil(ratios.max()) + 1)[:, None]
+    padded = -(-large // (factors * side)) * side
+    fits = (small == large // factors) | (small == -(-large // factors)) | (small == padded)
+    whole_factors = factors[fits.all(axis=1), 0].tolist()
+    powers = [factor for factor in whole_factors if factor & (factor - 1) == 0]
+    if len(powers or whole_factors) == 1:
+        return float((powers or whole_factors)[0])
+    agree = abs(ratios[0] / ratios[1] - 1) <= min((1 / small).sum(), 0.02)
+    return float(ratios.mean()) if agree else None
 
 
 def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
@@ -352,24 +347,22 @@ def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
 
     Implausible values are refused, which the second value then says.
     """
-    tag = "TIFF resolution tags"
     names = "openslide.mpp-x", "openslide.mpp-y", "aperio.MPP"
     x, y, aperio = (_number(properties.get(name, "")) for name in names)
     if x > 0 and y > 0 and abs(math.log(x / y)) > 0.02:
         return None, f"pixels are not square: {x:.4g} x {y:.4g} µm"
-    generic = properties.get("openslide.vendor") == "generic-tiff"
     units = {"centimeter": 1e4, "inch": 25400.0}
     unit = units.get(properties.get("tiff.ResolutionUnit", "").lower(), math.nan)
     resolution = _number(properties.get("tiff.XResolution", ""))
+    # OpenSlide's own are those tags in a generic TIFF, and often hold 72 dots per inch: 352.8 µm.
+    own = (
+        math.nan if properties.get("openslide.vendor") == "generic-tiff" else math.sqrt(abs(x * y))
+    )
     candidates = [
         (_ome_size(properties.get("tiff.ImageDescription", "")), "OME PhysicalSizeX", 100),
-        # Tags often hold 72 dots per inch: 352.8 µm.
-        (
-            math.sqrt(max(x, 0) * max(y, 0)) or math.nan,
-            *((tag, 10) if generic else ("openslide.mpp-x", 100)),
-        ),
+        (own, "openslide.mpp-x", 100),
         (aperio, "aperio.MPP", 100),
-        (unit / (resolution or math.nan), tag, 10),
+        (unit / (resolution or math.nan), "TIFF resolution tags", 10),
     ]
     refused = ""
     for value, source, most in candidates:
@@ -382,11 +375,10 @@ def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
 
 def _ome_size(description: str) -> float:
     """PhysicalSizeX in µm, NaN where it is missing or no length."""
-    size = re.search(r'PhysicalSizeX="([\d.eE+-]+)"', description)
-    unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', description)
-    name = re.sub("[\u00b5\u03bc]", "u", html.unescape(unit[1])) if unit else "um"
-    factors = {"nm": 1e-3, "um": 1, "mm": 1e3, "cm": 1e4, "m": 1e6}
-    return _number(size[1]) * factors.get(name, math.nan) if size else math.nan
+    found = dict(re.findall(r'(PhysicalSizeX|PhysicalSizeXUnit)="([^"]+)"', description))
+    unit = html.unescape(found.get("PhysicalSizeXUnit", "um"))
+    factors = {"nm": 1e-3, "um": 1, "\u00b5m": 1, "\u03bcm": 1, "mm": 1e3, "cm": 1e4, "m": 1e6}
+    return _number(found.get("PhysicalSizeX", "")) * factors.get(unit, math.nan)
 
 
 def _number(text: str) -> float:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -182,10 +183,9 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
     side = max(8, patch_size // 8 * 2)  # px of a patch when measured
     factor = size0 / side
     blur = np.zeros(len(coords), np.float32)
-    blocks = coords // (16 * size0)
-    order = np.lexsort(blocks.T)
-    changes = np.diff(blocks[order], axis=0).any(axis=1)
-    for members in np.split(order, np.flatnonzero(changes) + 1):
+    _, blocks = np.unique(coords // (16 * size0), axis=0, return_inverse=True)
+    for block in range(blocks.max() + 1):
+        members = np.flatnonzero(blocks == block)
         origin = coords[members].min(axis=0)
         places = coords[members] - origin
         places = (places / factor).round().astype(int)
@@ -193,11 +193,8 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
         w, h = (places.max(axis=0) + side).tolist()
         image = slide.area(x0, y0, w * factor, h * factor, w, h, draft=True)
         green = image[..., 1].astype(np.float32)
-        patches = []
-        for x, y in places.tolist():
-            rows = green[y : y + side]
-            patches.append(rows[:, x : x + side])
-        fine = np.stack(patches)
+        squares = sliding_window_view(green, (side, side))
+        fine = squares[places[:, 1], places[:, 0]]
         coarse = fine[:, ::2] + fine[:, 1::2]
         coarse = coarse[..., ::2] + coarse[..., 1::2]
         # 10: noise of compression, all that strong blur leaves.
