@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
     )
     add_cohort_arguments(parser.add_argument_group("cohort"))
+    add_grid_arguments(parser.add_argument_group("magnification"))
     add_patch_arguments(parser)
     download = parser.add_argument_group("download from the GDC")
     flag(
@@ -155,9 +156,8 @@ def add_cohort_arguments(group) -> None:
     flag(group, "--seed N", "another seed draws another sample", 0, type=int)
 
 
-def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
-    """How patches lie on a slide, which are kept, and what is written of them."""
-    group = parser.add_argument_group("magnification")
+def add_grid_arguments(group) -> None:
+    """How patches lie on a slide."""
     flag(
         group,
         "--mpp UM",
@@ -185,6 +185,10 @@ def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
         "--assume-mpp UM",
         "µm per pixel of slides that do not state it (default: skip them)",
     )
+
+
+def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which patches are kept, and what is written of them."""
     group = parser.add_argument_group("tissue and quality of a patch")
     flag(group, "--min-tissue SHARE", "least share of tissue", 0.5)
     flag(
@@ -553,6 +557,14 @@ def discard(slide: CohortSlide, job: Job, row: Mapping) -> None:
         slide.path.parent.rmdir()
 
 
+def renew_contact_sheet(folder: Path) -> None:
+    """Draw contact.jpg where it is not the one of this slides.csv, whose time it gets."""
+    sheet, now = folder / "contact.jpg", (folder / "slides.csv").stat().st_mtime_ns
+    if not sheet.exists() or sheet.stat().st_mtime_ns != now:
+        write_contact_sheet(folder)
+        os.utime(sheet, ns=(now, now))
+
+
 def summarize(slides: list[CohortSlide], job: Job) -> int:
     """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
@@ -563,11 +575,8 @@ def summarize(slides: list[CohortSlide], job: Job) -> int:
             text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
             raise UserError(text, "settings")
     write_clam_list(job.folder)
-    sheet, now = job.folder / "contact.jpg", (job.folder / "slides.csv").stat().st_mtime_ns
-    # It gets the time of the table that it shows, so that a stale or harmed one is known.
-    if done and not (sheet.exists() and sheet.stat().st_mtime_ns == now):
-        write_contact_sheet(job.folder)
-        os.utime(sheet, ns=(now, now))
+    if done:
+        renew_contact_sheet(job.folder)
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed[:10]:
         print(f"failed: {row['slide']}: {row['reason']}")
@@ -579,7 +588,7 @@ def summarize(slides: list[CohortSlide], job: Job) -> int:
         f"{len(rows) - len(done) - len(failed)} skipped, {len(failed)} failed; "
         f"{sum(int(row['patches']) for row in done):,} patches; see {job.folder}/slides.csv"
     )
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -210,16 +210,13 @@ def _named_slides(
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
     for row in rows:
-        for parent in (Path(), manifest.parent, folder, folder / row.id):
-            path = Path(os.path.abspath(parent / row.path))
-            if path.is_file():
-                row.path = places.setdefault(str(path), path)
-                break
-    called: dict[str, set[str]] = defaultdict(set)  # names of slides, by what may mean them
+        parents = Path(), manifest.parent, folder, folder / row.id
+        found = filter(Path.is_file, (Path(os.path.abspath(p / row.path)) for p in parents))
+        row.path = next(found, row.path)
+        if row.path.is_file():
+            places.setdefault(str(row.path), row.path)
     named = name_slides(places.values())
-    for name, path in named.items():
-        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
-            called[key].add(name)
+    called = _calls(named)
     slides, missing = {}, []
     for row in rows:
         keys = (os.path.abspath(row.path), row.path.name, slide_name(row.path))
@@ -236,6 +233,15 @@ def _named_slides(
         count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
         raise UserError(f"{manifest}: {count}", "slides")
     return list(slides.values()), missing
+
+
+def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
+    """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
+    called: dict[str, set[str]] = defaultdict(set)
+    for name, path in named.items():
+        for key in (os.path.abspath(path), name, path.name, slide_name(path)):
+            called[key].add(name)
+    return called
 
 
 def join_copies(slides: list[CohortSlide]) -> list[str]:

@@ -72,30 +72,33 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
     if not any(lines):
         return {}
     mark = separator(lines[0])
-    header = cells_of(lines[0], mark)
-    former = COLUMNS[:-2]  # of tables from before there were checksums
-    wanted = former if len(header) <= len(former) else COLUMNS
-    missing = [column for column in wanted if column not in header]
-    if missing:
-        fault = f"{path}: no column {', '.join(missing)} in its first line"
-        if damaged is None or len(header) != len(COLUMNS):
-            raise UserError(fault, "table")
-        damaged.append(fault)
-        header = list(COLUMNS)  # each row proves by its checksum that this is right
+    header = _header(path, cells_of(lines[0], mark), damaged)
     rows = {}
     for number, line in enumerate(lines[1:], 2):
         cells = cells_of(line, mark)
-        if not any(cells):
-            continue
-        row = dict(zip(header, cells, strict=False))
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells, strict=False))
         fault = _fault(row) if len(cells) == len(header) else f"{len(cells)} values"
         if not fault:
-            rows[row["slide"]] = {column: row.get(column, "") for column in COLUMNS}
-        elif damaged is None:
-            raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
-        else:
+            rows[row["slide"]] = {column: row[column] for column in COLUMNS}
+        elif any(cells):
+            if damaged is None:
+                raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
             damaged.append(f"{path}, line {number}: {fault}")
     return rows
+
+
+def _header(path: Path, header: list[str], damaged: list[str] | None) -> list[str]:
+    """The names of the columns, as they must be where their own line is damaged."""
+    former = COLUMNS[:-2]  # of tables from before there were checksums
+    wanted = former if len(header) <= len(former) else COLUMNS
+    missing = [column for column in wanted if column not in header]
+    if not missing:
+        return header
+    fault = f"{path}: no column {', '.join(missing)} in its first line"
+    if damaged is None or len(header) != len(COLUMNS):
+        raise UserError(fault, "table")
+    damaged.append(fault)
+    return list(COLUMNS)  # each row proves by its checksum that this is right
 
 
 def cells_of(line: str, mark: str, **options) -> list[str]:
@@ -119,7 +122,7 @@ def _fault(row: dict[str, str]) -> str:
     for column, pattern in DONE.items() if row["status"] == "done" else ():
         if not re.fullmatch(pattern, row[column]):
             return f"{column} {row[column]!r}"
-    if row.get("check", "") not in ("", _check(row)):
+    if row["check"] not in ("", _check(row)):
         return "its checksum is another"
     return ""
 

@@ -119,9 +119,7 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         if slide.mpp is None and settings.assume_mpp:
             slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
         row |= _facts(slide)
-        pixels = slide.width * slide.height
-        if len(slide.levels) == 1 and pixels > max(1e9, 300 * row["bytes"]):  # a bomb
-            raise UserError(f"{path}: {pixels:,} px in {row['bytes']:,} bytes are no tissue")
+        _refuse_bomb(slide, row["bytes"])
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
@@ -143,6 +141,13 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
         "unreadable": len(errors),
         "warnings": "; ".join(tiling.warnings),
     }
+
+
+def _refuse_bomb(slide: Slide, size: int) -> None:
+    """UserError for gigapixels of nothing in a file of `size` bytes, which would be read whole."""
+    pixels = slide.width * slide.height
+    if len(slide.levels) == 1 and pixels > max(1e9, 300 * size):
+        raise UserError(f"{slide.path}: {pixels:,} px in {size:,} bytes are no tissue")
 
 
 def _facts(slide: Slide) -> dict[str, Any]:
@@ -186,24 +191,30 @@ def is_finished(
 ) -> bool:
     """Whether nothing is left to do for a slide: its row fits, and its files are those that were
     written (else a note can `tell` which is not); failed ones are tried again.
-
-    A shard may be gone if none is asked for: then the slide must be the one that was tiled.
     """
     if not row or row["status"] == "failed" or not job.settings.made(row, source):
         return False
     if row["bytes"] != str(source.size) and (source.size or row["status"] == "skipped"):
         return False
-    outputs = Outputs.of(job.folder, source.name)
     if not row["seals"]:  # a table from before there were any
-        return row["status"] == "skipped" or outputs.coords.exists()
-    slide, *files = row["seals"].split()
+        return row["status"] == "skipped" or Outputs.of(job.folder, source.name).coords.exists()
+    harmed = _harmed_file(source, row["seals"].split(), job)
+    if harmed and tell:
+        print(f"note: {harmed} has changed or is lost; its slide is done anew", flush=True)
+    return not harmed
+
+
+def _harmed_file(source: CohortSlide, seals: list[str], job: Job) -> Path | None:
+    """The first file that is not what was sealed.
+
+    A shard may be gone if none is asked for: then the slide must be the one that was tiled.
+    """
+    outputs = Outputs.of(job.folder, source.name)
     sharded = job.settings.jpeg_quality or outputs.shard.exists()
-    if not sharded and source.path.exists() and digest(stamp(source.path)) != slide:
-        return False
-    for path, known in zip(outputs, files, strict=True):
+    if not sharded and source.path.exists() and digest(stamp(source.path)) != seals[0]:
+        return source.path
+    for path, known in zip(outputs, seals[1:], strict=True):
         needed = sharded or path != outputs.shard
         if needed and not _seal(path, known).startswith(known.split(":")[0]):
-            if tell:
-                print(f"note: {path}: lost or damaged; its slide is done anew", flush=True)
-            return False
-    return True
+            return path
+    return None
