@@ -8,8 +8,8 @@ cohort, batches cross slides, and the device waits for nobody. data/tiles/<cance
 features_<model>/<slide>.h5, in the layout that TRIDENT and CLAM read.
 
 The story: `missing` says what is to do, `stream` reads it, computes and writes, each in processes
-or threads of its own, `finish_shared` puts together slides that several ranks worked on, and
-`report` writes the table and what other tools want.
+or threads of its own, `report` and `export` write the table and what other tools want, and `draw`
+makes the pictures.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ def write(target: SlideFeatures, first: int, block: Block, finish: bool) -> floa
     Returns the seconds it took.
     """
     start = time.monotonic()
-    features, readable = block
-    target.write_part(first, first + np.flatnonzero(readable), features[readable])
+    target.write_part(first, *block)
     if finish:
         target.finish()
     return time.monotonic() - start
@@ -245,13 +244,6 @@ def stream(
     told["writing"] += sum(job.result() for job in jobs)
     told["network"] = time.monotonic() - start - told["waiting"]
     return told, problems
-
-
-def finish_shared(targets: dict[int, SlideFeatures]) -> None:
-    """Put together the slides that several ranks, or several runs, worked on."""
-    for target in targets.values():
-        if target.state() != "done":
-            target.finish()
 
 
 def report(
@@ -424,7 +416,9 @@ def run(args: argparse.Namespace) -> int:
     lost = 0
     if rank == 0:
         for name in models:
-            finish_shared(targets[name])
+            for target in targets[name].values():  # slides of several ranks, or several runs
+                if target.state() != "done":
+                    target.finish()
         tell([part for part, _ in parts], time.monotonic() - start)
         for _, others in parts:
             problems |= others
