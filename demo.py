@@ -196,7 +196,7 @@ def lay_ground(
     turn = rng.uniform(0, np.pi)
     along = x * np.cos(turn) + y * np.sin(turn)
     across = y * np.cos(turn) - x * np.sin(turn) + bend
-    fibres = strands[across.astype(int) % 1024, along.astype(int) % 1024]
+    fibres = strands[across.astype(int) & 1023, along.astype(int) & 1023]  # it repeats
     strong = np.maximum(fibres, -1.6)
     nothing = np.float32(0)
     eosin = [  # in the order of CLASSES, then the background

@@ -8,8 +8,8 @@ cohort, batches cross slides, and the device waits for nobody. data/tiles/<cance
 features_<model>/<slide>.h5, in the layout that TRIDENT and CLAM read.
 
 The story: `missing` says what is to do, `stream` reads it, computes and writes, each in processes
-or threads of its own, `finish_shared` puts together slides that several ranks worked on, and
-`report` writes the table and what other tools want.
+or threads of its own, `report` and `export` write the table and what other tools want, and `draw`
+makes the pictures.
 """
 
 from __future__ import annotations
@@ -103,6 +103,12 @@ def share_of(pieces: list[Piece], rank: int, world: int) -> list[Piece]:
     return [p for p, at in zip(pieces, middle, strict=True) if int(at * world / total) == rank]
 
 
+def numbers_of(index: PatchIndex, pieces: list[Piece]) -> np.ndarray:
+    """The patches of pieces, one after another, by their numbers in the index."""
+    spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
+    return np.concatenate([np.zeros(0, np.int64), *spans])
+
+
 def by_piece(blocks: Iterator[Block], pieces: list[Piece]) -> Iterator[tuple[Piece, *Block]]:
     """Blocks of a stream's rows, cut and put together to the pieces that it is made of."""
     held: list[Block] = []
@@ -125,8 +131,7 @@ def write(target: SlideFeatures, first: int, block: Block, finish: bool) -> floa
     Returns the seconds it took.
     """
     start = time.monotonic()
-    features, readable = block
-    target.write_part(first, first + np.flatnonzero(readable), features[readable])
+    target.write_part(first, *block)
     if finish:
         target.finish()
     return time.monotonic() - start
@@ -221,8 +226,7 @@ def stream(
     mine = share_of(every, *rank_and_world())
     shared = {piece.slide for piece in set(every) - set(mine)}
     pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
-    spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
-    numbers = np.concatenate([np.zeros(0, np.int64), *spans])
+    numbers = numbers_of(index, pieces)
     device = next(models[0].parameters()).device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
     workers = default_workers(args.workers, device)
@@ -245,13 +249,6 @@ def stream(
     told["writing"] += sum(job.result() for job in jobs)
     told["network"] = time.monotonic() - start - told["waiting"]
     return told, problems
-
-
-def finish_shared(targets: dict[int, SlideFeatures]) -> None:
-    """Put together the slides that several ranks, or several runs, worked on."""
-    for target in targets.values():
-        if target.state() != "done":
-            target.finish()
 
 
 def report(
@@ -396,6 +393,30 @@ def fold(model: Model) -> Model:
     return model
 
 
+def embed(
+    index: PatchIndex,
+    models: dict[str, Model],
+    targets: dict[str, dict[int, SlideFeatures]],
+    args: argparse.Namespace,
+) -> tuple[Told, dict[int, str]]:
+    """This rank's share of what each model lacks; returns what `stream` does, of all of it."""
+    # Models that lack the same slides read each patch once.
+    streams: dict[tuple[int, ...], list[str]] = {}
+    for name in models:
+        streams.setdefault(tuple(missing(targets[name], args.redo)), []).append(name)
+    told: Told = Counter()
+    problems: dict[int, str] = {}
+    for todo, names in streams.items():
+        if rank_and_world()[0] == 0:
+            count = f"{len(todo)} of {len(index.slides)} slides to do"
+            print(f"{', '.join(names)}: {count}", flush=True)
+        together = [models[name] for name in names]
+        found = stream(index, together, [targets[name] for name in names], list(todo), args)
+        told += found[0]
+        problems |= found[1]
+    return told, problems
+
+
 def run(args: argparse.Namespace) -> int:
     """Embed what is missing; the exit status."""
     if args.pt and args.precision_out == "fp16":
@@ -405,37 +426,36 @@ def run(args: argparse.Namespace) -> int:
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
     models = load_models(args)
     targets = {name: targets_of(index, name, model, stored) for name, model in models.items()}
-    # Models that lack the same slides read each patch once.
-    streams: dict[tuple[int, ...], list[str]] = {}
-    for name in models:
-        streams.setdefault(tuple(missing(targets[name], args.redo)), []).append(name)
-    told: Told = Counter()
-    problems: dict[int, str] = {}
     start = time.monotonic()
-    for todo, names in streams.items():
-        if rank == 0:
-            names_todo = f"{', '.join(names)}: {len(todo)} of {len(index.slides)} slides to do"
-            print(names_todo, flush=True)
-        together = [models[name] for name in names]
-        found = stream(index, together, [targets[name] for name in names], list(todo), args)
-        told += found[0]
-        problems |= found[1]
+    told, problems = embed(index, models, targets, args)
     parts = gather_values((told, problems))  # and so all have written their parts
     lost = 0
     if rank == 0:
-        for name in models:
-            finish_shared(targets[name])
         tell([part for part, _ in parts], time.monotonic() - start)
         for _, others in parts:
             problems |= others
         for name in models:
-            folder = index.folder / f"features_{name}"
-            lost += report(index, folder, targets[name], problems, args)
-            draw(index, name, targets[name], args)
+            lost += finish(index, name, targets[name], problems, args)
         if args.compare:
             compare(args, len(index))
     leave_distributed()
     return int(lost > 0)
+
+
+def finish(
+    index: PatchIndex,
+    name: str,
+    targets: dict[int, SlideFeatures],
+    problems: dict[int, str],
+    args: argparse.Namespace,
+) -> int:
+    """What is left to do of a model when all ranks have written; patches and slides lost."""
+    for target in targets.values():  # slides of several ranks, or several runs
+        if target.state() != "done":
+            target.finish()
+    lost = report(index, index.folder / f"features_{name}", targets, problems, args)
+    draw(index, name, targets, args)
+    return lost
 
 
 def place(text: str) -> tuple[int, int]:

@@ -93,10 +93,11 @@ class SlideFeatures:
         """The file of the part that begins with patch `first`."""
         return Path(f"{self.name}.{first:08d}.npz")
 
-    def write_part(self, first: int, rows: ndarray, features: ndarray) -> None:
-        """Keep features (n, D) float32 of the patches `rows` (n,), the readable ones of a part."""
+    def write_part(self, first: int, features: ndarray, readable: ndarray) -> None:
+        """Keep features (n, D) float32 of the patches from `first` on that were readable (n,)."""
+        rows = first + np.flatnonzero(readable)
         with atomic(self.part(first)) as temporary:
-            np.savez(temporary, rows=rows, features=features)
+            np.savez(temporary, rows=rows, features=features[readable])
 
     def finish(self) -> None:
         """Write the file, if all parts are there and any patch could be read.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy import ndarray
 import kernels
 from g2l.embeddings import Coordinates, read_features
 from g2l.errors import UserError
-from g2l.files import atomic, read_table
+from g2l.files import read_table, write_text
 from g2l.patches import PatchIndex
 from g2l.pictures import canvas, draw_sheet
 from g2l.slides import Slide
@@ -62,14 +63,18 @@ def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
 
 def read_scores(path: Path, slide: str) -> tuple[ndarray, ndarray]:
     """Corners (n, 2) and values (n,) of a slide's patches from a table slide,x,y,value."""
-    rows = [r for r in read_table(path, ["slide", "x", "y", "value"]) if r["slide"] == slide]
-    if not rows:
+    corners, values = [], []
+    for row in read_table(path, ["slide", "x", "y", "value"]):
+        if row["slide"] != slide:
+            continue
+        try:
+            corners.append((int(row["x"]), int(row["y"])))
+            values.append(float(row["value"]))
+        except ValueError as error:
+            raise UserError(f"{path}, slide {slide}: {error}; x, y, value are numbers") from error
+    if not values:
         raise UserError(f"{path}: holds no row of slide {slide}")
-    try:
-        found = np.array([[float(row[name]) for name in ("x", "y", "value")] for row in rows])
-    except ValueError as error:
-        raise UserError(f"{path}, slide {slide}: {error}; x, y and value are numbers") from error
-    return found[:, :2].astype(int), found[:, 2]
+    return np.array(corners), np.array(values)
 
 
 def colored(values: ndarray) -> ndarray:
@@ -83,7 +88,12 @@ def colored(values: ndarray) -> ndarray:
 
 
 def paint(
-    slide: Slide, coords: ndarray, side: int, values: ndarray, title: str, query: int | None = None
+    slide: Slide,
+    coords: ndarray,
+    side: int,
+    values: ndarray,
+    title: str,
+    query: int | None = None,
 ):
     """A figure: the slide, and beside it its patches in colours through which tissue is seen.
 
@@ -98,10 +108,11 @@ def paint(
     scale = image.shape[1] / slide.width
     gray = image.mean(2, keepdims=True) / 255
     picture = np.repeat(0.5 + 0.5 * gray, 3, 2)
-    corners = np.concatenate([coords, coords + side], axis=1) * scale
-    places = corners.round().astype(int).tolist()
-    for (left, top, right, bottom), color in zip(places, colored(values), strict=True):
-        part = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
+    first = (coords * scale).round().astype(int)
+    last = ((coords + side) * scale).round().astype(int)
+    last = np.maximum(last, first + 1)
+    for (left, top), (right, bottom), color in zip(first, last, colored(values), strict=True):
+        part = np.s_[top:bottom, left:right]
         picture[part] = color * (0.35 + 0.65 * gray[part])
     height, width = 7 * np.array(image.shape[:2]) / max(image.shape[:2])  # inches
     figure, axes = canvas(1, 2, max(width, 3), height + 0.5)
@@ -109,9 +120,8 @@ def paint(
         axis.imshow(shown)
         axis.axis("off")
         if query is not None:
-            corner = coords[query] * scale
-            frame = Rectangle(corner, side * scale, side * scale, fill=False, color="red", lw=1.5)
-            axis.add_patch(frame)
+            corner, wide = coords[query] * scale, side * scale
+            axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="red", lw=1.5))
     if values.ndim == 1:
         scaled = ScalarMappable(Normalize(values.min(), values.max()), COLORS)
         figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6)
@@ -120,33 +130,45 @@ def paint(
 
 
 def write_tiles(
-    path: Path, slide: Slide, coords: ndarray, side: int, values: ndarray, name: str
+    path: Path,
+    slide: Slide,
+    coords: ndarray,
+    side: int,
+    values: ndarray,
+    name: str,
 ) -> None:
     """GeoJSON that QuPath opens: a detection for each patch, with its colour and its value."""
     features = []
-    ring = np.array([[0, 0], [side, 0], [side, side], [0, side], [0, 0]]) - slide.origin
+    ring = side * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) - slide.origin
     colors = (255 * colored(values)).round().astype(int).tolist()
     for corner, color, value in zip(coords, colors, values, strict=True):
-        properties = {"objectType": "detection", "color": color}
+        square = (corner + ring).tolist()
+        feature: dict[str, Any] = {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [square]},
+            "properties": {"objectType": "detection", "color": color},
+        }
         if values.ndim == 1:
-            properties["measurements"] = {name: float(value)}
-        square = {"type": "Polygon", "coordinates": [(corner + ring).tolist()]}
-        features.append({"type": "Feature", "geometry": square, "properties": properties})
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+            feature["properties"]["measurements"] = {name: float(value)}
+        features.append(feature)
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def typical(features: ndarray, count: int) -> ndarray:
     """Rows of up to `count` patches, each of another kind: the nearest to k-means' centres."""
     from sklearn.cluster import KMeans
 
-    sample = torch.from_numpy(np.asarray(features, np.float32))
-    centres = KMeans(min(count, len(sample)), random_state=0, n_init=1).fit(sample).cluster_centers_
-    return np.unique(np.asarray(kernels.knn(sample, 1, torch.from_numpy(centres).float())))
+    kinds = KMeans(min(count, len(features)), random_state=0, n_init=1).fit(features)
+    centres = torch.from_numpy(kinds.cluster_centers_.astype(np.float32))
+    nearest = kernels.knn(torch.from_numpy(features), 1, centres)
+    return np.unique(np.asarray(nearest))
 
 
 def nearest_over(
-    cohort: Sequence[tuple[str, ndarray]], queries: ndarray, owners: Sequence[str], k: int
+    cohort: Sequence[tuple[str, ndarray]],
+    queries: ndarray,
+    owners: Sequence[str],
+    k: int,
 ) -> ndarray:
     """The k nearest patches of a cohort to queries (Q, D), by cosine, exactly.
 
@@ -165,7 +187,13 @@ def nearest_over(
     return np.take_along_axis(every, order, 2)
 
 
-def draw_similar(index: PatchIndex, files: dict[int, Path], model: str, queries: int, k: int):
+def draw_similar(
+    index: PatchIndex,
+    files: dict[int, Path],
+    model: str,
+    queries: int,
+    k: int,
+):
     """A figure: typical patches of a cohort, each with the k nearest patches of other patients.
 
     files: of features, by the number of the slide.

@@ -136,7 +136,6 @@ def ours(index: PatchIndex, model: Model, out: Path, workers: int = 1) -> dict:
     args = embed.build_parser().parse_args(line)
     targets = embed.targets_of(index, "bench", model, "float32")
     told, _ = embed.stream(index, [model], [targets], list(targets), args)
-    embed.finish_shared(targets)
     index.folder = tiles
     return told
 
