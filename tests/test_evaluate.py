@@ -511,8 +511,10 @@ def test_names_from_outside_stay_text(folder, weights, capsys):
 
 def test_results_that_cannot_be_written_are_an_error_without_a_traceback(folder, capsys):
     (folder.parent / "results").write_text("a file")
-    assert go(folder, "--no-pictures") == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    with pytest.raises(SystemExit) as stop:
+        go(folder, "--no-pictures")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "is a file; give its folder" in last
 
 
 def test_report_links_nothing_that_is_not_there(folder, weights):

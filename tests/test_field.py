@@ -23,7 +23,7 @@ def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:
     neighbors, distances = nearest(x, fold, 15)
     votes = np.where(neighbors < 0, -1, labels[neighbors])
     guess = vote(votes, distances, classes)
-    scores = [linear_probe(x, labels, fold, classes, seed)[0] for seed in range(2)]
+    scores = [probe[0] for probe in linear_probe(x, labels, fold, classes, 2)]
     return Given(x, labels, groups, fold, guess, votes, distances, scores, classes, "cpu")
 
 
