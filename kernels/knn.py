@@ -66,7 +66,8 @@ def knn(
     _check_groups(base, query, groups, query_groups)
     # The operator's first call imports Dynamo, which takes seconds.
     run = _search_op if torch.compiler.is_compiling() else _search
-    distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
+    inputs = (base.detach(), int(k), query, groups, query_groups, metric)
+    distance, index, _ = run(*inputs)
     return (distance, index) if return_distance else index
 
 
@@ -137,7 +138,8 @@ def _first_copies(base, groups, copies):
     other = order[:-1][same]
     equal = (base[row] == base[other]).all()
     if groups is not None:
-        equal &= (groups[row] == groups[other]).all()
+        alike = groups[row] == groups[other]
+        equal &= alike.all()
     kept = torch.ones_like(order, dtype=torch.bool)
     kept[surplus] = False
     return kept.nonzero().squeeze(1) if equal else None

@@ -410,6 +410,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.slow
 @plain
 def test_in_the_interpreter():
     triton = pytest.importorskip("triton")
