@@ -11,9 +11,10 @@ Every path screens with a matrix product and proves its result:
 3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. For any
    other row all rows whose bound is not above its k-th distance are compared.
 
-In plain PyTorch, which is what runs on a CPU, the screen is in fp64, so that few rows need a
-rescan. Its least bounds are found from the top down: rows are put in sets of 8, these in sets of 8
-again, and only the members of the best sets are looked at. In Triton: knn_triton.py.
+In plain PyTorch, which is what runs on a CPU, few or wide rows are screened in fp64, so that few of
+them need a rescan, many narrow ones in fp32. The least bounds are found from the top down: rows are
+put in sets of 8, these in sets of 8 again, and only the members of the best sets are looked at. In
+Triton: knn_triton.py.
 """
 
 import numbers
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.bound import FP64, TINY, lower, operands, scaled
+from kernels.bound import FP32, FP64, TINY, lower, operands, scaled
 from kernels.dispatch import check_tensor, use_triton
 
 
@@ -147,12 +148,13 @@ def _first_copies(base, groups, copies):
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
 
-SPARE = 2  # candidates beyond k: room for rows whose order the screen cannot tell
-PANEL = 1024  # columns of scores whose minima are taken while they are in a core's cache
+SPARE = 6  # candidates beyond k: room for rows whose order the screen cannot tell
+PANEL = 2048  # columns of scores whose minima are taken while they are in a core's cache
 QUERIES = 192  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 CACHED = 2**17  # values of the rescan at a time
 SET = 8  # members of a set of the screen
+MANY, NARROW = 2048, 128  # rows and columns from and up to which fp32 and a rescan are faster
 
 
 def _differences(base, query, rows, candidates, metric):
@@ -184,9 +186,10 @@ class _Screen:
         self.groups = groups
         self.labels = labels
         self.n = len(base)
-        found = operands(base, query, metric, FP64)
+        fast = len(base) > MANY and base.shape[1] <= NARROW
+        found = operands(base, query, metric, FP32 if fast else FP64)
         q, b, self.squares_q, self.squares_b, self.gamma = found
-        self.half_q = lower(self.squares_q, self.gamma)
+        self.half_q = lower(self.squares_q, self.gamma).to(q.dtype)
         panels = ceil(self.n / PANEL)
         unit = SET**2
         self.panel = max(2, ceil(self.n / (panels * unit))) * unit
@@ -283,7 +286,7 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
     screen = _Screen(base, query, own, groups, labels, metric)
     for rows in torch.arange(queries, device=base.device).split(screen.height):
         columns, bound, error = screen.best(rows, k + SPARE)
-        distance = bound[:, :k].clone()
+        distance = bound[:, :k].double()
         index = columns[:, :k].clone()
         following = bound[:, 1 : k + 1]
         settled = ((bound + error)[:, :k] < following) | following.isinf()
