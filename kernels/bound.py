@@ -4,15 +4,15 @@ import math
 
 import torch
 
-FP64, TF32 = 2.0**-53, 2.0**-11  # units of rounding
+FP64, FP32, TF32 = 2.0**-53, 2.0**-24, 2.0**-11  # units of rounding
 FP32_CUT = 2.0**-22  # an addition in tensor cores, which cut at sums of 4 products and before each
 TINY = 2.0**-120  # more than a sum of 2,560 products of scaled rows loses to underflow
 
 
 def rounded(x, unit):
-    """x in fp64, or in fp32 rounded to nearest to TF32's 11 bits, where the hardware would cut."""
-    if unit == FP64:
-        return x.double()
+    """x in fp64 or fp32, for TF32 rounded to nearest to 11 bits, where the hardware would cut."""
+    if unit < TF32:
+        return x.double() if unit == FP64 else x.float()
     bits = x.float().view(torch.int32) + 0x1000
     return (bits & -0x2000).view(torch.float32)
 
@@ -39,13 +39,13 @@ def scaled(sides, dtype, by_row=False):
 def operands(base, query, metric, unit):
     """Rows q and b for the screen, their |q|^2 and |b|^2 (fp64), and gamma.
 
-    For fp64 the rows are taken as they are, else scaled; then they are centred (or, for cosine, of
+    For TF32 the rows are scaled, else taken as they are; then they are centred (or, for cosine, of
     length 1). `unit` is the rounding unit of the product's operands. For any order of summation the
     computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), and TINY
     for what is lost below fp32's range. gamma collects D additions, a few more roundings and the
     operands' own.
     """
-    addition = FP64 if unit == FP64 else FP32_CUT
+    addition = unit if unit < TF32 else FP32_CUT
     gamma = (base.shape[1] + 16) * addition + 2.02 * unit
     sides = [base] if query is base else [base, query]
     if metric == "cosine":
@@ -54,7 +54,7 @@ def operands(base, query, metric, unit):
         one = torch.ones((), dtype=torch.float64, device=base.device)
         squares = [one.expand(len(x)) for x in sides]
     else:
-        if unit != FP64:
+        if unit == TF32:
             sides, _ = scaled(sides, torch.float32)
         mean = sides[0].mean(0)
         sides = [rounded(x - mean, unit) for x in sides]

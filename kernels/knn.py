@@ -1,26 +1,30 @@
 """Exact nearest neighbours, leaving out those of the query's own group.
 
-Every path screens with a matrix product in low precision and proves its result:
+Every path screens with a matrix product and proves its result:
 
 0. Copies. Of equal rows of base in one group only the first k + 1 can be neighbours; the others
    are left out.
 1. Screen. For every pair a lower bound of the squared distance, |q|^2 + |b|^2 - 2 q.b less a bound
    on all rounding.
-2. Rescan. The rows with the least bounds again in fp64, ordered by (distance, index).
-3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. Any
-   other row is searched again without a screen.
+2. Rescan. Where that rounding could change the order, or the digits that are returned, differences
+   in fp64, ordered by (distance, index).
+3. Certificate. A row whose k-th distance lies below every bound that was dropped is exact. For any
+   other row all rows whose bound is not above its k-th distance are compared.
 
-On a CPU the least bounds are found from the top down: rows are put in sets of 8, these in sets of
-8 again, and only the members of the best sets are looked at. In Triton: knn_triton.py.
+In plain PyTorch, which is what runs on a CPU, few or wide rows are screened in fp64, so that few of
+them need a rescan, many narrow ones in fp32. The least bounds are found from the top down: rows are
+put in sets of 8, these in sets of 8 again, and only the members of the best sets are looked at. In
+Triton: knn_triton.py.
 """
 
-import math
 import numbers
+from math import ceil, inf
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kernels.bound import FP64, TINY, lower, operands, scaled
+from kernels.bound import FP32, FP64, TINY, lower, operands, scaled
 from kernels.dispatch import check_tensor, use_triton
 
 
@@ -63,7 +67,8 @@ def knn(
     _check_groups(base, query, groups, query_groups)
     # The operator's first call imports Dynamo, which takes seconds.
     run = _search_op if torch.compiler.is_compiling() else _search
-    distance, index, _ = run(base.detach(), int(k), query, groups, query_groups, metric)
+    inputs = (base.detach(), int(k), query, groups, query_groups, metric)
+    distance, index, _ = run(*inputs)
     return (distance, index) if return_distance else index
 
 
@@ -80,7 +85,7 @@ def _check_rows(name, x, base):
         )
     if torch.compiler.is_compiling():
         return
-    if not x.sum().isfinite() and not x.isfinite().all():
+    if not x.isfinite().all():
         raise ValueError(f"{name}: contains NaN or infinity")
 
 
@@ -114,7 +119,8 @@ def _first_copies(base, groups, copies):
 
     Rows are told apart by a polynomial of their bits modulo 2^64, and those with one key compared.
     """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = sizes[base.element_size()]
     powers = torch.full((base.shape[1],), MIX, device=base.device).cumprod(0)
     keys = []
     for part in base.split(2**16):
@@ -124,40 +130,47 @@ def _first_copies(base, groups, copies):
     if groups is not None:
         key += groups * (MIX >> 1)
     key, order = key.sort(stable=True)
-    surplus = order[copies:][key[copies:] == key[:-copies]]
+    again = key[copies:] == key[:-copies]
+    surplus = order[copies:][again]
     if len(surplus) == 0:
         return None
     same = key[1:] == key[:-1]
-    row, other = order[1:][same], order[:-1][same]
+    row = order[1:][same]
+    other = order[:-1][same]
     equal = (base[row] == base[other]).all()
     if groups is not None:
-        equal &= (groups[row] == groups[other]).all()
-    kept = torch.ones_like(order, dtype=torch.bool).index_fill_(0, surplus, False)
+        alike = groups[row] == groups[other]
+        equal &= alike.all()
+    kept = torch.ones_like(order, dtype=torch.bool)
+    kept[surplus] = False
     return kept.nonzero().squeeze(1) if equal else None
 
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
 
-SPARE = 2  # candidates beyond k: room for rows whose order the screen cannot tell
-PANEL = 1024  # columns of scores whose minima are taken while they are in a core's cache
+SPARE = 6  # candidates beyond k: room for rows whose order the screen cannot tell
+PANEL = 2048  # columns of scores whose minima are taken while they are in a core's cache
 QUERIES = 192  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 CACHED = 2**17  # values of the rescan at a time
 SET = 8  # members of a set of the screen
+MANY, NARROW = 2048, 128  # rows and columns from and up to which fp32 and a rescan are faster
 
 
 def _differences(base, query, rows, candidates, metric):
     """fp64 distances (squared, or twice the cosine's) of query[rows] to base[candidates (R, C)]."""
     step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
     distances = []
-    for part, chosen in zip(rows.split(step), candidates.split(step), strict=True):
+    parts = zip(rows.split(step), candidates.split(step), strict=True)
+    for part, chosen in parts:
         a = query[part].double().unsqueeze(1)
         b = base[chosen].double()
         if metric == "euclidean":
             distances.append(b.sub_(a).square_().sum(-1))
         else:
             norms = a.norm(dim=-1) * b.norm(dim=-1)
-            distances.append(2 - 2 * (a * b).sum(-1) / norms.masked_fill(norms == 0, 1))
+            cosines = (a * b).sum(-1) / norms.masked_fill(norms == 0, 1)
+            distances.append(2 - 2 * cosines)
     return torch.cat(distances)
 
 
@@ -173,17 +186,19 @@ class _Screen:
         self.groups = groups
         self.labels = labels
         self.n = len(base)
-        found = operands(base, query, metric, FP64)
+        fast = len(base) > MANY and base.shape[1] <= NARROW
+        found = operands(base, query, metric, FP32 if fast else FP64)
         q, b, self.squares_q, self.squares_b, self.gamma = found
-        self.half_q = lower(self.squares_q, self.gamma)
-        panels = math.ceil(self.n / PANEL)
-        self.panel = max(2, math.ceil(self.n / (panels * SET**2))) * SET**2
+        self.half_q = lower(self.squares_q, self.gamma).to(q.dtype)
+        panels = ceil(self.n / PANEL)
+        unit = SET**2
+        self.panel = max(2, ceil(self.n / (panels * unit))) * unit
         self.width = panels * self.panel
         # base's half of the bound is one more column of the product: 1 times it is exact
-        self.table = torch.nn.functional.pad(b, (0, 1, 0, self.width - self.n))
+        self.table = pad(b, (0, 1, 0, self.width - self.n))
         self.table[: self.n, -1] = lower(self.squares_b, self.gamma)
-        self.table[self.n :, -1] = math.inf
-        self.probe = torch.nn.functional.pad(q * -2, (0, 1), value=1.0)
+        self.table[self.n :, -1] = inf
+        self.probe = pad(q * -2, (0, 1), value=1.0)
         self.height = min(QUERIES, max(32, SCORES // self.width))
         self.scores = self.table.new_empty(self.height, self.width)
         self.least = self.table.new_empty(self.height, self.width // SET)
@@ -197,7 +212,7 @@ class _Screen:
         one_more = count + (self.own is not None)
         columns, bound = _least(*self._block(rows), self.panel, one_more)
         if self.own is not None:  # to the end, and off
-            bound.masked_fill_(columns == self.own[rows, None], math.inf)
+            bound.masked_fill_(columns == self.own[rows, None], inf)
             bound, order = bound.sort(dim=1)
             columns = columns.gather(1, order)[:, :count]
             bound = bound[:, :count]
@@ -213,7 +228,8 @@ class _Screen:
         least = self.least[: len(rows)]
         for start in range(0, self.width, self.panel):
             score = scores[:, start : start + self.panel]
-            torch.mm(probe, self.table[start : start + self.panel].T, out=score)
+            part = self.table[start : start + self.panel]
+            torch.mm(probe, part.T, out=score)
             self._mask(score, rows, start)
             minima = least[:, start // SET : (start + self.panel) // SET]
             torch.amin(score.unflatten(1, (SET, -1)), 1, out=minima)
@@ -223,14 +239,16 @@ class _Screen:
         """Infinity for rows of the queries' own groups in a panel."""
         if self.groups is not None:
             groups = self.groups[start : start + score.shape[1]]
-            score[:, : len(groups)].masked_fill_(self.labels[rows, None] == groups, math.inf)
+            same = self.labels[rows, None] == groups
+            score[:, : len(groups)].masked_fill_(same, inf)
 
     def below(self, rows, limit):
         """Pairs (place in rows (R,), row of base) that may be nearer than limit (R,)."""
         score = self.probe[rows] @ self.table[: self.n].T
         self._mask(score, rows, 0)
         if self.own is not None:
-            score[self.own[rows, None] == torch.arange(self.n, device=score.device)] = math.inf
+            columns = torch.arange(self.n, device=score.device)
+            score[columns == self.own[rows, None]] = inf
         possible = score.add_(self.half_q[rows, None]) <= limit.unsqueeze(1)
         return (possible & score.isfinite()).nonzero(as_tuple=True)
 
@@ -248,7 +266,8 @@ def _least(scores, least, panel, count):
         first = columns // sets * (sets * SET) + columns % sets
         columns = (first.unsqueeze(2) + step).flatten(1)
         kept = min(count, columns.shape[1])
-        bound, chosen = values.gather(1, columns).topk(kept, dim=1, largest=False)
+        members = values.gather(1, columns)
+        bound, chosen = members.topk(kept, dim=1, largest=False)
         columns = columns.gather(1, chosen)
     return columns, bound
 
@@ -267,29 +286,34 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
     screen = _Screen(base, query, own, groups, labels, metric)
     for rows in torch.arange(queries, device=base.device).split(screen.height):
         columns, bound, error = screen.best(rows, k + SPARE)
-        distance = bound[:, :k].clone()
+        distance = bound[:, :k].double()
         index = columns[:, :k].clone()
         following = bound[:, 1 : k + 1]
         settled = ((bound + error)[:, :k] < following) | following.isinf()
         # fp32, which is returned, shows nothing of a 2^30th
-        settled &= bound[:, :k] > 2.0**30 * error[:, :k]
-        again = (~settled.all(1) | exactly).nonzero().squeeze(1)
+        settled &= distance > 2.0**30 * error[:, :k]
+        sure = settled.all(1) & (not exactly)
+        again = (~sure).nonzero().squeeze(1)
         if len(again):
             exact = _differences(base, query, rows[again], columns[again], metric)
-            exact = exact.masked_fill_(bound[again].isinf(), math.inf)
+            exact = exact.masked_fill_(bound[again].isinf(), inf)
             columns, order = columns[again].sort(dim=1)
-            exact, by_distance = exact.gather(1, order).sort(dim=1, stable=True)
+            exact = exact.gather(1, order)
+            exact, by_distance = exact.sort(dim=1, stable=True)
             distance[again] = exact[:, :k]
             index[again] = columns.gather(1, by_distance)[:, :k]
         distances[rows] = distance
         indices[rows] = index
-        proved = distance[:, -1] < bound[:, -1]
-        redone[rows] = ~(proved | bound[:, -1].isinf())
-    for rows in redone.nonzero().squeeze(1).split(max(1, 2**22 // len(base))):
+        dropped = bound[:, -1]
+        redone[rows] = (distance[:, -1] >= dropped) & dropped.isfinite()
+    left = redone.nonzero().squeeze(1)
+    for rows in left.split(max(1, 2**22 // len(base))):
         row, index = screen.below(rows, distances[rows, -1])
-        distance = _differences(base, query, rows[row], index.unsqueeze(1), metric).squeeze(1)
-        distances[rows], indices[rows] = _nearest_pairs(row, index, distance, len(rows), k)
-    return distances, indices.masked_fill_(distances.isinf(), -1), redone
+        distance = _differences(base, query, rows[row], index.unsqueeze(1), metric)
+        found = _nearest_pairs(row, index, distance.squeeze(1), len(rows), k)
+        distances[rows], indices[rows] = found
+    indices.masked_fill_(distances.isinf(), -1)
+    return distances, indices, redone
 
 
 def _nearest_pairs(row, index, distance, rows, k):
@@ -299,10 +323,11 @@ def _nearest_pairs(row, index, distance, rows, k):
     row = row[order]
     index = index[order]
     distance = distance[order]
-    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    begin = torch.searchsorted(row, row)
+    place = torch.arange(len(row), device=row.device) - begin
     first = place < k
     at = row[first], place[first]
-    nearest = distance.new_full((rows, k), math.inf)
+    nearest = distance.new_full((rows, k), inf)
     nearest[at] = distance[first]
     indices = index.new_full((rows, k), -1)
     indices[at] = index[first]
@@ -324,7 +349,7 @@ def _search(
     rows = base if query is None else query
     labels = groups if query is None else query_groups
     if len(base) == 0 or len(rows) == 0:
-        distance = rows.new_full((len(rows), k), math.inf, dtype=_wide(rows))
+        distance = rows.new_full((len(rows), k), inf, dtype=_wide(rows))
         index = torch.full_like(distance, -1, dtype=torch.int64)
         return distance, index, index.new_zeros(len(rows), dtype=torch.bool)
     own = None
@@ -335,7 +360,8 @@ def _search(
         base = base[kept]
         groups = None if groups is None else groups[kept]
         if own is not None:
-            own = torch.full_like(own, -1).index_copy_(0, kept, own[: len(kept)])
+            own = torch.full_like(own, -1)
+            own[kept] = torch.arange(len(kept), device=kept.device)
     with torch.autocast(base.device.type, enabled=False):
         distance, index, redone = _distances(base, k, rows, own, groups, labels, metric)
     if kept is not None:

@@ -32,22 +32,15 @@ def wanted(target, kernels):
             yield configuration
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("sm_90", marks=pytest.mark.slow),
-        pytest.param("gfx942", marks=pytest.mark.slow),
-        "sm_86",
-    ],
-)
+@pytest.mark.parametrize("target", ["sm_86", "sm_90", "gfx942"])
 @pytest.mark.parametrize(
     "kernels",
     [
-        ("fused_forward", "shares"),
-        ("gradients", "merge", "sums"),
-        ("sweep",),
+        pytest.param(("fused_forward", "shares"), marks=pytest.mark.slow),
+        pytest.param(("gradients", "merge", "sums"), marks=pytest.mark.slow),
+        pytest.param(("sweep",), marks=pytest.mark.slow),
+        pytest.param(("screen",), marks=pytest.mark.slow),
         ("centre", "list", "rescan"),
-        ("screen",),
     ],
     ids=lambda names: names[0],
 )
@@ -83,7 +76,7 @@ SHARED = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024}
 @pytest.mark.parametrize(
     "target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_86", "sm_90"]
 )
-@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("mask", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_screen_is_pipelined_and_two_programs_fit(target, mask):
     made = 0
     for _, label, function, parameters, types, _ in wanted(target, ("screen",)):
@@ -99,6 +92,7 @@ def test_the_screen_is_pipelined_and_two_programs_fit(target, mask):
     assert made == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_the_rescan_compiles_for_half_precision(dtype):
     rows = {"query": f"*{dtype}", "base": f"*{dtype}"}

@@ -79,6 +79,7 @@ def lattice(n, width):
 )
 def test_knn_equals_brute_force(monkeypatch, panel, metric, labels, n, width, k, queries):
     monkeypatch.setattr(knn_module, "PANEL", panel)
+    monkeypatch.setattr(knn_module, "MANY", 0 if panel == 128 else 2048)  # fp32, fp64
     monkeypatch.setattr(knn_module, "SCORES", 40 * panel)  # blocks of 32 or 40 rows
     for make in (torch.randn, lattice):
         base, query = make(n, width), None if queries is None else make(queries, width)
@@ -151,8 +152,10 @@ def clusters(n, width, count, spread):
     return torch.randn(count, width)[torch.randint(count, (n,))] + spread * torch.randn(n, width)
 
 
+@pytest.mark.parametrize("many", [0, 2048])
 @pytest.mark.parametrize("spread", [0.1, 1e-3, 1e-5])
-def test_knn_in_tight_clusters(spread):
+def test_knn_in_tight_clusters(monkeypatch, spread, many):
+    monkeypatch.setattr(knn_module, "MANY", many)
     base = clusters(1000, 50, 4, spread)
     _, index, redone = knn_module._search(base, 15, None, None, None, "euclidean")
     assert torch.equal(index, brute(base, 15)[1])
@@ -393,10 +396,10 @@ def test_triton_compares_all_rows_where_a_list_overflows(monkeypatch):
 
 @interpreted
 def test_triton_in_tight_clusters_and_among_identical_rows():
-    base = clusters(45, 20, 3, 0.1)
+    base = clusters(21, 20, 3, 0.1)
     base[::3] = 0.5
     check(base, 2)
-    check(base, 2, groups=torch.arange(45) % 5)
+    check(base, 2, groups=torch.arange(21) % 5)
 
 
 @interpreted
@@ -410,6 +413,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.slow
 @plain
 def test_in_the_interpreter():
     triton = pytest.importorskip("triton")

@@ -652,6 +652,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter():
     triton = pytest.importorskip("triton")
