@@ -88,31 +88,25 @@ def narrow(z: Tensor) -> Tensor:
     return vector[:, solid] * value[solid].sqrt()
 
 
-def pca_axes(z: Tensor, parts: list[ndarray], dims: int) -> list[tuple[Tensor, Tensor]]:
-    """For each array of row numbers: mean (D,) and principal axes (D, d) of all *other* rows.
+def moments(z: Tensor) -> Tensor:
+    """Second moments (D + 1, D + 1) of rows [z, 1], in fp64, which add up over parts."""
+    rows = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+    return (rows.T @ rows).double()
 
-    z (N, D), its mean near 0; d <= dims. One pass over the data: scatter(others) = moment(all) -
-    moment(part), less the shift of the mean. Equal to scikit-learn's PCA up to the sign of an axis.
+
+def pca_axes(moment: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and at most `dims` principal axes (D, d) of the rows with such `moments`.
+
+    Equal to scikit-learn's PCA up to the sign of an axis.
     """
     from scipy.linalg import eigh
 
-    width = z.shape[1]
-    inside = []
-    for part in parts:
-        rows = z[part]
-        inside.append((rows.T @ rows).double())
-    whole = sum(map(len, parts)) == len(z)
-    total = sum(inside) if whole else (z.T @ z).double()
-    sums = z.sum(0, dtype=torch.float64)
-    axes = []
-    for part, own in zip(parts, inside, strict=True):
-        count = len(z) - len(part)
-        mean = (sums - z[part].sum(0, dtype=torch.float64)) / count
-        scatter = total - own - count * torch.outer(mean, mean)
-        d = max(1, min(dims, count - 1, width))
-        _, vector = eigh(scatter.cpu().numpy(), subset_by_index=[width - d, width - 1])
-        axes.append((mean.to(z), torch.from_numpy(vector).to(z)))
-    return axes
+    count, width = moment[-1, -1], len(moment) - 1
+    mean = moment[-1, :-1] / count
+    scatter = moment[:-1, :-1] - count * torch.outer(mean, mean)
+    d = max(1, min(dims, int(count) - 1, width))
+    _, axes = eigh(scatter.cpu().numpy(), subset_by_index=[width - d, width - 1])
+    return mean, torch.from_numpy(axes).to(mean)
 
 
 def nearest(
@@ -125,8 +119,8 @@ def nearest(
 ) -> tuple[ndarray, ndarray]:
     """The k nearest rows of other folds on PCA axes: neighbours (N, k), -1 = none, and distances.
 
-    x: features (N, D). pca="fold" fits the axes on the rows outside each fold; "all" once on
-    everything (which leaks, as the paper may).
+    x: features (N, D). pca="fold" fits the axes on the rows outside each fold, whose moments are
+    those of all less those of the fold; "all" on everything (which leaks, as the paper may).
     """
     from kernels import knn
 
@@ -134,12 +128,13 @@ def nearest(
     neighbors = np.full((len(x), k), -1)
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
-    axes = pca_axes(z, tests if pca == "fold" else [np.empty(0, int)], dims)
-    for f, test in enumerate(tests):
-        rest = np.flatnonzero(fold != f)
+    inside = [moments(z[test]) for test in tests]
+    total = sum(inside)
+    for test, own in zip(tests, inside, strict=True):
+        rest = np.setdiff1d(np.arange(len(x)), test)
         near = min(k, len(rest))
-        mean, axis = axes[f % len(axes)]
-        on_axes = (z @ axis - mean @ axis).float()
+        mean, axes = pca_axes(total - own if pca == "fold" else total, dims)
+        on_axes = (z @ axes.to(z) - (mean @ axes).to(z)).float()
         distance, index = knn(on_axes[rest], near, on_axes[test], return_distance=True)
         neighbors[test, :near] = rest[index.cpu().numpy()]
         distances[test, :near] = distance.cpu().numpy()
