@@ -544,8 +544,8 @@ def resampled(predicted: dict, labels: ndarray, groups: Sequence[str]) -> dict:
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n_groups = group.max() + 1
     even = np.full(n_groups, 1 / n_groups)
-    times = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
-    times = np.concatenate([np.ones((1, n_groups)), times]).astype(np.float32)
+    times = np.ones((1 + RESAMPLES, n_groups), np.float32)
+    times[1:] = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
     fold = predicted["fold"]
     size = np.bincount(fold)
     weight = 1 / (len(size) * size[fold])
