@@ -160,7 +160,11 @@ def by_lot(
     return neighbors, rng.random(neighbors.shape)
 
 
-def vote(neighbors: ndarray, distances: ndarray, n_classes: int) -> ndarray:
+def vote(
+    neighbors: ndarray,
+    distances: ndarray,
+    n_classes: int,
+) -> ndarray:
     """Majority class (Q,) of neighbour labels (Q, k), -1 = none.
 
     Ties go to the class whose voters are nearer in sum, then to the smallest class.
@@ -172,7 +176,10 @@ def vote(neighbors: ndarray, distances: ndarray, n_classes: int) -> ndarray:
     return np.where(most, far, np.inf).argmin(1)
 
 
-def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
+def six_two_two(
+    fold: ndarray,
+    seed: int,
+) -> list[ndarray] | None:
     """Masks (N,) of the training, validation and test part, each of whole folds of `split`.
 
     None for fewer than five folds. The seed draws which: scikit-learn's own seed leaves groups of
@@ -188,7 +195,12 @@ def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
 
 
 def linear_probe(
-    x: ndarray, labels: ndarray, fold: ndarray, n_classes: int, seeds: int, device: str = "cpu"
+    x: ndarray,
+    labels: ndarray,
+    fold: ndarray,
+    n_classes: int,
+    seeds: int,
+    device: str = "cpu",
 ) -> list[tuple[ndarray, float] | None]:
     """Linear probe on 6:2:2 splits: scores (N, n_classes) by seed, NaN but for the test, and C.
 
@@ -220,7 +232,10 @@ def linear_probe(
 
 
 def logistic_path(
-    x: Tensor, labels: Tensor, train: Tensor, n_classes: int
+    x: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    n_classes: int,
 ) -> Iterator[tuple[float, ndarray]]:
     """L2 logistic regressions for every C of STRENGTHS: C, and probabilities (S, N, n_classes).
 
@@ -244,7 +259,13 @@ class Regressions:
     diagonal. L-BFGS starts from that curvature, and keeps what it learns from one C to the next.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, train: Tensor, n_classes: int):
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        train: Tensor,
+        n_classes: int,
+    ):
         self.x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
         self.truth = torch.nn.functional.one_hot(labels, n_classes).T.to(x)
         count = train.sum(1).view(-1, 1, 1)
@@ -294,7 +315,12 @@ class Regressions:
             at, logits = at + step, logits + length * along
         return at, logits
 
-    def downhill(self, slope: Tensor, curvature: Tensor, pull: Tensor) -> Tensor:
+    def downhill(
+        self,
+        slope: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+    ) -> Tensor:
         """The slope divided by the curvature, as far as it is known."""
         known = []
         for step, bend in reversed(self.learnt):
@@ -310,7 +336,11 @@ class Regressions:
         return down
 
     def search(
-        self, logits: Tensor, along: Tensor, pulled: Tensor, pull: Tensor
+        self,
+        logits: Tensor,
+        along: Tensor,
+        pulled: Tensor,
+        pull: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """How far to go along a way, (S, 1, 1), and the probabilities (S, K, N) there.
 
@@ -365,7 +395,11 @@ def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([bias, axes]), torch.cat([bias[0, :1], value / n])
 
 
-def auc(scores: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
+def auc(
+    scores: ndarray,
+    positive: ndarray,
+    weights: ndarray,
+) -> ndarray:
     """Area under the ROC curve for scores (n,), once per row of weights (B, n).
 
     NaN where a side has no weight.
@@ -431,7 +465,9 @@ def hsic(sums: Tensor) -> Tensor:
 
 
 def cka_to_teacher(
-    x: dict[str, Tensor], groups: Sequence[str], teacher: str
+    x: dict[str, Tensor],
+    groups: Sequence[str],
+    teacher: str,
 ) -> dict[str, tuple[float, ndarray]]:
     """Of each model's CKA to the teacher the chance level, and the unbiased CKA without each part.
 
@@ -533,7 +569,11 @@ def cka_rows(
     return rows
 
 
-def resampled(predicted: dict, labels: ndarray, groups: Sequence[str]) -> dict:
+def resampled(
+    predicted: dict,
+    labels: ndarray,
+    groups: Sequence[str],
+) -> dict:
     """The figures of the table of one model's predictions, and what they are in RESAMPLES others.
 
     Whole groups are resampled, the same ones for every model. Returns {"knn": (values, groups,
