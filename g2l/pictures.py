@@ -108,9 +108,6 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
         against(axis, sizes, heights, margins, study)
         axis.set_xlabel(label)
     axes[0, 0].set_ylabel(f"kNN accuracy, {name}, with 95 % interval over folds")
-    middle = (heights.max() + heights.min()) / 2
-    reach = max(0.05, 1.15 * np.abs([heights - margins - middle, heights + margins - middle]).max())
-    axes[0, 0].set_ylim(middle - reach, middle + reach)  # 0.1 at least: noise is no news
     handles = axes[0, 1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=1 + (len(heights) > 3))
     save_figure(figure, Path(study.results) / "figure1.png")
@@ -132,18 +129,15 @@ def against(
     margins: ndarray,
     study: Study,
 ) -> None:
-    """One half of Figure 1: a mark per model; logarithmic where x spans a factor of 5."""
+    """One half of Figure 1: a mark per model."""
     marks = {"teacher": "^", "before distillation": "s", "": "o"}
     for i, name in enumerate(study.models):
         part = role(name, study)
         mark, label = marks.get(part, "*"), f"{display(name)}, {part}" if part else display(name)
         axis.errorbar(x[i], y[i], margins[i], fmt=mark, ms=9, capsize=4, color=f"C{i}", label=label)
-    if max(x) > 5 * min(x):
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-    else:
-        axis.set_xlim(0, 1.2 * max(x))
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.margins(0.15)
     axis.grid()
 

@@ -88,31 +88,25 @@ def narrow(z: Tensor) -> Tensor:
     return vector[:, solid] * value[solid].sqrt()
 
 
-def pca_axes(z: Tensor, parts: list[ndarray], dims: int) -> list[tuple[Tensor, Tensor]]:
-    """For each array of row numbers: mean (D,) and principal axes (D, d) of all *other* rows.
+def moments(z: Tensor) -> Tensor:
+    """Second moments (D + 1, D + 1) of rows [z, 1], in fp64, which add up over parts."""
+    rows = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+    return (rows.T @ rows).double()
 
-    z (N, D), its mean near 0; d <= dims. One pass over the data: scatter(others) = moment(all) -
-    moment(part), less the shift of the mean. Equal to scikit-learn's PCA up to the sign of an axis.
+
+def pca_axes(moment: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and at most `dims` principal axes (D, d) of the rows with such `moments`.
+
+    Equal to scikit-learn's PCA up to the sign of an axis.
     """
     from scipy.linalg import eigh
 
-    width = z.shape[1]
-    inside = []
-    for part in parts:
-        rows = z[part]
-        inside.append((rows.T @ rows).double())
-    whole = sum(map(len, parts)) == len(z)
-    total = sum(inside) if whole else (z.T @ z).double()
-    sums = z.sum(0, dtype=torch.float64)
-    axes = []
-    for part, own in zip(parts, inside, strict=True):
-        count = len(z) - len(part)
-        mean = (sums - z[part].sum(0, dtype=torch.float64)) / count
-        scatter = total - own - count * torch.outer(mean, mean)
-        d = max(1, min(dims, count - 1, width))
-        _, vector = eigh(scatter.cpu().numpy(), subset_by_index=[width - d, width - 1])
-        axes.append((mean.to(z), torch.from_numpy(vector).to(z)))
-    return axes
+    count, width = moment[-1, -1], len(moment) - 1
+    mean = moment[-1, :-1] / count
+    scatter = moment[:-1, :-1] - count * torch.outer(mean, mean)
+    d = max(1, min(dims, int(count) - 1, width))
+    _, axes = eigh(scatter.cpu().numpy(), subset_by_index=[width - d, width - 1])
+    return mean, torch.from_numpy(axes).to(mean)
 
 
 def nearest(
@@ -125,8 +119,8 @@ def nearest(
 ) -> tuple[ndarray, ndarray]:
     """The k nearest rows of other folds on PCA axes: neighbours (N, k), -1 = none, and distances.
 
-    x: features (N, D). pca="fold" fits the axes on the rows outside each fold; "all" once on
-    everything (which leaks, as the paper may).
+    x: features (N, D). pca="fold" fits the axes on the rows outside each fold, whose moments are
+    those of all less those of the fold; "all" on everything (which leaks, as the paper may).
     """
     from kernels import knn
 
@@ -134,12 +128,13 @@ def nearest(
     neighbors = np.full((len(x), k), -1)
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
-    axes = pca_axes(z, tests if pca == "fold" else [np.empty(0, int)], dims)
-    for f, test in enumerate(tests):
-        rest = np.flatnonzero(fold != f)
+    inside = [moments(z[test]) for test in tests]
+    total = sum(inside)
+    for test, own in zip(tests, inside, strict=True):
+        rest = np.setdiff1d(np.arange(len(x)), test)
         near = min(k, len(rest))
-        mean, axis = axes[f % len(axes)]
-        on_axes = (z @ axis - mean @ axis).float()
+        mean, axes = pca_axes(total - own if pca == "fold" else total, dims)
+        on_axes = (z @ axes.to(z) - (mean @ axes).to(z)).float()
         distance, index = knn(on_axes[rest], near, on_axes[test], return_distance=True)
         neighbors[test, :near] = rest[index.cpu().numpy()]
         distances[test, :near] = distance.cpu().numpy()
@@ -165,7 +160,11 @@ def by_lot(
     return neighbors, rng.random(neighbors.shape)
 
 
-def vote(neighbors: ndarray, distances: ndarray, n_classes: int) -> ndarray:
+def vote(
+    neighbors: ndarray,
+    distances: ndarray,
+    n_classes: int,
+) -> ndarray:
     """Majority class (Q,) of neighbour labels (Q, k), -1 = none.
 
     Ties go to the class whose voters are nearer in sum, then to the smallest class.
@@ -177,7 +176,10 @@ def vote(neighbors: ndarray, distances: ndarray, n_classes: int) -> ndarray:
     return np.where(most, far, np.inf).argmin(1)
 
 
-def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
+def six_two_two(
+    fold: ndarray,
+    seed: int,
+) -> list[ndarray] | None:
     """Masks (N,) of the training, validation and test part, each of whole folds of `split`.
 
     None for fewer than five folds. The seed draws which: scikit-learn's own seed leaves groups of
@@ -193,7 +195,12 @@ def six_two_two(fold: ndarray, seed: int) -> list[ndarray] | None:
 
 
 def linear_probe(
-    x: ndarray, labels: ndarray, fold: ndarray, n_classes: int, seeds: int, device: str = "cpu"
+    x: ndarray,
+    labels: ndarray,
+    fold: ndarray,
+    n_classes: int,
+    seeds: int,
+    device: str = "cpu",
 ) -> list[tuple[ndarray, float] | None]:
     """Linear probe on 6:2:2 splits: scores (N, n_classes) by seed, NaN but for the test, and C.
 
@@ -225,7 +232,10 @@ def linear_probe(
 
 
 def logistic_path(
-    x: Tensor, labels: Tensor, train: Tensor, n_classes: int
+    x: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    n_classes: int,
 ) -> Iterator[tuple[float, ndarray]]:
     """L2 logistic regressions for every C of STRENGTHS: C, and probabilities (S, N, n_classes).
 
@@ -249,7 +259,13 @@ class Regressions:
     diagonal. L-BFGS starts from that curvature, and keeps what it learns from one C to the next.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, train: Tensor, n_classes: int):
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        train: Tensor,
+        n_classes: int,
+    ):
         self.x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
         self.truth = torch.nn.functional.one_hot(labels, n_classes).T.to(x)
         count = train.sum(1).view(-1, 1, 1)
@@ -299,7 +315,12 @@ class Regressions:
             at, logits = at + step, logits + length * along
         return at, logits
 
-    def downhill(self, slope: Tensor, curvature: Tensor, pull: Tensor) -> Tensor:
+    def downhill(
+        self,
+        slope: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+    ) -> Tensor:
         """The slope divided by the curvature, as far as it is known."""
         known = []
         for step, bend in reversed(self.learnt):
@@ -315,7 +336,11 @@ class Regressions:
         return down
 
     def search(
-        self, logits: Tensor, along: Tensor, pulled: Tensor, pull: Tensor
+        self,
+        logits: Tensor,
+        along: Tensor,
+        pulled: Tensor,
+        pull: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """How far to go along a way, (S, 1, 1), and the probabilities (S, K, N) there.
 
@@ -370,7 +395,11 @@ def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([bias, axes]), torch.cat([bias[0, :1], value / n])
 
 
-def auc(scores: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
+def auc(
+    scores: ndarray,
+    positive: ndarray,
+    weights: ndarray,
+) -> ndarray:
     """Area under the ROC curve for scores (n,), once per row of weights (B, n).
 
     NaN where a side has no weight.
@@ -436,7 +465,9 @@ def hsic(sums: Tensor) -> Tensor:
 
 
 def cka_to_teacher(
-    x: dict[str, Tensor], groups: Sequence[str], teacher: str
+    x: dict[str, Tensor],
+    groups: Sequence[str],
+    teacher: str,
 ) -> dict[str, tuple[float, ndarray]]:
     """Of each model's CKA to the teacher the chance level, and the unbiased CKA without each part.
 
@@ -538,7 +569,11 @@ def cka_rows(
     return rows
 
 
-def resampled(predicted: dict, labels: ndarray, groups: Sequence[str]) -> dict:
+def resampled(
+    predicted: dict,
+    labels: ndarray,
+    groups: Sequence[str],
+) -> dict:
     """The figures of the table of one model's predictions, and what they are in RESAMPLES others.
 
     Whole groups are resampled, the same ones for every model. Returns {"knn": (values, groups,
@@ -549,8 +584,8 @@ def resampled(predicted: dict, labels: ndarray, groups: Sequence[str]) -> dict:
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n_groups = group.max() + 1
     even = np.full(n_groups, 1 / n_groups)
-    times = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
-    times = np.concatenate([np.ones((1, n_groups)), times]).astype(np.float32)
+    times = np.ones((1 + RESAMPLES, n_groups), np.float32)
+    times[1:] = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
     fold = predicted["fold"]
     size = np.bincount(fold)
     weight = 1 / (len(size) * size[fold])

@@ -7,7 +7,6 @@ tables of them, and `write_report` puts these beside what one must know to read 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +33,11 @@ def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
         key = tuple(row[field] for field in fields if field in row)
         if row["value"] is not None:
             found.setdefault(key, []).append(row["value"])
-    return {
-        key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-        for key, v in found.items()
-    }
+    summary = {}
+    for key, v in found.items():
+        spread = float(np.std(v, ddof=1)) if len(v) > 1 else 0.0
+        summary[key] = float(np.mean(v)), spread, len(v)
+    return summary
 
 
 def escaped(text: str) -> str:
@@ -65,9 +65,7 @@ def ranked(values: Sequence[float | None], texts: list[str]) -> list[str]:
     """The best text bold, the second underlined, as the paper prints."""
     rounded = [None if v is None else round(v, 4) for v in values]
     order = sorted({v for v in rounded if v is not None}, reverse=True)
-    marks: dict[float | None, str] = {
-        v: mark for v, mark in zip(order, ("**{}**", "<u>{}</u>"), strict=False)
-    }
+    marks: dict = dict(zip(order, ("**{}**", "<u>{}</u>"), strict=False))
     return [marks.get(v, "{}").format(t) for v, t in zip(rounded, texts, strict=True)]
 
 
@@ -198,9 +196,10 @@ class Tables:
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = []
-        for row in self.paired([b.name for b in study.found]):
-            pair = [row["benchmark"], row["model"], row["other"], PAIRED[row["metric"]]]
-            rows.append([*pair, with_interval(row), verdict(row)])
+        for benchmark in study.found:
+            for row in self.paired(benchmark.name):
+                pair = [benchmark.name, row["model"], row["other"], PAIRED[row["metric"]]]
+                rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
             head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
@@ -241,18 +240,12 @@ class Tables:
             cells.append(score(self.average(members, protocol, "majority", "chance")[0]))
         return cells
 
-    def paired(self, benchmarks: list[str]) -> list[dict]:
-        """The paired differences of the models to the teacher and the baseline, in their order."""
-        ends = [display(n) for n in (self.study.teacher, self.study.baseline) if n]
-        rows = {
-            (r["benchmark"], r["model"], r["other"], r["metric"]): r
-            for r in self.study.rows
-            if r["protocol"] == "paired" and r["other"] in self.models
-        }
-        order = itertools.product(benchmarks, self.models, self.models, PAIRED)
-        return [
-            rows[key] for key in order if key in rows and key[2] in ends and key[1] != self.teacher
-        ]
+    def paired(self, benchmark: str) -> list[dict]:
+        """The paired differences of a benchmark, in the models' order."""
+        places = {name: place for place, name in enumerate([*self.models, *PAIRED])}
+        mine = [r for r in self.study.rows if r["benchmark"] == benchmark]
+        rows = [r for r in mine if r["protocol"] == "paired"]
+        return sorted(rows, key=lambda r: [places[r[end]] for end in ("model", "other", "metric")])
 
     def summary(self, benchmark: str) -> list[str]:
         """Lines about one benchmark for the screen."""
@@ -278,7 +271,7 @@ class Tables:
         probe = self.blind([benchmark], "probe", "auc")[0]
         lines.append(f"{'chance':{width + 20}}{'0.000':<16}{knn:<16}{probe}")
         lines.append(f"{'majority class':{width + 36}}{majority}")
-        for row in self.paired([benchmark]):
+        for row in self.paired(benchmark):
             lines.append(
                 f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
                 f"{with_interval(row)}, {verdict(row)}"

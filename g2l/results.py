@@ -62,22 +62,21 @@ def record(
     rows depend on, see `recorded`. Whole or not at all; safe when several processes write.
     """
     results.mkdir(parents=True, exist_ok=True)
-    finite = []
-    for row in rows:
-        values = {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
-        finite.append(values)
+    finite = [without_nan(row) for row in rows]
     if key:
         proof = {"key": key, "sum": digest(finite)}
         finite = [row | proof for row in finite]
-    new = {json.dumps([row.get(field) for field in same]) for row in rows}
+    new = {tuple(map(row.get, same)) for row in rows}
     with locked(results / ".metrics.lock"):
-        kept = []
-        for row in read_metrics(results):
-            if json.dumps([row.get(field) for field in same]) not in new:
-                kept.append(row)
+        kept = [row for row in read_metrics(results) if tuple(map(row.get, same)) not in new]
         text = "".join(json.dumps(row) + "\n" for row in kept + finite)
         write_text(results / "metrics.jsonl", text)
     return finite
+
+
+def without_nan(row: dict) -> dict:
+    """A row with None, which is JSON, in the place of NaN, which is none."""
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
 
 
 def read_metrics(results: Path) -> list[dict]:
