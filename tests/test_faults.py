@@ -176,11 +176,12 @@ def unbroken(name: str, place: Path, count: int = 1) -> tuple[dict, float]:
 
 # ---- kills
 
+NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
 KILLED = [case.command for case in CASES if case.seen == "kills"]
 
 
 @pytest.mark.parametrize("command", KILLED)
-@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=NIGHTLY)])
 def test_killed_at_any_moment_it_goes_on(place, tmp_path, command, kills):
     kills = int(os.environ.get("G2L_KILLS", kills))
     name, count = command.split(",")[0], 1 + ("two ranks" in command)
