@@ -67,7 +67,12 @@ def draw_sample(
     return np.flatnonzero((turn if per_center else rank_within(turn + luck, labels)) < count)
 
 
-def neighbors(x: ndarray, k: int, slides: ndarray, normalize: bool) -> tuple[ndarray, ndarray]:
+def neighbors(
+    x: ndarray,
+    k: int,
+    slides: ndarray,
+    normalize: bool,
+) -> tuple[ndarray, ndarray]:
     """Euclidean distances (n, k) and rows (n, k) of the nearest neighbours of each row of x (n, D).
 
     Itself and its own slide are left out; -1 where no candidate is left.
@@ -83,14 +88,22 @@ def neighbors(x: ndarray, k: int, slides: ndarray, normalize: bool) -> tuple[nda
     return distances.numpy(), rows.numpy()
 
 
-def tally(rows: ndarray, labels: ndarray, centers: ndarray) -> ndarray:
+def tally(
+    rows: ndarray,
+    labels: ndarray,
+    centers: ndarray,
+) -> ndarray:
     """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
     tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
     kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
     return (kinds & (rows >= 0)).cumsum(-1)
 
 
-def candidates(labels: ndarray, centers: ndarray, slides: ndarray) -> ndarray:
+def candidates(
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray,
+) -> ndarray:
     """How many SS, SO, OS, OO each patch may choose from: (4, n), itself and its own slide left
     out.
     """
@@ -101,7 +114,11 @@ def candidates(labels: ndarray, centers: ndarray, slides: ndarray) -> ndarray:
     return np.stack([both, tissue - both, place - both, every - tissue - place + both])
 
 
-def deciding(labels: ndarray, centers: ndarray, slides: ndarray) -> float:
+def deciding(
+    labels: ndarray,
+    centers: ndarray,
+    slides: ndarray,
+) -> float:
     """Share of the patches that can choose between their class elsewhere (SO) and their centre
     (OS).
     """
@@ -133,7 +150,12 @@ def ratio(over: ndarray, under: ndarray) -> ndarray:
     return np.where(under, over / np.where(under, under, 1), np.nan)
 
 
-def target_probe(x: ndarray, target: ndarray, groups: ndarray, seed: int = 0) -> float:
+def target_probe(
+    x: ndarray,
+    target: ndarray,
+    groups: ndarray,
+    seed: int = 0,
+) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
     Ridge classifier on standardised features, strength by leave-one-out on the training part, five
@@ -208,7 +230,11 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> ndarray:
+def bootstrap(
+    counts: list[ndarray],
+    groups: list[ndarray],
+    seed: int = 0,
+) -> ndarray:
     """Index (1 + DRAWS, k) of the patients as they are, then resampled; averaged over samples.
 
     counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
@@ -228,7 +254,10 @@ def bootstrap(counts: list[ndarray], groups: list[ndarray], seed: int = 0) -> nd
     return np.mean(values, 0)
 
 
-def intervals(counts: dict[str, list[ndarray]], groups: list[ndarray]) -> list[dict]:
+def intervals(
+    counts: dict[str, list[ndarray]],
+    groups: list[ndarray],
+) -> list[dict]:
     """95 % intervals over patients of each model's index, and of the difference of each pair of
     models.
 

@@ -41,7 +41,11 @@ SHIFTS = {
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
-def shift(image: ndarray, kind: str, strength: float) -> ndarray:
+def shift(
+    image: ndarray,
+    kind: str,
+    strength: float,
+) -> ndarray:
     """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification
     changed; same shape.
     """

@@ -103,6 +103,17 @@ def tensors_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _checked(path: Path) -> State:
+    """The tensors of a safetensors file, held against the checksum that a student of ours has."""
+    import safetensors.torch
+
+    with safetensors.safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("sha256")
+    if told and told != tensors_digest(path):
+        raise UserError(f"{path}: damaged, its tensors are not those written; make it again")
+    return safetensors.torch.load_file(path)
+
+
 def _unpack(path: Path, head: bytes) -> object:
     """What the file holds, by its content: files in the hub's cache are named by their hash."""
     import safetensors.torch
@@ -111,13 +122,7 @@ def _unpack(path: Path, head: bytes) -> object:
     damage = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile)
     try:
         if head[8:9] == b"{":
-            with safetensors.safe_open(path, "pt") as file:
-                told = (file.metadata() or {}).get("sha256")
-            if told and told != tensors_digest(path):
-                raise UserError(
-                    f"{path}: damaged, its tensors are not those written; make it again"
-                )
-            return safetensors.torch.load_file(path)
+            return _checked(path)
         if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: no safetensors file ({size}, begins {head[:12]!r}); {remedy}")
         with path.open("rb") as file:  # a name would decide how it is read
