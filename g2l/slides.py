@@ -311,8 +311,9 @@ class Slide:
     def thumbnail(self, max_side: int) -> NDArray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
         scale = max(1, max(self.width, self.height) / max_side)
-        size = max(1, round(self.width / scale)), max(1, round(self.height / scale))
-        return self.area(0, 0, self.width, self.height, *size, draft=True)
+        whole = self.width, self.height
+        size = (max(1, round(side / scale)) for side in whole)
+        return self.area(0, 0, *whole, *size, draft=True)
 
 
 def _whole(unit: float, *numbers: float) -> bool:
