@@ -101,7 +101,13 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     return [max(value, least) for value in tint]
 
 
-def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray, change: NDArray) -> NDArray:
+def _ink(
+    red: NDArray,
+    green: NDArray,
+    blue: NDArray,
+    void: NDArray,
+    change: NDArray,
+) -> NDArray:
     """Mask of pen strokes by optical densities.
 
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
@@ -265,8 +271,7 @@ def _polygons(node, wanted=True):
         for part in node:
             yield from _polygons(part, wanted)
         return
-    kind = (node.get("properties") or {}).get("classification") or {}
-    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
+    wanted = wanted and not NOT_TISSUE.match(_class_of(node))
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
@@ -275,6 +280,12 @@ def _polygons(node, wanted=True):
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
         yield from _polygons(below or [], wanted)
+
+
+def _class_of(node: dict) -> str:
+    """The name of a feature's class, as QuPath writes it; "" for none."""
+    kind = (node.get("properties") or {}).get("classification") or {}
+    return kind.get("name") or ""
 
 
 def find_mask(folder: Path, name: str) -> Path:
