@@ -91,7 +91,7 @@ def tile_slide(
     UserError (cannot be used at all).
     """
     size0, got = choose_size(slide, mpp, patch_size, resample, enlarge)
-    if slide.width < size0 or slide.height < size0:
+    if min(slide.width, slide.height) < size0:
         size = f"{slide.width} x {slide.height} px"
         raise SkippedSlide(f"smaller ({size}) than one patch of {size0} px")
     _check_length(slide)
@@ -230,7 +230,6 @@ def _doubts(slide: Slide) -> list[str]:
             f"objective {slide.objective:g}x disagrees with {slide.mpp:g} µm/px "
             f"({slide.mpp_source}), which is used"
         )
-    if slide.damaged:
-        count = len(slide.damaged)
-        found.append(f"{count} unreadable regions left out, first: {slide.damaged[0]}")
+    if lost := slide.damaged:
+        found.append(f"{len(lost)} unreadable regions left out, first: {lost[0]}")
     return found

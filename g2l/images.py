@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
+from numpy.lib.stride_tricks import sliding_window_view
 
 from g2l.errors import UserError
 
@@ -159,7 +160,6 @@ def read_image(file: Path, side: int = 1) -> ndarray:
 def cut_up(file: Path, side: int = REGION) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)
-    rows, columns = image.shape[0] // side, image.shape[1] // side
-    top, left = (image.shape[0] % side) // 2, (image.shape[1] % side) // 2
-    image = image[top : top + rows * side, left : left + columns * side]
-    return image.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    top, left = (n % side // 2 for n in image.shape[:2])
+    windows = sliding_window_view(image, (side, side, 3))[top::side, left::side]
+    return windows.reshape(-1, side, side, 3)

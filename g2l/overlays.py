@@ -88,22 +88,21 @@ def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
         temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
 
 
-def write_contact_sheet(folder: Path, side: int = 128, rows: int = 12, columns: int = 10) -> None:
-    """contact.jpg: random patches of up to `rows` random slides, for a look at the whole cohort."""
+def write_contact_sheet(folder: Path) -> None:
+    """contact.jpg: random patches of a dozen random slides, for a look at the whole cohort."""
     index = PatchIndex(folder)
-    chosen = sorted(np.random.default_rng(0).permutation(len(index.slides))[:rows].tolist())
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, len(chosen) * (side + 22) + 4), "white")
+    chosen = sorted(np.random.default_rng(0).permutation(len(index.slides))[:12].tolist())
+    sheet = Image.new("RGB", (10 * 132 + 4, len(chosen) * 150 + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for row, slide in enumerate(chosen):
-        top = row * (side + 22) + 4
-        count = int(index.counts[slide])
+        top, count = row * 150 + 4, int(index.counts[slide])
         draw.text((4, top), f"{index.slides[slide]}   {count:,} patches", fill="black")
-        picks = np.random.default_rng(slide).permutation(count)[:columns].tolist()
+        picks = np.random.default_rng(slide).permutation(count)[:10].tolist()
         for column, pick in enumerate(sorted(picks)):
             # An empty place shows what cannot be read; the slide's row tells of it.
             with contextlib.suppress(PatchError):
                 patch = Image.fromarray(index.read(int(index.starts[slide]) + pick))
-                patch = patch.resize((side, side), Image.Resampling.LANCZOS)
-                sheet.paste(patch, (column * (side + 4) + 4, top + 14))
+                patch = patch.resize((128, 128), Image.Resampling.LANCZOS)
+                sheet.paste(patch, (column * 132 + 4, top + 14))
     with atomic(folder / "contact.jpg") as temporary:
         sheet.save(temporary, quality=90)

@@ -107,12 +107,10 @@ class TiffReader(Reader):
         if ends.max() > self._slide.filehandle.size:
             raise UserError(f"{self.path}: cut short: it ends within its pixels; copy it again")
         self.sizes = [(page.imagewidth, page.imagelength) for page in self._pages]
-        x, y = page.resolution
         self.properties = {
             "tiff.ImageDescription": page.description,
             "tiff.ResolutionUnit": page.resolutionunit.name,
-            "tiff.XResolution": str(x),
-            "tiff.YResolution": str(y),
+            "tiff.XResolution": str(page.resolution[0]),
         }
         if len(series) > 1:
             self.notes = (f"holds {len(series)} images, of which the first is taken",)

@@ -262,23 +262,32 @@ class Slide:
             upper = self.area(x, y, w, high, out_w, cut, draft, below)
             lower = self.area(x, y + high, w, h - high, out_w, out_h - cut, draft, below)
             return np.concatenate([upper, lower])
-        left, top, right, bottom = x / d, y / d, (x + w) / d, (y + h) / d
-        zoom = scale / d
-        aligned = _whole(1, zoom) and _whole(d, x, y, w, h) and w * out_h == h * out_w
-        mean = draft or aligned
-        margin = 0 if mean else 2 * math.ceil(max(1, zoom))
-        x0, y0 = math.floor(left) - margin, math.floor(top) - margin
-        x1, y1 = math.ceil(right) + margin, math.ceil(bottom) + margin
         noted = len(self.damaged)
-        source = self._region(level, (x0, y0, x1 - x0, y1 - y0), not draft)
+        out = self._resampled(level, (x, y, w, h), (out_w, out_h), draft)
         if len(self.damaged) > noted and d > level.shrink:  # a finer level holds the place too
             del self.damaged[noted:]
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
+        return out
+
+    def _resampled(
+        self, level: Level, box: tuple[float, ...], size: tuple[int, int], draft: bool
+    ) -> NDArray:
+        """A box (x, y, width, height) of level-0 pixels out of one level (see area)."""
+        d = level.downsample
+        x, y, w, h = (number / d for number in box)
+        zoom = min(w / size[0], h / size[1])
+        aligned = _whole(1, zoom) and _whole(d, *box) and w * size[1] == h * size[0]
+        mean = draft or aligned
+        margin = 0 if mean else 2 * math.ceil(max(1, zoom))
+        left, top = math.floor(x) - margin, math.floor(y) - margin
+        right = math.ceil(x + w) + margin
+        bottom = math.ceil(y + h) + margin
+        source = self._region(level, (left, top, right - left, bottom - top), not draft)
         if aligned and zoom == 1:
             return source
-        box = left - x0, top - y0, right - x0, bottom - y0
         kind = Image.Resampling.BOX if mean else Image.Resampling.BICUBIC
-        return np.asarray(Image.fromarray(source).resize((out_w, out_h), kind, box))
+        within = x - left, y - top, x + w - left, y + h - top
+        return np.asarray(Image.fromarray(source).resize(size, kind, within))
 
     def _level(self, box: tuple[float, ...], scale: float, draft: bool, below: float) -> Level:
         """The coarsest level that is fine enough for `scale`, level 0 where none is.
@@ -333,7 +342,8 @@ def level_factor(
     ratios = large / small
     factors = np.arange(1, 2 * math.ceil(ratios.max()) + 1)[:, None]
     padded = -(-large // (factors * side)) * side
-    fits = (small == large // factors) | (small == -(-large // factors)) | (small == padded)
+    fits = (small == large // factors) | (small == padded)
+    fits |= small == -(-large // factors)
     whole_factors = factors[fits.all(axis=1), 0].tolist()
     powers = [factor for factor in whole_factors if factor & (factor - 1) == 0]
     if len(powers or whole_factors) == 1:
@@ -377,7 +387,15 @@ def _ome_size(description: str) -> float:
     """PhysicalSizeX in µm, NaN where it is missing or no length."""
     found = dict(re.findall(r'(PhysicalSizeX|PhysicalSizeXUnit)="([^"]+)"', description))
     unit = html.unescape(found.get("PhysicalSizeXUnit", "um"))
-    factors = {"nm": 1e-3, "um": 1, "\u00b5m": 1, "\u03bcm": 1, "mm": 1e3, "cm": 1e4, "m": 1e6}
+    factors = {
+        "nm": 1e-3,
+        "um": 1,
+        "\u00b5m": 1,
+        "\u03bcm": 1,
+        "mm": 1e3,
+        "cm": 1e4,
+        "m": 1e6,
+    }
     return _number(found.get("PhysicalSizeX", "")) * factors.get(unit, math.nan)
 
 

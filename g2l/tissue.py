@@ -25,6 +25,8 @@ NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 # flat; tissue that is not has at least FAINT colour, flat places with less than GLOW are glass.
 FLAT, FAINT, GLOW = 0.02, 0.035, 0.13
 
+SQUARE = np.ones((2, 2))  # px; narrower marks are chance
+
 # Ratio of the Laplacian's power between octaves, and the blur in patch pixels that leaves it.
 BLUR = (
     (0.1, 0.16, 0.215, 0.35, 0.55),
@@ -58,13 +60,15 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     chroma -= np.minimum.reduce(light)
     least = np.where(change > FLAT, FAINT, GLOW)
     mask = (ndimage.uniform_filter(chroma, 3) > least) & ~pen
-    mask &= chroma > 0.75 * least  # keeps the smoothing from widening it
+    mask &= chroma > 0.4 * ndimage.maximum_filter(chroma, 3)  # or what is smoothed widens it
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
     mask = _without_specks(mask, smallest)
     mask = ~_without_specks(~mask, smallest)
-    gap = _open(low == 255)  # stitching gaps and transparent parts are pure white
+    gap = ndimage.binary_opening(
+        low == 255, SQUARE
+    )  # stitching gaps and transparent parts are pure white
     mask &= ~(void | pen | gap)
     return mask, pen
 
@@ -83,10 +87,8 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     A tinted or dim lamp is no colour of the tissue. Pure white is no glass: it was not scanned.
     """
     green = planes[1].astype(np.int16)
-    flat = (low > 60) & (low < 254)
-    flat &= high - low < 64
-    flat[1:] &= abs(np.diff(green, axis=0)) <= 2
-    flat[:, 1:] &= abs(np.diff(green, axis=1)) <= 2
+    flat = (low > 60) & (low < 254) & (high - low < 64)
+    flat &= _change(green) <= 3
     share = flat.mean()
     if share <= 0.01:
         return [245, 245, 245]
@@ -99,7 +101,13 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     return [max(value, least) for value in tint]
 
 
-def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray, change: NDArray) -> NDArray:
+def _ink(
+    red: NDArray,
+    green: NDArray,
+    blue: NDArray,
+    void: NDArray,
+    change: NDArray,
+) -> NDArray:
     """Mask of pen strokes by optical densities.
 
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
@@ -118,7 +126,7 @@ def _ink(red: NDArray, green: NDArray, blue: NDArray, void: NDArray, change: NDA
     pen |= mixed & (green > 0.3)
     pure = (blue_share > 0.65) & (red_share < 0.25)  # red
     pen |= pure & (green > 0.65)
-    pen = _without_specks(_open(pen & ~void), 12)
+    pen = _without_specks(ndimage.binary_opening(pen & ~void, SQUARE), 12)
     # A stroke has weaker parts, and a pale rim.
     weak = (red_share > 0.93) & (red > 0.3)
     pure = (blue_share > 0.6) & (red_share < 0.3)
@@ -134,15 +142,6 @@ def _grow(mask: NDArray, by: int) -> NDArray:
         rows = rows[:-2] | rows[1:-1] | rows[2:]
         mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
     return mask
-
-
-def _open(mask: NDArray) -> NDArray:
-    """The mask without what is narrower than 2 pixels."""
-    pairs = mask[:-1] & mask[1:]
-    squares = pairs[:, :-1] & pairs[:, 1:]
-    squares = np.pad(squares, 1)
-    pairs = squares[:-1] | squares[1:]
-    return pairs[:, :-1] | pairs[:, 1:]
 
 
 def _without_specks(mask: NDArray, smallest: float) -> NDArray:
@@ -272,8 +271,7 @@ def _polygons(node, wanted=True):
         for part in node:
             yield from _polygons(part, wanted)
         return
-    kind = (node.get("properties") or {}).get("classification") or {}
-    wanted = wanted and not NOT_TISSUE.match(kind.get("name") or "")
+    wanted = wanted and not NOT_TISSUE.match(_class_of(node))
     if node["type"] == "Polygon":
         yield node["coordinates"], wanted
     elif node["type"] == "MultiPolygon":
@@ -282,6 +280,12 @@ def _polygons(node, wanted=True):
     else:
         below = node.get("features") or node.get("geometry") or node.get("geometries")
         yield from _polygons(below or [], wanted)
+
+
+def _class_of(node: dict) -> str:
+    """The name of a feature's class, as QuPath writes it; "" for none."""
+    kind = (node.get("properties") or {}).get("classification") or {}
+    return kind.get("name") or ""
 
 
 def find_mask(folder: Path, name: str) -> Path:

@@ -117,10 +117,10 @@ def scenes(part):
 def ihc(h, e, d):
     """A drawn stain of haematoxylin, eosin and DAB, hardly structured at low power."""
     rng = np.random.default_rng(1)
-    nuclei = ndimage.gaussian_filter(rng.random((1280, 1280)), 4)
+    nuclei = ndimage.gaussian_filter(rng.random((640, 640)), 4)
     nuclei = ndimage.gaussian_filter((nuclei > np.quantile(nuclei, 0.75)) * 1.0, 1)
     stroma = np.clip(
-        0.3 + 0.3 * ndimage.gaussian_filter(rng.standard_normal((1280, 1280)), 1), 0.05, 1
+        0.3 + 0.3 * ndimage.gaussian_filter(rng.standard_normal((640, 640)), 1), 0.05, 1
     )
     density = nuclei[..., None] * (
         h * np.array([0.65, 0.70, 0.29]) + d * np.array([0.27, 0.57, 0.78])
@@ -128,7 +128,7 @@ def ihc(h, e, d):
     density += stroma[..., None] * (
         e * np.array([0.07, 0.99, 0.11]) + d * 0.15 * np.array([0.27, 0.57, 0.78])
     )
-    return (10**-density).reshape(40, 32, 40, 32, 3).mean((1, 3))
+    return (10**-density).reshape(20, 32, 20, 32, 3).mean((1, 3))
 
 
 STAINS = {
