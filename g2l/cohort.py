@@ -211,8 +211,8 @@ def _named_slides(
     places = {os.path.abspath(path): path for path in at_hand}
     for row in rows:
         parents = Path(), manifest.parent, folder, folder / row.id
-        found = filter(Path.is_file, (Path(os.path.abspath(p / row.path)) for p in parents))
-        row.path = next(found, row.path)
+        paths = [Path(os.path.abspath(parent / row.path)) for parent in parents]
+        row.path = next(filter(Path.is_file, paths), row.path)
         if row.path.is_file():
             places.setdefault(str(row.path), row.path)
     named = name_slides(places.values())

@@ -26,12 +26,15 @@ from g2l.cohort import find_slides
 from g2l.errors import PatchError, UserError
 from g2l.files import atomic, write_text
 from g2l.grid import Tiling
+from g2l.readers import TILE_PX
 from g2l.rows import read_rows
 from g2l.slides import Slide
 from g2l.tiff import Codec, Recent, assemble, read_bytes
 
 SLIDES = 16  # of those opened for their pixels, so many stay open,
 PIXELS = 1 << 30  # and so many bytes of plain images, which are held whole
+# What HDF5 and its Python library say of damaged files.
+DAMAGE = RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError
 SOURCE = "columns", "compression", "width", "height"  # attributes of `compressed`
 
 
@@ -464,7 +467,7 @@ def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layo
     try:
         with open_h5(path, "r") as file:
             return _layout_of(file, version, count)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # what HDF5 says of damage
+    except DAMAGE as error:
         raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
 
 
@@ -484,8 +487,10 @@ def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
     if group := file.get("compressed"):
         shape = group["offset"].shape
         layout.offset, layout.bytes = _start(group["offset"], shape), _start(group["bytes"], shape)
-        layout.columns, *kind = (int(group.attrs[name]) for name in SOURCE)
-        layout.codec = Codec(kind[0], group["prefix"][:].tobytes(), *kind[1:])
+        layout.columns, kind, width, height = (int(group.attrs[name]) for name in SOURCE)
+        if not 0 < width * height <= TILE_PX:
+            raise ValueError(f"tiles of {width} x {height} px")
+        layout.codec = Codec(kind, group["prefix"][:].tobytes(), width, height)
     return layout
 
 

@@ -23,7 +23,7 @@ from g2l.tiff import Place, Recent, assemble, read_bytes
 # Images without pyramid: opened by a Slide, not looked for in folders of slides.
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp")
 MEND = "make it a slide by vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
-MOST = 1 << 26  # px of a tile, which a reader holds whole
+TILE_PX = 1 << 26  # at most of a tile, which a reader holds whole
 
 
 class Reader:
@@ -39,7 +39,7 @@ class Reader:
         self.path, self.cache = path, cache
         self._open()
         largest = max(math.prod(self.tile_size(level)) for level in range(len(self.sizes)))
-        if largest > MOST:
+        if largest > TILE_PX:
             raise UserError(f"{path}: has tiles of {largest:,} px; damaged")
 
     def _open(self) -> None:

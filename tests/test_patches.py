@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -420,6 +421,22 @@ def test_an_h5_file_that_is_not_ours_is_refused(cohort, tmp_path, change, reason
     with pytest.raises(PatchError, match=reason):
         index.read(0)
     index.read(int(index.starts[1]))
+
+
+def test_a_damaged_h5_file_is_no_traceback(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path / "mine")
+    path, rng = tmp_path / "mine" / "patches" / "a_patches.h5", random.Random(0)
+    sound, refused = path.read_bytes(), 0
+    for number in range(100):
+        data = bytearray(sound)
+        for _ in range(number % 4):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data[: rng.randrange(len(data))] if number % 4 == 0 else data)
+        try:
+            PatchIndex(tmp_path / "mine").read(0)
+        except PatchError:
+            refused += 1
+    assert refused > 25
 
 
 def test_few_file_handles_are_no_fault_of_the_patches(tmp_path):
