@@ -137,19 +137,25 @@ def write(target: SlideFeatures, first: int, block: Block, finish: bool) -> floa
     return time.monotonic() - start
 
 
-def targets_of(index: PatchIndex, name: str, model: Model, stored: str) -> dict[int, SlideFeatures]:
-    """Where the features of each slide by a model belong, and what they must have been made from.
-
-    Slides whose coordinates cannot be read are left out.
-    """
-    targets = {}
+def coordinates_of(index: PatchIndex) -> dict[int, Coordinates]:
+    """Where the patches of each slide lie; slides whose coordinates cannot be read are left out."""
+    places = {}
     for number, slide in enumerate(index.slides):
-        try:
-            where = Coordinates.read(index.folder / "patches" / f"{slide}_patches.h5")
-        except (OSError, KeyError):
-            continue
-        origin = Origin(model.name, model.fingerprint, preprocessing_of(model), where.key, stored)
-        targets[number] = SlideFeatures(index.folder / f"features_{name}", slide, origin, where)
+        with contextlib.suppress(OSError, KeyError):
+            path = index.folder / "patches" / f"{slide}_patches.h5"
+            places[number] = Coordinates.read(path)
+    return places
+
+
+def targets_of(
+    index: PatchIndex, name: str, model: Model, places: dict[int, Coordinates], stored: str
+) -> dict[int, SlideFeatures]:
+    """Where the features of each slide by a model belong, and what they must come from."""
+    folder, seen = index.folder / f"features_{name}", preprocessing_of(model)
+    targets = {}
+    for number, where in places.items():
+        origin = Origin(model.name, model.fingerprint, seen, where.key, stored)
+        targets[number] = SlideFeatures(folder, index.slides[number], origin, where)
     return targets
 
 
@@ -425,7 +431,9 @@ def run(args: argparse.Namespace) -> int:
     rank, _, _ = setup_distributed(args.device)
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
     models = load_models(args)
-    targets = {name: targets_of(index, name, model, stored) for name, model in models.items()}
+    places, targets = coordinates_of(index), {}
+    for name, model in models.items():
+        targets[name] = targets_of(index, name, model, places, stored)
     start = time.monotonic()
     told, problems = embed(index, models, targets, args)
     parts = gather_values((told, problems))  # and so all have written their parts
