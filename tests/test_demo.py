@@ -15,11 +15,6 @@ from g2l.errors import UserError
 from g2l.patches import PatchIndex
 
 
-class Bar:
-    def step(self, n: int = 1) -> None:
-        pass
-
-
 def test_a_slide_is_pyramidal_says_its_mpp_and_shows_tissue_on_bright_ground(tmp_path):
     for centre in demo.CENTRES:
         suffix = "svs" if centre.vendor == "aperio" else "tif"
@@ -207,7 +202,7 @@ def test_commands_run_where_the_user_is(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "slides" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match=r"tile\.py ended with status 1"):
-        demo.run("tile.py", "--cancer", "a", "--data", "mine")
+        demo.run("tile.py --cancer a --data mine")
     out, err = capfd.readouterr()
     assert f"$ python {ROOT / 'tile.py'} --cancer a" in out, "as it can be typed here"
     assert "mine/slides/a: no slides in it" in err
@@ -222,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path, folder):
     assert last.startswith("error: ") and folder in last
 
 
-def test_an_interrupted_benchmark_is_drawn_again(tmp_path):
+def test_an_interrupted_benchmark_is_drawn_again(tmp_path, monkeypatch):
     folder = tmp_path / "benchmarks" / "demo"
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "half.jpg").write_bytes(b"half")  # images without labels.csv: not whole
@@ -230,15 +225,14 @@ def test_an_interrupted_benchmark_is_drawn_again(tmp_path):
 
     class Pool(ThreadPoolExecutor):
         def map(self, function, jobs):
+            if function is demo.write_slide:
+                return iter(())
             calls.extend(jobs)
-            return iter(
-                [[{"image": "images/a.jpg", "label": "stroma", "group": "p", "center": "c"}]]
-            )
+            return iter([["images/a.jpg,stroma,p,c"]])
 
-    with Pool(1) as pool:
-        demo.write_benchmark(tmp_path, pool, Bar())
-        assert len(calls) == 16 and (folder / "labels.csv").read_text().startswith(
-            "image,label,group,center\n"
-        )
-        demo.write_benchmark(tmp_path, pool, Bar())
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", Pool)
+    demo.write_cohort(tmp_path, 4)
+    assert len(calls) == 16
+    assert (folder / "labels.csv").read_text().startswith("image,label,group,center\n")
+    demo.write_cohort(tmp_path, 4)
     assert len(calls) == 16  # whole now: nothing is drawn
