@@ -371,8 +371,8 @@ def patients(first: int, count: int) -> list[tuple[str, int, Centre]]:
     return found
 
 
-def write_cohort(data: Path) -> None:
-    """Slides of sixteen patients for distillation, and labelled patches of sixteen others.
+def write_cohort(data: Path, count: int) -> None:
+    """Slides of `count` patients a centre for distillation, labelled patches of as many others.
 
     They lie below data/slides/demo and data/benchmarks/demo, the latter with labels.csv.
     """
@@ -381,11 +381,11 @@ def write_cohort(data: Path) -> None:
     for folder in (slides, images):
         folder.mkdir(parents=True, exist_ok=True)
     drawn, judged = [], []
-    for patient, seed, centre in patients(1, 4):
+    for patient, seed, centre in patients(1, count):
         suffix = "svs" if centre.vendor == "aperio" else "tif"
         drawn.append((slides / f"{patient}_1.{suffix}", seed, centre, 1792))
     if not table.exists():
-        judged = [(images, *patient, 1664, 10) for patient in patients(51, 4)]
+        judged = [(images, *patient, 1664, 10) for patient in patients(51, count)]
     lines = ["image,label,group,center"]
     with (
         ProcessPoolExecutor(os.cpu_count()) as pool,
@@ -488,14 +488,14 @@ def summary(folder: Path) -> str:
     )
 
 
-def demo(folder: Path, max_steps: int) -> int:
+def demo(folder: Path, max_steps: int, count: int) -> int:
     """Cohort, then the five commands, then the screen."""
     start = time.monotonic()
     print(
-        "A synthetic cohort: 16 slides to distil on, labelled patches of 16 other patients to "
-        "judge by, 4 centres."
+        f"A synthetic cohort: {4 * count} slides to distil on, labelled patches of as many other "
+        "patients to judge by, 4 centres."
     )
-    write_cohort(folder / "data")
+    write_cohort(folder / "data", count)
     teacher = folder / "weights" / "tf_efficientnet_lite0.safetensors"
     write_teacher(teacher)
     seconds = {"cohort": time.monotonic() - start}
@@ -541,13 +541,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help=where)
     steps = "steps of distillation; with more, the student becomes better"
     parser.add_argument("--max-steps", type=whole, default=150, help=steps)
+    people = "slides to distil on, and patients to judge by, of each of four centres"
+    parser.add_argument("--patients", type=whole, default=4, help=people)
     return parser
 
 
 def main() -> int:
     """Run the demo; returns the exit status."""
     args = build_parser().parse_args()
-    return exit_status(lambda: demo(args.folder, args.max_steps))
+    return exit_status(lambda: demo(args.folder, args.max_steps, args.patients))
 
 
 if __name__ == "__main__":

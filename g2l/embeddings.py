@@ -8,6 +8,7 @@ reads a file back; the rest writes what other tools want.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class Coordinates:
         with open_h5(path, "r") as file:
             return cls(file["coords"][:], dict(file["coords"].attrs))
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Changes when the patches would."""
         size = self.attributes.get("patch_size"), self.attributes.get("patch_size_level0")

@@ -44,17 +44,16 @@ class Batch:
 def read_batches(index: PatchIndex, numbers: ndarray, size: int, workers: int) -> Iterator[Batch]:
     """The patches `numbers` of an index in their order, `size` at a time, by so many processes.
 
-    Without processes they are read when asked for. A slide whose file kills its reader is given up,
-    the others go on.
+    The processes are started at once, before there are threads; without any, patches are read when
+    asked for. A slide whose file kills its reader is given up, the others go on.
     """
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     readers = [Reader(index, parts[w::workers], size) for w in range(min(workers, len(parts)))]
+    if readers:
+        return (readers[m % workers].next() for m in range(len(parts)))
     images = np.empty((size, index.patch_size, index.patch_size, 3), np.uint8)
-    for m, part in enumerate(parts):
-        if readers:
-            yield readers[m % workers].next()
-        else:
-            yield read(index, part, images[: len(part)], set(), np.empty(1, np.int64))
+    hand = np.zeros(1, np.int64)
+    return (read(index, part, images[: len(part)], set(), hand) for part in parts)
 
 
 def read(

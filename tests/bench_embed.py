@@ -134,7 +134,7 @@ def ours(index: PatchIndex, model: Model, out: Path, workers: int = 1) -> dict:
     (out / "patches").exists() or (out / "patches").symlink_to(tiles / "patches")
     line = ["--cancer", "x", "--models", "x", "--batch-size", "64", "--workers", str(workers)]
     args = embed.build_parser().parse_args(line)
-    targets = embed.targets_of(index, "bench", model, "float32")
+    targets = embed.targets_of(index, "bench", model, embed.coordinates_of(index), "float32")
     told, _ = embed.stream(index, [model], [targets], list(targets), args)
     index.folder = tiles
     return told
@@ -145,7 +145,7 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def cost(index: PatchIndex, repeats: int) -> None:
+def cost(index: PatchIndex, repeats: int, only: list[str]) -> None:
     """CPU milliseconds a patch of the three loops with two networks."""
     resnet = load_model("timm:resnet18", "random")
     folded = embed.fold(load_model("timm:resnet18", "random"))
@@ -155,6 +155,8 @@ def cost(index: PatchIndex, repeats: int) -> None:
         "embed.py": lambda model, out: ours(index, model, out),
     }
     for name, model, own in (("small", small(), small()), ("resnet18", resnet, folded)):
+        if name not in only:
+            continue
         taken = {loop: [] for loop in loops}
         for _ in range(repeats):
             for loop, run in loops.items():  # in turn, so that all see the same machine
@@ -225,6 +227,7 @@ def main() -> int:
     parser.add_argument("--slides", type=int, default=6)
     parser.add_argument("--side", type=int, default=4096, help="of a slide, px")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", default=["small", "resnet18"])
     parser.add_argument("--only", choices=["cost", "device"], help="one half of it")
     parser.add_argument("--off-grid", action="store_true", help="tiles of 240 px")
     parser.add_argument("--j2k", action="store_true", help="JPEG 2000 tiles")
@@ -235,7 +238,7 @@ def main() -> int:
         index = cohort(Path(folder), args.slides, args.side, args.off_grid, args.j2k)
         print(f"{len(index.slides)} slides, {len(index)} patches")
         if args.only != "device":
-            cost(index, args.repeats)
+            cost(index, args.repeats, args.networks)
         if args.only != "cost":
             for rate in (200, 430):
                 device(index, rate)

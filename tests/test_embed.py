@@ -94,6 +94,34 @@ def test_features_are_those_of_each_patch_alone(data):
             np.testing.assert_allclose(features[row], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_features_are_those_of_the_published_transform(data):
+    """timm's transform on PIL images, which round after each pass: within 3e-4."""
+    from timm.data import create_transform
+
+    model = load_model("timm:test_resnet", "random", input_size=48)
+    options = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation}
+    published = create_transform((3, 48, 48), crop_pct=48 / model.resize, **options)
+    index = PatchIndex(data / "tiles" / "tiny")
+    for i in range(0, len(index), 20):
+        pixels = index.read(i)
+        patch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            ours = model(model.normalize(model.geometry(patch)))
+            theirs = model(published(Image.fromarray(pixels))[None])
+        assert (ours - theirs).norm() < 3e-4 * theirs.norm()
+
+
+def test_folded_batch_norm_changes_nothing():
+    model = load_model("timm:test_resnet", "random", input_size=64)
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, name = model(x), model.fingerprint
+        folded = embed.fold(model)
+        torch.testing.assert_close(folded(x), before, rtol=1e-5, atol=1e-6)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.net.modules())
+    assert folded.fingerprint == name
+
+
 def test_the_file_is_what_other_tools_read(data):
     """TRIDENT and Patho-Bench: features, coords and patch_size_level0; CLAM: pt_files, fp32."""
     assert embed.main(command(data, "--pt", "--slide", "mean")) == 0
