@@ -116,9 +116,9 @@ def _draw(path: Path, names: list[str], groups: Groups) -> None:
         right.errorbar(list(after), means, spreads, fmt="o-", label=label)
     handles, labels = left.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # not for each repetition
-    left.legend(once.values(), once)
+    left.legend(once.values(), once, title=", ".join(names))
     left.set(xlabel="step", ylabel="CKA to the teacher, held-out patches")
     right.set(xlabel=names[0], ylabel="CKA at the end, ± over seeds")
     if len(names) > 1:
-        right.legend()
+        right.legend(title=", ".join(names[1:]))
     save_figure(figure, path)
