@@ -195,14 +195,11 @@ class Training:
         caught = False
         while not self.over:
             batches = self.fetch(stream, signals)
-            minutes = (time.monotonic() - self.saved) / 60
-            late = self.run.main and minutes > args.checkpoint_minutes > 0  # by rank 0's clock
-            late, caught = any_rank([late, not batches])
+            due, caught = any_rank([self.is_due(), not batches])
             if caught:
                 break
             self.readings.send(self.step(batches, *self.schedule(self.done)))
             self.done += 1
-            due = late or (args.checkpoint_steps and self.done % args.checkpoint_steps == 0)
             self.collect(everything=due or self.done == args.max_steps)
             if self.over or self.done % every == 0:
                 self.measure()
@@ -213,6 +210,12 @@ class Training:
         if self.run.main:
             self.run.draw_loss()
         return caught
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint follows the next step, by steps or by time; rank 0 has the clock."""
+        every, minutes = self.args.checkpoint_steps, (time.monotonic() - self.saved) / 60
+        by_steps = every > 0 and (self.done + 1) % every == 0
+        return self.run.main and (by_steps or minutes > self.args.checkpoint_minutes > 0)
 
     def seed(self) -> None:
         """Set the random numbers of the steps, last of all before them.

@@ -56,16 +56,21 @@ def draw_params(
     factors = low + (high - low) * u[:, 5:9]
     low, high = BLUR_SIGMA
     sigma = low + (high - low) * u[:, 14]
-    top, left = (u[:, :2] * span).astype(np.int64).T
+    corners = (u[:, :2] * span).astype(np.int64)
+    top, left = corners.T
     hflip, vflip = u[:, 2:4].T < FLIP_P
-    jitter, blur = u[:, 4] < JITTER_P, u[:, 13] < BLUR_P
+    jitter = u[:, 4] < JITTER_P
+    blur = u[:, 13] < BLUR_P
     order = np.argsort(u[:, 9:13], axis=1)
     unknown = np.full(count, -1)
     number = first + np.arange(count)
     arrays = [top, left, hflip, vflip, jitter, factors, order, blur, sigma]
     arrays += [number, unknown, unknown]
     found = Params(*map(torch.from_numpy, arrays))
-    return found._replace(factors=found.factors.float(), sigma=found.sigma.float())
+    return found._replace(
+        factors=found.factors.float(),
+        sigma=found.sigma.float(),
+    )
 
 
 def augment(images: Tensor, crop: int, params: Params) -> Tensor:
@@ -162,7 +167,9 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 def _blend(x: Tensor, gray: Tensor, factor: Tensor) -> Tensor:
     factor = factor.view(-1, 1, 1, 1)
-    return (x * factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
+    gray.mul_(1 - factor)
+    out = x * factor
+    return out.add_(gray).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:

@@ -29,18 +29,21 @@ def trials(specs: Sequence[str], known: Collection[str]) -> list[Trial]:
     """
     axes: dict[str, list[str]] = {}
     for spec in specs:
-        name, _, values = spec.partition("=")
+        name, _, text = spec.partition("=")
         name = name.replace("-", "_")
-        if name not in known or name in axes or "" in values.split(","):
+        values = text.split(",")
+        if name not in known or name in axes or "" in values:
             wanted = f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
             raise UserError(f"sweep {spec}: expected {wanted}")
-        axes[name] = values.split(",")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        axes[name] = values
+    found = itertools.product(*axes.values())
+    return [dict(zip(axes, values, strict=True)) for values in found]
 
 
 def run_name(base: str, trial: Trial) -> str:
     """The folder of a trial's run."""
-    return "_".join([base, *(safe(f"{name}-{value}") for name, value in trial.items())])
+    parts = [safe(f"{name}-{value}") for name, value in trial.items()]
+    return "_".join([base, *parts])
 
 
 def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
@@ -52,10 +55,16 @@ def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
         run = folder / run_name(base, trial)
         finished = read_json(run / "config.json")["finished"]
         best = finished["best"]
-        measured = best["before"], best["last"], best["cka"], best["step"], finished["step"]
-        rows.append({**trial, "run": run.name, **dict(zip(MEASURES, measured, strict=True))})
+        row = {**trial, "run": run.name}
+        row["cka_before"] = best["before"]
+        row["cka_after"] = best["last"]
+        row["cka_best"] = best["cka"]
+        row["best_step"] = best["step"]
+        row["steps"] = finished["step"]
+        rows.append(row)
         key = tuple(trial[name] for name in names)
-        groups.setdefault(key, []).append({**rows[-1], "curve": column(run, "cka")})
+        repetitions = groups.setdefault(key, [])
+        repetitions.append({**row, "curve": column(run, "cka")})
     with atomic(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -75,16 +84,21 @@ def _table(names: list[str], groups: Groups) -> str:
     """Means of repetitions in Markdown, and where cohorts were varied, how many slides it took."""
     lines = []
     for key, rows in groups.items():
-        means = [f"{np.mean([row[name] for row in rows]):.4g}" for name in MEASURES]
-        lines.append([*key, str(len(rows)), f"{_after(rows)[1]:.3f}", *means])
-    text = markdown([*names, "runs", "± of cka_after", *MEASURES], lines)
+        cells = [*key, str(len(rows)), f"{_after(rows)[1]:.3f}"]
+        for name in MEASURES:
+            mean = np.mean([row[name] for row in rows])
+            cells.append(f"{mean:.4g}")
+        lines.append(cells)
+    head = [*names, "runs", "± of cka_after", *MEASURES]
+    text = markdown(head, lines)
     text += "\nCKA: unbiased, to the teacher, on the patches held out; ±: over seeds.\n"
     if names == ["max_slides"]:
         most = max(groups, key=lambda key: int(key[0]) or np.inf)  # 0: all
         mean, spread = _after(groups[most])
-        near = [key for key in groups if _after(groups[key])[0] >= mean - max(spread, 0.01)]
+        margin = max(spread, 0.01)
+        near = [key for key in groups if _after(groups[key])[0] >= mean - margin]
         few = min(near, key=lambda key: int(key[0]) or np.inf)
-        text += f"As good as the largest cohort, within {max(spread, 0.01):.3f}: {few[0]} slides.\n"
+        text += f"As good as the largest cohort, within {margin:.3f}: {few[0]} slides.\n"
     return text
 
 
@@ -95,13 +109,16 @@ def _draw(path: Path, names: list[str], groups: Groups) -> None:
     for number, (key, rows) in enumerate(groups.items()):
         for row in rows:
             left.plot(*row["curve"], color=f"C{number}", label=" ".join(key))
-        lines.setdefault(" ".join(key[1:]), {})[key[0]] = _after(rows)
+        line = lines.setdefault(" ".join(key[1:]), {})
+        line[key[0]] = _after(rows)
     for label, after in lines.items():
-        right.errorbar(list(after), *zip(*after.values(), strict=True), fmt="o-", label=label)
-    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    left.legend(handles.values(), handles)
+        means, spreads = zip(*after.values(), strict=True)
+        right.errorbar(list(after), means, spreads, fmt="o-", label=label)
+    handles, labels = left.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # not for each repetition
+    left.legend(once.values(), once, title=", ".join(names))
     left.set(xlabel="step", ylabel="CKA to the teacher, held-out patches")
     right.set(xlabel=names[0], ylabel="CKA at the end, ± over seeds")
     if len(names) > 1:
-        right.legend()
+        right.legend(title=", ".join(names[1:]))
     save_figure(figure, path)
