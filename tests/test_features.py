@@ -144,6 +144,7 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
 
 SCRIPT = f"""
 import sys, time
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np, torch
 from g2l import features, models, ranks
@@ -161,7 +162,7 @@ def main(out, slow):
     errors = []
     model = models.load_model("timm:test_vit", "random", input_size=64)
     got = features.extract_features(
-        model, Source(slow), batch_size=2, cache=out + "/cache", errors=errors
+        model, Source(slow), batch_size=2, cache=Path(out) / "cache", errors=errors
     )
     assert errors == [(4, "lost")]
     np.save(f"{{out}}/{{rank}}-of-{{world}}.npy", got)
