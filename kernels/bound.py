@@ -22,7 +22,9 @@ def scaled(sides, dtype, by_row=False):
 
     So that squares are numbers, too. `by_row`: each row by one of its own, and 1.
     """
-    largest = [x.abs().amax(1, keepdim=True).to(dtype) for x in sides]
+    largest = []
+    for x in sides:
+        largest.append(x.abs().amax(1, keepdim=True).to(dtype))
     if not by_row:
         largest = [torch.cat(largest).amax()] * len(sides)
     scales = []

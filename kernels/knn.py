@@ -159,7 +159,8 @@ MANY, NARROW = 2048, 128  # rows and columns from and up to which fp32 and a res
 
 def _differences(base, query, rows, candidates, metric):
     """fp64 distances (squared, or twice the cosine's) of query[rows] to base[candidates (R, C)]."""
-    step = max(1, CACHED // (candidates.shape[1] * base.shape[1]))
+    values = candidates.shape[1] * base.shape[1]
+    step = max(1, CACHED // values)
     distances = []
     parts = zip(rows.split(step), candidates.split(step), strict=True)
     for part, chosen in parts:
@@ -169,7 +170,8 @@ def _differences(base, query, rows, candidates, metric):
             distances.append(b.sub_(a).square_().sum(-1))
         else:
             norms = a.norm(dim=-1) * b.norm(dim=-1)
-            cosines = (a * b).sum(-1) / norms.masked_fill(norms == 0, 1)
+            norms.masked_fill_(norms == 0, 1)
+            cosines = (a * b).sum(-1) / norms
             distances.append(2 - 2 * cosines)
     return torch.cat(distances)
 

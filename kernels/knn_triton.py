@@ -213,7 +213,7 @@ def screen_config(width: int, device: str) -> dict:
 def rescan_config(k: int) -> dict:
     """One warp to a query: its minima need no barrier, and others work while it waits."""
     keep = max(16, triton.next_power_of_2(k))
-    return {"KEEP": keep, "CAPACITY": capacity(k), "BLOCK": 128, "WIDTH": 4, "num_warps": 1}
+    return {"KEEP": keep, "CAPACITY": capacity(k), "BLOCK": 64, "WIDTH": 4, "num_warps": 1}
 
 
 def list_config(k: int) -> dict:
