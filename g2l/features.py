@@ -67,15 +67,15 @@ class ImageReader(torch.utils.data.IterableDataset):
                 images[len(items)] = image
                 items.append(i)
                 if len(items) == self.batch_size:
-                    yield items, images.numpy(), ended
+                    yield items, images, ended
                     items, images, ended = self._empty()
             ended.append((i, problems))
         if ended:
-            yield items, images[: len(items)].numpy(), ended
+            yield items, images[: len(items)], ended
 
     def _empty(self) -> Batch:
         shape = self.batch_size, 3, self.size, self.size
-        return [], torch.empty(shape, dtype=torch.uint8), []
+        return [], np.empty(shape, np.uint8), []
 
     def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
         """The readable images of item i, as the network takes them; what is not goes to

@@ -129,7 +129,7 @@ def nearest(
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
-    total = sum(inside)
+    total = torch.stack(inside).sum(0)
     for test, own in zip(tests, inside, strict=True):
         rest = np.setdiff1d(np.arange(len(x)), test)
         near = min(k, len(rest))
@@ -274,8 +274,9 @@ class Regressions:
         self.never = torch.where(seen, 0.0, -1e4).to(x)  # logits of classes that are not there
         self.classes = seen.sum(1, keepdim=True)
         self.strength = torch.where(self.classes == 2, 2, 1) / count
-        axes, variance = zip(*[standard_axes(x[rows]) for rows in train], strict=True)
-        self.axes = pad_sequence(axes, batch_first=True)
+        each = [standard_axes(x[rows]) for rows in train]
+        variance = [own for _, own in each]
+        self.axes = pad_sequence([axes for axes, _ in each], batch_first=True)
         self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
         self.learnt: deque = deque(maxlen=MEMORY)  # steps, and the change of the loss's slope
         self.start = x.new_zeros(len(train), n_classes, self.axes.shape[1])
@@ -299,7 +300,8 @@ class Regressions:
         said = logits.softmax(1)
         unsure = inner(self.share, 1 - said.square().sum(1, keepdim=True))
         curvature = (unsure / (self.classes - 1)).clamp(min=1e-6) * self.variance + pull
-        before = step = None
+        before = at
+        step = None
         for _ in range(STEPS):
             slope = self.slope(self.share * (said - self.truth)) + pull * at
             if step is not None:
@@ -493,7 +495,7 @@ def cka_to_teacher(
             rows = extended(one, part)
             beside = rows if one == other else extended(other, part)
             inside.append((rows.T @ beside).double())
-        total = sum(inside)
+        total = torch.stack(inside).sum(0)
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own, trace = {}, {}
