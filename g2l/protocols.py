@@ -25,7 +25,8 @@ EXACT = 2**24  # features (values) below which fp64 costs little
 RESAMPLES = 1000  # of whole groups, for intervals
 STEPS = 200  # of a regression, at most
 MEMORY = 40  # steps whose curvature is kept
-TOLERANCE = 1e-9  # of a regression's mean log loss: probabilities are right to some 1e-4
+# Of a regression's mean log loss: probabilities are right to some 1e-4. Rounding allows no less.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-7}
 FEW = 6  # groups: with five, even one model better in each is no evidence (sign test: 2 / 2^5)
 
 
@@ -279,6 +280,7 @@ class Regressions:
         self.axes = pad_sequence([axes for axes, _ in each], batch_first=True)
         self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
         self.learnt: deque = deque(maxlen=MEMORY)  # steps, and the change of the loss's slope
+        self.enough = TOLERANCE[x.dtype]
         self.start = x.new_zeros(len(train), n_classes, self.axes.shape[1])
 
     def logits(self, unknowns: Tensor) -> Tensor:
@@ -308,9 +310,9 @@ class Regressions:
                 self.learnt.append((step, slope - before - pull * step))
             down = self.downhill(slope, curvature, pull)
             size = inner(slope, down)  # about twice what the loss is above its least
-            if (size < TOLERANCE).all():
+            if (size < self.enough).all():
                 break
-            way = torch.where(size < TOLERANCE, 0, -down)
+            way = torch.where(size < self.enough, 0, -down)
             along = self.logits(way)
             length, said = self.search(logits, along, inner(pull * at, way), inner(pull * way, way))
             before, step = slope, length * way
