@@ -247,7 +247,7 @@ def add_protocol_arguments(how) -> None:
     )
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures: the exit status."""
     from g2l.evaluation import evaluate_all
     from g2l.features import card, features, loaded_model, report_failures
@@ -294,7 +294,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         baseline=baseline,
         cards=cards,
         device_used=str(device),
-        argv=argv,
     )
     study, lost = evaluate_all(found, models_of, embed, study, failures)
     texts = [one_line(explain(error, REMEDIES) or "") for error in failures]
@@ -324,8 +323,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.export:
         return exit_status(lambda: export_students(args), REMEDIES)
-    command = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: run(args, command), REMEDIES)
+    return exit_status(lambda: run(args), REMEDIES)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,11 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
             "classes are needed to tell anything apart"
         )
     held = np.asarray(benchmark.groups)
-    class_groups = [len(set(held[labels == c])) for c in range(len(classes))]
-    groups, notes = len(set(benchmark.groups)), []
-    thin = [f"{c} ({n})" for c, n in zip(classes, class_groups, strict=True) if 0 < n < 5]
+    thin, notes, groups = [], [], len(set(benchmark.groups))
+    for c, kind in enumerate(classes):
+        count = len(set(held[labels == c]))
+        if 0 < count < 5:
+            thin.append(f"{kind} ({count})")
     if thin:
         few = ", ".join(thin)
         notes.append(f"classes with fewer than 5 groups, absent from some splits: {few}")
@@ -117,7 +119,7 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
         few = "; too few for the probe's 6:2:2" if groups < 5 else ""
         notes.append(f"{groups} groups: as many folds at most{few}")
     about = {"level": benchmark.level, "classes": classes, "counts": counts.tolist()}
-    return about | {"groups": groups, "class_groups": class_groups}, notes
+    return about | {"groups": groups}, notes
 
 
 def make_folds(benchmark: Benchmark, study: Study) -> Folds:

@@ -25,7 +25,8 @@ EXACT = 2**24  # features (values) below which fp64 costs little
 RESAMPLES = 1000  # of whole groups, for intervals
 STEPS = 200  # of a regression, at most
 MEMORY = 40  # steps whose curvature is kept
-TOLERANCE = 1e-9  # of a regression's mean log loss: probabilities are right to some 1e-4
+# Of a regression's mean log loss: probabilities are right to some 1e-4. Rounding allows no less.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-7}
 FEW = 6  # groups: with five, even one model better in each is no evidence (sign test: 2 / 2^5)
 
 
@@ -129,7 +130,7 @@ def nearest(
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
-    total = sum(inside)
+    total = torch.stack(inside).sum(0)
     for test, own in zip(tests, inside, strict=True):
         rest = np.setdiff1d(np.arange(len(x)), test)
         near = min(k, len(rest))
@@ -274,10 +275,12 @@ class Regressions:
         self.never = torch.where(seen, 0.0, -1e4).to(x)  # logits of classes that are not there
         self.classes = seen.sum(1, keepdim=True)
         self.strength = torch.where(self.classes == 2, 2, 1) / count
-        axes, variance = zip(*[standard_axes(x[rows]) for rows in train], strict=True)
-        self.axes = pad_sequence(axes, batch_first=True)
+        each = [standard_axes(x[rows]) for rows in train]
+        variance = [own for _, own in each]
+        self.axes = pad_sequence([axes for axes, _ in each], batch_first=True)
         self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
         self.learnt: deque = deque(maxlen=MEMORY)  # steps, and the change of the loss's slope
+        self.enough = TOLERANCE[x.dtype]
         self.start = x.new_zeros(len(train), n_classes, self.axes.shape[1])
 
     def logits(self, unknowns: Tensor) -> Tensor:
@@ -299,16 +302,17 @@ class Regressions:
         said = logits.softmax(1)
         unsure = inner(self.share, 1 - said.square().sum(1, keepdim=True))
         curvature = (unsure / (self.classes - 1)).clamp(min=1e-6) * self.variance + pull
-        before = step = None
+        before = at
+        step = None
         for _ in range(STEPS):
             slope = self.slope(self.share * (said - self.truth)) + pull * at
             if step is not None:
                 self.learnt.append((step, slope - before - pull * step))
             down = self.downhill(slope, curvature, pull)
             size = inner(slope, down)  # about twice what the loss is above its least
-            if (size < TOLERANCE).all():
+            if (size < self.enough).all():
                 break
-            way = torch.where(size < TOLERANCE, 0, -down)
+            way = torch.where(size < self.enough, 0, -down)
             along = self.logits(way)
             length, said = self.search(logits, along, inner(pull * at, way), inner(pull * way, way))
             before, step = slope, length * way
@@ -493,7 +497,7 @@ def cka_to_teacher(
             rows = extended(one, part)
             beside = rows if one == other else extended(other, part)
             inside.append((rows.T @ beside).double())
-        total = sum(inside)
+        total = torch.stack(inside).sum(0)
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own, trace = {}, {}

@@ -35,7 +35,6 @@ class Study:
     baseline: str | None  # the student before distillation
     cards: dict[str, dict]  # of each model, see features.card
     device_used: str
-    argv: list[str]  # the command that is printed with the tables
     k: int  # neighbours that vote
     pca_dims: int
     pca: str  # axes fitted on the training folds ("fold") or on everything ("all")

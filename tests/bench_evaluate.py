@@ -83,7 +83,7 @@ def main() -> None:
         setattr(evaluation, name, work)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(
-            Path(folder), names, "teacher", "baseline", dict.fromkeys(names, card), "cpu", [],
+            Path(folder), names, "teacher", "baseline", dict.fromkeys(names, card), "cpu",
             k=15, pca_dims=50, pca="fold", folds=10, seeds=5, paper_splits=False,
             leaks="exclude", no_pictures=True,
         )  # fmt: skip

@@ -58,7 +58,6 @@ def study(tmp_path) -> types.SimpleNamespace:
         teacher=None,
         baseline="hibou-l",
         device_used="cpu",
-        argv=[],
         k=15,
         pca_dims=50,
         paper_splits=True,
