@@ -261,12 +261,13 @@ def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -
     for i, (row, problems) in rows.items():
         out[i] = row
         found += [(i, problem) for problem in problems]
+    parts = gather_values(found)  # a rank that stands still is named here, by a sum it is not
     if in_job():  # each row is one rank's and zero on the others, so the sum is exact
         for part in torch.from_numpy(out).split(65536):
             torch.distributed.all_reduce(part)
     if errors is not None:
-        for part in gather_values(found):
-            errors.extend(part)
+        for problems in parts:
+            errors.extend(problems)
         errors.sort()
     return out
 

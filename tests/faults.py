@@ -39,7 +39,7 @@ CASES = [
     Case("distill", "loader killed", ENDS, "distill: loading_process_that_is_killed"),
     Case("evaluate", "loader stands still", ENDS, "fault"),
     Case("robustness", "loader stands still", ENDS, "fault"),
-    Case("distill", "loader stands still", ENDS, "stream: gives_nothing_within"),
+    Case("distill", "loader stands still", ENDS, "stream: gives_nothing_ends"),
     Case("evaluate", "no file can be opened any more", ENDS, "fault"),
     Case("robustness", "no file can be opened any more", ENDS, "fault"),
     Case("distill", "no file can be opened any more", ENDS, "stream: too_many_open_files"),
@@ -68,7 +68,7 @@ CASES = [
     Case("any", "a file system without locks", "said once, goes on", "files: without_locks"),
     # Files of ours, damaged.
     Case("tile", "rows of slides.csv", MENDED, "tile_command: damaged_rows"),
-    Case("tile", "h5 files, shards, pictures", MENDED, "tile_command: mended_by_the_next"),
+    Case("tile", "h5 files, shards, pictures", MENDED, "tile_command: harmed_files"),
     Case("distill", "a checkpoint", "the one before it is taken", "distill: set_aside"),
     Case("distill", "every checkpoint", "said at every start", "distill: no_whole_checkpoint"),
     Case("distill", "config.json, log.jsonl", MENDED, "distill: damaged_notes"),

@@ -176,11 +176,18 @@ def unbroken(name: str, place: Path, count: int = 1) -> tuple[dict, float]:
 
 # ---- kills
 
+# In a quick run robustness stands for evaluate, whose features are the same code; tile, embed and
+# distill have kills of their own.
+QUICK = ("robustness", "distill, two ranks", "robustness, two ranks")
 NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
 KILLED = [case.command for case in CASES if case.seen == "kills"]
+SOME_KILLED = [
+    command if command in QUICK else pytest.param(command, marks=pytest.mark.slow)
+    for command in KILLED
+]
 
 
-@pytest.mark.parametrize("command", KILLED)
+@pytest.mark.parametrize("command", SOME_KILLED)
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=NIGHTLY)])
 def test_killed_at_any_moment_it_goes_on(place, tmp_path, command, kills):
     kills = int(os.environ.get("G2L_KILLS", kills))
@@ -287,10 +294,18 @@ FAULTS = {
 }
 
 
-FAULTY = [case for case in CASES if case.seen == "fault"]
+SOME_FAULTY = [
+    pytest.param(
+        case,
+        id=f"{case.command}: {case.fault}",
+        marks=() if case.command in QUICK else pytest.mark.slow,
+    )
+    for case in CASES
+    if case.seen == "fault"
+]
 
 
-@pytest.mark.parametrize("case", FAULTY, ids=[f"{c.command}: {c.fault}" for c in FAULTY])
+@pytest.mark.parametrize("case", SOME_FAULTY)
 def test_a_fault_ends_in_words_and_the_next_run_ends_the_work(place, tmp_path, case):
     fault, said = FAULTS[case.fault]
     name, count = case.command.split(",")[0], 1 + ("two ranks" in case.command)
