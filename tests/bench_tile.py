@@ -8,9 +8,10 @@ For each slide: CPU seconds and memory of segmentation and grid; patches per CPU
 where that is installed: native where patches are whole tiles, on the grid of patches in scan and in
 random order, off the grid, and resampled to half the scale. Whole JPEG tiles also by simplejpeg
 from memory, which nothing that decodes them can outrun. All readers take turns over the same
-patches; rates are medians over the turns. Native patches are compared pixel by pixel with
-OpenSlide's first; no rate is printed for pixels that differ. At the end the whole command, from
-start to exit, and `PatchIndex.read`. Run it on a machine that does nothing else.
+patches; rates and their ratios are medians over the turns. Off the grid what counts is how many
+patches share a tile: few of a large slide share none. Native patches are compared pixel by pixel
+with OpenSlide's first; no rate is printed for pixels that differ. At the end the whole command,
+from start to exit, and `PatchIndex.read`. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -38,17 +39,17 @@ except ImportError:
     fastslide = None
 
 
-def rates(places, *readers, repeats: int = 5) -> list[float]:
-    """Median patches per CPU second of each reader over `repeats` passes, with empty caches."""
-    seconds = [[] for _ in readers]
-    for _ in range(repeats):
-        for opened, taken in zip(readers, seconds, strict=True):
+def rates(places, *readers, turns: int = 9) -> np.ndarray:
+    """(readers, turns) patches per CPU second, with empty caches at the start of each turn."""
+    found = np.empty((len(readers), turns))
+    for turn in range(turns):
+        for number, opened in enumerate(readers):
             read = opened()
             start = time.process_time()
             for place in places:
                 read(place)
-            taken.append(time.process_time() - start)
-    return [len(places) / sorted(taken)[repeats // 2] for taken in seconds]
+            found[number, turn] = len(places) / (time.process_time() - start)
+    return found
 
 
 def compare(name: str, path: Path, places: list, side: int, out: int, raw=None) -> None:
@@ -85,9 +86,9 @@ def compare(name: str, path: Path, places: list, side: int, out: int, raw=None) 
     if raw:
         readers["simplejpeg alone"] = by_simplejpeg
     found = rates(places, *readers.values())
-    text = f"  {name:15} Slide.read {found[0]:6.0f} patches/s"
-    for other, rate in zip(list(readers)[1:], found[1:], strict=True):
-        text += f", {other} {rate:6.0f} ({found[0] / rate:.2f}x)"
+    text = f"  {name:15} Slide.read {np.median(found[0]):6.0f} patches/s"
+    for other, theirs in zip(list(readers)[1:], found[1:], strict=True):
+        text += f", {other} {np.median(theirs):6.0f} ({np.median(found[0] / theirs):.2f}x)"
     print(text, flush=True)
 
 
@@ -168,7 +169,8 @@ def bench(path: Path, patches: int, mpp: float | None) -> None:
 
         index = PatchIndex(Path(folder) / "tiles" / "bench")
         order = np.random.default_rng(0).permutation(len(index))[:patches].tolist()
-        (scan,), (scattered,) = rates(range(min(patches, len(index))), opened), rates(order, opened)
+        scan = np.median(rates(range(min(patches, len(index))), opened))
+        scattered = np.median(rates(order, opened))
         print(f"  PatchIndex.read: scan {scan:.0f}, random {scattered:.0f} patches/s")
 
 
