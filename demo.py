@@ -445,9 +445,7 @@ def run(command: str) -> float:
 
 def summary(folder: Path) -> str:
     """What was measured, on one screen: Tables 1 to 3 of G2L on the held-out patients."""
-    from g2l.report import markdown
     from g2l.results import read_metrics
-    from g2l.robust_report import aligned
 
     rows = read_metrics(folder / "results")
 
@@ -481,11 +479,21 @@ def summary(folder: Path) -> str:
     return (
         f"G2L in small: {TEACHER} taught {STUDENT}\njudged on {data['value']} patches of "
         f"{data['groups']} patients that distillation never saw\n\n"
-        f"{aligned(markdown(head, judged))}\n\n"
+        f"{aligned([head, *judged])}\n\n"
         "robustness index, neighbours of the same tissue / of the same centre\n"
-        f"{aligned(markdown(['Table 3', *(f'k = {k}' for k in KS)], robust))}\n\n"
+        f"{aligned([['Table 3', *(f'k = {k}' for k in KS)], *robust])}\n\n"
         "± is the standard deviation over folds (kNN), splits (probe) or samples (index)."
     )
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table whose columns have one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def demo(folder: Path, max_steps: int, count: int) -> int:

@@ -164,8 +164,18 @@ def predict(
             predictions = {"fold": fold, "knn": guess, "neighbors": neighbors.astype(np.int32)}
             predictions["scores"] = scores.reshape(-1, len(labels), classes)
             group = np.unique(benchmark.groups, return_inverse=True)[1]
-            known = [x, labels, group, tenths, guess, votes, distances]
-            given = Given(*known, list(predictions["scores"]), classes, device)
+            given = Given(
+                x=x,
+                labels=labels,
+                groups=group,
+                fold=tenths,
+                guess=guess,
+                votes=votes,
+                distances=distances,
+                scores=list(predictions["scores"]),
+                classes=classes,
+                device=device,
+            )
             for name in study.protocols:
                 rows += PROTOCOLS[name](given)
     return predictions, rows
