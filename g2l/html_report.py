@@ -71,7 +71,10 @@ def write_html(report: Path) -> Path:
     import markdown
 
     convert = markdown.Markdown(extensions=["tables", "toc"])
-    body = convert.convert(report.read_text(encoding="utf-8", errors="replace"))
+    text = report.read_text(encoding="utf-8", errors="replace")
+    # Our own markup is underlining alone; what names bring along stays text.
+    text = re.sub(r"<(?!/?u>)", "&lt;", text.replace("\\<", "&lt;"))
+    body = convert.convert(text)
     body = body.replace("<table>", '<div class="wide"><table>')
     body = body.replace("</table>", "</table></div>")
     body = re.sub(

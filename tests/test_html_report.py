@@ -21,12 +21,12 @@ REPORT = """# Evaluation
 | model | parameters |
 | --- | --- |
 | b | 3.4 M |
-| a | 1,280 M |
+| a | <u>1,280</u> M |
 | c | **0.4** M |
 
 ## Table 1: {CKA}
 
-No table.
+No table. \\<script>alert(1)</script> <img src=x onerror=alert(2)> \\<u>name\\</u>
 """
 
 
@@ -45,6 +45,8 @@ def test_pictures_lie_in_the_page_and_nothing_from_outside_the_folder_does(page)
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 1
     assert 'src="pictures/lost.png"' in text and 'src="../secret.png"' in text
+    assert "<script>alert" not in text and "<img src=x" not in text and "<u>name" not in text
+    assert "<u>1,280</u>" in text
     assert re.findall(r'<a href="#[\w-]+">([^<]+)</a>', text) == ["Models", "Table 1: {CKA}"]
     assert "http" not in text.replace("http-equiv", "")
 
