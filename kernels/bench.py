@@ -141,7 +141,7 @@ def loss_case(device: torch.device, rows: int) -> Case:
     y = batch_norm((student @ weight).detach(), None, None, training=True)
     teacher = y + 0.1 * torch.randn_like(y)
     exact = [x.detach().to(operand).double().requires_grad_() for x in (student, weight)]
-    truth = torch.autograd.grad(eager_loss(*exact, teacher.double()), exact)
+    truth = torch.autograd.grad(eager_loss(exact[0], exact[1], teacher.double()), exact)
 
     def step(loss):
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
