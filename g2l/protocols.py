@@ -294,7 +294,11 @@ class Regressions:
         weights = excess.flatten(0, 1) @ self.x
         return weights.view(*excess.shape[:2], -1) @ self.axes.mT
 
-    def solve(self, c: float, at: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(
+        self,
+        c: float,
+        at: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Solution and logits (S, K, N) for the strength c, from the solution `at`."""
         pull = (self.strength / c).to(at).repeat(1, 1, at.shape[2])
         pull[..., 0] = 0  # the bias is free
@@ -611,7 +615,10 @@ def resampled(
     return found
 
 
-def paired(first: dict, second: dict) -> dict[str, tuple[float, float, float, int]]:
+def paired(
+    first: dict,
+    second: dict,
+) -> dict[str, tuple[float, float, float, int]]:
     """Difference first - second of two models' `resampled` figures with its 95 % interval.
 
     Returns {"knn": (difference, low, high, folds), "probe": (..., seeds)}; what no fold or seed
