@@ -336,9 +336,10 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
-        files, table = [], read_rows(index.folder)
+        files: list[Path] = []
+        table = read_rows(index.folder)
         for slide, _ in places:  # another slide, file of coordinates or shard: other patches
-            files += [index.folder / "patches" / f"{slide}_patches.h5", table[slide]["path"]]
+            files += [index.folder / "patches" / f"{slide}_patches.h5", Path(table[slide]["path"])]
             files.append(index.folder / "shards" / f"{slide}.tar")
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
