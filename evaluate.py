@@ -4,6 +4,7 @@
     python evaluate.py --all --models h-optimus-0 hibou-l runs/NAME/student \
         --teacher h-optimus-0 --baseline hibou-l
     python evaluate.py --benchmark MY_FOLDER --models ...   # with labels.csv: image,label,group
+    python evaluate.py --slides-table MY.csv --cancer brca --models ...   # slide_id,label[,patient]
 
 No patient (or its best proxy) is ever on both sides of a split, every number stands beside its
 majority baseline, and features are extracted once: results/features holds them, keyed by weights,
@@ -26,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from g2l.arguments import Help, add_running_arguments, directory, whole
-from g2l.benchmarks import Benchmark
+from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
 from g2l.exports import TOOLS, export
 from g2l.field import PROTOCOLS
 from g2l.files import safe
-from g2l.published import PUBLISHED, at_hand, list_benchmarks, load_benchmarks
+from g2l.published import PUBLISHED, SECTIONS, at_hand, list_benchmarks, load_benchmarks
 
 # The flags that go to Study as they are.
 STUDY_FLAGS = [
@@ -48,7 +49,9 @@ STUDY_FLAGS = [
     "no_pictures",
 ]
 
-REMEDIES = MODEL_REMEDIES | {
+TILED = "tile.py takes it by --assume-mpp, --manifest, --resample; --cancer takes its patches"
+REMEDIES = MODEL_REMEDIES | dict.fromkeys(("mpp", "magnification"), TILED)
+REMEDIES |= {
     "benchmark data": "`python evaluate.py --list` says where to get it; unpack the archive below "
     "this folder as it comes",
     "benchmark names": "rename one of the folders of --benchmark",
@@ -56,6 +59,7 @@ REMEDIES = MODEL_REMEDIES | {
     "name": "rename one of the two, or take another folder by --results",
     "stuck": f"is the storage of the images still there? Take other --workers, and {GO_ON}",
     "workers": f"{WORKERS}, and {GO_ON}",
+    "cohort": "name the one that tile.py made of them by --cancer",
     "unreadable": "mend them, or allow more by --max-unreadable",
 }
 
@@ -78,12 +82,15 @@ def name_models(args: argparse.Namespace) -> tuple[list[str], str | None, str | 
 def name_benchmarks(args: argparse.Namespace) -> list[str]:
     """The published benchmarks to measure; --all adds those at hand and says which are not."""
     names = list(args.benchmarks)
-    for name, about in PUBLISHED.items() if args.all else ():
+    for name in PUBLISHED if args.all else ():
         if at_hand(args.data, name):
             names.append(name)
         elif name not in names and int(os.environ.get("RANK", 0)) == 0:
             where = args.data / "benchmarks" / name
-            print(f"benchmark {name} is not in {where}; from {about.source}", file=sys.stderr)
+            print(
+                f"benchmark {name} is not in {where}; from {SECTIONS[name]['where from']}",
+                file=sys.stderr,
+            )
     return list(dict.fromkeys(names))
 
 
@@ -97,12 +104,13 @@ def check_request(args: argparse.Namespace, models: list[str], published: list[s
             "no model: name one by --models, for instance h-optimus-0 (fetched from the hub, or "
             "--weights h-optimus-0=FILE) or runs/NAME/student (made by distill.py)"
         )
-    if not published and not args.benchmark and args.all:
+    own = args.benchmark or args.slides_table
+    if not published and not own and args.all:
         lacks.append(
             f"no benchmark: none is below {args.data / 'benchmarks'}, and --list says where to "
             "get one; your own goes by --benchmark DIR"
         )
-    elif not published and not args.benchmark:
+    elif not published and not own:
         lacks.append(
             "no benchmark: give --benchmark DIR, --benchmarks NAME (--list shows them) or --all"
         )
@@ -205,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
     other = "write what that benchmark needs to evaluate the students of --models, and stop"
     what.add_argument("--export", choices=list(TOOLS), help=other)
+    add_choice_arguments(parser)
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
     data = "its benchmarks/NAME hold published data sets"
@@ -257,13 +266,18 @@ def run(args: argparse.Namespace) -> int:
 
     published = name_benchmarks(args)
     models, teacher, baseline = name_models(args)
+    choices = choices_of(args, models, REMEDIES)
+    if args.draw and not models:  # the list alone, for tile.py --exclude
+        _, failed = load_benchmarks([], published, choices)
+        return report_failures([explain(error, REMEDIES) or "" for error in failed], {})
     check_request(args, models, published)
     weights = parse_weights(args.weights, models)
     options = model_options(args)
     if args.input_size:
         options["input_size"] = args.input_size
     rank, _, device = setup_distributed(args.device)
-    found, failures = load_benchmarks(args.benchmark, published, args.data, args.results / "index")
+    found, failed = load_benchmarks(args.benchmark, published, choices)
+    failures: list[UserError] = list(failed)
 
     def embed(name: str, benchmark: Benchmark, together: bool = True) -> Any:
         return features(

@@ -6,21 +6,23 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from g2l.arguments import whole
 from g2l.cohort import patient_of
 from g2l.errors import UserError
-from g2l.files import files_below, read_table
-from g2l.images import IMAGE_SUFFIXES, ImageFiles, Rows
+from g2l.files import files_below, read_json, read_table
+from g2l.images import IMAGE_SUFFIXES, REGION, ImageFiles, Rows
 from g2l.slides import slide_name
 
 
@@ -42,6 +44,8 @@ class Benchmark:
     source: str = ""  # under which name its features are kept, where benchmarks share images
     notes: list[str] = field(default_factory=list)
     origin: str = ""  # the folder it was read from
+    unit: str = ""  # what a group is: patient, slide, ...
+    mpp: str = ""  # µm per pixel, where it is not the published one
     # Fingerprint of the images, taken at first use; a copy with other images begins without one.
     stamp: str = field(default="", init=False)
 
@@ -59,6 +63,57 @@ class Benchmark:
             groups=[self.groups[i] for i in rows],
             centers=[self.centers[i] for i in rows] if self.centers else None,
         )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may choose of the benchmarks; defaults are the published ones."""
+
+    data: Path = Path("data")
+    cancer: Sequence[str] = ()  # cohorts of tile.py below data/tiles
+    slides_table: Sequence[Path] = ()  # the user's own labels of slides
+    draw: int = 0  # so many slides of a benchmark; 0: all
+    seed: int = 0
+    results: Path = Path("results")  # where the list of those drawn goes
+    seen: Set[str] = frozenset()  # patients and slides that are not drawn
+    region_size: int = REGION  # px, side of the patches of a region
+    keep_13412: bool = False  # the patient of BreaKHis with two labels
+    remedies: Mapping[str, str] = field(default_factory=dict)  # of the command, see errors.explain
+
+
+def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of Choices; `choices_of` reads them."""
+    group = parser.add_argument_group("slides and regions of benchmarks")
+    tiled = "take the patches of slides, and features by embed.py, from these cohorts of tile.py"
+    group.add_argument("--cancer", nargs="+", default=[], metavar="NAME", help=tiled)
+    own = "your own slides, in --cancer: slide_id,label[,patient] or patient,label"
+    group.add_argument("--slides-table", nargs="+", default=[], type=Path, metavar="FILE", help=own)
+    draw = (
+        "a random sample of so many slides (the paper: 511 for tp53), without the patients of "
+        "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done"
+    )
+    group.add_argument("--draw", type=whole, default=0, metavar="N", help=draw)
+    group.add_argument("--seed", type=int, default=0, help="of --draw")
+    side = "side of the patches that regions (bracs, breakhis) are cut into"
+    group.add_argument("--region-size", type=whole, default=REGION, metavar="PX", help=side)
+    doubtful = "keep patient 13412 of breakhis, labelled DC and LC: all 7,909 images"
+    group.add_argument("--keep-13412", action="store_true", help=doubtful)
+
+
+def choices_of(
+    args: argparse.Namespace, models: Sequence[str], remedies: Mapping[str, str]
+) -> Choices:
+    """What the flags say; patients that students among the models have seen are not drawn."""
+    flags = {name: value for name, value in vars(args).items() if hasattr(Choices, name)}
+    seen: set[str] = set()
+    for name in models:
+        seen |= cohort_of({"metadata": read_json(Path(name) / "config.json").get("g2l", {})})
+    return Choices(**flags, seen=seen, remedies=remedies)
+
+
+def told(count: int, what: str) -> list[str]:
+    """A note on `count` things, if there are any."""
+    return [f"{count} {what}"] if count else []
 
 
 def inside(folder: Path) -> str:
@@ -85,17 +140,13 @@ def load_folder(folder: Path) -> Benchmark:
     rows = read_table(table, ("image", "label", "group"), ("center",), why)
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
-    return Benchmark(
-        name=folder.resolve().name,
-        level="patch",
-        images=ImageFiles(files_of(table, ids)),
-        ids=ids,
-        labels=np.array([classes.index(row["label"]) for row in rows], dtype=np.int64),
-        classes=classes,
-        groups=[row["group"] for row in rows],
-        centers=[row["center"] for row in rows] if "center" in rows[0] else None,
-        origin=str(folder.resolve()),
-    )
+    name, images = folder.resolve().name, ImageFiles(files_of(table, ids))
+    labelled = [(row["image"], row["label"], row["group"]) for row in rows]
+    made = make_benchmark(name, "patch", images, labelled, classes, table)
+    if "center" in rows[0]:
+        made.centers = [row["center"] for row in rows]
+    made.origin = str(folder.resolve())
+    return made
 
 
 def files_of(table: Path, ids: list[str]) -> list[Path]:
@@ -136,10 +187,12 @@ def make_benchmark(
     classes: list[str],
     root: Path,
     notes: Sequence[str] = (),
+    patients: Mapping[str, str] | None = None,
 ) -> Benchmark:
     """A Benchmark from rows (id, class, group).
 
-    `root`/patients.csv (group,patient), if there, says which groups are one patient.
+    patients: of each group, where one may have several; `root`/patients.csv (group,patient) says so
+    too.
     """
     if not rows:
         found = "".join(f"; {note}" for note in notes)
@@ -148,22 +201,28 @@ def make_benchmark(
         if label not in classes:
             known = ", ".join(classes)
             raise UserError(f"{root}: {image} is labelled {label}; {name} knows {known}")
-    groups = [group for _, _, group in rows]
     table = root / "patients.csv"
     if table.is_file():
         lines = read_table(table, ("group", "patient"))
-        patient = {row["group"]: row["patient"] for row in lines}
-        lost = sorted(set(groups) - set(patient))
-        if lost:
-            raise UserError(
-                f"{table}: no patient for {len(lost)} groups, first {lost[0]}; add them"
-            )
-        groups = [patient[group] for group in groups]
+        patients = {row["group"]: row["patient"] for row in lines}
+    groups = [group for _, _, group in rows]
+    if patients:
+        groups = patients_of(groups, patients, root)
     labels = np.array([classes.index(label) for _, label, _ in rows], np.int64)
     ids = [image for image, _, _ in rows]
     made = Benchmark(name, level, images, ids, labels, classes, groups, notes=list(notes))
     made.origin = str(root.resolve())
+    made.unit = "patient" if patients else ""
     return made
+
+
+def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> list[str]:
+    """The patient of each group; UserError for one that has none."""
+    lost = sorted(set(groups) - set(patients))
+    if lost:
+        text = f"{root}: its table of patients has no patient for {len(lost)} groups"
+        raise UserError(f"{text}, first {lost[0]}; add them")
+    return [patients[group] for group in groups]
 
 
 def cohort_of(about: dict) -> set[str]:

@@ -193,6 +193,8 @@ def extract_features(
     rank, world = rank_and_world()
     mark = f"{model.fingerprint} {len(source)} {key}"
     rows = _kept_rows(cache, mark) if cache and rank == 0 else {}
+    if rank == 0 and hasattr(source, "embedded"):  # embed.py has been here
+        rows |= source.embedded(model)
     done = agree(set(rows))
     todo = [i for i in range(len(source)) if i not in done][rank::world]
     if todo:

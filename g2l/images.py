@@ -71,8 +71,8 @@ class Regions(ImageSource):
     over is not used.
     """
 
-    def __init__(self, files: Sequence[Path]):
-        super().__init__(files, cut_up, files, f"grid {REGION}")
+    def __init__(self, files: Sequence[Path], side: int = REGION):
+        super().__init__(files, functools.partial(cut_up, side=side), files, f"grid {side}")
 
 
 class Squares(ImageSource):

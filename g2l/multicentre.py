@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, load_folder
 from g2l.errors import UserError
-from g2l.files import files_below, read_table
-from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, read_image
-from g2l.published import tiger_source
+from g2l.files import files_below, read_table, read_text, separator
+from g2l.images import IMAGE_SUFFIXES, ImageFiles, Squares
+from g2l.published import class_shares, tiger_source
 
 TIGER_CLASSES = {
     1: "invasive tumour",
@@ -28,16 +28,6 @@ TIGER_CLASSES = {
     6: "inflamed stroma",
     5: "necrosis",
 }
-
-
-# Patches come ordered by file, so each file is decoded once.
-decoded = lru_cache(maxsize=2)(read_image)
-
-
-def cut_out(patch: tuple[Path, int, int], size: int) -> np.ndarray:
-    """The square of `size` px whose top-left corner is x, y of (path, x, y)."""
-    path, x, y = patch
-    return decoded(path)[y : y + size, x : x + size]
 
 
 def tiger_origin(slide: str) -> tuple[str, str]:
@@ -69,7 +59,7 @@ class Region:
         apart = left >= x1 or x0 >= right or top >= y1 or y0 >= bottom
         return self.slide == other.slide and not apart
 
-    def mask(self) -> np.ndarray | None:
+    def mask(self) -> ndarray | None:
         """Class values (H, W) of the region's pixels; None where image or mask cannot be used."""
         from PIL import Image
 
@@ -88,31 +78,23 @@ class Region:
 
 def tiger_regions(folder: Path) -> list[Region]:
     """The regions below a folder, tissue-bcss first; a region that is there twice counts once."""
-    regions, found = [], {}
+    found = {}
     for path in files_below(folder):
-        match = re.search(
+        place = re.search(
             r"(tissue-bcss|tissue-cells)/images/[^/]+\.png$",
             path.relative_to(folder).as_posix(),
             re.I,
         )
-        if match:
-            found[match[0]] = path
-    for path in (found[place] for place in sorted(found)):
+        if place:
+            found[place[0]] = path
+    regions = []
+    for _, path in sorted(found.items()):
         match = re.fullmatch(r"(.+)_\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", path.stem)
         if not match:
             raise UserError(f"{path}: expected a name such as SLIDE_[xmin, ymin, xmax, ymax].png")
         slide, *box = match.groups()
         regions.append(Region(path, slide, tuple(map(int, box))))
     return regions
-
-
-def tissue_squares(mask: np.ndarray, size: int, least: float) -> Iterator[tuple[int, int, int]]:
-    """x, y and index in TIGER_CLASSES of the squares of a grid that one class covers to `least`."""
-    rows, columns = mask.shape[0] // size, mask.shape[1] // size
-    cells = mask[: rows * size, : columns * size].reshape(rows, size, columns, size)
-    covered = np.stack([(cells == value).mean((1, 3)) for value in TIGER_CLASSES], -1)
-    for row, column in np.argwhere(covered.max(-1) >= least):
-        yield int(column) * size, int(row) * size, int(covered[row, column].argmax())
 
 
 def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark, list[str]]:
@@ -129,25 +111,27 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
             f"annotations (tissue-bcss or tissue-cells); get TIGER by {tiger_source(folder)}"
         )
     used: list[Region] = []
-    passed: dict[str, list[str]] = {}
+    bad, small = [], []
     patches, labels, slides = [], [], []
     for region in regions:
         if any(region.overlaps(other) for other in used):
             continue
         mask = region.mask()
         if mask is None:
-            passed.setdefault("have no mask that can be read and fits", []).append(region.path.name)
+            bad.append(region.path.name)
             continue
         if region.path.parts[-3] == "tissue-bcss":
             used.append(region)
         if min(mask.shape) < size:
-            passed.setdefault(f"are smaller than {size} px", []).append(region.path.name)
+            small.append(region.path.name)
             continue
-        for x, y, label in tissue_squares(mask, size, min_fraction):
-            patches.append((region.path, x, y))
-            labels.append(label)
+        covered = class_shares(mask, size, list(TIGER_CLASSES))
+        for row, column in np.argwhere(covered.max(0) >= min_fraction).tolist():
+            patches.append((region.path, column * size, row * size))
+            labels.append(covered[:, row, column].argmax())
             slides.append(region.slide)
-    tell_passed(folder, passed)
+    tell_passed(folder, bad, "have no mask that can be read and fits")
+    tell_passed(folder, small, f"are smaller than {size} px")
     if not patches:
         raise UserError(
             f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class "
@@ -155,17 +139,16 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
             mend="coverage",
         )
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
-    cut, files = partial(cut_out, size=size), [path for path, _, _ in patches]
-    images = ImageSource(patches, cut, files, f"{size} px")
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]
-    classes, kinds = list(TIGER_CLASSES.values()), np.array(labels)
+    classes, images = list(TIGER_CLASSES.values()), Squares(patches, size)
+    kinds = np.array(labels, np.int64)
     found = Benchmark("tiger", "patch", images, ids, kinds, classes, list(patients), list(centers))
     return found, slides
 
 
-def tell_passed(folder: Path, passed: dict[str, list[str]]) -> None:
-    """Say which regions were passed over; by reason, their names."""
-    for why, names in passed.items():
+def tell_passed(folder: Path, names: list[str], why: str) -> None:
+    """Say which regions were passed over."""
+    if names:
         text = f"{len(names)} regions {why} and were passed over, first {names[0]}"
         print(f"{folder}: {text}", file=sys.stderr)
 
@@ -175,8 +158,8 @@ PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")
 
 def is_pathorob(table: Path) -> bool:
     """Whether a file has the columns of PathoROB's metadata."""
-    with open(table, encoding="utf-8-sig", errors="replace") as file:
-        return set(PATHOROB) <= {name.strip() for name in file.readline().split(",")}
+    head = read_text(table, "replace").partition("\n")[0]
+    return set(PATHOROB) <= {name.strip() for name in head.split(separator(head))}
 
 
 def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import weakref
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,13 +12,20 @@ from conftest import SHARED
 from PIL import Image
 
 import g2l.pictures
-from g2l.benchmarks import Benchmark
+import tile
+from g2l.benchmarks import Benchmark, Choices
 from g2l.errors import UserError
 from g2l.features import data_stamp, extract_features
 from g2l.images import Regions, SlidePatches, Squares
 from g2l.models import load_model
 from g2l.pictures import draw_gallery, save_figure
-from g2l.published import PUBLISHED, drawn_share, list_benchmarks
+from g2l.published import (
+    PUBLISHED,
+    drawn_share,
+    list_benchmarks,
+    load_benchmarks,
+    load_published,
+)
 from g2l.slides import Slide
 
 
@@ -34,8 +42,8 @@ def table(path, rows):
         writer.writerows(rows)
 
 
-def load(name, root):
-    return PUBLISHED[name].load(root, root.parent / "index")
+def load(name, root, **choices):
+    return PUBLISHED[name](root, Choices(**{"results": root.parent} | choices))
 
 
 def test_tils_reads_the_breast_part_by_its_table_and_never_the_links(tmp_path):
@@ -232,9 +240,7 @@ def test_gleason_majority_vote_ties_value_six_and_missing_annotators(tmp_path):
         "slide002_core010_0_0": "G4",
         "slide002_core010_256_0": "G4",
     }
-    assert (
-        set(b.groups) == {"slide001", "slide002"} and "2 cores with maps, 1 without" in b.notes[0]
-    )
+    assert set(b.groups) == {"slide001", "slide002"} and "2 of 3 images with masks" in b.notes[0]
     assert b.images[0].shape == (256, 256, 3)
     before = (tmp_path / "index" / "gleason.json").stat().st_mtime_ns
     load("gleason", root)  # kept
@@ -267,7 +273,7 @@ def test_gleason_of_arvaniti_by_palette_masks_of_the_first_pathologist(tmp_path)
         image.save(root / folder / name)
     (b,) = load("gleason-arvaniti", root)
     found = sorted(zip(b.groups, [b.classes[y] for y in b.labels], strict=True))
-    assert found == [("ZT76", "benign")] * 2 + [("ZT80", "G4")] * 2
+    assert found == [("ZT76_39_A_1_1", "benign")] * 2 + [("ZT80_38_A_1_1", "G4")] * 2
 
 
 def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
@@ -314,7 +320,7 @@ def test_aggc_leaves_out_overlaps_unlabelled_tissue_and_broken_slides(tmp_path):
         "Subset2_Train_007_512_256": "G5",
     }
     assert set(b.groups) == {"Subset1_Train_001", "Subset2_Train_007"}
-    assert b.notes[0] == "3 of 3 slides with masks"
+    assert b.notes[0] == "3 of 3 images with masks"
     assert "Subset1_Train_083.tiff left out" in b.notes[1]
     assert b.images[0].shape == (256, 256, 3) and b.images[0].mean() == pytest.approx(180, abs=2)
 
@@ -365,7 +371,9 @@ def slide(path, mpp=0.25, tissue=(0, 512), side=1024):
     )
 
 
-def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_out(tmp_path):
+def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_out(
+    tmp_path, capsys
+):
     root = tmp_path / "data" / "benchmarks" / "tp53"
     slide(root / "slides" / "uuid-1" / "TCGA-A1-0001-01Z-00-DX1.0A-1B.svs")
     slide(tmp_path / "data" / "slides" / "brca" / "TCGA-A1-0001-01Z-00-DX2.FF.svs")
@@ -381,32 +389,27 @@ def test_tp53_pools_the_tissue_patches_of_slides_and_keeps_unprofiled_patients_o
         ],
     )
     (b,) = load("tp53", root)
-    assert b.groups == ["TCGA-A1-0001", "TCGA-A1-0001", "TCGA-B2-0002"] and b.labels.tolist() == [
-        1,
-        1,
-        0,
-    ]
-    assert b.notes == ["1 labels without a slide", "1 slides without a label left out"]
+    assert b.groups == ["TCGA-A1-0001", "TCGA-A1-0001"] and b.labels.tolist() == [1, 1]
+    assert b.notes[:2] == ["1 labels without a slide", "1 slides without a label left out"]
+    assert b.notes[2] == "1 labelled slides left out: no µm per pixel in the file"
+    assert b.notes[2] in capsys.readouterr().err  # before anything is computed
     stack = b.images[0]
     assert len(stack) == 8 and stack[0].shape == (256, 256, 3)  # half of a 4 x 4 grid is tissue
     assert stack[0].mean() < 160
-    with pytest.raises(
-        OSError, match=r"B2-0002.*per pixel"
-    ):  # named and counted as unreadable, not fatal
-        b.images[2]
     table(
         root / "patients.csv",
         [{"group": f"TCGA-{n}", "patient": "same"} for n in ("A1-0001", "B2-0002")],
     )
-    assert load("tp53", root)[0].groups == ["same"] * 3  # not taken for the table of labels
+    assert load("tp53", root)[0].groups == ["same"] * 2  # not taken for the table of labels
     table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-XX-0001", "label": "WT"}])
-    with pytest.raises(
-        UserError, match=r"no labelled images.*1 labels without a slide; 4 slides without a label"
-    ):
+    with pytest.raises(UserError, match=r"1 labels without a slide; 4 slides without a label"):
         load("tp53", root)
-    table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-A1-0001-01Z-00-DX1", "label": "1"}])
-    with pytest.raises(UserError, match="is labelled 1; tp53 knows WT, MUT"):
+    table(root / "tcga-brca-tp53.csv", [{"slide_id": "TCGA-A1-0001-01Z-00-DX1", "label": "NA"}])
+    with pytest.raises(UserError, match="is labelled NA; tp53 knows WT, MUT"):
         load("tp53", root)
+    (root / "patients.csv").unlink()
+    (root / "tcga-brca-tp53.csv").write_text("patient,label\nTCGA-A1-0001-01,1\nTCGA-C3-0003,wt\n")
+    assert load("tp53", root)[0].labels.tolist() == [1, 1, 0]  # of patients, in other words
 
 
 def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
@@ -423,7 +426,7 @@ def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
             picture(root / "task1" / "pathology" / "images" / patient / f"{patient}_{i}_tissue.tif")
     (root / "task1" / "clinical_data" / "1012.json").write_text("{cut")
     (b,) = load("chimera", root)
-    assert b.ids == ["1003_1.tif", "1003_2.tif", "1010_1.tif"] and b.groups == [
+    assert b.ids == ["1003_1", "1003_2", "1010_1"] and b.groups == [
         "1003",
         "1003",
         "1010",
@@ -476,7 +479,7 @@ def test_list_shows_every_benchmark_and_whether_it_is_there(tmp_path):
 def test_slides_and_regions_are_the_mean_of_their_patches(tmp_path):
     slide(tmp_path / "a.svs", side=512)
     picture(tmp_path / "roi.png", (500, 300), (120, 60, 90))
-    model = load_model("timm:resnet10t", "random", input_size=32)
+    model = load_model("timm:test_vit", "random", input_size=32)
     whole = extract_features(model, SlidePatches([tmp_path / "a.svs"]), progress="none")
     with Slide(tmp_path / "a.svs") as opened:
         single = [opened.read(x, y, 256, 256) for y in (0, 256) for x in (0, 256)]
@@ -546,3 +549,148 @@ def test_galleries_show_slides_as_thumbnails_and_regions_whole(tmp_path):
     found = {"knn": np.array([0, 0]), "neighbors": np.array([[1], [-1]])}
     save_figure(draw_gallery(whole, "m", found), tmp_path / "g.png", "key")
     assert Image.open(tmp_path / "g.png").size[1] > 300
+
+
+def workbook(path, rows):
+    """BRACS.xlsx as Excel writes it: texts are shared, numbers stand in their cells."""
+    texts = sorted({cell for row in rows for cell in row if isinstance(cell, str)})
+    space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    lines = []
+    for number, row in enumerate(rows, 1):
+        cells = []
+        for letter, cell in zip("BCD", row, strict=False):
+            shared = isinstance(cell, str)
+            kind, value = (' t="s"', texts.index(cell)) if shared else ("", cell)
+            cells.append(f'<c r="{letter}{number}"{kind}><v>{value}</v></c>')
+        lines.append(f"<row>{''.join(cells)}</row>")
+    shared = "".join(f"<si><t>{text}</t></si>" for text in texts)
+    with zipfile.ZipFile(path, "w") as book:
+        sheet = f"<worksheet {space}><sheetData>{''.join(lines)}</sheetData></worksheet>"
+        book.writestr("xl/worksheets/sheet1.xml", sheet)
+        book.writestr("xl/worksheets/sheet2.xml", f"<worksheet {space}><sheetData/></worksheet>")
+        book.writestr("xl/sharedStrings.xml", f"<sst {space}>{shared}</sst>")
+
+
+def test_bracs_is_grouped_by_patient_where_its_spreadsheet_lies(tmp_path):
+    root = tmp_path / "benchmarks" / "bracs"
+    for name in ("BRACS_1003_N_1.png", "BRACS_264_N_1.png", "BRACS_265_N_2.png"):
+        picture(root / "BRACS_RoI" / "latest_version" / "train" / "0_N" / name, (224, 224))
+    (b,) = load_published("bracs", Choices(data=tmp_path))
+    assert "groups are slides; µm per pixel: 0.25" in b.notes
+    rows = [("WSI Filename", "Patient Id", "WSI label"), ("BRACS_1003", 7, "N")]
+    workbook(root / "BRACS.xlsx", [*rows, ("BRACS_264", 12, "N"), ("BRACS_265", 7, "N")])
+    (b,) = load_published("bracs", Choices(data=tmp_path))
+    assert b.groups == ["7", "12", "7"]
+    assert b.notes == [
+        "3 found, published 4,539 (paper 4,537)",
+        "groups are patients; µm per pixel: 0.25",
+    ]
+    workbook(root / "BRACS.xlsx", rows)
+    with pytest.raises(UserError, match="no patient for 2 groups, first BRACS_264"):
+        load("bracs", root)
+    workbook(root / "BRACS.xlsx", [("a", "b")])
+    with pytest.raises(UserError, match="no sheet has the columns WSI Filename and Patient Id"):
+        load("bracs", root)
+    (root / "BRACS.xlsx").write_bytes(b"no zip")
+    with pytest.raises(UserError, match=r"BRACS\.xlsx: no Excel workbook"):
+        load("bracs", root)
+
+
+def test_an_expert_whose_folder_is_there_twice_votes_once(tmp_path):
+    root = tmp_path / "gleason"
+    picture(root / "Train Imgs" / "slide001_core003.jpg", (256, 256))
+    one, two = np.full((256, 256), 3), np.full((256, 256), 4)
+    gleason_maps(root, "slide001_core003", {1: one, 2: two, 3: two})
+    assert load("gleason", root)[0].labels.tolist() == [2]
+    (root / "Maps3_T").rename(root / "Maps2_T - Copy")
+    with pytest.raises(UserError, match=r"value 0 of a map is no vote; 1 copies of experts' maps"):
+        load("gleason", root)  # one against one is a tie
+
+
+def test_what_a_user_may_choose_of_regions_and_of_the_patient_of_two_labels(tmp_path):
+    root = tmp_path / "breakhis"
+    for name in ("M_DC-14-13412", "M_LC-14-13412", "B_A-14-22549AB"):
+        picture(root / f"SOB_{name}-40-001.png", (700, 460))
+    assert [len(b) for b in load("breakhis", root)] == [1, 1]
+    binary, subtype = load("breakhis", root, keep_13412=True, region_size=128)
+    assert len(binary) == 3 and "2 images of patient 13412 kept" in binary.notes[0]
+    assert sorted(set(subtype.groups)) == ["14-13412", "14-22549"]
+    assert binary.images[0].shape == (15, 128, 128, 3)
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """Slides of a cohort, tiled: of five patients, one slide without µm per pixel."""
+    for i in range(5):
+        name = f"TCGA-A1-000{i}-01Z-00-DX1.0A-1B.svs"
+        slide(
+            tmp_path / "slides" / "brca" / name,
+            mpp=None if i == 4 else 0.25,
+            tissue=(0, 512 - 8 * i),
+            side=512,
+        )
+    assert tile.main(["--cancer", "brca", "--data", str(tmp_path), "--max-blur", "6"]) == 0
+    return tmp_path
+
+
+def test_slides_of_a_cohort_are_those_that_tile_made(cohort, monkeypatch, capsys):
+    monkeypatch.setattr("g2l.images.tissue_of", None)  # tissue is not looked for again
+    root = cohort / "benchmarks" / "tp53"
+    root.mkdir(parents=True)
+    (root / "labels.csv").write_text(
+        "patient,label\n" + "".join(f"TCGA-A1-000{i},{i % 2}\n" for i in range(6))
+    )
+    here = {"data": cohort, "cancer": ["brca"]}
+    (b,) = load("tp53", root, **here)
+    assert b.ids == [f"TCGA-A1-000{i}-01Z-00-DX1" for i in range(4)] and b.labels.tolist() == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    assert b.notes[0] == "1 patients without slides"
+    assert b.notes[1].startswith("1 labelled slides left out: no µm per pixel in the file; ")
+    assert b.notes[1] in capsys.readouterr().err
+    assert len(b.images[1]) == 4 and b.images[1][0].shape == (256, 256, 3)
+    assert g2l.pictures.picture(b, 0).ndim == 3
+    drawn = {"draw": 2, "seed": 3, "results": cohort, "seen": {"TCGA-A1-0000"}}
+    (b,) = load("tp53", root, **here, **drawn)
+    lines = (cohort / "tp53-drawn.csv").read_text().splitlines()
+    assert len(b) == 2 and "TCGA-A1-0000" not in b.groups
+    assert (
+        lines[0] == "slide_id,label,patient" and [line.split(",")[0] for line in lines[1:]] == b.ids
+    )
+    assert load("tp53", root, **here, **drawn)[0].ids == b.ids
+    (cohort / "mine.csv").write_text(
+        "slide_id,label\n"
+        + "".join(f"TCGA-A1-000{i}-01Z-00-DX1,{'ab'[i % 2]}\n" for i in (3, 1, 0))
+    )
+    mine, _ = load_benchmarks([], [], Choices(**here, slides_table=[cohort / "mine.csv"]))
+    assert mine[0].name == "mine" and mine[0].groups == [
+        "TCGA-A1-0003",
+        "TCGA-A1-0001",
+        "TCGA-A1-0000",
+    ]
+    assert mine[0].notes[0] == "groups are patients; µm per pixel: 0.25"
+    assert mine[0].classes == ["a", "b"] and mine[0].labels.tolist() == [1, 1, 0]
+    _, failed = load_benchmarks([], [], Choices(slides_table=[cohort / "mine.csv"]))
+    assert failed[0].mend == "cohort"
+
+
+def test_features_that_embed_has_computed_are_taken_as_they_are(cohort, monkeypatch):
+    import embed
+
+    name = ["--models", "timm:test_vit", "--weights", "random", "--input-size", "64"]
+    command = ["--cancer", "brca", "--data", str(cohort), *name, "--device", "cpu"]
+    assert embed.main([*command, "--workers", "0"]) == 0
+    (cohort / "mine.csv").write_text("patient,label\nTCGA-A1-0000,a\nTCGA-A1-0001,b\n")
+    choices = Choices(data=cohort, cancer=["brca"], slides_table=[cohort / "mine.csv"])
+    (b,), _ = load_benchmarks([], [], choices)
+    model = load_model("timm:test_vit", "random", input_size=64)
+    computed = extract_features(model, [list(stack) for stack in b.images], progress="none")
+    reads = []
+    monkeypatch.setattr("g2l.patches.PatchIndex.read", lambda *_: reads.append(1))
+    taken = extract_features(model, b.images, progress="none")
+    assert not reads and np.allclose(taken, computed, atol=1e-5 * np.abs(computed).max())
+    other = load_model("timm:test_vit", "random", input_size=32)
+    assert b.images.embedded(other) == {}  # of another preprocessing
