@@ -134,7 +134,7 @@ class TiledSlides(ImageSource):
             name = slide.patches.slides[slide.number]
             for folder in slide.patches.folder.glob("features_*/"):
                 where = embeddings.Coordinates.read(slide.file("patches", "_patches.h5"))
-                origin = embeddings.Origin(*about, where.key)
+                origin = embeddings.Origin(*about, where.key, "float32")
                 held = embeddings.SlideFeatures(folder, name, origin, where)
                 if held.state() == "done":
                     mean = embeddings.read_features(held.path)[0].mean(0, dtype=np.float64)
