@@ -145,7 +145,7 @@ def test_pictures_are_drawn_where_they_lack_or_show_something_else(study, tmp_pa
 
 
 def test_markdown_keeps_bars_in_names_apart_from_columns():
-    assert markdown("a\tb", [["x|y", "1"], "z\t2"]) == (
+    assert markdown("a\tb", [["x|y", "1"], ["z", "2"]]) == (
         "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| z | 2 |\n"
     )
 
