@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from g2l.arguments import Help
-from g2l.augment import AUGMENT_VERSION, BLUR_SIZE, augment
+from g2l.augment import BLUR_SIZE, augment
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -64,7 +64,7 @@ from g2l.runs import Readings, Run, checksums, describe_setting
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, load, open_cohort
 from g2l.sweep import run_name, trials, write_sweep
-from g2l.teacher_cache import TeacherCache
+from g2l.teacher_cache import TeacherCache, stream_key
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 from g2l.weights import parse_weights
 
@@ -92,13 +92,8 @@ def distill(args: Namespace) -> int:
         distiller, flops = build(args, teacher, student)
         identity |= identify(index, teacher, student)
         state = run.load(identity)
-        kinds = parse_views(args.student_view)
-        view = StudentView(kinds, args.seed, index, ~held) if kinds else None
-        centres = None
-        if args.teacher_center == "slide":
-            centres = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
-        cache = open_cache(args, identity, teacher) if args.teacher_cache else None
-        step = Step(teacher, distiller, args, device, precision, world, view, centres, cache)
+        step = Step(teacher, distiller, args, device, precision, world)
+        set_targets(step, index, held, identity)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
             training.resume(state)
@@ -410,13 +405,17 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     }
 
 
-def open_cache(args: Namespace, identity: dict, teacher: Model) -> TeacherCache:
-    """What the teacher said of this stream of crops, in this and other runs."""
-    names = ["cohort", "settings of tile.py", "teacher weights", "precision"]
-    names += ["seed", "crop", "sampling", "hold_out"]
-    # Rank 0 alone knows all of the identity.
-    key = agree(digest(AUGMENT_VERSION, [identity.get(name) for name in names]))
-    return TeacherCache(Path(args.teacher_cache), key, teacher.dim)
+def set_targets(step: Step, index: PatchIndex, held: np.ndarray, identity: dict) -> None:
+    """What the student sees and what it has to match, where that is not the paper's."""
+    args, teacher = step.args, step.teacher
+    if kinds := parse_views(args.student_view):
+        step.view = StudentView(kinds, args.seed, index, ~held)
+    if args.teacher_center == "slide":
+        means = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
+        step.centres = means.to(step.device)
+    if args.teacher_cache:
+        key = agree(stream_key(identity))  # rank 0 alone knows all of the identity
+        step.cache = TeacherCache(Path(args.teacher_cache), key, teacher.dim)
 
 
 # ---- cohort and models -------------------------------------------------------------------
@@ -531,9 +530,8 @@ FREE = {
         (
             "--teacher-cache",
             "",
-            "folder that keeps what the teacher says of each sample, for runs with other students "
-            "or losses but the same --seed, --crop, --sampling and --hold-out; 3 GB for 10,000 "
-            "steps of 96 patches",
+            "folder that keeps what the teacher says of each sample for runs of another student or "
+            "loss, but the same --seed, --crop and cohort; 3 GB for 10,000 steps of 96 patches",
         ),
         ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
         ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
@@ -596,10 +594,9 @@ def check(args: Namespace) -> None:
             text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
             raise UserError(text)
     parse_views(args.student_view)
-    if args.teacher_center == "slide" and args.tokens != "cls":
-        raise UserError("--teacher-center slide: compares embeddings only; take --tokens cls")
-    if args.teacher_cache and args.tokens != "cls":
-        raise UserError("--teacher-cache: keeps embeddings only; take --tokens cls")
+    if args.tokens != "cls" and (args.teacher_cache or args.teacher_center != "none"):
+        text = "--teacher-cache and --teacher-center are of embeddings"
+        raise UserError(f"{text}; take --tokens cls")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.sync and args.loss != "logsum":

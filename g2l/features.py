@@ -199,18 +199,29 @@ def extract_features(
     todo = [i for i in range(len(source)) if i not in done][rank::world]
     if todo:
         shown = rank == 0 and progress != "none"
-        fresh: dict[int, Row] = {}
-        due = time.monotonic() + SAVE_SECONDS
+        computed = _embed(model, source, todo, batch_size, workers)
         with Progress(len(source), "image", len(done), shown=shown) as bar:
-            for i, row in _embed(model, source, todo, batch_size, workers):
-                rows[i] = fresh[i] = row
+            for i, row in _kept(computed, cache, mark):
+                rows[i] = row
                 bar.step(world)  # other ranks are taken to be as fast
-                if cache and time.monotonic() >= due:
-                    _keep_rows(cache, mark, fresh)
-                    fresh, due = {}, time.monotonic() + SAVE_SECONDS
-        if cache and fresh:
-            _keep_rows(cache, mark, fresh)
     return _gathered(rows, len(source), model.dim, errors)
+
+
+def _kept(
+    computed: Iterator[tuple[int, Row]], cache: Path | None, mark: str
+) -> Iterator[tuple[int, Row]]:
+    """The same, written down now and then, if there is a folder for them."""
+    fresh: dict[int, Row] = {}
+    due = time.monotonic() + SAVE_SECONDS
+    for i, row in computed:
+        fresh[i] = row
+        yield i, row
+        if cache and time.monotonic() >= due:
+            _keep_rows(cache, mark, fresh)
+            fresh = {}
+            due = time.monotonic() + SAVE_SECONDS
+    if cache and fresh:
+        _keep_rows(cache, mark, fresh)
 
 
 def _embed(

@@ -191,14 +191,10 @@ class Step:
         device: torch.device,
         precision: torch.dtype,
         world: int = 1,
-        view: Callable[[Tensor, Params], Tensor] | None = None,
-        centres: Tensor | None = None,
-        cache: TeacherCache | None = None,
     ):
-        """view: makes of the crops what the student sees; centres (slides, width): taken off the
-        targets of each slide."""
-        self.view, self.centres = view, None if centres is None else centres.to(device)
-        self.cache = cache
+        self.view: Callable[[Tensor, Params], Tensor] | None = None  # crops -> the student's
+        self.centres: Tensor | None = None  # (slides, width), taken off the targets of each slide
+        self.cache: TeacherCache | None = None  # of what the teacher says of each sample
         self.teacher, self.distiller = teacher, distiller
         self.args, self.device = args, device
         self.autocast = precision == torch.bfloat16

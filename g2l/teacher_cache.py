@@ -6,14 +6,23 @@ one file, their checksums in another; ranks and runs write at the same time, eac
 
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from g2l.augment import Params
+from g2l.augment import AUGMENT_VERSION, Params
 from g2l.errors import UserError
+from g2l.files import digest
+
+
+def stream_key(identity: Mapping[str, object]) -> str:
+    """Of all that a sample's crop and the teacher's answer depend on, from the run's identity."""
+    names = ["cohort", "settings of tile.py", "teacher weights", "precision"]
+    names += ["seed", "crop", "sampling", "hold_out"]
+    return digest(AUGMENT_VERSION, [identity.get(name) for name in names])
 
 
 class TeacherCache:
