@@ -41,7 +41,6 @@ from g2l.devices import (
     pick_precision,
 )
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status
-from g2l.files import digest
 from g2l.models import Model, load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.progress import Progress
@@ -59,8 +58,7 @@ from g2l.ranks import (
 )
 from g2l.recipe import LOSSES, Step, StopRule, build, cosine
 from g2l.registry import licence_note
-from g2l.rows import read_rows
-from g2l.runs import Readings, Run, checksums, describe_setting
+from g2l.runs import Readings, Run, checksums, describe_setting, identify
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, load, open_cohort
 from g2l.sweep import run_name, trials, write_sweep
@@ -387,22 +385,6 @@ def recipe_of(args: Namespace) -> dict:
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
-
-
-def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
-    """The parts of a run's identity that take opening and loading: cohort and weights.
-
-    Rank 0's only: it alone compares and writes, and a giant's fingerprint takes a while.
-    """
-    if rank_and_world()[0] > 0:
-        return {}
-    rows = read_rows(index.folder)
-    return {
-        "cohort": digest(index.slides, index.patient, index.counts.tolist(), index.patch_size),
-        "settings of tile.py": digest([rows[name].get("settings") for name in index.slides]),
-        "teacher weights": teacher.fingerprint,
-        "student weights": student.fingerprint,
-    }
 
 
 def set_targets(step: Step, index: PatchIndex, held: np.ndarray, identity: dict) -> None:

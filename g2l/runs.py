@@ -25,8 +25,11 @@ import torch
 from torch import Tensor
 
 from g2l.errors import UserError
-from g2l.files import atomic, locked, write_text
-from g2l.ranks import agree
+from g2l.files import atomic, digest, locked, write_text
+from g2l.models import Model
+from g2l.patches import PatchIndex
+from g2l.ranks import agree, rank_and_world
+from g2l.rows import read_rows
 
 # Raised when a checkpoint of before can no longer be read as it is. 1 had no number in it.
 VERSION = 2
@@ -320,6 +323,22 @@ def describe_setting() -> dict:
         "revision": revision,
         "machine": platform.platform(),
         "command": " ".join(sys.argv),
+    }
+
+
+def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
+    """The parts of a run's identity that take opening and loading: cohort and weights.
+
+    Rank 0's only: it alone compares and writes, and a giant's fingerprint takes a while.
+    """
+    if rank_and_world()[0] > 0:
+        return {}
+    rows = read_rows(index.folder)
+    return {
+        "cohort": digest(index.slides, index.patient, index.counts.tolist(), index.patch_size),
+        "settings of tile.py": digest([rows[name].get("settings") for name in index.slides]),
+        "teacher weights": teacher.fingerprint,
+        "student weights": student.fingerprint,
     }
 
 
