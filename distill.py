@@ -10,9 +10,8 @@ embedding goes through a linear projector to the teacher's width -> batch norm o
 log(sum |difference|^4). The projector is dropped afterwards: runs/NAME/student is the bare student.
 Kill it at any moment and run the same command again: it goes on where it was. SIGTERM, Ctrl-C and
 SIGUSR1 (SLURM's --signal; torchrun needs --signals-to-handle=SIGTERM,SIGINT,SIGUSR1) write a
-checkpoint first. With torchrun's --max-restarts it goes on by itself; set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, since otherwise the new processes look for one another
-at the addresses of the old ones (pytorch issue 135712).
+checkpoint first. With torchrun's --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: new
+processes else look for one another at the addresses of the old ones (pytorch issue 135712).
 
 The file follows a run: `distill` says whether there is anything to do, opens the cohort, loads the
 pair and builds the distiller; `Training` takes the steps; `finish` exports. The flags come last.
