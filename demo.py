@@ -150,7 +150,12 @@ def scatter(rng: np.random.Generator, where: np.ndarray, spacing: float) -> np.n
 
 
 def nuclei(
-    rng: np.random.Generator, count: int, length: float, width: float, vary: float, texture: float
+    rng: np.random.Generator,
+    count: int,
+    length: float,
+    width: float,
+    vary: float,
+    texture: float,
 ) -> list:
     """`count` stamps of one cell type: soft ellipses with mottled chromatin, amounts of
     haematoxylin 0 to about 1."""
@@ -160,7 +165,8 @@ def nuclei(
         reach = int(max(a, b) + 3)
         y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
         angle = rng.uniform(0, np.pi)
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        u = x * np.cos(angle) + y * np.sin(angle)
+        v = y * np.cos(angle) - x * np.sin(angle)
         radius = np.hypot(u / a, v / b)
         body = 1 / (1 + np.exp((radius - 1) * min(a, b) * 1.6))
         rim = np.exp(-(((radius - 0.9) * 5) ** 2)) * 0.35
@@ -174,7 +180,8 @@ def stamp(canvas: np.ndarray, points: np.ndarray, stamps: list, weights: np.ndar
     for number, ((y, x), weight) in enumerate(zip(points, weights, strict=True)):
         item = stamps[number * 7919 % len(stamps)]
         reach = item.shape[0] // 2
-        top, left = max(0, y - reach), max(0, x - reach)
+        top = max(0, y - reach)
+        left = max(0, x - reach)
         view = canvas[top : y + reach + 1, left : x + reach + 1]
         part = item[top - y + reach :, left - x + reach :][: view.shape[0], : view.shape[1]]
         np.maximum(view, part * weight, out=view)
@@ -188,7 +195,8 @@ def lay_ground(
     Returns eosin, haematoxylin outside nuclei, and the fine and the broad noise that they share.
     """
     shape = types.shape
-    fine, broad = smooth_noise(rng, shape, 1.2), smooth_noise(rng, shape, 14)
+    fine = smooth_noise(rng, shape, 1.2)
+    broad = smooth_noise(rng, shape, 14)
     strands = smooth_noise(rng, (1024, 1024), 2.2)
     strands = ndimage.gaussian_filter1d(strands, 22, axis=1, mode="wrap")
     strands /= strands.std()
@@ -213,7 +221,11 @@ def lay_ground(
 
 
 def paint_ducts(
-    rng: np.random.Generator, in_situ: np.ndarray, x: np.ndarray, y: np.ndarray, *ground: np.ndarray
+    rng: np.random.Generator,
+    in_situ: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    *ground: np.ndarray,
 ) -> np.ndarray:
     """In-situ tumour: round ducts packed with cells, a pale rim around each, stroma between.
 
@@ -222,7 +234,8 @@ def paint_ducts(
     packed = np.zeros(in_situ.shape, bool)
     for cy, cx in scatter(rng, in_situ, 94):
         radius = rng.uniform(34, 50)
-        top, left = max(0, int(cy - radius - 6)), max(0, int(cx - radius - 6))
+        top = max(0, int(cy - radius - 6))
+        left = max(0, int(cx - radius - 6))
         window = np.s_[top : int(cy + radius + 7), left : int(cx + radius + 7)]
         eosin, blue, fine, broad = (layer[window] for layer in ground)
         wide = (x[window] - cx) * rng.uniform(0.85, 1.15)
@@ -270,7 +283,8 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray]:
     """An RGB image (H, W, 3) uint8 of tissue of these types, from one patient, as this centre
     stains and scans it; and where ducts are packed with cells, (H, W) bool."""
-    shape, tissue = types.shape, types != BACKGROUND
+    shape = types.shape
+    tissue = types != BACKGROUND
     vigour = np.exp(rng.normal(0, 0.12, 2)) * centre.strength  # this slide's staining
     size = np.exp(rng.normal(0, 0.10))
     places: Any = np.indices(shape, dtype=np.float32)
@@ -291,7 +305,8 @@ def render(
     pink = eosin * thickness * edge * np.float32(vigour[1])
     light = np.empty((*shape, 3), np.uint8)
     for plane, white in enumerate(centre.white):
-        h, e = np.float32(centre.haematoxylin[plane]), np.float32(centre.eosin[plane])
+        h = np.float32(centre.haematoxylin[plane])
+        e = np.float32(centre.eosin[plane])
         light[..., plane] = white * np.exp(-(blue * h + pink * e))
 
     image = Image.fromarray(light).filter(ImageFilter.GaussianBlur(centre.blur))
@@ -376,11 +391,14 @@ def write_cohort(data: Path, count: int) -> None:
 
     They lie below data/slides/demo and data/benchmarks/demo, the latter with labels.csv.
     """
-    slides, benchmark = data / "slides" / "demo", data / "benchmarks" / "demo"
-    images, table = benchmark / "images", benchmark / "labels.csv"
+    slides = data / "slides" / "demo"
+    benchmark = data / "benchmarks" / "demo"
+    images = benchmark / "images"
+    table = benchmark / "labels.csv"
     for folder in (slides, images):
         folder.mkdir(parents=True, exist_ok=True)
-    drawn, judged = [], []
+    drawn = []
+    judged = []
     for patient, seed, centre in patients(1, count):
         suffix = "svs" if centre.vendor == "aperio" else "tif"
         drawn.append((slides / f"{patient}_1.{suffix}", seed, centre, 1792))
@@ -423,7 +441,8 @@ def write_teacher(path: Path) -> None:
 
 # The five commands, and what they measured.
 
-TEACHER, STUDENT = "timm:tf_efficientnet_lite0", "timm:test_resnet"
+TEACHER = "timm:tf_efficientnet_lite0"
+STUDENT = "timm:test_resnet"
 KS = (3, 5, 10, 20)
 
 
@@ -458,8 +477,13 @@ def summary(folder: Path) -> str:
         spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{spread}"
 
-    models = {"teacher": TEACHER, "student before": STUDENT, "student after": "distilled"}
-    judged, robust = [], []
+    models = {
+        "teacher": TEACHER,
+        "student before": STUDENT,
+        "student after": "distilled",
+    }
+    judged = []
+    robust = []
     for label, name in models.items():
         (size,) = find(model=name, protocol="model")
         near = "1"
@@ -467,7 +491,8 @@ def summary(folder: Path) -> str:
             near = cell(model=TEACHER, other=name, protocol="cka", metric="unbiased")
         knn = cell(model=name, protocol="knn", metric="accuracy")
         probe = cell(model=name, protocol="probe", metric="auc")
-        millions, speed = f"{size['value'] / 1e6:.2f} M", f"{1000 / size['ms_per_image']:.0f}"
+        millions = f"{size['value'] / 1e6:.2f} M"
+        speed = f"{1000 / size['ms_per_image']:.0f}"
         judged.append([label, millions, speed, near, knn, probe])
     majority = cell(model=TEACHER, protocol="knn", metric="majority").split()[0]
     judged.append(["majority class", "", "", "", majority, "0.500"])
@@ -475,7 +500,14 @@ def summary(folder: Path) -> str:
         index = [cell(2, model=name, protocol="robustness", metric="index", k=k) for k in KS]
         robust.append([label, *index])
     (data,) = find(protocol="data")
-    head = ["Tables 1, 2", "parameters", "images/s", "CKA to teacher", "kNN accuracy", "probe AUC"]
+    head = [
+        "Tables 1, 2",
+        "parameters",
+        "images/s",
+        "CKA to teacher",
+        "kNN accuracy",
+        "probe AUC",
+    ]
     return (
         f"G2L in small: {TEACHER} taught {STUDENT}\njudged on {data['value']} patches of "
         f"{data['groups']} patients that distillation never saw\n\n"

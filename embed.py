@@ -35,7 +35,12 @@ import torch.fx.experimental.optimization
 
 from g2l import heatmap
 from g2l.arguments import Help, whole
-from g2l.devices import MODEL_REMEDIES, add_model_arguments, default_workers, model_options
+from g2l.devices import (
+    MODEL_REMEDIES,
+    add_model_arguments,
+    default_workers,
+    model_options,
+)
 from g2l.embeddings import (
     PIECE,
     Coordinates,
@@ -149,10 +154,15 @@ def coordinates_of(index: PatchIndex) -> dict[int, Coordinates]:
 
 
 def targets_of(
-    index: PatchIndex, name: str, model: Model, places: dict[int, Coordinates], stored: str
+    index: PatchIndex,
+    name: str,
+    model: Model,
+    places: dict[int, Coordinates],
+    stored: str,
 ) -> dict[int, SlideFeatures]:
     """Where the features of each slide by a model belong, and what they must come from."""
-    folder, seen = index.folder / f"features_{name}", preprocessing_of(model)
+    folder = index.folder / f"features_{name}"
+    seen = preprocessing_of(model)
     targets = {}
     for number, where in places.items():
         origin = Origin(model.name, model.fingerprint, seen, where.key, stored)
@@ -205,7 +215,10 @@ def prepared(
 
 
 def rows(
-    batches: Iterator[Batch], forwards: list[Forward], told: Told, problems: dict[int, str]
+    batches: Iterator[Batch],
+    forwards: list[Forward],
+    told: Told,
+    problems: dict[int, str],
 ) -> Iterator[Block]:
     """What comes out of the networks; notes what could not be read of each slide, and progress."""
     shown = rank_and_world()[0] == 0
@@ -269,7 +282,9 @@ def report(
     text = io.StringIO()
     table = csv.DictWriter(text, ["slide", "patient", "status", "patches", "unreadable", "reason"])
     table.writeheader()
-    done, lost, size = [], 0, 0
+    done = []
+    lost = 0
+    size = 0
     for number, slide in enumerate(index.slides):
         row = {"slide": slide, "patient": index.patient[number], "status": "failed"}
         row["reason"] = problems.get(number, "")
@@ -288,13 +303,17 @@ def report(
     write_text(folder.with_name(f"{folder.name}.csv"), text.getvalue())
     if args.slide or args.pt or args.format:
         export(folder, done, args)
-    print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB", flush=True)
+    print(
+        f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB",
+        flush=True,
+    )
     return lost
 
 
 def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: argparse.Namespace) -> None:
     """What the flags ask for beside the features of slides, given with their patients."""
-    names, means = [], []
+    names = []
+    means = []
     for target, patient in done:
         features, _ = read_features(target.path)
         names.append((target.slide, patient))
@@ -310,7 +329,8 @@ def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: argparse.N
 
 def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) -> None:
     """The pictures that are asked for, below heatmaps/."""
-    folder, slide = index.folder / "heatmaps", args.heatmap
+    folder = index.folder / "heatmaps"
+    slide = args.heatmap
     files = {number: t.path for number, t in targets.items() if t.path.exists()}
     if args.similar:
         path = folder / f"{name}_similar.png"
@@ -324,7 +344,8 @@ def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) 
     number = named[slide]
     features, coords = read_features(files[number])
     side = int(targets[number].where.attributes["patch_size_level0"])
-    row, kind = None, "components"
+    row = None
+    kind = "components"
     title = "three principal components of its features as red, green and blue"
     if args.scores:
         coords, values = heatmap.read_scores(args.scores, slide)
@@ -383,7 +404,8 @@ def weights_of(args: argparse.Namespace) -> dict[str, str | None]:
 def load_models(args: argparse.Namespace) -> dict[str, Model]:
     """The models to run, by the names of their folders."""
     check_names(args.models)
-    weights, options = weights_of(args), model_options(args)
+    weights = weights_of(args)
+    options = model_options(args)
     models = {}
     for name in args.models:
         model = load_model(name, weights[name], input_size=args.input_size, **options)
@@ -434,7 +456,8 @@ def run(args: argparse.Namespace) -> int:
         print("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
     models = load_models(args)
-    places, targets = coordinates_of(index), {}
+    places = coordinates_of(index)
+    targets = {}
     for name, model in models.items():
         targets[name] = targets_of(index, name, model, places, stored)
     start = time.monotonic()

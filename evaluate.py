@@ -68,7 +68,9 @@ def name_models(args: argparse.Namespace) -> tuple[list[str], str | None, str | 
     """The models to compare, teacher and baseline among them; --all takes those at hand."""
     from g2l.features import models_at_hand
 
-    models, teacher, baseline = args.models, args.teacher, args.baseline
+    models = args.models
+    teacher = args.teacher
+    baseline = args.baseline
     if args.all and not models:
         models = models_at_hand(args.weights or (), args.runs)
         if "h-optimus-0" in models:
@@ -230,7 +232,12 @@ def add_protocol_arguments(how) -> None:
     votes = functools.partial(whole, most=64)
     more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(PROTOCOLS)
     how.add_argument(
-        "--protocols", nargs="+", default=[], metavar="NAME", choices=list(PROTOCOLS), help=more
+        "--protocols",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        choices=list(PROTOCOLS),
+        help=more,
     )
     how.add_argument("--k", type=votes, default=15, help="neighbours that vote, 1 to 64")
     how.add_argument("--pca-dims", type=whole, default=50, help="principal axes before kNN")

@@ -112,7 +112,8 @@ class IndexStudy:
         folder = folder_of(args)
         self.args = args
         found, slides = load_multicentre(folder, args.patch_size, args.min_fraction)
-        self.benchmark, self.slides = found, slides
+        self.benchmark = found
+        self.slides = slides
         if found.centers is None:
             raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
         names = found.labels, found.centers, slides, found.groups
@@ -133,7 +134,8 @@ class IndexStudy:
 
     def settings(self) -> str:
         """How patches are drawn and compared; results of one wording stand in one section."""
-        args, drawn = self.args, "all patches"
+        args = self.args
+        drawn = "all patches"
         if args.per_class:
             cell = "class and centre" if args.per_center else "class"
             drawn = f"at most {args.per_class} patches of each {cell}"
@@ -147,7 +149,9 @@ class IndexStudy:
 
         Files get features whole, as evaluate.py keeps them too; patches of TIGER only where drawn.
         """
-        args, found, self.pool = self.args, self.benchmark, pool
+        args = self.args
+        found = self.benchmark
+        self.pool = pool
         if not len(pool):
             raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
         for seed in range(args.seed, args.seed + (args.samples if args.per_class else 1)):
@@ -186,9 +190,16 @@ class IndexStudy:
 
     def base(self) -> dict:
         """What all rows share, with keys of what was read and of the patches drawn as proof."""
-        found, settings = self.benchmark, self.settings()
+        found = self.benchmark
+        settings = self.settings()
         place = found.centers, found.groups, self.slides
-        read = PROTOCOL_VERSION, data_stamp(found), found.labels.tolist(), found.classes, place
+        read = (
+            PROTOCOL_VERSION,
+            data_stamp(found),
+            found.labels.tolist(),
+            found.classes,
+            place,
+        )
         drawn = [found.ids[i] for sample in self.samples for i in sample]
         proof = {
             f"data of {found.name}": digest(read),
@@ -221,14 +232,20 @@ class IndexStudy:
             for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
                 drawn = zip(self.counts[name], self.samples, strict=True)
                 each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in drawn]
-                row = {"model": name, "metric": f"index_by_{field}", field: kind, "k": k}
+                row = {
+                    "model": name,
+                    "metric": f"index_by_{field}",
+                    field: kind,
+                    "k": k,
+                }
                 yield row | {"value": np.mean(each)}
 
     def design(self) -> Iterator[dict]:
         """Rows on the patches: how many of each class and centre, and the share that can decide."""
         for (i, kind), (j, site) in itertools.product(*map(enumerate, self.kinds.values())):
             cell = (self.labels == i) & (self.centers == j)
-            drawn, there = int(cell[self.samples[0]].sum()), int(cell[self.pool].sum())
+            drawn = int(cell[self.samples[0]].sum())
+            there = int(cell[self.pool].sum())
             row = {"model": "data", "metric": "cell", "class": kind, "center": site}
             yield row | {"value": drawn, "available": there}
         shares = [deciding(*self.who[:3, sample]) for sample in self.samples]
@@ -236,7 +253,8 @@ class IndexStudy:
 
     def draw_pictures(self, out: Path, key: str) -> list[str]:
         """Index, map and galleries, but those that show this already; their names."""
-        found, first = self.benchmark, self.samples[0]
+        found = self.benchmark
+        first = self.samples[0]
         drawn = np.unique(np.concatenate(self.samples))
         some = np.sort(np.random.default_rng(0).permutation(drawn)[:800])
         among = f"{len(some)} of " if len(some) < len(drawn) else ""
@@ -281,11 +299,17 @@ def study(args: argparse.Namespace, load: dict) -> int:
     rows = [*index.measure(), *index.design()]
     for model, about in cards.items():
         seen = len(np.unique(index.groups[leaked(found, about)]))
-        row = {"model": model, "metric": "seen", "value": seen, "patients": len(set(found.groups))}
+        row = {
+            "model": model,
+            "metric": "seen",
+            "value": seen,
+            "patients": len(set(found.groups)),
+        }
         paper = paper_name(model, about["metadata"])
         rows.append(row | {"paper": paper, "fingerprint": about["fingerprint"]})
     weights = {model: about["fingerprint"] for model, about in cards.items()}
-    shown, files = digest(base, weights, args.map), []
+    shown = digest(base, weights, args.map)
+    files = []
     if not args.no_pictures:
         files = index.draw_pictures(args.results / "robustness" / safe(found.name), shown)
     rows.append({"model": "data", "metric": "pictures", "value": len(files), "files": files})
@@ -315,7 +339,9 @@ def gather(
 
     rank, _, _ = setup_distributed(args.device)
     how = {name: getattr(args, name) for name in ("batch_size", "workers", "max_unreadable")}
-    x, cards, failures = {}, {}, []
+    x = {}
+    cards = {}
+    failures = []
     for name, options in load.items():
         try:
             read = [features(name, part, args.results, **how, **options) for part in parts]
@@ -338,8 +364,14 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
         files: list[Path] = []
         table = read_rows(index.folder)
-        for slide, _ in places:  # another slide, file of coordinates or shard: other patches
-            files += [index.folder / "patches" / f"{slide}_patches.h5", Path(table[slide]["path"])]
+        for (
+            slide,
+            _,
+        ) in places:  # another slide, file of coordinates or shard: other patches
+            files += [
+                index.folder / "patches" / f"{slide}_patches.h5",
+                Path(table[slide]["path"]),
+            ]
             files.append(index.folder / "shards" / f"{slide}.tar")
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
@@ -351,7 +383,8 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
 def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     """The same patches, each changed in one way."""
     source = patches.images
-    files, rule = getattr(source, "files", ()), getattr(source, "rule", "")
+    files = getattr(source, "files", ())
+    rule = getattr(source, "rule", "")
     change = partial(shift, kind=kind, strength=strength)
     images = ImageSource(source, change, files, f"{rule} {kind} {strength:g}")
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
@@ -377,7 +410,12 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
     count = int(fine.sum())
     rows = []
     for (model, kind, s), values in found.items():
-        base = {"model": model, "benchmark": name, "protocol": "perturb", "images": count}
+        base = {
+            "model": model,
+            "benchmark": name,
+            "protocol": "perturb",
+            "images": count,
+        }
         rows += [base | {"metric": f"{kind} {s:g} {m}", "value": v} for m, v in values.items()]
     record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
     text = shift_table(name, count, steps, found)
@@ -413,13 +451,22 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     count = partial(whole, least=0)
     add = parser.add_argument_group("sampling").add_argument
     add("--per-class", type=count, default=40, help="patches of each class; 0 takes all")
-    add("--per-center", action="store_true", help="so many of each class and centre instead")
+    add(
+        "--per-center",
+        action="store_true",
+        help="so many of each class and centre instead",
+    )
     shown = "number of seeded samples, which show the spread"
     add("--samples", type=whole, default=5, help=shown)
     add("--seed", type=count, default=0, help="seed of the first sample")
     seen = "leave out patients that a student was distilled on; otherwise the table marks it"
     add("--exclude-seen", action="store_true", help=seen)
-    add("--patch-size", type=whole, default=224, help="TIGER: side of a patch, px of 0.5 µm")
+    add(
+        "--patch-size",
+        type=whole,
+        default=224,
+        help="TIGER: side of a patch, px of 0.5 µm",
+    )
     covered = "TIGER: how much of a patch its class must cover"
     add("--min-fraction", type=share, default=0.75, help=covered)
     add = parser.add_argument_group("index").add_argument

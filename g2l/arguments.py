@@ -71,7 +71,11 @@ def flag(group, usage: str, help: str, default: Any = None, **options) -> None:
     """
     name, _, kind = usage.partition(" ")
     if kind:
-        options = {"type": KINDS.get(kind), "metavar": kind, "default": default} | options
+        options = {
+            "type": KINDS.get(kind),
+            "metavar": kind,
+            "default": default,
+        } | options
     else:
         options["action"] = "store_true"
     group.add_argument(name, help=help, **options)

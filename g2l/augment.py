@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 JITTER = np.array([0.15, 0.15, 0.10, 0.05])  # brightness, contrast, saturation, hue: the paper's
-JITTER_P, FLIP_P, BLUR_P = 0.5, 0.5, 0.1
+JITTER_P = 0.5
+FLIP_P = 0.5
+BLUR_P = 0.1
 BLUR_SIZE = 9
 AUGMENT_VERSION = 1  # raised when a sample's crop would be another: teachers' rows are kept by it
 BLUR_SIGMA = (0.1, 2.0)  # torchvision's default; the paper gives the kernel's size only
@@ -52,7 +54,8 @@ def draw_params(
     u = np.random.Generator(bits).random((count, 16))
     span = patch_size - crop + 1
     centre = np.array([1, 1, 1, 0])  # hue is shifted, the others are scaled
-    low, high = centre - JITTER, centre + JITTER
+    low = centre - JITTER
+    high = centre + JITTER
     factors = low + (high - low) * u[:, 5:9]
     low, high = BLUR_SIGMA
     sigma = low + (high - low) * u[:, 14]

@@ -140,7 +140,8 @@ def load_folder(folder: Path) -> Benchmark:
     rows = read_table(table, ("image", "label", "group"), ("center",), why)
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
-    name, images = folder.resolve().name, ImageFiles(files_of(table, ids))
+    name = folder.resolve().name
+    images = ImageFiles(files_of(table, ids))
     labelled = [(row["image"], row["label"], row["group"]) for row in rows]
     made = make_benchmark(name, "patch", images, labelled, classes, table)
     if "center" in rows[0]:

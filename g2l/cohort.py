@@ -105,7 +105,8 @@ def _further_files(dicom: list[Path]) -> set[Path]:
     """The files whose slide has another before them."""
     import openslide
 
-    seen, further = set(), set()
+    seen = set()
+    further = set()
     for path in dicom:
         with (
             contextlib.suppress(openslide.OpenSlideError),
@@ -126,7 +127,11 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
     stems = Counter(slide_name(path) for path in paths)
     for path in paths:
         stem = slide_name(path)
-        longer = (f"{path.parent.name}_{stem}", path.name, str(path).strip("/").replace("/", "_"))
+        longer = (
+            f"{path.parent.name}_{stem}",
+            path.name,
+            str(path).strip("/").replace("/", "_"),
+        )
         for choice in (stem, *longer):
             name = one_line(choice)
             if (choice != stem or stems[stem] == 1) and name not in names:
@@ -154,10 +159,15 @@ def read_manifest(path: Path) -> list[CohortSlide]:
 
 def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     """One row of a manifest."""
-    size, mpp = cells.get("size") or "0", cells.get("mpp", "").replace(",", ".")
+    size = cells.get("size") or "0"
+    mpp = cells.get("mpp", "").replace(",", ".")
     for text, pattern, what in (
         (size, r"\d+", "bytes"),
-        (mpp, r"|(?=.*[1-9])\d*\.?\d*", "micrometres per pixel, such as 0.5 (20x)"),  # above 0
+        (
+            mpp,
+            r"|(?=.*[1-9])\d*\.?\d*",
+            "micrometres per pixel, such as 0.5 (20x)",
+        ),  # above 0
     ):
         if not re.fullmatch(pattern, text):
             raise UserError(f"{manifest}: {text}: expected {what} in the row of {name}", "manifest")
@@ -217,7 +227,8 @@ def _named_slides(
             places.setdefault(str(row.path), row.path)
     named = name_slides(places.values())
     called = _calls(named)
-    slides, missing = {}, []
+    slides = {}
+    missing = []
     for row in rows:
         keys = (os.path.abspath(row.path), row.path.name, slide_name(row.path))
         found = sorted(next((called[key] for key in keys if key in called), ()))
@@ -257,7 +268,8 @@ def join_copies(slides: list[CohortSlide]) -> list[str]:
             groups[_fingerprint(slide.path)].append(slide)
     notes = []
     for first, *others in groups.values():
-        patient, kin = first.patient, first.patients
+        patient = first.patient
+        kin = first.patients
         for other in others:
             kin |= other.patients
             other.stated = other.stated or patient
@@ -271,7 +283,8 @@ def _fingerprint(path: Path) -> str:
     """Of a slide's content: a hash of 16 samples of its file; of one that cannot be read, its
     path.
     """
-    size, part = size_of(path), 1 << 16
+    size = size_of(path)
+    part = 1 << 16
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -296,7 +309,8 @@ def select(
     The order is a hash of seed and name, so that a slide more or less does not change who else is
     drawn. Diagnostic slides come first. A limit of 0 takes all.
     """
-    reasons, wanted = {}, []
+    reasons = {}
+    wanted = []
     for slide in slides:
         section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", slide.name)
         kind = "diagnostic" if not section or section[1].startswith("DX") else "tissue"

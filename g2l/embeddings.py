@@ -59,7 +59,10 @@ class Coordinates:
     @functools.cached_property
     def key(self) -> str:
         """Changes when the patches would."""
-        size = self.attributes.get("patch_size"), self.attributes.get("patch_size_level0")
+        size = (
+            self.attributes.get("patch_size"),
+            self.attributes.get("patch_size_level0"),
+        )
         pixels = hashlib.sha256(np.ascontiguousarray(self.coords).data).hexdigest()
         return digest(pixels, [int(value or 0) for value in size])
 
@@ -68,7 +71,9 @@ class SlideFeatures:
     """The features of one slide by one model: parts first, then `folder`/<slide>.h5."""
 
     def __init__(self, folder: Path, slide: str, origin: Origin, where: Coordinates):
-        self.slide, self.origin, self.where = slide, origin, where
+        self.slide = slide
+        self.origin = origin
+        self.where = where
         self.count = len(where.coords)
         self.path = folder / f"{slide}.h5"
         self.name = str(folder / ".parts" / f"{slide}.{digest(asdict(origin))}")
@@ -117,7 +122,8 @@ class SlideFeatures:
 
     def _write(self, parts: list[Path], rows: ndarray) -> None:
         width = np.load(parts[0])["features"].shape[1]
-        checksum, start = hashlib.sha256(), 0
+        checksum = hashlib.sha256()
+        start = 0
         with atomic(self.path) as temporary:
             with open_h5(temporary, "w") as file:
                 # Contiguous: read ten times as fast as TRIDENT's chunks.
@@ -142,7 +148,9 @@ def read_features(path: Path) -> tuple[ndarray, ndarray]:
     """
     try:
         with open_h5(path, "r") as file:
-            data, coords, checksum = file["features"], file["coords"][:], file.attrs["sha256"]
+            data = file["features"]
+            coords = file["coords"][:]
+            checksum = file.attrs["sha256"]
             place = data.id.get_offset()
             # Changes stay in memory, so PyTorch may take the array for its own.
             features = np.memmap(path, data.dtype, "c", place, data.shape)

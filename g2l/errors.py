@@ -66,7 +66,8 @@ def one_line(text: str) -> str:
 
 def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     """What a user is told of an error; None where it is a fault of this program."""
-    text, kind = str(error), type(error).__name__
+    text = str(error)
+    kind = type(error).__name__
     if isinstance(error, UserError):
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
@@ -93,7 +94,10 @@ def say_error(text: str) -> None:
 
 def exit_status(work: Callable[[], int], remedies: Mapping[str, str] | None = None) -> int:
     """The status of `work`; a user's mistake, a full disk or Ctrl-C become one clear line."""
-    for stream in (sys.stdout, sys.stderr):  # file names need not be valid in a terminal's encoding
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # file names need not be valid in a terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -23,10 +23,10 @@ from g2l.features import data_stamp, display
 from g2l.field import PROTOCOLS, Given
 from g2l.files import digest, safe
 from g2l.pictures import draw_benchmark
+from g2l.probe import linear_probe
 from g2l.protocols import (
     by_lot,
     cka_rows,
-    linear_probe,
     macro_auc,
     nearest,
     paired,
@@ -48,7 +48,8 @@ Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
 
 def tells_apart(x: ndarray) -> bool:
     """Whether the embeddings x (N, dim) of readable images differ beyond rounding."""
-    least, most = np.fmin.reduce(x), np.fmax.reduce(x)
+    least = np.fmin.reduce(x)
+    most = np.fmax.reduce(x)
     return bool((most - least).max() > 1e-6 * np.maximum(-least, most).max())
 
 
@@ -61,7 +62,8 @@ def without_leaks(
     keeps the latter and marks the student.
     """
     keep = np.all([np.isfinite(array.sum(1)) for array in x.values()], 0)
-    notes, marked = list(benchmark.notes), []
+    notes = list(benchmark.notes)
+    marked = []
     if not keep.all():
         notes.append(f"{(~keep).sum()} unreadable images left out")
     for name in x:
@@ -96,7 +98,9 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
 
     Raises UserError for fewer than 8 images or one class.
     """
-    name, labels, classes = benchmark.name, benchmark.labels, benchmark.classes
+    name = benchmark.name
+    labels = benchmark.labels
+    classes = benchmark.classes
     counts = np.bincount(labels, minlength=len(classes))
     if len(labels) < 8:
         text = f"{name}: {len(labels)} images are too few to measure anything; 8 are needed"
@@ -107,7 +111,9 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
             "classes are needed to tell anything apart"
         )
     held = np.asarray(benchmark.groups)
-    thin, notes, groups = [], [], len(set(benchmark.groups))
+    thin = []
+    notes = []
+    groups = len(set(benchmark.groups))
     for c, kind in enumerate(classes):
         count = len(set(held[labels == c]))
         if 0 < count < 5:
@@ -127,7 +133,8 @@ def make_folds(benchmark: Benchmark, study: Study) -> Folds:
     folds = {}
     for ending, grouped in {"": True, "-ungrouped": False}.items():
         if grouped or study.paper_splits:
-            labels, groups = benchmark.labels, benchmark.groups
+            labels = benchmark.labels
+            groups = benchmark.groups
             own = split(labels, groups, study.folds, grouped=grouped)
             tenths = own if study.folds == 10 else split(labels, groups, 10, grouped=grouped)
             folds[ending] = own, tenths
@@ -146,7 +153,9 @@ def predict(
     Predictions of the grouped folds: fold (N,), knn (N,), neighbors (N, k), and scores (seeds, N,
     classes), NaN outside each test part. lot: x knows nothing, and it draws the neighbours of kNN.
     """
-    labels, classes, device = benchmark.labels, len(benchmark.classes), study.device_used
+    labels = benchmark.labels
+    classes = len(benchmark.classes)
+    device = study.device_used
     predictions: dict[str, ndarray] = {}
     rows = []
     for ending, (fold, tenths) in folds.items():
@@ -161,7 +170,11 @@ def predict(
         rows += score_probe(tried, labels, f"probe{ending}")
         if not predictions:
             scores = np.array([probe[0] for probe in tried if probe], np.float32)
-            predictions = {"fold": fold, "knn": guess, "neighbors": neighbors.astype(np.int32)}
+            predictions = {
+                "fold": fold,
+                "knn": guess,
+                "neighbors": neighbors.astype(np.int32),
+            }
             predictions["scores"] = scores.reshape(-1, len(labels), classes)
             group = np.unique(benchmark.groups, return_inverse=True)[1]
             given = Given(
@@ -184,7 +197,13 @@ def predict(
 def score_knn(guess: ndarray, labels: ndarray, fold: ndarray, name: str) -> list[dict]:
     """Rows of kNN: accuracy of every fold beside its share of the commonest class, and recall."""
     common = np.bincount(labels).argmax()
-    rows = [{"protocol": name, "metric": "balanced accuracy", "value": recall(guess, labels)}]
+    rows = [
+        {
+            "protocol": name,
+            "metric": "balanced accuracy",
+            "value": recall(guess, labels),
+        }
+    ]
     for metric, hits in ("accuracy", guess == labels), ("majority", labels == common):
         for f in range(fold.max() + 1):
             value = hits[fold == f].mean()
@@ -234,7 +253,14 @@ def measure_models(
     What is kept under its key is read.
     """
     about = digest(
-        [study.k, study.pca_dims, study.pca, study.folds, study.seeds, study.paper_splits],
+        [
+            study.k,
+            study.pca_dims,
+            study.pca,
+            study.folds,
+            study.seeds,
+            study.paper_splits,
+        ],
         [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
         [benchmark.groups, benchmark.centers, PROTOCOL_VERSION, list(study.protocols)],
     )
@@ -248,12 +274,14 @@ def measure_models(
     for name, key in keys.items():
         shown = display(name)
         path = study.results / "predictions" / safe(shown) / f"{safe(benchmark.name)}.npz"
-        known, found = load_predictions(path, key), recorded(study.results, key)
+        known = load_predictions(path, key)
+        found = recorded(study.results, key)
         if known is None or not found:
             start = time.perf_counter()
             folds = folds or make_folds(benchmark, study)
             if name == "chance":
-                known, new = {}, blind_rows(benchmark, folds, study)
+                known = {}
+                new = blind_rows(benchmark, folds, study)
             else:
                 known, new = predict(benchmark, x[name], folds, study)
             base = {"benchmark": benchmark.name, "model": shown}
@@ -271,7 +299,9 @@ def compare_models(
     benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
-    labels, groups, teacher = benchmark.labels, benchmark.groups, study.teacher
+    labels = benchmark.labels
+    groups = benchmark.groups
+    teacher = study.teacher
     rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
     figures = {name: resampled(predictions[name], labels, groups) for name in x}
     for name, other in itertools.product(x, (teacher, study.baseline)):
@@ -293,7 +323,8 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
     """
     keep, notes, marked = without_leaks(benchmark, x, study)
     if not keep.all():
-        benchmark, x = benchmark.subset(keep), {name: array[keep] for name, array in x.items()}
+        benchmark = benchmark.subset(keep)
+        x = {name: array[keep] for name, array in x.items()}
     about, limits = describe_design(benchmark, study.folds)
     notes += limits
     predictions, keys, rows = measure_models(benchmark, x, study)
@@ -302,7 +333,12 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
     if not compared:
         new = compare_models(benchmark, x, predictions, study)
         data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
-        data |= {"metric": "images", "value": len(benchmark), "notes": notes, "marked": marked}
+        data |= {
+            "metric": "images",
+            "value": len(benchmark),
+            "notes": notes,
+            "marked": marked,
+        }
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
     if not study.no_pictures:
@@ -322,7 +358,9 @@ def evaluate_all(
     embed(model, benchmark, together=False) gives the features (N, dim) of the models that
     `models_of` names for a benchmark; what fails goes to `failures`.
     """
-    done, rows, lost = [], model_rows(study), {}
+    done = []
+    rows = model_rows(study)
+    lost = {}
     for benchmark in found:
         x = {}
         for name in models_of[benchmark.name]:

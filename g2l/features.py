@@ -28,7 +28,14 @@ from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
 from g2l.progress import Progress
-from g2l.ranks import agree, gather_values, in_job, loading, rank_and_world, setup_distributed
+from g2l.ranks import (
+    agree,
+    gather_values,
+    in_job,
+    loading,
+    rank_and_world,
+    setup_distributed,
+)
 from g2l.registry import REGISTRY
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
@@ -52,10 +59,17 @@ class ImageReader(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self, source: Sequence, todo: list[int], geometry: Callable, size: int, batch_size: int
+        self,
+        source: Sequence,
+        todo: list[int],
+        geometry: Callable,
+        size: int,
+        batch_size: int,
     ):
         super().__init__()
-        self.source, self.todo, self.geometry = source, todo, geometry
+        self.source = source
+        self.todo = todo
+        self.geometry = geometry
         self.none = torch.empty(0, 3, size, size, dtype=torch.uint8)
         self.batch_size = batch_size
 
@@ -63,7 +77,9 @@ class ImageReader(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
         ended: list[tuple[int, Problems]]
-        items, images, ended = [], [self.none], []
+        items = []
+        images = [self.none]
+        ended = []
         for i in mine:
             problems: Problems = []
             for image in self._read(i, problems):
@@ -71,7 +87,9 @@ class ImageReader(torch.utils.data.IterableDataset):
                 images.append(image)
                 if len(items) == self.batch_size:
                     yield items, torch.cat(images).numpy(), ended
-                    items, images, ended = [], [self.none], []
+                    items = []
+                    images = [self.none]
+                    ended = []
             ended.append((i, problems))
         if ended:
             yield items, torch.cat(images).numpy(), ended
@@ -117,7 +135,9 @@ class Forward:
     """Batches of uint8 images through a model; the batch size is halved where memory runs out."""
 
     def __init__(self, model: Model, batch_size: int, device: torch.device):
-        self.model, self.batch_size, self.device = model, batch_size, device
+        self.model = model
+        self.batch_size = batch_size
+        self.device = device
         self.used: deque[torch.Tensor] = deque()  # memory of earlier batches
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
@@ -134,7 +154,8 @@ class Forward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Prepared (m, 3, S, S) -> (m, dim), queued on the device."""
-        parts, start = [], 0
+        parts = []
+        start = 0
         while start < len(x):
             part = x[start : start + self.batch_size]
             # For a compiled network another number of images would be compiled anew.
@@ -225,7 +246,11 @@ def _kept(
 
 
 def _embed(
-    model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
+    model: Model,
+    source: Sequence,
+    todo: list[int],
+    batch_size: int | None,
+    workers: int,
 ) -> Iterator[tuple[int, Row]]:
     """Every item of `todo`, as its last image comes out of the network: the mean of its images."""
     sums: dict[int, np.ndarray] = {}
@@ -243,7 +268,11 @@ def _embed(
 
 
 def _computed(
-    model: Model, source: Sequence, todo: list[int], batch_size: int | None, workers: int
+    model: Model,
+    source: Sequence,
+    todo: list[int],
+    batch_size: int | None,
+    workers: int,
 ) -> Iterator[tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]]:
     """The reader's batches with features, queued on the device, in place of images."""
     device = next(model.parameters()).device
@@ -270,7 +299,8 @@ def one_behind(items: Iterator) -> Iterator:
 
 def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:
     """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
-    out, found = np.zeros((count, dim), np.float32), []
+    out = np.zeros((count, dim), np.float32)
+    found = []
     for i, (row, problems) in rows.items():
         out[i] = row
         found += [(i, problem) for problem in problems]
@@ -295,7 +325,8 @@ def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
             about = file.metadata() or {}
             if about.get("stamp") == mark:
                 problems = dict(json.loads(about["problems"]))
-                items, values = file.get_tensor("items").tolist(), file.get_tensor("rows")
+                items = file.get_tensor("items").tolist()
+                values = file.get_tensor("rows")
                 for i, row in zip(items, values, strict=True):
                     rows[i] = (row, problems.get(i, []))
     return rows
@@ -305,7 +336,8 @@ def _keep_rows(folder: Path, mark: str, rows: dict[int, Row]) -> None:
     """Write finished rows, from which a killed extraction goes on."""
     from safetensors.numpy import save_file
 
-    items, values = list(rows), np.stack([row for row, _ in rows.values()])
+    items = list(rows)
+    values = np.stack([row for row, _ in rows.values()])
     problems = json.dumps([(i, found) for i, (_, found) in rows.items() if found])
     with atomic(folder / f"{digest(mark, sorted(items))}.safetensors") as path:
         arrays = {"items": np.array(items, np.int64), "rows": values}
@@ -425,7 +457,10 @@ def features(
     errors = held["errors"] if fresh else []
     if not fresh or array is None:
         if rank == 0:
-            print(f"{display(name)} on {benchmark.name}: {len(benchmark)} images", file=sys.stderr)
+            print(
+                f"{display(name)} on {benchmark.name}: {len(benchmark)} images",
+                file=sys.stderr,
+            )
         array = extract_features(
             loaded_model(name, weights, tuple(sorted(options.items()))),
             benchmark.images,
@@ -459,12 +494,16 @@ def _refuse_broken(
 ) -> None:
     """Say which images could not be read; UserError where they are too many or the network gave
     NaN."""
-    ids, named = benchmark.ids, dict(errors)
+    ids = benchmark.ids
+    named = dict(errors)
     lost = np.flatnonzero(~np.isfinite(array).all(1)).tolist()
     many = f"{len(lost)} of {len(array)}"
     if errors and told:
         partly = len(named) - len(lost)
-        print(f"{benchmark.name}: {many} unreadable, {partly} partly, first:", file=sys.stderr)
+        print(
+            f"{benchmark.name}: {many} unreadable, {partly} partly, first:",
+            file=sys.stderr,
+        )
         for i, why in errors[:5]:
             print(f"  {ids[i]}: {why}", file=sys.stderr)
     broken = sorted(set(lost) - set(named))
@@ -505,7 +544,8 @@ def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
     Says which models lack.
     """
     named = {spec.split("=", 1)[0] for spec in given if "=" in spec}
-    here, missing = [], []
+    here = []
+    missing = []
     for name, entry in REGISTRY.items():
         if name in named or _cached(entry.hub):
             here.append(name)

@@ -125,7 +125,8 @@ def calibration(given: Given) -> list[dict]:
     rows = []
     for seed, scores in enumerate(given.scores):
         test = np.isfinite(scores[:, 0])
-        said, truth = scores[test], given.labels[test]
+        said = scores[test]
+        truth = given.labels[test]
         confidence = said.max(1)
         right = said.argmax(1) == truth
         gaps = []
@@ -166,7 +167,11 @@ PROTOCOLS: dict[str, Callable[[Given], list[dict]]] = {
 # What the tables show of each: protocol and metric of its rows, and a title.
 TITLES = {
     "few-shot": [
-        ("few-shot", f"{n} a class", f"Few-shot (SimpleShot), {n} a class: balanced accuracy")
+        (
+            "few-shot",
+            f"{n} a class",
+            f"Few-shot (SimpleShot), {n} a class: balanced accuracy",
+        )
         for n in SHOTS
     ],
     "retrieval": [
@@ -179,7 +184,11 @@ TITLES = {
         ("knn", "macro F1", "kNN: macro F1"),
         ("knn", "quadratic kappa", "kNN: quadratic kappa, of classes in their order"),
         ("probe", "macro F1", "Linear probe: macro F1"),
-        ("probe", "quadratic kappa", "Linear probe: quadratic kappa, of classes in their order"),
+        (
+            "probe",
+            "quadratic kappa",
+            "Linear probe: quadratic kappa, of classes in their order",
+        ),
     ],
     "calibration": [
         ("probe", "ECE", "Linear probe: expected calibration error (less is better)"),

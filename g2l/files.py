@@ -52,7 +52,8 @@ def clear_leftovers(path: Path) -> None:
     """Remove what killed processes left of `path` under temporary names; the caller holds its
     lock.
     """
-    stem, suffix = path.stem, path.suffix
+    stem = path.stem
+    suffix = path.suffix
     for found in path.parent.glob(f".{glob.escape(stem)}.*.tmp{suffix}"):
         middle = found.name[len(stem) + 2 : -len(f".tmp{suffix}")]
         if re.fullmatch(r"\d+\.[0-9a-f]{6}", middle):  # else of a file whose name begins alike
@@ -92,7 +93,10 @@ def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
             time.sleep(0.05)
         with contextlib.suppress(OSError):  # a full disk takes no name, and the lock is ours
             os.truncate(path, 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(
+                file.fileno(),
+                f"process {os.getpid()} on {socket.gethostname()}".encode(),
+            )
         yield True
 
 
@@ -201,7 +205,8 @@ def read_table(
 
 def files_below(root: Path) -> list[Path]:
     """All files below `root` in order, through links to folders too; not macOS's `._` twins."""
-    found, seen = [], set()
+    found = []
+    seen = set()
     for folder, inner, names in os.walk(root, onerror=_unreadable, followlinks=True):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in seen:  # a link back

@@ -170,7 +170,8 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
     """
     partial = source.path.with_name(source.path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    url, failures = f"{url.rstrip('/')}/data/{source.id}", 0
+    url = f"{url.rstrip('/')}/data/{source.id}"
+    failures = 0
     while failures < 6:
         before = size_of(partial)
         reason = _fetch(url, partial, before, source.size, report) if before < source.size else ""

@@ -150,7 +150,8 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
     assert slide.mpp is not None
     least = math.sqrt(slide.width * slide.height / OVERVIEW)
     scale = max(min(size0 / MASK_PX, COARSE / slide.mpp), least, 1)
-    h, w = math.ceil(slide.height / scale), math.ceil(slide.width / scale)
+    h = math.ceil(slide.height / scale)
+    w = math.ceil(slide.width / scale)
     image = slide.area(0, 0, w * scale, h * scale, w, h, draft=True)
     inside = image[: int(slide.height / scale), : int(slide.width / scale)]
     if inside.min() == 255:
@@ -160,7 +161,8 @@ def _overview(slide: Slide, size0: int) -> tuple[NDArray, float]:
         )
     step = 1 + len(inside) // 400
     sample = inside[::step, ::step]
-    low, high = sample.min(axis=2), sample.max(axis=2)
+    low = sample.min(axis=2)
+    high = sample.max(axis=2)
     seen = high >= 40
     # Stained tissue lets some of every colour through, on a black ground too; dyes glow in one.
     if seen.mean() < 0.5 and not (low[seen] > 0.25 * high[seen]).mean() > 0.5:
@@ -205,7 +207,8 @@ def _unreadable(
     A sample spread over the tissue tells, since a thumbnail shows other levels; where one of it
     fails, all are read. UserError where none is left.
     """
-    numbers, errors = np.flatnonzero(keep), {}
+    numbers = np.flatnonzero(keep)
+    errors = {}
     for step in (max(1, len(numbers) // SAMPLE), 1):
         for number in numbers[::step].tolist():
             x, y = coords[number].tolist()

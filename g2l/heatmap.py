@@ -63,7 +63,8 @@ def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
 
 def read_scores(path: Path, slide: str) -> tuple[ndarray, ndarray]:
     """Corners (n, 2) and values (n,) of a slide's patches from a table slide,x,y,value."""
-    corners, values = [], []
+    corners = []
+    values = []
     for row in read_table(path, ["slide", "x", "y", "value"]):
         if row["slide"] != slide:
             continue
@@ -83,7 +84,8 @@ def colored(values: ndarray) -> ndarray:
 
     if values.ndim == 2:
         return values
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     return colormaps[COLORS]((values - low) / max(high - low, 1e-12))[:, :3]
 
 
@@ -120,7 +122,8 @@ def paint(
         axis.imshow(shown)
         axis.axis("off")
         if query is not None:
-            corner, wide = coords[query] * scale, side * scale
+            corner = coords[query] * scale
+            wide = side * scale
             axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="red", lw=1.5))
     if values.ndim == 1:
         scaled = ScalarMappable(Normalize(values.min(), values.max()), COLORS)
@@ -176,7 +179,8 @@ def nearest_over(
     query's own patient, `owners`, are left out. Returns (3, Q, k): distances, slides and rows;
     where there are no more, the distance is infinite.
     """
-    asked, found = torch.from_numpy(queries), []
+    asked = torch.from_numpy(queries)
+    found = []
     for number, (patient, features) in enumerate(cohort):
         base = torch.from_numpy(np.asarray(features, np.float32))
         near, rows = kernels.knn(base, k, asked, metric="cosine", return_distance=True)

@@ -78,7 +78,9 @@ def write_html(report: Path) -> Path:
     body = body.replace("<table>", '<div class="wide"><table>')
     body = body.replace("</table>", "</table></div>")
     body = re.sub(
-        r'src="([^":]+)"', lambda found: f'src="{_embedded(report.parent, found[1])}"', body
+        r'src="([^":]+)"',
+        lambda found: f'src="{_embedded(report.parent, found[1])}"',
+        body,
     )
     titles = [
         f'<a href="#{part["id"]}">{part["name"]}</a>'

@@ -82,7 +82,10 @@ class Squares(ImageSource):
     """
 
     def __init__(
-        self, squares: Sequence[tuple[Path, int, int]], size: int, side: int | None = None
+        self,
+        squares: Sequence[tuple[Path, int, int]],
+        size: int,
+        side: int | None = None,
     ):
         self.items = squares
         self.files = [file for file, _, _ in squares]

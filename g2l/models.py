@@ -30,7 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from g2l.arguments import Help, whole
-from g2l.devices import MODEL_REMEDIES, add_model_arguments, describe_device, model_options
+from g2l.devices import (
+    MODEL_REMEDIES,
+    add_model_arguments,
+    describe_device,
+    model_options,
+)
 from g2l.errors import UserError, exit_status
 from g2l.files import atomic, write_text
 from g2l.registry import NOTES, REGISTRY, find, table
@@ -74,13 +79,18 @@ class Model(nn.Module):
         super().__init__()
         cfg = net.pretrained_cfg
         self.net: Network = net
-        self.name, self.embedding = name, embedding
-        self.dtype, self.weights, self.metadata = dtype, weights, metadata or {}
+        self.name = name
+        self.embedding = embedding
+        self.dtype = dtype
+        self.weights = weights
+        self.metadata = metadata or {}
         self.compiled = False
         self.input_size = int(cfg["input_size"][-1])
-        self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
+        self.mean = tuple(cfg["mean"])
+        self.std = tuple(cfg["std"])
         self.resize = int(self.input_size / cfg["crop_pct"] + 1e-6)
-        self.interpolation, self.crop_mode = cfg["interpolation"], cfg.get("crop_mode", "center")
+        self.interpolation = cfg["interpolation"]
+        self.crop_mode = cfg.get("crop_mode", "center")
         self.is_vit = hasattr(net, "num_prefix_tokens")
         self.num_prefix_tokens = getattr(net, "num_prefix_tokens", 0)
         width = getattr(net, "head_hidden_size", None) or net.num_features
@@ -114,13 +124,15 @@ class Model(nn.Module):
         For a convolutional network the result lies in memory channels-last, in which it runs 1.2 to
         1.4 times as fast on CPU (measured); for a ViT that makes no difference.
         """
-        mean, std = self._mean.to(images.device), self._std.to(images.device)
+        mean = self._mean.to(images.device)
+        std = self._std.to(images.device)
         if out is None:
             layout = torch.contiguous_format if self.is_vit else torch.channels_last
             out = torch.empty(images.shape, device=images.device, memory_format=layout)
         if not self.is_vit:  # whole rows, since a loop over three channels is slow
             width = images.shape[-1]
-            mean, std = mean.flatten().repeat(width), std.flatten().repeat(width)
+            mean = mean.flatten().repeat(width)
+            std = std.flatten().repeat(width)
         each = 1 if images.device.type == "cpu" else len(images)  # one stays in a CPU's cache
         for x, part in zip(out.split(each), images.split(each), strict=True):
             x.copy_(part)
@@ -256,7 +268,8 @@ def blueprint(name: str, weights: str | None = None) -> Blueprint:
         return Blueprint(name, **config, repository=repository, weights=weights)
     if Path(name).exists():
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
-        config, folder = read_config(folder), folder.resolve()
+        config = read_config(folder)
+        folder = folder.resolve()
         own = folder.parent.name if folder.name == "student" else folder.name
         run = str(config["metadata"].get("run") or own)
         return Blueprint(run, **config, weights=weights or name)
@@ -290,7 +303,8 @@ def load_model(
         bicubic with antialias), so it must be a multiple of the patch size.
     Raises UserError for whatever a user can mend.
     """
-    device, plan = torch.device(device), blueprint(name, weights)
+    device = torch.device(device)
+    plan = blueprint(name, weights)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.precision)
     net = _network(plan)
@@ -338,7 +352,8 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
     """
     import timm
 
-    version, architecture = timm.__version__, plan.architecture
+    version = timm.__version__
+    architecture = plan.architecture
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         near = f"; near it are {', '.join(close)}" if close else ""
@@ -396,7 +411,8 @@ def _resampled(net: Network, state: State) -> State:
     one's grid."""
     from timm.layers import resample_abs_pos_embed
 
-    held, own = state.get("pos_embed"), getattr(net, "pos_embed", None)
+    held = state.get("pos_embed")
+    own = getattr(net, "pos_embed", None)
     if held is None or own is None or held.shape == own.shape or held.shape[::2] != own.shape[::2]:
         return state
     grid = list(net.patch_embed.grid_size)
@@ -411,7 +427,8 @@ def _resampled(net: Network, state: State) -> State:
 def identify(state: State) -> list[str]:
     """Names of the registry's models whose architecture these weights (any known layout) fit
     exactly."""
-    state, fits = to_timm(state), []
+    state = to_timm(state)
+    fits = []
     width = state["pos_embed"].shape[-1] if "pos_embed" in state else 0
     for name, entry in REGISTRY.items():
         # Building takes half a second; NAME+mean is the same network.
@@ -475,7 +492,10 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
     with atomic(folder / "model.safetensors") as path:
         # safetensors' own save_file makes files that only their owner reads
         path.write_bytes(safetensors.torch.save(state))
-        about = {"format": "pt", "sha256": tensors_digest(path)}  # checked when it is loaded
+        about = {
+            "format": "pt",
+            "sha256": tensors_digest(path),
+        }  # checked when it is loaded
         path.write_bytes(safetensors.torch.save(state, about))
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
@@ -483,7 +503,8 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
 def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     """Print one line per model as it is measured. Weights are random unless given: they do not
     change the time."""
-    weights, options = parse_weights(args.weights, names), model_options(args)
+    weights = parse_weights(args.weights, names)
+    options = model_options(args)
     compiled = "; compiled" if args.compile else ""
     print(f"{describe_device(options['device'])}; torch {torch.__version__}{compiled}")
     width = max(len(name) for name in names)

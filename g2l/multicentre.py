@@ -66,7 +66,8 @@ class Region:
         path = self.path.parent.parent / "masks" / self.path.name
         try:
             with Image.open(self.path) as region, Image.open(path) as image:
-                mask, fits = np.asarray(image), image.size == region.size
+                mask = np.asarray(image)
+                fits = image.size == region.size
         except (OSError, SyntaxError):
             return None
         if mask.ndim != 2:
@@ -111,8 +112,11 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
             f"annotations (tissue-bcss or tissue-cells); get TIGER by {tiger_source(folder)}"
         )
     used: list[Region] = []
-    bad, small = [], []
-    patches, labels, slides = [], [], []
+    bad = []
+    small = []
+    patches = []
+    labels = []
+    slides = []
     for region in regions:
         if any(region.overlaps(other) for other in used):
             continue
@@ -140,7 +144,8 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
         )
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]
-    classes, images = list(TIGER_CLASSES.values()), Squares(patches, size)
+    classes = list(TIGER_CLASSES.values())
+    images = Squares(patches, size)
     kinds = np.array(labels, np.int64)
     found = Benchmark("tiger", "patch", images, ids, kinds, classes, list(patients), list(centers))
     return found, slides
@@ -172,8 +177,13 @@ def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
     known: dict[str, Path] = {}
     for path in files_below(folder):
         if path != table:
-            known |= {path.name: path, path.stem: path, f"{path.parent.name}/{path.stem}": path}
-    files, lacking = [], []
+            known |= {
+                path.name: path,
+                path.stem: path,
+                f"{path.parent.name}/{path.stem}": path,
+            }
+    files = []
+    lacking = []
     for slide, patch in rows:
         names = [n for n in (f"{slide}/{patch}", f"{slide}-{patch}", patch) if n in known]
         if names:
@@ -190,7 +200,8 @@ def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
     centers = [row["medical_center"] for row in rows.values()]
     classes, labels = np.unique(kinds, return_inverse=True)
     ids = ["-".join(key) for key in rows]
-    name, images = folder.resolve().name, ImageFiles(files)
+    name = folder.resolve().name
+    images = ImageFiles(files)
     found = Benchmark(name, "patch", images, ids, labels, classes.tolist(), slides, centers)
     return found, slides
 

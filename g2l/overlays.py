@@ -36,7 +36,8 @@ def write_thumbnail(
 
 
 def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
-    draw, side = ImageDraw.Draw(picture, "RGBA"), tiling.size0 * zoom
+    draw = ImageDraw.Draw(picture, "RGBA")
+    side = tiling.size0 * zoom
     # Tinted, and apart from its neighbours: else these would draw the edges of a dropped cell.
     outlined = side > 12
     fill = 0, 40, 200, 22 if outlined else 64
@@ -95,7 +96,8 @@ def write_contact_sheet(folder: Path) -> None:
     sheet = Image.new("RGB", (10 * 132 + 4, len(chosen) * 150 + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for row, slide in enumerate(chosen):
-        top, count = row * 150 + 4, int(index.counts[slide])
+        top = row * 150 + 4
+        count = int(index.counts[slide])
         draw.text((4, top), f"{index.slides[slide]}   {count:,} patches", fill="black")
         picks = np.random.default_rng(slide).permutation(count)[:10].tolist()
         for column, pick in enumerate(sorted(picks)):

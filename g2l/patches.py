@@ -34,7 +34,14 @@ from g2l.tiff import Codec, Recent, assemble, read_bytes
 SLIDES = 16  # of those opened for their pixels, so many stay open,
 PIXELS = 1 << 30  # and so many bytes of plain images, which are held whole
 # What HDF5 and its Python library say of damaged files.
-DAMAGE = RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError
+DAMAGE = (
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 SOURCE = "columns", "compression", "width", "height"  # attributes of `compressed`
 
 
@@ -56,7 +63,8 @@ def write_coords(
     level0 = target * tiling.size0 / tiling.patch_size
     while tiling.patch_size * level0 // target < tiling.size0:
         level0 = math.nextafter(level0, math.inf)
-    size, found = [slide.width, slide.height], slide.path.stat()
+    size = [slide.width, slide.height]
+    found = slide.path.stat()
     density, covariance = tiling.colours.summary()
     attributes = {
         "patch_size": tiling.patch_size,
@@ -142,9 +150,16 @@ def write_shard(
     """
     import tarfile
 
-    key, size = slide.name.replace(".", "_"), tiling.patch_size
-    kept, offsets, sizes, errors = [], [], [], tiling.unreadable
-    with atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+    key = slide.name.replace(".", "_")
+    size = tiling.patch_size
+    kept = []
+    offsets = []
+    sizes = []
+    errors = tiling.unreadable
+    with (
+        atomic(path) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar,
+    ):
         for number, (x, y) in enumerate(tiling.coords.tolist()):
             try:
                 data = _as_jpeg(slide, tiling, x, y, quality)
@@ -166,7 +181,8 @@ def _as_jpeg(slide: Slide, tiling: Tiling, x: int, y: int, quality: int) -> byte
     """One patch as a JPEG file: the slide's own tile where it is one and decodes, else encoded."""
     import simplejpeg
 
-    tiles, size = slide.levels[0].tiles, tiling.patch_size
+    tiles = slide.levels[0].tiles
+    size = tiling.patch_size
     if tiles and tiles.codec.is_jpeg and tiling.size0 == size:
         if tiles.codec.holds(x, y, size, size):
             data = tiles.compressed(slide.file, y // size * tiles.columns + x // size)
@@ -251,7 +267,8 @@ class PatchIndex:
         rows = _finished_rows(self.folder)
         if only is not None:
             rows = [row for row in rows if row["slide"] in only]
-        self.patch_size, self.mpp = int(rows[0]["patch_size"]), float(rows[0]["target_mpp"])
+        self.patch_size = int(rows[0]["patch_size"])
+        self.mpp = float(rows[0]["target_mpp"])
         self.slides = [row["slide"] for row in rows]
         self.patient = [row["patient"] for row in rows]  # of each slide
         self.patients = sorted(set(self.patient))
@@ -310,7 +327,8 @@ class PatchIndex:
 
         Of a slide without tissue they are the mean of the others'.
         """
-        means, covariances = [], []
+        means = []
+        covariances = []
         for name in self.slides:
             path = self.folder / "patches" / f"{name}_patches.h5"
             with open_h5(path, "r") as file:
@@ -319,7 +337,8 @@ class PatchIndex:
                     raise UserError(f"{path}: colours are missing; remove it and run tile.py again")
                 means.append(about["od_mean"])
                 covariances.append(about["od_covariance"])
-        mean, covariance = np.array(means), np.array(covariances)
+        mean = np.array(means)
+        covariance = np.array(covariances)
         empty = np.isnan(mean).any(1)
         for values in (mean, covariance):
             values[empty] = values[~empty].mean(0)
@@ -386,7 +405,9 @@ class PatchIndex:
                 raise PatchError(text) from error
 
     def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> NDArray:
-        size, columns, codec = self.patch_size, handle.layout.columns, handle.layout.codec
+        size = self.patch_size
+        columns = handle.layout.columns
+        codec = handle.layout.codec
         if codec and handle.file >= 0:
             if not columns:
                 return handle.decode(row)
@@ -478,15 +499,18 @@ def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
         raise PatchError(
             f"its h5 file holds {held} patches, slides.csv says {count}; run tile.py again"
         )
-    layout, about = _Layout(version, _start(coords, (count, 2))), coords.attrs
-    places, size = coords[:], (about["level0_width"], about["level0_height"])
+    layout = _Layout(version, _start(coords, (count, 2)))
+    about = coords.attrs
+    places = coords[:]
+    size = (about["level0_width"], about["level0_height"])
     if (places < 0).any() or (places + about["patch_size_level0"] > size).any():
         raise PatchError(f"{file.filename} holds places beyond the slide; run tile.py again")
     if "slide_bytes" in about:
         layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
     if group := file.get("compressed"):
         shape = group["offset"].shape
-        layout.offset, layout.bytes = _start(group["offset"], shape), _start(group["bytes"], shape)
+        layout.offset = _start(group["offset"], shape)
+        layout.bytes = _start(group["bytes"], shape)
         layout.columns, kind, width, height = (int(group.attrs[name]) for name in SOURCE)
         if not 0 < width * height <= TILE_PX:
             raise ValueError(f"tiles of {width} x {height} px")

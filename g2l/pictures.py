@@ -22,7 +22,16 @@ from g2l.images import open_slide, read_image
 from g2l.report import means, role
 from g2l.results import Study
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c564b", "#7f7f7f")
+COLORS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#d55e00",
+    "#56b4e9",
+    "#8c564b",
+    "#7f7f7f",
+)
 FRAMES = {"query": "black", "the query's class": "#2a9d3a", "another class": "#d62728"}
 STYLE: Any = {
     "font.size": 8,
@@ -85,7 +94,8 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
     on: the benchmark; the first that every model has if it was not measured, "mean" for all of
     these. Intervals are Student's over the folds.
     """
-    mean, scores = means(study.rows), {}
+    mean = means(study.rows)
+    scores = {}
     for benchmark in study.found:
         keys = [("knn", "accuracy", display(n), benchmark.name) for n in study.models]
         if all(key in mean for key in keys):
@@ -133,8 +143,18 @@ def against(
     marks = {"teacher": "^", "before distillation": "s", "": "o"}
     for i, name in enumerate(study.models):
         part = role(name, study)
-        mark, label = marks.get(part, "*"), f"{display(name)}, {part}" if part else display(name)
-        axis.errorbar(x[i], y[i], margins[i], fmt=mark, ms=9, capsize=4, color=f"C{i}", label=label)
+        mark = marks.get(part, "*")
+        label = f"{display(name)}, {part}" if part else display(name)
+        axis.errorbar(
+            x[i],
+            y[i],
+            margins[i],
+            fmt=mark,
+            ms=9,
+            capsize=4,
+            color=f"C{i}",
+            label=label,
+        )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
@@ -152,7 +172,8 @@ def draw_benchmark(
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
-    folder, mean = Path(study.results) / "pictures", means(study.rows)
+    folder = Path(study.results) / "pictures"
+    mean = means(study.rows)
     draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
     for kind, draw in draws.items():
         path = folder / f"{kind}-{safe(benchmark.name)}.png"
@@ -225,13 +246,21 @@ def draw_gallery(
     predicted: dict,
 ):
     """Three queries that kNN got right and three that it got wrong, each with its neighbours."""
-    labels, guess, neighbors = benchmark.labels, predicted["knn"], predicted["neighbors"]
+    labels = benchmark.labels
+    guess = predicted["knn"]
+    neighbors = predicted["neighbors"]
     lines = []
     for row in worth_seeing(labels, guess, neighbors):
         told = (
             "right" if guess[row] == labels[row] else f"predicted {benchmark.classes[guess[row]]}"
         )
-        line = [(picture(benchmark, row), f"{benchmark.classes[labels[row]]}\n{told}", "query")]
+        line = [
+            (
+                picture(benchmark, row),
+                f"{benchmark.classes[labels[row]]}\n{told}",
+                "query",
+            )
+        ]
         for i in neighbors[row, :6][neighbors[row, :6] >= 0]:
             frame = "the query's class" if labels[i] == labels[row] else "another class"
             line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))
@@ -254,7 +283,10 @@ def worth_seeing(
     luck = np.random.default_rng(0).random(len(labels))
     sure = (labels[neighbors] == guess[:, None]).mean(1)
     rows: list[int] = []
-    for order, hits in ((luck, guess == labels), (luck - sure * neighbors.size, guess != labels)):
+    for order, hits in (
+        (luck, guess == labels),
+        (luck - sure * neighbors.size, guess != labels),
+    ):
         pool = np.flatnonzero(hits)
         pool = pool[np.argsort(order[pool])]
         first = pool[np.sort(np.unique(labels[pool], return_index=True)[1])]

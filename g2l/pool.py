@@ -27,7 +27,8 @@ class Pool:
     """
 
     def __init__(self, work: Callable[[Any, Callable[[Any], None]], Any], count: int):
-        self.work, self.count = work, count
+        self.work = work
+        self.count = count
         self.waiting: deque = deque()
         self.running: dict[Connection, tuple[Any, Any]] = {}  # pipe: (process, item in hand)
         self.fatal: OSError | None = None

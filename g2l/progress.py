@@ -16,10 +16,19 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, unit: str, done: int = 0, interval: float = 15, shown: bool = True
+        self,
+        total: int,
+        unit: str,
+        done: int = 0,
+        interval: float = 15,
+        shown: bool = True,
     ):
-        self.total, self.unit, self.done = total, unit, done
-        self.interval, self.shown, self.bar = interval, shown, None
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self.interval = interval
+        self.shown = shown
+        self.bar = None
         self.start = self.said = time.monotonic()
         self.recent = deque([(self.start, done)], maxlen=50)
         if shown and total > done and sys.stderr.isatty():

@@ -92,7 +92,8 @@ def bracs_patients(root: Path) -> dict[str, str]:
     for book in [f for f in files_below(root) if f.name.lower() == "bracs.xlsx"]:
         for head, *rows in filter(None, read_sheets(book)):
             column = {text.lower(): letters for letters, text in head.items()}
-            slide, patient = column.get("wsi filename"), column.get("patient id")
+            slide = column.get("wsi filename")
+            patient = column.get("patient id")
             for row in rows:
                 if slide in row and patient in row:
                     patients[row[slide].removesuffix(".svs")] = row[patient]
@@ -156,7 +157,8 @@ def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
     result = []
     for task, classes in BREAKHIS_TASKS.items():
         for zoom in zooms:
-            files, rows = [], []
+            files = []
+            rows = []
             for f, match in named:
                 if match[5] == zoom:
                     files.append(f)
@@ -185,7 +187,8 @@ VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ig
 
 def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
     """Share (values, rows, columns) that each value covers of the squares of a class map (H, W)."""
-    rows, columns = classes.shape[0] // side, classes.shape[1] // side
+    rows = classes.shape[0] // side
+    columns = classes.shape[1] // side
     whole = classes[: rows * side, : columns * side]
     squares = whole.reshape(rows, side, columns, side)
     return np.stack([(squares == value).mean((1, 3)) for value in values])
@@ -234,19 +237,24 @@ def grid_benchmark(
         for file in drawn:
             try:
                 shares = shares_of(file, drawn[file])
-            except (OSError, SyntaxError) as error:  # the latter is Pillow's word for a damaged PNG
+            except (
+                OSError,
+                SyntaxError,
+            ) as error:  # the latter is Pillow's word for a damaged PNG
                 notes.append(f"{file.name} left out: {error}")
                 continue
             for r, c in np.argwhere((shares >= 0.5).sum(0) == 1).tolist():
                 found.append((str(file), c * SIDE, r * SIDE, int(shares[:, r, c].argmax())))
         known = {"key": key, "rows": found, "notes": notes}
         write_text(path, json.dumps(known))
-    squares, rows = [], []
+    squares = []
+    rows = []
     for text, x, y, label in known["rows"]:
         file = Path(text)
         squares.append((file, x, y))
         rows.append((f"{file.stem}_{x}_{y}", classes[label], group(file)))
-    cut, notes = Squares(squares, SIDE), known["notes"]
+    cut = Squares(squares, SIDE)
+    notes = known["notes"]
     return [make_benchmark(name, "patch", cut, rows, classes, root, notes)]
 
 
@@ -279,7 +287,8 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     An expert whose folder is there twice votes once.
     """
     cores = find_files(root, "slide*_core*.jpg", "cores, in `Train Imgs`")
-    pattern, what = "slide*_core*_classimg_nonconvex.png", "maps of the experts, in Maps1_T to"
+    pattern = "slide*_core*_classimg_nonconvex.png"
+    what = "maps of the experts, in Maps1_T to"
     votes: dict[tuple[str, str], Path] = {}
     found = find_files(root, pattern, f"{what} Maps6_T")
     for f in found:
@@ -331,7 +340,13 @@ def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
                 below, right = np.nonzero(pixels)
                 np.add.at(count, ((y + below) // side, (x + right) // side), 1)
     # tifffile's words for a damaged file
-    except (tifffile.TiffFileError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        tifffile.TiffFileError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise OSError(f"{mask}: damaged ({error})") from error
     return count[: size[0] // side, : size[1] // side] / side**2
 

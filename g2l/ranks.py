@@ -31,7 +31,9 @@ RANK_WAIT = 6 * WAIT
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def setup_distributed(device: str | torch.device = "auto") -> tuple[int, int, torch.device]:
+def setup_distributed(
+    device: str | torch.device = "auto",
+) -> tuple[int, int, torch.device]:
     """Join the job that torchrun started, once: (rank, world size, this rank's device)."""
     device = pick_device(device)
     if device.type == "cuda":
@@ -136,7 +138,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.number, self.held = 0, False
+        self.number = 0
+        self.held = False
         self.before: dict = {}
 
     def __enter__(self) -> Signals:
@@ -195,7 +198,11 @@ def loading(what: str, workers: int) -> Iterator[dict]:
     try:
         if workers:
             multiprocessing.Lock()  # fails where /dev/shm has not even room for that
-        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": quiet_worker}
+        options = {
+            "batch_size": None,
+            "num_workers": workers,
+            "worker_init_fn": quiet_worker,
+        }
         yield options | {"timeout": WAIT if workers else 0, "collate_fn": unchanged}
     except ConnectionError:  # one was killed: `errors.explain` has words for it
         raise

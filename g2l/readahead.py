@@ -81,7 +81,8 @@ class Reader:
     """A process that reads batches ahead. `next` gives the next one, and frees the one before."""
 
     def __init__(self, index: PatchIndex, parts: list[ndarray], size: int):
-        self.index, self.parts = index, parts
+        self.index = index
+        self.parts = parts
         shape = PLACES, size, index.patch_size, index.patch_size, 3
         memory = mmap.mmap(-1, 8 + int(np.prod(shape)))
         self.hand = np.frombuffer(memory, np.int64, 1)
@@ -104,7 +105,8 @@ class Reader:
             for m in range(self.given, len(self.parts)):
                 if m - self.given >= PLACES:
                     pipe.recv()
-                part, images = self.parts[m], self.images[m % PLACES]
+                part = self.parts[m]
+                images = self.images[m % PLACES]
                 found = read(self.index, part, images[: len(part)], self.lost, self.hand)
                 pipe.send((found.readable, found.problems, found.seconds))
 
@@ -122,7 +124,8 @@ class Reader:
                 break
             except (EOFError, ConnectionResetError):
                 self._bury()
-        part, images = self.parts[self.given], self.images[self.given % PLACES]
+        part = self.parts[self.given]
+        images = self.images[self.given % PLACES]
         self.given += 1
         return Batch(images[: len(part)], *found)
 

@@ -36,7 +36,8 @@ class Reader:
     _slide: Any
 
     def __init__(self, path: Path, cache: int):
-        self.path, self.cache = path, cache
+        self.path = path
+        self.cache = cache
         self._open()
         largest = max(math.prod(self.tile_size(level)) for level in range(len(self.sizes)))
         if largest > TILE_PX:
@@ -101,7 +102,10 @@ class TiffReader(Reader):
         series = self._slide.series
         self._pages = [level.keyframe for level in series[0].levels]
         page = self._pages[0]
-        if (page.dtype, int(page.planarconfig)) != (np.uint8, 1) or page.samplesperpixel < 3:
+        if (page.dtype, int(page.planarconfig)) != (
+            np.uint8,
+            1,
+        ) or page.samplesperpixel < 3:
             raise ValueError("not 8-bit RGB")
         ends = np.add(page.dataoffsets, page.databytecounts)
         if ends.max() > self._slide.filehandle.size:
@@ -117,9 +121,11 @@ class TiffReader(Reader):
 
     def region(self, level: int, place: Place) -> NDArray:
         page = self._pages[level]
-        tw, th = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
+        tw = page.imagewidth
+        th = min(page.rowsperstrip or page.imagelength, page.imagelength)
         if page.is_tiled:
-            tw, th = page.tilewidth, page.tilelength
+            tw = page.tilewidth
+            th = page.tilelength
 
         def tile(row, column):
             index = row * -(-page.imagewidth // tw) + column
@@ -168,7 +174,8 @@ class FastSlideReader(Reader):
 
 def over_white(pixels: NDArray) -> NDArray:
     """(h, w, 3) uint8 of (h, w, 3 or 4) on white ground."""
-    rgb, alpha = pixels[..., :3], pixels[..., 3:]
+    rgb = pixels[..., :3]
+    alpha = pixels[..., 3:]
     if (alpha == 255).all():  # so too where there is none
         return np.ascontiguousarray(rgb)
     return (255 - (255 - rgb.astype(np.uint16)) * alpha // 255).astype(np.uint8)
@@ -221,7 +228,10 @@ def _complain_early(path: Path) -> None:
 
 def _complain_of_pictures(path: Path) -> None:
     """UserError for a sound picture that is no slide; nobody should search it for damage."""
-    with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as picture:
+    with (
+        contextlib.suppress(OSError, Image.DecompressionBombError),
+        Image.open(path) as picture,
+    ):
         tags = getattr(picture, "tag_v2", ())
         if 322 not in tags:  # TileWidth: such a TIFF may be a slide cut short
             what = f"a {picture.format} picture, no slide with tiles"

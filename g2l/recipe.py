@@ -51,7 +51,8 @@ class Distiller(nn.Module):
 
     def __init__(self, student: Model, width: int, teacher_width: int, args: Namespace):
         super().__init__()
-        self.student, self.args = student, args
+        self.student = student
+        self.args = args
         several = args.sync and rank_and_world()[1] > 1
         self.group = torch.distributed.group.WORLD if several else None
         random = torch.Generator().manual_seed(args.seed)
@@ -77,7 +78,8 @@ class Distiller(nn.Module):
                 group=self.group,
             )
         with torch.autocast(student.device.type, enabled=False):
-            s, t = student.float() @ self.projector, teacher.float()
+            s = student.float() @ self.projector
+            t = teacher.float()
             if args.normalize != "none":
                 s = F.batch_norm(s, None, None, self.scale, self.shift, training=True, eps=1e-4)
             if args.normalize == "both":
@@ -99,7 +101,8 @@ def _compare(kind: str, s: Tensor, t: Tensor, alpha: float) -> Tensor:
     if kind == "cosine":
         return 1 - F.cosine_similarity(s, t).mean()
     if kind == "kl":  # features as logits
-        s, t = s.log_softmax(1), t.log_softmax(1)
+        s = s.log_softmax(1)
+        t = t.log_softmax(1)
         return F.kl_div(s, t, log_target=True, reduction="batchmean")
     correlation = (s * t).mean(0)  # of each feature over the batch: the recipe's second form
     return ((correlation - 1).abs().pow(alpha).sum() + 1e-5).log()
@@ -131,9 +134,12 @@ class StopRule:
     """
 
     def __init__(self, kind: str, window: int = 100, patience: int = 10, minimum: int = 0):
-        self.kind, self.patience, self.minimum = kind, patience, minimum
+        self.kind = kind
+        self.patience = patience
+        self.minimum = minimum
         self.recent: deque[float] = deque(maxlen=window)
-        self.count, self.steps = 0, 0
+        self.count = 0
+        self.steps = 0
 
     def update(self, loss: float) -> bool:
         """Take the next step's loss; True when training should end."""
@@ -151,7 +157,8 @@ class StopRule:
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave."""
         self.recent.extend(state["recent"])
-        self.count, self.steps = state["count"], state["steps"]
+        self.count = state["count"]
+        self.steps = state["steps"]
 
 
 def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, float]:
@@ -195,8 +202,10 @@ class Step:
         self.view: Callable[[Tensor, Params], Tensor] | None = None  # crops -> the student's
         self.centres: Tensor | None = None  # (slides, width), taken off the targets of each slide
         self.cache: TeacherCache | None = None  # of what the teacher says of each sample
-        self.teacher, self.distiller = teacher, distiller
-        self.args, self.device = args, device
+        self.teacher = teacher
+        self.distiller = distiller
+        self.args = args
+        self.device = device
         self.autocast = precision == torch.bfloat16
         self.layout = torch.contiguous_format
         if not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens):

@@ -87,7 +87,8 @@ def provenance(device: object) -> str:
 
     setting = describe_setting()
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-    command, revision = f"python {setting['command']}", setting["revision"] or "unknown"
+    command = f"python {setting['command']}"
+    revision = setting["revision"] or "unknown"
     return f"\nMade by `{command}`, revision {revision}, with {versions}, on {device}.\n"
 
 
@@ -117,7 +118,8 @@ class Tables:
         cell(benchmarks, model) gives value and text; `paper` names the paper's measure beside it.
         """
         for label, members in families(names).items():
-            values, texts = [], []
+            values = []
+            texts = []
             for model in models:
                 value, text = cell(members, model)
                 if value is not None:
@@ -136,7 +138,8 @@ class Tables:
         others = [m for m in self.models if m != self.teacher]
         if not self.teacher or not others:
             return ""
-        names, sources = [], set()
+        names = []
+        sources = set()
         for benchmark in self.study.found:  # several tasks may share their images
             if not benchmark.source or benchmark.source not in sources:
                 names.append(benchmark.name)
@@ -173,9 +176,17 @@ class Tables:
         probe = "Linear probe (6:2:2)"
         kinds = [
             ("knn", "accuracy", f"{knn}: accuracy, mean ± sd over folds"),
-            ("knn", "balanced accuracy", f"{knn}: balanced accuracy of all folds together"),
+            (
+                "knn",
+                "balanced accuracy",
+                f"{knn}: balanced accuracy of all folds together",
+            ),
             ("probe", "auc", f"{probe}: AUC (macro one-vs-rest), mean ± sd over seeds"),
-            ("probe", "balanced accuracy", f"{probe}: balanced accuracy, mean ± sd over seeds"),
+            (
+                "probe",
+                "balanced accuracy",
+                f"{probe}: balanced accuracy, mean ± sd over seeds",
+            ),
         ]
         if study.paper_splits:
             for protocol, metric, title in (kinds[0], kinds[2]):
@@ -198,7 +209,12 @@ class Tables:
         rows = []
         for benchmark in study.found:
             for row in self.paired(benchmark.name):
-                pair = [benchmark.name, row["model"], row["other"], PAIRED[row["metric"]]]
+                pair = [
+                    benchmark.name,
+                    row["model"],
+                    row["other"],
+                    PAIRED[row["metric"]],
+                ]
                 rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
             head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
@@ -249,7 +265,8 @@ class Tables:
 
     def summary(self, benchmark: str) -> list[str]:
         """Lines about one benchmark for the screen."""
-        data, width = self.data[benchmark], max(map(len, self.models)) + 2
+        data = self.data[benchmark]
+        width = max(map(len, self.models)) + 2
         lines = [
             "",
             f"{benchmark}: {data['value']} images, {np.count_nonzero(data['counts'])} classes, "
@@ -304,7 +321,8 @@ def with_interval(row: dict) -> str:
 def write_tables(study: Study) -> str:
     """table1.md and table2.md from metrics.jsonl alone; returns their text."""
     tables = Tables(study)
-    one, two = tables.table1(), tables.table2()
+    one = tables.table1()
+    two = tables.table2()
     made = provenance(study.device_used)
     if one:
         write_text(Path(study.results) / "table1.md", one + made)
@@ -340,7 +358,10 @@ def write_report(study: Study, tables: str, failures: list[str]) -> None:
     shown = not study.no_pictures
     if shown and (results / "figure1.png").is_file():
         text.append("![accuracy against size and time](figure1.png)")
-    text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
+    text += [
+        "## Models\n\n" + model_table(study),
+        "## Benchmarks\n\n" + benchmark_table(study),
+    ]
     text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
     if shown:
         text += [f"## {escaped(b.name)}\n\n" + picture_links(study, b.name) for b in study.found]
@@ -353,21 +374,30 @@ def model_table(study: Study) -> str:
     head = "model\trole\tparameters\twidth\tembedding\tinput px\tms per image ({})\tweights"
     rows = []
     for name, card in study.cards.items():
-        size, time = f"{card['parameters'] / 1e6:,.1f} M", f"{card['ms_per_image']:.1f}"
-        row = [display(name), role(name, study), size, str(card["dim"]), card["embedding"]]
+        size = f"{card['parameters'] / 1e6:,.1f} M"
+        time = f"{card['ms_per_image']:.1f}"
+        row = [
+            display(name),
+            role(name, study),
+            size,
+            str(card["dim"]),
+            card["embedding"],
+        ]
         rows.append([*row, str(card["input_size"]), time, card["weights"]])
     return markdown(head.format(study.device_used), rows)
 
 
 def benchmark_table(study: Study) -> str:
     """What each benchmark holds, and what is to be known of it."""
-    rows, data = [], Tables(study).data
+    rows = []
+    data = Tables(study).data
     for name in (b.name for b in study.found):
         about = data[name]
         counts = zip(about["classes"], about["counts"], strict=True)
         kinds = ", ".join(f"{kind} {count}" for kind, count in counts)
         notes = "; ".join(about["notes"]) or "–"
-        images, groups = str(about["value"]), str(about["groups"])
+        images = str(about["value"])
+        groups = str(about["groups"])
         rows.append([name, about["level"], images, groups, kinds, notes])
     return markdown("benchmark\tlevel\timages\tgroups\tclasses\tnotes", rows)
 

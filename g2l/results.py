@@ -86,7 +86,8 @@ def read_metrics(results: Path) -> list[dict]:
     """
     path = Path(results) / "metrics.jsonl"
     data = path.read_bytes() if path.is_file() else b""
-    rows, damaged = [], []
+    rows = []
+    damaged = []
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         row = parsed(line)
         if row is None:
@@ -98,7 +99,10 @@ def read_metrics(results: Path) -> list[dict]:
         with atomic(aside) as temporary:
             temporary.write_bytes(data)
         which = ", ".join(damaged[:5])
-        print(f"{path}: damaged in line {which}; measured again ({aside.name})", file=sys.stderr)
+        print(
+            f"{path}: damaged in line {which}; measured again ({aside.name})",
+            file=sys.stderr,
+        )
     return rows
 
 
@@ -151,7 +155,14 @@ def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
         with np.load(path) as data:  # whose every array has a checksum
             arrays = dict(data)
         about = str(arrays.pop("key"))
-    except (OSError, EOFError, LookupError, ValueError, RuntimeError, *DAMAGED) as error:
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+        RuntimeError,
+        *DAMAGED,
+    ) as error:
         print(f"{path}: damaged ({error}), made again", file=sys.stderr)
         return None
     return arrays if about == f"{key} {sorted(arrays)}" else None

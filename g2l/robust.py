@@ -94,7 +94,8 @@ def tally(
     centers: ndarray,
 ) -> ndarray:
     """Counts (4, n, k) of SS, SO, OS, OO among the first 1, 2, ... k neighbours `rows` (n, k)."""
-    tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
+    tissue = labels[rows] == labels[:, None]
+    place = centers[rows] == centers[:, None]
     kinds = np.stack([tissue & place, tissue & ~place, ~tissue & place, ~tissue & ~place])
     return (kinds & (rows >= 0)).cumsum(-1)
 
@@ -109,7 +110,12 @@ def candidates(
     """
     both, tissue, place, every = (
         alike(*parts)[1] - alike(*parts, slides)[1]
-        for parts in ((labels, centers), (labels,), (centers,), (np.zeros_like(labels),))
+        for parts in (
+            (labels, centers),
+            (labels,),
+            (centers,),
+            (np.zeros_like(labels),),
+        )
     )
     return np.stack([both, tissue - both, place - both, every - tissue - place + both])
 
@@ -168,7 +174,9 @@ def target_probe(
     from sklearn.preprocessing import StandardScaler
 
     keep = np.random.default_rng(seed).permutation(np.flatnonzero(testable(target, groups)))[:1000]
-    x, target, groups = x[keep], target[keep], groups[keep]
+    x = x[keep]
+    target = target[keep]
+    groups = groups[keep]
     if len(np.unique(target)) < 2:
         return math.nan
     count = min(5, len(np.unique(groups)), np.bincount(target).max())
@@ -268,9 +276,11 @@ def intervals(
     rows = []
     pairs: list[tuple] = [(name, None) for name in draws]
     for one, other in [*pairs, *itertools.combinations(draws, 2)]:
-        metric, values = "index_interval", draws[one]
+        metric = "index_interval"
+        values = draws[one]
         if other:
-            metric, values = "index_difference", values - draws[other]
+            metric = "index_difference"
+            values = values - draws[other]
         for k in fitting(values.shape[1]):
             value, *resampled = values[:, k - 1]
             low, high = np.percentile(resampled, [2.5, 97.5]) if enough else (np.nan, np.nan)

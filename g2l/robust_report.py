@@ -92,7 +92,8 @@ class Readings:
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
-        self.benchmark, self.settings = rows[0]["benchmark"], rows[0]["settings"]
+        self.benchmark = rows[0]["benchmark"]
+        self.settings = rows[0]["settings"]
         self.models = {row["model"]: row for row in self.of("seen")}
         self.ks = sorted({row["k"] for row in self.of("index", model="chance")})
         self.k = self.ks[:3][-1]  # at which all but the first table is read
@@ -169,7 +170,9 @@ def index_table(held: Readings) -> str:
     Behind each model stands the beginning of its fingerprint of weights and preprocessing.
     """
     columns = [index_column(held, k) for k in held.ks]
-    names, prints, seen = [], [], []
+    names = []
+    prints = []
+    seen = []
     for name, row in held.models.items():
         names.append(name + " †" * bool(row["value"]))
         prints.append(row["fingerprint"][:8])
@@ -185,7 +188,8 @@ def index_table(held: Readings) -> str:
 
 def index_column(held: Readings, k: int) -> list[str]:
     """The index of every model at one k, the best marked if that can be read; then chance."""
-    values, texts = [], []
+    values = []
+    texts = []
     for name, row in held.models.items():
         found = held.values("index", name, k=k)
         spread = np.std(found, ddof=1) if len(found) > 1 else 0
@@ -221,8 +225,10 @@ def over_patients(held: Readings) -> str:
     """Each index with its interval against chance, then the difference of each pair of models."""
     rows: list[Sequence[str]] = []
     for row in held.of("index_interval", k=held.k) + held.of("index_difference", k=held.k):
-        name, other = row["model"], row["other"]
-        interval, reading = "–", "too few patients to tell"
+        name = row["model"]
+        other = row["other"]
+        interval = "–"
+        reading = "too few patients to tell"
         if row["low"] is not None:
             start = 0 if other else held.blind
             word = "above" if row["low"] > start else "not clearly apart from"
@@ -240,7 +246,8 @@ def over_patients(held: Readings) -> str:
 
 def one_by_one(held: Readings, field: str, title: str) -> str:
     """The index of the patches of each class, or of each centre."""
-    names, metric = [*held.models, "chance"], f"index_by_{field}"
+    names = [*held.models, "chance"]
+    metric = f"index_by_{field}"
     rows = []
     for kind in (row[field] for row in held.of(metric, model="chance")):
         shown = [held.show(metric, name, **{field: kind}) for name in names]
@@ -354,8 +361,10 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
 
     Their five nearest neighbours `rows` (n, 5) most often share the centre but not the tissue.
     """
-    labels, centers = benchmark.labels[sample], np.array(benchmark.centers)[sample]
-    tissue, place = labels[rows] == labels[:, None], centers[rows] == centers[:, None]
+    labels = benchmark.labels[sample]
+    centers = np.array(benchmark.centers)[sample]
+    tissue = labels[rows] == labels[:, None]
+    place = centers[rows] == centers[:, None]
     misled = (~tissue & place & (rows >= 0)).sum(1)
     queries: dict[str, int] = {}
     for i in np.argsort(-misled, kind="stable")[: np.count_nonzero(misled)]:

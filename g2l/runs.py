@@ -42,8 +42,16 @@ class Run:
     command spells the names of an identity. Raises UserError where another process trains this run.
     """
 
-    def __init__(self, folder: Path, keep: int, main: bool, words: Mapping[str, str] | None = None):
-        self.folder, self.main, self.words = folder, main, words or {}
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        main: bool,
+        words: Mapping[str, str] | None = None,
+    ):
+        self.folder = folder
+        self.main = main
+        self.words = words or {}
         self.board: Any = None  # TensorBoard's writer
         older = [folder / f"checkpoint.{i}.pt" for i in range(1, keep)]
         self.checkpoints = [folder / "checkpoint.pt", *older]
@@ -71,7 +79,11 @@ class Run:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         reason = str(why).splitlines()[0]
-        print(f"{path}: damaged ({reason}); set aside as {aside.name}", file=sys.stderr, flush=True)
+        print(
+            f"{path}: damaged ({reason}); set aside as {aside.name}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def config(self) -> dict:
         """What config.json of an earlier start says; {} if there is none that can be read."""
@@ -80,7 +92,10 @@ class Run:
             return {}
         try:
             config = json.loads(path.read_text())
-            _ = {**config["identity"], **config.get("finished", {})}  # TypeError for no mappings
+            _ = {
+                **config["identity"],
+                **config.get("finished", {}),
+            }  # TypeError for no mappings
             return config
         except (ValueError, LookupError, TypeError) as error:
             self.set_aside(path, error)
@@ -136,7 +151,10 @@ class Run:
                 for older, newer in pairwise(reversed(self.checkpoints)):
                     if newer.exists():
                         os.replace(newer, older)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
             text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
             raise UserError(text, "room") from None
@@ -161,7 +179,8 @@ class Run:
 
         Raises UserError where that start was told otherwise.
         """
-        config, student = self.config(), checksums(self.folder / "student")
+        config = self.config()
+        student = checksums(self.folder / "student")
         finished = config.get("finished", {})
         whole = "model.safetensors" in student and finished.get("student", student) == student
         done = finished["step"] if finished and whole else 0
@@ -221,7 +240,12 @@ class Run:
         window = max(1, min(100, len(steps) // 10))
         mean = np.convolve(losses, np.full(window, 1 / window), "valid")
         figure, (top, middle, bottom) = plt.subplots(
-            3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
+            3,
+            1,
+            figsize=(8, 8),
+            sharex=True,
+            height_ratios=(3, 2, 1),
+            layout="constrained",
         )
         top.plot(steps, losses, label="loss", color="lightsteelblue", lw=0.8)
         top.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
@@ -312,7 +336,11 @@ def describe_setting() -> dict:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20
+            command,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            timeout=20,
         )
         revision = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
@@ -350,7 +378,8 @@ class Readings:
     """
 
     def __init__(self, device: torch.device, world: int):
-        self.cuda, self.world = device.type == "cuda", world
+        self.cuda = device.type == "cuda"
+        self.world = world
         self.lag = 2 if self.cuda else 0
         self.sent: deque = deque()
 

@@ -74,9 +74,12 @@ def rescale(image: ndarray, strength: float) -> ndarray:
     from PIL import Image
 
     height, width = image.shape[:2]
-    inner, outer = min(1, 1 / strength), min(1, strength)
-    h, w = round(height * inner), round(width * inner)
-    top, left = (height - h) // 2, (width - w) // 2
+    inner = min(1, 1 / strength)
+    outer = min(1, strength)
+    h = round(height * inner)
+    w = round(width * inner)
+    top = (height - h) // 2
+    left = (width - w) // 2
     part = Image.fromarray(image[top : top + h, left : left + w])
     size = round(width * outer), round(height * outer)
     changed = np.asarray(part.resize(size, Image.Resampling.BICUBIC))
@@ -96,7 +99,8 @@ def displacement(base: ndarray, moved: ndarray) -> dict[str, float]:
     (L2-normalised), median; first: share of patches that are still nearest to themselves; rank of
     itself among all, median; others: mean cosine of two patches.
     """
-    base, moved = unit(base), unit(moved)
+    base = unit(base)
+    moved = unit(moved)
     own = np.einsum("nd,nd->n", moved, base)
     gone = np.linalg.norm(base - moved, axis=1)
     pairs = np.triu_indices(len(base), 1)

@@ -235,7 +235,8 @@ def drawn(name: str, rows: list[tuple], choices: Choices) -> tuple[list[tuple], 
     # by a hash, so that a slide more or less does not change who else is drawn
     free.sort(key=lambda row: digest(choices.seed, row[0]))
     kept = free[: choices.draw]
-    path, text = choices.results / f"{name}-drawn.csv", io.StringIO()
+    path = choices.results / f"{name}-drawn.csv"
+    text = io.StringIO()
     csv.writer(text).writerows([("slide_id", "label", "patient"), *sorted(kept)])
     write_text(path, text.getvalue())
     held = f"{len(rows) - len(free)} of patients that a student has seen held out"

@@ -60,7 +60,8 @@ class Level:
 
     def shrunken(self, by: int) -> Self:
         """The level as its tiles show it when they are decoded small."""
-        width, height = -(-self.width // by), -(-self.height // by)
+        width = -(-self.width // by)
+        height = -(-self.height // by)
         return type(self)(width, height, self.downsample * by, -1, self.tiles, by)
 
 
@@ -75,11 +76,15 @@ class Slide:
     """
 
     def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
-        self.path, self.name = Path(path), slide_name(path)
-        self._recent, self.memory, self.file = Recent(cache), cache, -1
+        self.path = Path(path)
+        self.name = slide_name(path)
+        self._recent = Recent(cache)
+        self.memory = cache
+        self.file = -1
         self.damaged: list[str] = []
         self._reader = open_reader(self.path, cache)
-        self.vendor, properties = self._reader.vendor, self._reader.properties
+        self.vendor = self._reader.vendor
+        properties = self._reader.properties
         self.width, self.height = self._reader.sizes[0]
         if self.vendor == "image":  # held whole
             self.memory = 4 * self.width * self.height
@@ -118,7 +123,14 @@ class Slide:
         try:
             with tifffile.TiffFile(self.path) as tiff:
                 self._match_pages(tiff.pages, tiff.pages.first.pages or ())
-        except (tifffile.TiffFileError, OSError, ValueError, IndexError, TypeError, struct.error):
+        except (
+            tifffile.TiffFileError,
+            OSError,
+            ValueError,
+            IndexError,
+            TypeError,
+            struct.error,
+        ):
             pass  # what tifffile cannot parse, OpenSlide may still read
         else:
             self.file = os.open(self.path, os.O_RDONLY)
@@ -147,7 +159,8 @@ class Slide:
         fullest = np.argsort(-tiles.counts, kind="stable")
         for index in fullest[:3].tolist():  # three, in case one is damaged
             row, column = divmod(index, tiles.columns)
-            x, y = column * w, row * h
+            x = column * w
+            y = row * h
             part = x, y, min(w, self.width - x), min(h, self.height - y)
             with contextlib.suppress(PatchError):
                 ours = tiles.decode(self.file, index)[: part[3], : part[2]]
@@ -190,7 +203,8 @@ class Slide:
                 if level.number < 0:
                     raise
         w, h = level.side
-        x, y = column * w, row * h
+        x = column * w
+        y = row * h
         part = x, y, min(w, level.width - x), min(h, level.height - y)
         return self._reader.region(level.number, part)
 
@@ -222,8 +236,10 @@ class Slide:
     def _region(self, level: Level, place: Place, strict: bool) -> NDArray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""
         x, y, w, h = place
-        left, top = max(x, 0), max(y, 0)
-        right, bottom = min(x + w, level.width), min(y + h, level.height)
+        left = max(x, 0)
+        top = max(y, 0)
+        right = min(x + w, level.width)
+        bottom = min(y + h, level.height)
         inside = left, top, right - left, bottom - top
         if inside == place:
             return self._inside(level, place, strict)
@@ -279,7 +295,8 @@ class Slide:
         aligned = _whole(1, zoom) and _whole(d, *box) and w * size[1] == h * size[0]
         mean = draft or aligned
         margin = 0 if mean else 2 * math.ceil(max(1, zoom))
-        left, top = math.floor(x) - margin, math.floor(y) - margin
+        left = math.floor(x) - margin
+        top = math.floor(y) - margin
         right = math.ceil(x + w) + margin
         bottom = math.ceil(y + h) + margin
         source = self._region(level, (left, top, right - left, bottom - top), not draft)
@@ -369,7 +386,11 @@ def find_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
         math.nan if properties.get("openslide.vendor") == "generic-tiff" else math.sqrt(abs(x * y))
     )
     candidates = [
-        (_ome_size(properties.get("tiff.ImageDescription", "")), "OME PhysicalSizeX", 100),
+        (
+            _ome_size(properties.get("tiff.ImageDescription", "")),
+            "OME PhysicalSizeX",
+            100,
+        ),
         (own, "openslide.mpp-x", 100),
         (aperio, "aperio.MPP", 100),
         (unit / (resolution or math.nan), "TIFF resolution tags", 10),

@@ -40,7 +40,8 @@ def flops_per_image(model) -> float:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, counter = _blank(model, 1), FlopCounterMode(display=False)
+    x = _blank(model, 1)
+    counter = FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
         type(model).forward(model, x)
     return float(counter.get_total_flops())
@@ -86,7 +87,8 @@ def speed(model, batch_size: int | None = None) -> list[str]:
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     batch_size = batch_size or (fitting_batch_size(model) if cuda else 4)
-    flops, ceiling = flops_per_image(model), matmul_ceiling(device, model.dtype)
+    flops = flops_per_image(model)
+    ceiling = matmul_ceiling(device, model.dtype)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     each = milliseconds(model, batch_size)

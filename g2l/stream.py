@@ -44,7 +44,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
         first = (number * self.world + self.rank) * self.batch_size
         unreadable: list[str] = []
-        patches, drawn = [], []
+        patches = []
+        drawn = []
         for n in range(first, first + self.batch_size):
             pixels, i = self._read(n, unreadable)
             patches.append(pixels)
@@ -152,13 +153,16 @@ class Heldout:
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
         chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
-        patches, margin = [], (index.patch_size - crop) // 2
-        problem, mend = "their patients have no more", "held out"
+        patches = []
+        margin = (index.patch_size - crop) // 2
+        problem = "their patients have no more"
+        mend = "held out"
         for i in chosen:
             try:
                 patches.append(index.read(i)[margin : margin + crop, margin : margin + crop])
             except PatchError as error:
-                problem, mend = str(error), "moved"
+                problem = str(error)
+                mend = "moved"
         if len(patches) < 4:
             text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
             raise UserError(text, mend)
@@ -170,7 +174,8 @@ class Heldout:
     @torch.no_grad()
     def features(self, model: Model) -> Tensor:
         """float32 (N, dim) embeddings in eval mode."""
-        training, device = model.training, next(model.parameters()).device
+        training = model.training
+        device = next(model.parameters()).device
         model.eval()
         parts = []
         for images in self.images.split(self.batch):
@@ -183,7 +188,11 @@ class Heldout:
         features = self.features(student)
         unbiased, biased = kernels.cka([features], [self.teacher], estimator="both")
         spread = feature_spread(features)
-        return {"cka": unbiased.item(), "cka_biased": biased.item(), "spread": spread.item()}
+        return {
+            "cka": unbiased.item(),
+            "cka_biased": biased.item(),
+            "spread": spread.item(),
+        }
 
 
 def feature_spread(features: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
     """Write BASE_NAMES.md, .csv and .png beside the finished runs; the path of the first."""
     path = folder / f"{'_'.join([base, *found[0]])}.md"
     names = [name for name in found[0] if name != "seed"] or ["seed"]
-    rows, groups = [], Groups()
+    rows = []
+    groups = Groups()
     for trial in found:
         run = folder / run_name(base, trial)
         finished = read_json(run / "config.json")["finished"]
@@ -65,7 +66,10 @@ def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
         key = tuple(trial[name] for name in names)
         repetitions = groups.setdefault(key, [])
         repetitions.append({**row, "curve": column(run, "cka")})
-    with atomic(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+    with (
+        atomic(path.with_suffix(".csv")) as temporary,
+        open(temporary, "w", newline="") as file,
+    ):
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)

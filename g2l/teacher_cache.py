@@ -30,13 +30,15 @@ class TeacherCache:
 
     def __init__(self, folder: Path, key: str, dim: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.width = folder, 2 * dim
+        self.folder = folder
+        self.width = 2 * dim
         self.rows = os.open(folder / f"{key}.rows", os.O_RDWR | os.O_CREAT, 0o644)
         self.sums = os.open(folder / f"{key}.crc32", os.O_RDWR | os.O_CREAT, 0o644)
 
     def get(self, params: Params) -> Tensor | None:
         """fp16 (B, dim) of samples in a row; None where not all are there and whole."""
-        first, count = int(params.number[0]), len(params.number)
+        first = int(params.number[0])
+        count = len(params.number)
         data = os.pread(self.rows, count * self.width, first * self.width)
         sums = os.pread(self.sums, 4 * count, 4 * first)
         if len(data) < count * self.width or len(sums) < 4 * count:
@@ -47,7 +49,8 @@ class TeacherCache:
 
     def put(self, params: Params, rows: Tensor) -> None:
         """Keep fp16 rows (B, dim), first themselves and then their checksums."""
-        first, data = int(params.number[0]), rows.cpu().numpy().tobytes()
+        first = int(params.number[0])
+        data = rows.cpu().numpy().tobytes()
         try:
             os.pwrite(self.rows, data, first * self.width)
             os.pwrite(self.sums, self._checksums(data, params), 4 * first)

@@ -67,11 +67,16 @@ class Codec:
             if not self.is_jpeg:
                 image = _jpeg2000(data, shrink)
             elif data[:2] == b"\xff\xd8":
-                data, least = self.standalone(data), shape[:2]
+                data = self.standalone(data)
+                least = shape[:2]
                 image = simplejpeg.decode_jpeg(data, "RGB", False, False, *least, shrink)
             else:
                 raise ValueError("no JPEG where one should be")
-        except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:  # the libraries' own errors
             raise PatchError(str(error)) from error
         if image.shape != shape:
             raise PatchError(f"compressed tile holds {image.shape}, expected {shape}")
@@ -115,7 +120,8 @@ class Tiles:
         if not page or not page.is_tiled or page.dtype != np.uint8:
             return None
         layout = int(page.planarconfig), page.samplesperpixel
-        photometric, compression = int(page.photometric), int(page.compression)
+        photometric = int(page.photometric)
+        compression = int(page.compression)
         if layout != (1, 3) or photometric not in (2, 6):  # RGB, YCbCr
             return None
         rows = -(-page.imagelength // page.tilelength)
@@ -161,7 +167,8 @@ class Recent:
     """The decoded tiles asked for last: as many as fit into `limit` bytes, and at least four."""
 
     def __init__(self, limit: int):
-        self.limit, self.bytes = limit, 0
+        self.limit = limit
+        self.bytes = 0
         self.tiles: OrderedDict[Hashable, NDArray] = OrderedDict()
 
     def get(self, key: Hashable, decode: Callable[[], NDArray]) -> NDArray:

@@ -106,7 +106,8 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
     Raises SkippedSlide for a slide that is not wanted, UserError, PatchError or OSError for one
     that cannot be read.
     """
-    path, settings = source.path, job.settings
+    path = source.path
+    settings = job.settings
     outputs = Outputs.of(job.folder, source.name)
     for output in outputs:
         clear_leftovers(output)
@@ -117,7 +118,8 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
     with Slide(path, source.mpp) as slide:
         slide.name = source.name
         if slide.mpp is None and settings.assume_mpp:
-            slide.mpp, slide.mpp_source = settings.assume_mpp, "assumed"
+            slide.mpp = settings.assume_mpp
+            slide.mpp_source = "assumed"
         row |= _facts(slide)
         _refuse_bomb(slide, row["bytes"])
         try:
@@ -126,7 +128,8 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
             if len(slide.drafts) > 1:  # another would have to be read whole
                 write_thumbnail(outputs.thumbnail, slide)
             raise
-        place, errors = tile_table(slide, tiling), tiling.unreadable
+        place = tile_table(slide, tiling)
+        errors = tiling.unreadable
         if settings.jpeg_quality:
             place, errors = write_shard(outputs.shard, slide, tiling, settings.jpeg_quality)
         write_thumbnail(outputs.thumbnail, slide, tiling)

@@ -23,7 +23,9 @@ NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 
 # Colour, and change of light from pixel to pixel, as shares of the glass's light: less change is
 # flat; tissue that is not has at least FAINT colour, flat places with less than GLOW are glass.
-FLAT, FAINT, GLOW = 0.02, 0.035, 0.13
+FLAT = 0.02
+FAINT = 0.035
+GLOW = 0.13
 
 SQUARE = np.ones((2, 2))  # px; narrower marks are chance
 

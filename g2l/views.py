@@ -26,7 +26,13 @@ VIEWS = {
     "focus": "blur and noise",
     "jpeg": "JPEG compression",
 }
-STAIN, MATRIX, GAMMA, BLUR, NOISE = 0.35, 0.08, 0.25, 2.0, 0.03  # how far each goes at most
+STAIN, MATRIX, GAMMA, BLUR, NOISE = (
+    0.35,
+    0.08,
+    0.25,
+    2.0,
+    0.03,
+)  # how far each goes at most
 QUALITY = 30, 95  # of JPEG
 MEAN_PATCHES = 64  # of a slide, for the teacher's mean
 
@@ -44,21 +50,24 @@ class StudentView:
     """Changes a batch of crops as the chosen `kinds` of VIEWS say, each sample in its own way."""
 
     def __init__(self, kinds: list[str], seed: int, index: PatchIndex, trained: ndarray):
-        self.kinds, self.seed = kinds, seed
+        self.kinds = kinds
+        self.seed = seed
         self.others = np.flatnonzero(trained)  # slides whose colours are borrowed
         if "cohort" in kinds:
             if len(self.others) < 2:
                 raise UserError("the view cohort takes colours of other slides, and there is none")
             self.mean, covariance = index.colours()
             value, vector = np.linalg.eigh(covariance)
+            turned = vector.transpose(0, 2, 1)
             spread = np.sqrt(value.clip(1e-6))[:, None]  # of a slide of one colour, too
-            self.root = vector * spread @ vector.transpose(0, 2, 1)
-            self.inverse = vector / spread @ vector.transpose(0, 2, 1)
+            self.root = vector * spread @ turned
+            self.inverse = vector / spread @ turned
 
     def __call__(self, crops: Tensor, params: Params) -> Tensor:
         """float (B, 3, S, S) in [0, 1] -> the same, changed; the crops stay as they are."""
         bits = np.random.Philox(key=[self.seed, 0x51E7], counter=4 * int(params.number[0]))
-        u = np.random.Generator(bits).random((len(crops), 16))  # 16 of each sample
+        count = len(crops)
+        u = np.random.Generator(bits).random((count, 16))  # 16 of each sample
         matrix, offset = self._densities(u, params.slide.numpy())
         density = -torch.log((crops * 255 + 1) / 256)
         mapped = _affine(density, matrix, offset)
@@ -88,20 +97,29 @@ class StudentView:
         To another slide's colours: Rt Rs^-1 (d - ms) + mt, with means m and roots R of the
         covariances of the sample's slide s and the other, t.
         """
-        matrix, offset = np.tile(np.eye(3), (len(u), 1, 1)), np.zeros((len(u), 3))
+        matrix = np.tile(np.eye(3), (len(u), 1, 1))
+        offset = np.zeros((len(u), 3))
         if "cohort" in self.kinds:
+            count = len(self.others)
             place = np.searchsorted(self.others, slide)
-            away = 1 + (u[:, 0] * (len(self.others) - 1)).astype(int)
-            other = self.others[(place + away) % len(self.others)]
+            away = 1 + (u[:, 0] * (count - 1)).astype(int)
+            other = self.others[(place + away) % count]
             matrix = self.root[other] @ self.inverse[slide]
-            offset = self.mean[other] - np.einsum("bij,bj->bi", matrix, self.mean[slide])
+            moved = _times(matrix, self.mean[slide])
+            offset = self.mean[other] - moved
         if "stain" in self.kinds:
             scale = np.ones((len(u), 3))
             scale[:, :2] = np.exp(STAIN * (2 * u[:, 1:3] - 1))
-            change = STAINS.T @ (scale[:, :, None] * np.linalg.inv(STAINS).T)
+            amounts = np.linalg.inv(STAINS).T
+            change = STAINS.T @ (scale[:, :, None] * amounts)
             matrix = change @ matrix
-            offset = np.einsum("bij,bj->bi", change, offset)
+            offset = _times(change, offset)
         return matrix, offset
+
+
+def _times(matrix: ndarray, vector: ndarray) -> ndarray:
+    """(B, 3, 3) times (B, 3)."""
+    return np.einsum("bij,bj->bi", matrix, vector)
 
 
 def _scanned(x: Tensor, mixing: ndarray, curve: ndarray) -> Tensor:
@@ -144,29 +162,45 @@ def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: 
     of whose patches can be read it is 0.
     """
     rank, world = rank_and_world()
-    device = next(teacher.parameters()).device
-    margin = (index.patch_size - crop) // 2
     own: dict[int, Tensor] = {}
     for number in range(rank, len(index.slides), world):
-        count = int(index.counts[number])
-        lot = np.random.default_rng([seed, 0x3EA5, number])
-        rows = lot.permutation(count)[:MEAN_PATCHES]
-        patches = []
-        for i in (index.starts[number] + rows).tolist():
-            try:
-                patch = index.read(i)
-            except PatchError:
-                continue  # training says so when it draws it
-            patches.append(patch[margin : margin + crop, margin : margin + crop])
+        patches = _patches_of(index, number, crop, seed)
+        if not patches:
+            continue
         total = torch.zeros(teacher.dim)
         for start in range(0, len(patches), batch):
-            images = torch.from_numpy(np.stack(patches[start : start + batch])).permute(0, 3, 1, 2)
-            rows = teacher(teacher.normalize(images.to(device).float() / 255))
-            total += rows.float().sum(0).cpu()
-        if patches:
-            own[number] = total / len(patches)
+            total += _embed(teacher, patches[start : start + batch]).sum(0)
+        own[number] = total / len(patches)
     known: dict[int, Tensor] = {}
     for part in gather_values(own):
         known |= part
     middle = torch.stack(list(known.values())).mean(0)
-    return torch.stack([known.get(n, middle) - middle for n in range(len(index.slides))])
+    means = []
+    for number in range(len(index.slides)):
+        mean = known.get(number, middle)
+        means.append(mean - middle)
+    return torch.stack(means)
+
+
+def _patches_of(index: PatchIndex, number: int, crop: int, seed: int) -> list[ndarray]:
+    """Patches of a slide drawn by lot, centre-cropped: (crop, crop, 3) uint8 each."""
+    margin = (index.patch_size - crop) // 2
+    inside = slice(margin, margin + crop)
+    lot = np.random.default_rng([seed, 0x3EA5, number])
+    rows = lot.permutation(int(index.counts[number]))[:MEAN_PATCHES]
+    patches = []
+    for i in (index.starts[number] + rows).tolist():
+        try:
+            patch = index.read(i)
+        except PatchError:
+            continue  # training says so when it draws it
+        patches.append(patch[inside, inside])
+    return patches
+
+
+def _embed(teacher: Model, patches: list[ndarray]) -> Tensor:
+    """float32 (n, dim) on the host."""
+    device = next(teacher.parameters()).device
+    images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
+    pixels = images.to(device).float() / 255
+    return teacher(teacher.normalize(pixels)).float().cpu()

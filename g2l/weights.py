@@ -118,8 +118,15 @@ def _unpack(path: Path, head: bytes) -> object:
     """What the file holds, by its content: files in the hub's cache are named by their hash."""
     import safetensors.torch
 
-    size, remedy = f"{path.stat().st_size:,} bytes", "delete it and fetch it again"
-    damage = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile)
+    size = f"{path.stat().st_size:,} bytes"
+    remedy = "delete it and fetch it again"
+    damage = (
+        safetensors.SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        zipfile.BadZipFile,
+    )
     try:
         if head[8:9] == b"{":
             return _checked(path)
@@ -143,7 +150,14 @@ def _unpack(path: Path, head: bytes) -> object:
 
 def _state_dict(content: object, path: Path) -> State:
     """The state dict inside a checkpoint's wrappers."""
-    wrappers = ("distiller", "teacher", "state_dict_ema", "model", "model_state_dict", "state_dict")
+    wrappers = (
+        "distiller",
+        "teacher",
+        "state_dict_ema",
+        "model",
+        "model_state_dict",
+        "state_dict",
+    )
     for wrapper in wrappers:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -195,7 +209,15 @@ def read_config(folder: Path) -> dict:
 def _preprocessing(config: dict) -> dict:
     """timm's fields of preprocessing, checked; ValueError names a bad one."""
     found = {**config, **(config.get("pretrained_cfg") or {})}
-    keep = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier")
+    keep = (
+        "input_size",
+        "mean",
+        "std",
+        "interpolation",
+        "crop_pct",
+        "crop_mode",
+        "classifier",
+    )
     kept = {key: found[key] for key in keep if found.get(key) is not None}
     for key, kind in (("input_size", int), ("mean", float), ("std", float)):
         values = kept.get(key, (1, 1, 1))
@@ -270,7 +292,8 @@ def verify(path: Path) -> None:
     Large files in the hub's cache are named by their SHA-256; PyTorch's own files have CRCs, which
     it does not compare.
     """
-    blob, wrong = path.resolve(), ""
+    blob = path.resolve()
+    wrong = ""
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         with blob.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
@@ -314,7 +337,8 @@ def _backbone(state: State) -> State:
         for prefix in (*beside_others, *before_all):
             inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if inside and (prefix in beside_others or len(inside) == len(state)):
-                state, found = inside, True
+                state = inside
+                found = True
     return state
 
 
@@ -342,7 +366,8 @@ def _from_transformers(state: State) -> State:
     tensor."""
     if "embeddings.cls_token" not in state:
         return state
-    rest, renamed = dict(state), {}
+    rest = dict(state)
+    renamed = {}
     for query in [key for key in state if ".attention.attention.query." in key]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         parts = [rest.pop(name) for name in names if name in rest]

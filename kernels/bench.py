@@ -166,7 +166,8 @@ def loss_case(device: torch.device, rows: int) -> Case:
 
 def formula_cka(x, y):
     """Biased linear CKA in features, as published; numpy or torch."""
-    x, y = x - x.mean(0), y - y.mean(0)
+    x = x - x.mean(0)
+    y = y - y.mean(0)
     norm = np.linalg.norm if isinstance(x, np.ndarray) else torch.linalg.norm
     return norm(x.T @ y) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
 
@@ -228,7 +229,8 @@ def layers_case(device: torch.device, left: int, right: int, n: int, width: int)
     """All pairs of layers: numbers of them on both sides, rows and width."""
     gpu = device.type == "cuda"
     layers = related(device, n, *[width] * (left + right))
-    xs, ys = layers[:left], layers[left:]
+    xs = layers[:left]
+    ys = layers[left:]
     runs: dict[str, Callable] = {
         "ours": lambda: cka(xs, ys),
         "Grams kept": lambda: gram_cka(xs, ys),
@@ -274,7 +276,8 @@ def knn_data(kind: str, n: int, width: int) -> Tensor:
 
 def torch_search(base, query, k):
     """Product and topk a block of queries at a time, as anyone would write it; wrong near ties."""
-    norms, found = base.square().sum(1), []
+    norms = base.square().sum(1)
+    found = []
     for part in query.split(max(1, 2**27 // len(base))):
         found.append(torch.addmm(norms, part, base.T, alpha=-2).topk(k, largest=False).indices)
     return torch.cat(found)
@@ -327,7 +330,8 @@ def knn_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def search_case(device: torch.device, n: int, kind: str) -> Case:
-    width, k = 50, 15
+    width = 50
+    k = 15
     base = knn_data(kind, n, width).to(device)
     runs: dict[str, Callable] = {"ours": lambda: knn(base, k)}
     for name, search in searches(device).items():

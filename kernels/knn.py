@@ -94,7 +94,10 @@ def _check_groups(base, query, groups, query_groups):
         raise ValueError("query_groups: given without query; groups says the groups of base")
     if query is not None and (groups is None) != (query_groups is None):
         raise ValueError("query_groups: needed together with groups when query is given")
-    for name, labels, rows in (("groups", groups, base), ("query_groups", query_groups, query)):
+    for name, labels, rows in (
+        ("groups", groups, base),
+        ("query_groups", query_groups, query),
+    ):
         if labels is None:
             continue
         if not isinstance(labels, Tensor):
@@ -154,7 +157,10 @@ QUERIES = 192  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
 CACHED = 2**17  # values of the rescan at a time
 SET = 8  # members of a set of the screen
-MANY, NARROW = 2048, 128  # rows and columns from and up to which fp32 and a rescan are faster
+MANY, NARROW = (
+    2048,
+    128,
+)  # rows and columns from and up to which fp32 and a rescan are faster
 
 
 def _differences(base, query, rows, candidates, metric):

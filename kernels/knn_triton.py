@@ -213,7 +213,13 @@ def screen_config(width: int, device: str) -> dict:
 def rescan_config(k: int) -> dict:
     """One warp to a query: its minima need no barrier, and others work while it waits."""
     keep = max(16, triton.next_power_of_2(k))
-    return {"KEEP": keep, "CAPACITY": capacity(k), "BLOCK": 64, "WIDTH": 4, "num_warps": 1}
+    return {
+        "KEEP": keep,
+        "CAPACITY": capacity(k),
+        "BLOCK": 64,
+        "WIDTH": 4,
+        "num_warps": 1,
+    }
 
 
 def list_config(k: int) -> dict:
@@ -244,11 +250,14 @@ def search(base, k, query, own, groups, labels, metric):
         groups, own = both.int().split((len(base), len(query)))
     q, b, squares_q, squares_b, gamma = operands(base, query, metric, TF32)
     padding = (0, -base.shape[1] % 16)
-    q, b = pad(q * -2, padding), pad(b, padding)
-    lower_b, upper_b = lower(squares_b, gamma).float(), lower(squares_b, -gamma).float()
+    q = pad(q * -2, padding)
+    b = pad(b, padding)
+    lower_b = lower(squares_b, gamma).float()
+    upper_b = lower(squares_b, -gamma).float()
     # What a score is below where the pair's distance is below the bound: both halves of the query.
     slack = squares_q * (4 * gamma) + 4 * TINY
-    base, query = base.contiguous(), query.contiguous()
+    base = base.contiguous()
+    query = query.contiguous()
     config = screen_config(base.shape[1], _kind(base.device))
     words = triton.cdiv(len(base), config["ROWS"]) * config["ROWS"] // 32
     step = WORDS // (words + capacity(k))
@@ -274,7 +283,8 @@ def _limits(q, b, half, slack, labels, groups, k, config):
     groups = None if groups is None else groups[::step].contiguous()
     splits = triton.cdiv(4 * wanted, config["ROWS"])
     least = q.new_empty(len(q), splits * config["ROWS"])
-    sample, half = b[::step].contiguous(), half[::step].contiguous()
+    sample = b[::step].contiguous()
+    half = half[::step].contiguous()
     _screen(q, sample, half, None, labels, groups, least, splits, config)
     bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
     limit = (bound.double() + slack).float()
@@ -300,7 +310,8 @@ def _screen(q, b, half, limit, labels, groups, out, splits, config):
 
 def _rescan(query, base, bits, labels, groups, k, metric):
     count = len(query)
-    candidates, listed = bits.new_empty(count, capacity(k)), bits.new_empty(count)
+    candidates = bits.new_empty(count, capacity(k))
+    listed = bits.new_empty(count)
     list_kernel[(count,)](bits, candidates, listed, bits.shape[1], **list_config(k))
     distances = bits.new_empty(count, k, dtype=torch.float64)
     indices = bits.new_empty(count, k, dtype=torch.int64)

@@ -89,7 +89,15 @@ def log_sum_loss(
         operand = torch.get_autocast_dtype(student.device.type)
     inputs = (student.flatten(0, -2), weight, teacher.flatten(0, -2), scale, shift)
     need_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    options = (float(alpha), normalize, reduction, float(eps), float(norm_eps), operand, need_grad)
+    options = (
+        float(alpha),
+        normalize,
+        reduction,
+        float(eps),
+        float(norm_eps),
+        operand,
+        need_grad,
+    )
     if group is not None:
         return _Synchronised.apply(group, *inputs, *options)
     run = _forward_op if torch.compiler.is_compiling() else _Eager.apply
@@ -116,7 +124,12 @@ class LogSumLoss(torch.nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Rows (..., Ds) and (..., Dt) -> the loss."""
         return log_sum_loss(
-            student, self.weight, teacher, scale=self.scale, shift=self.shift, **self.options
+            student,
+            self.weight,
+            teacher,
+            scale=self.scale,
+            shift=self.shift,
+            **self.options,
         )
 
 
@@ -128,7 +141,11 @@ def _check_options(alpha, normalize, reduction, eps, norm_eps, scale, shift, gro
     for name, value in (("scale", scale), ("shift", shift)):
         if (value is not None) != (normalize == "student-affine"):
             raise ValueError(f"{name}: needed with normalize='student-affine' and only there")
-    for name, value, least in (("alpha", alpha, 1), ("eps", eps, 0), ("norm_eps", norm_eps, 0)):
+    for name, value, least in (
+        ("alpha", alpha, 1),
+        ("eps", eps, 0),
+        ("norm_eps", norm_eps, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not least <= value < math.inf:
@@ -209,10 +226,12 @@ def _reference(student, weight, teacher, scale, shift, o):
     powers, g = _powers(d, o.alpha)
     if o.reduction == "batch":
         total = powers.sum() + o.eps
-        loss, factor = total.log(), o.alpha / total
+        loss = total.log()
+        factor = o.alpha / total
     else:
         totals = powers.sum(1) + o.eps
-        loss, factor = totals.log().mean(), torch.full_like(totals[0], o.alpha)
+        loss = totals.log().mean()
+        factor = torch.full_like(totals[0], o.alpha)
         g /= (totals * totals.shape[0]).unsqueeze(1)
     sums = y.new_empty(0, y.shape[1])
     if not o.need_grad:
@@ -228,7 +247,8 @@ def _reference(student, weight, teacher, scale, shift, o):
 
 
 def _reference_backward(grad, factor, grad_y, student, weight, operand, need_student, need_weight):
-    d_student, d_weight = student.new_empty(0), weight.new_empty(0)
+    d_student = student.new_empty(0)
+    d_weight = weight.new_empty(0)
     scaled = grad_y * (grad * factor)
     if need_student:
         d_student = _product(scaled, weight.to(operand).T).to(student.dtype)
@@ -291,7 +311,9 @@ def _(student, weight, teacher, scale, shift, *options):
     rows, features = teacher.shape
     loss = student.new_empty((), dtype=_wide(o.operand))
     grads = o.need_grad  # 0 or 1 times what a gradient needs
-    first, columns, third = loss.new_empty(grads * rows, features), grads * 2, (0,)
+    first = loss.new_empty(grads * rows, features)
+    columns = grads * 2
+    third = (0,)
     if path == "fused":
         from kernels.logsum_triton import SHARE
 
@@ -426,7 +448,9 @@ class _Synchronised(torch.autograd.Function):
         sums = torch.cat((y.sum(0), t.sum(0), y.new_full((1,), y.shape[0])))
         dist.all_reduce(sums, group=group)
         count = sums[-1]
-        x, gain, rstd = y, 1, 1
+        x = y
+        gain = 1
+        rstd = 1
         if o.normalize != "none":
             centred = torch.cat((y, t), 1) - sums[:-1] / count
             squares = centred.square().sum(0)
@@ -454,7 +478,8 @@ class _Synchronised(torch.autograd.Function):
         if o.normalize != "none":
             mean_g, mean_gx = (shared[:-1] / count).split(width)
             g = (g - mean_g - x * mean_gx) * (rstd * gain)
-        ctx.group, ctx.operand = group, o.operand
+        ctx.group = group
+        ctx.operand = o.operand
         ctx.save_for_backward(factor, g, torch.stack(own), student, weight, scale, shift)
         return loss
 

@@ -22,10 +22,18 @@ from triton.language import constexpr
 
 from kernels.dispatch import launching
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 SHARE = 384  # features that one program of few rows takes into the student's gradient
 SLICE = 32  # columns of a tile that go through its epilogue at a time, to save registers
-BLOCK = {"TILES": 256, "COLUMNS": 16, "num_warps": 4}  # row tiles and columns of one column sum
+BLOCK = {
+    "TILES": 256,
+    "COLUMNS": 16,
+    "num_warps": 4,
+}  # row tiles and columns of one column sum
 PARTS = 3  # into which the rows of the backward pass are cut at most
 PART_ROWS = 1408  # and at least: with 1,536 columns 66 tiles, half the processors of an H100
 
@@ -79,7 +87,9 @@ def _product(
     OPERAND: constexpr, STEP: constexpr,
 ):  # fmt: skip
     """Product of the tiles that begin at a and b, over `count` common places; fp32 accumulators."""
-    m, n, k = tl.arange(0, real_m.shape[0]), tl.arange(0, real_n.shape[0]), tl.arange(0, STEP)
+    m = tl.arange(0, real_m.shape[0])
+    n = tl.arange(0, real_n.shape[0])
+    k = tl.arange(0, STEP)
     a += m[:, None] * stride_am + k[None, :] * stride_ak
     b += k[:, None] * stride_bk + n[None, :] * stride_bn
     total = tl.zeros((real_m.shape[0], real_n.shape[0]), tl.float32)
@@ -141,7 +151,8 @@ def fused_forward_kernel(
     gain = tl.full((COLUMNS,), 1.0, tl.float32)
     shifts = gain
     if NORMALIZE == "student-affine":
-        gain, shifts = _vector(scale + c, inside), _vector(shift + c, inside)
+        gain = _vector(scale + c, inside)
+        shifts = _vector(shift + c, inside)
     y = _product(
         student, weight + first.to(tl.int64) * stride_wf, r < rows, inside, inner,
         stride_sb, 1, stride_wi, stride_wf, None, None, OPERAND, STEP,
@@ -158,7 +169,8 @@ def fused_forward_kernel(
     tl.store(partial, tl.sum(value))
     if NEED_GRAD:
         if NORMALIZE != "none":
-            sum_g, sum_gx = tl.sum(g, 0), tl.sum(g * y, 0)
+            sum_g = tl.sum(g, 0)
+            sum_gx = tl.sum(g * y, 0)
             if NORMALIZE == "student-affine":
                 tl.store(columns + c, sum_g, mask=inside)
                 tl.store(columns + features + c, sum_gx, mask=inside)
@@ -198,8 +210,10 @@ def shares_kernel(
     """Loss and factor; tiles of grad_y weight^T over SHARE features each -> shares (., B, Ds)."""
     unit = _finish(partial, count, eps, loss, factor, ALPHA)  # the same in every program
     if NEED_GRAD:
-        first, row = tl.program_id(2) * SHARE, tl.program_id(1) * ROWS
-        r, k = row + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        first = tl.program_id(2) * SHARE
+        row = tl.program_id(1) * ROWS
+        r = row + tl.arange(0, ROWS)
+        k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         out = tl.program_id(0).to(tl.int64) * COLUMNS * stride_wi
         product = _product(
             grad_y + row * features + first, weight + first.to(tl.int64) * stride_wf + out,
@@ -210,7 +224,9 @@ def shares_kernel(
         r += tl.program_id(2) * rows
         out = shares + r[:, None] * inner + k[None, :]
         tl.store(
-            out, product, mask=(row + tl.arange(0, ROWS) < rows)[:, None] & (k < inner)[None, :]
+            out,
+            product,
+            mask=(row + tl.arange(0, ROWS) < rows)[:, None] & (k < inner)[None, :],
         )
 
 
@@ -232,8 +248,10 @@ def gradients_kernel(
     of_weight = pid < weight_programs
     blocks = tl.cdiv(tl.where(of_weight, features, inner), COLUMNS)
     pid -= tl.where(of_weight, 0, weight_programs)
-    row, column = pid // blocks * ROWS, pid % blocks * COLUMNS
-    m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    row = pid // blocks * ROWS
+    column = pid % blocks * COLUMNS
+    m = row + tl.arange(0, ROWS)
+    n = column + tl.arange(0, COLUMNS)
     if of_weight:
         product = _product(
             student + row, grad_y + column, m < inner, n < features, rows,
@@ -274,7 +292,8 @@ def sweep_kernel(
     `count`: rows of the whole batch.
     """
     blocks = tl.cdiv(features, COLUMNS)
-    tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS
+    tile = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * COLUMNS
     row = tile * ROWS
     r = row + tl.arange(0, ROWS)
     r64 = r.to(tl.int64)
@@ -300,7 +319,8 @@ def sweep_kernel(
         else:
             at = columns + c
             spread = tl.full((SLICE,), 1.0, tl.float32)  # what batch norm multiplies gradients by
-            gain, shifts = spread, spread
+            gain = spread
+            shifts = spread
             if NORMALIZE != "none":
                 spread = _vector(at + features, inside)
                 x = _standardise(x, real, _vector(at, inside), spread)
@@ -308,7 +328,8 @@ def sweep_kernel(
                 rstd = _vector(at + 3 * features, inside)
                 t = _standardise(t, real, _vector(at + 2 * features, inside), rstd)
             if NORMALIZE == "student-affine":
-                gain, shifts = _vector(scale + c, inside), _vector(shift + c, inside)
+                gain = _vector(scale + c, inside)
+                shifts = _vector(shift + c, inside)
                 spread *= gain
             value, g = _power(_difference(x, t, real, gain, shifts, NORMALIZE), ALPHA)
             if STAGE == "loss":
@@ -417,7 +438,13 @@ def shares_config(rows: int, operand: torch.dtype) -> dict:
     most = 32 if operand == torch.float32 else 64
     padded = min(most, max(16, triton.next_power_of_2(rows)))
     warps = 8 if operand == torch.float32 else 4
-    return {"ROWS": padded, "COLUMNS": 32, "STEP": 64, "num_warps": warps, "num_stages": 2}
+    return {
+        "ROWS": padded,
+        "COLUMNS": 32,
+        "STEP": 64,
+        "num_warps": warps,
+        "num_stages": 2,
+    }
 
 
 @functools.cache
@@ -437,11 +464,16 @@ def tiled_config(operand: torch.dtype) -> dict:
 
 def fused_forward(student, weight, teacher, scale, shift, o):
     rows, features = teacher.shape
-    student, teacher = _dense(student), _dense(teacher)
-    inner, kind = student.shape[1], _TYPES[o.operand]
+    student = _dense(student)
+    teacher = _dense(teacher)
+    inner = student.shape[1]
+    kind = _TYPES[o.operand]
     config = fused_forward_config(rows, o.operand)
-    programs, split = _ceil(features, config["COLUMNS"]), _ceil(features, SHARE)
-    loss, factor, partial = _floats(student), _floats(student, 2), _floats(student, 2, programs)
+    programs = _ceil(features, config["COLUMNS"])
+    split = _ceil(features, SHARE)
+    loss = _floats(student)
+    factor = _floats(student, 2)
+    partial = _floats(student, 2, programs)
     grad_y = _floats(student, rows if o.need_grad else 0, features)
     columns = _floats(student, 2 if o.need_grad and scale is not None else 0, features)
     shares = _floats(student, split if o.need_grad else 0, rows, inner)
@@ -460,7 +492,20 @@ def fused_forward(student, weight, teacher, scale, shift, o):
     return loss, factor, grad_y, columns, shares
 
 
-def _sweep(stage, student, weight, teacher, columns, scale, shift, factor, out, partial, count, o):
+def _sweep(
+    stage,
+    student,
+    weight,
+    teacher,
+    columns,
+    scale,
+    shift,
+    factor,
+    out,
+    partial,
+    count,
+    o,
+):
     config = tiled_config(o.operand)
     rows, features = teacher.shape
     sweep_kernel[(_tiles(rows, features, config),)](
@@ -472,12 +517,17 @@ def _sweep(stage, student, weight, teacher, columns, scale, shift, factor, out, 
 
 def tiled_forward(student, weight, teacher, scale, shift, o):
     rows, features = teacher.shape
-    student, teacher = _dense(student), _dense(teacher)
+    student = _dense(student)
+    teacher = _dense(teacher)
     operand = weight.to(o.operand).contiguous()
     tile_rows = tiled_config(o.operand)["ROWS"]
-    tiles, slices = _ceil(rows, tile_rows), _ceil(features, SLICE)
-    columns, loss, factor = _floats(student, 6, features), _floats(student), _floats(student, 2)
-    moments, sums = _floats(student, tiles, 4, features), _floats(student, tiles, 2, features)
+    tiles = _ceil(rows, tile_rows)
+    slices = _ceil(features, SLICE)
+    columns = _floats(student, 6, features)
+    loss = _floats(student)
+    factor = _floats(student, 2)
+    moments = _floats(student, tiles, 4, features)
+    sums = _floats(student, tiles, 2, features)
     partial = _floats(student, 2, tiles, slices)
     inputs = (student, operand, teacher, columns, scale, shift, factor)
     with launching(student):
@@ -503,11 +553,18 @@ def backward(
     """Of both paths: few rows have shares and their whole gradient at the projection, `first`."""
     (rows, features), inner = teacher.shape, student.shape[1]
     d_student = student.new_empty(student.shape if need_student else 0)
-    student, teacher = _dense(student), _dense(teacher)
-    config, part, operand = gradients_config(rows, o.operand), rows, weight
-    dtype, gradient = weight.dtype, first
+    student = _dense(student)
+    teacher = _dense(teacher)
+    config = gradients_config(rows, o.operand)
+    part = rows
+    operand = weight
+    dtype = weight.dtype
+    gradient = first
     if not len(shares):
-        config, dtype = tiled_config(o.operand), torch.float32  # added up over the parts
+        config, dtype = (
+            tiled_config(o.operand),
+            torch.float32,
+        )  # added up over the parts
         part = max(PART_ROWS, _ceil(rows, PARTS))
         part = _ceil(part, config["ROWS"]) * config["ROWS"]
         operand = first if first.numel() else weight
@@ -519,7 +576,20 @@ def backward(
             a, t, out = (x[start : start + part] for x in (student, teacher, d_student))
             g = gradient[: len(a)]
             if not len(shares):
-                _sweep("gradient", a, operand, t, second, scale, shift, factor, g, factor, rows, o)
+                _sweep(
+                    "gradient",
+                    a,
+                    operand,
+                    t,
+                    second,
+                    scale,
+                    shift,
+                    factor,
+                    g,
+                    factor,
+                    rows,
+                    o,
+                )
             of_student = need_student * _tiles(len(a), inner, config)
             if of_weight + of_student:
                 gradients_kernel[(of_weight + of_student,)](

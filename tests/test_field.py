@@ -8,7 +8,8 @@ from sklearn.preprocessing import normalize
 
 from g2l.field import DRAWS, PROTOCOLS, SHOTS, Given, agreement, calibration, curve, few_shot
 from g2l.field import retrieval as retrieve
-from g2l.protocols import linear_probe, nearest, split, vote
+from g2l.probe import linear_probe
+from g2l.protocols import nearest, split, vote
 
 
 def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:

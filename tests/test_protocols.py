@@ -14,19 +14,16 @@ import g2l.evaluation as evaluation
 import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
 from g2l.errors import UserError
+from g2l.probe import STRENGTHS, linear_probe, logistic_path, six_two_two
 from g2l.protocols import (
-    STRENGTHS,
     auc,
     by_lot,
     cka_rows,
-    linear_probe,
-    logistic_path,
     macro_auc,
     nearest,
     paired,
     recall,
     resampled,
-    six_two_two,
     vote,
 )
 from g2l.report import families, means, ranked, verdict, with_interval
