@@ -563,7 +563,7 @@ def demo(folder: Path, max_steps: int, count: int) -> int:
         "patches of a slide": "data/tiles/demo/thumbnails/arden-01_1.jpg",
         "loss curve": "runs/distilled/loss.png",
         "Figure 1": "results/figure1.png",
-        "the report": "results/report.md",
+        "the report": "results/report.html",
         "robustness": "results/table3.md",
         "the student's view": "data/tiles/demo/heatmaps/arden-01_1_distilled_components.png",
         "patches alike": "data/tiles/demo/heatmaps/distilled_similar.png",
