@@ -243,7 +243,7 @@ def test_probe_says_none_where_groups_do_not_allow_it():
 def study(**more):
     """As much of a Study as the protocols need."""
     usual = {"k": 5, "pca_dims": 8, "pca": "fold", "folds": 10, "seeds": 3, "paper_splits": False}
-    return argparse.Namespace(device_used="cpu", **usual | more)
+    return argparse.Namespace(device_used="cpu", protocols=(), **usual | more)
 
 
 def some(labels, groups):
