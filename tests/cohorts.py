@@ -1,6 +1,7 @@
 """Cohorts in a folder, and tile.py run on them as a user does."""
 
 import contextlib
+import csv
 import functools
 import io
 import os
@@ -82,3 +83,16 @@ def held(folder):
 def _add_object(found, name, thing):
     data = thing[()].tobytes() if isinstance(thing, h5py.Dataset) else b""
     found[name] = data, sorted((key, str(value)) for key, value in thing.attrs.items())
+
+
+def edit_rows(table, change):
+    """Change each row (a dict) of a slides.csv by hand; it then has no checksum."""
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        change(row)
+        row["check"] = ""
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

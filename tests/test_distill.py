@@ -16,6 +16,7 @@ import bench_step
 import numpy as np
 import pytest
 import torch
+from cohorts import edit_rows
 from conftest import torchrun
 from training import (
     CNN,
@@ -568,13 +569,7 @@ def test_a_cohort_that_was_tiled_anew_under_a_run_is_refused(data, part, tmp_pat
     shutil.copytree(part, tmp_path / "r")
     shutil.copytree(data, tmp_path / "data")
     table = tmp_path / "data" / "tiles" / "tiny" / "slides.csv"
-    head, *rows = table.read_text().splitlines()
-    column = head.split(",").index("settings")
-    for i, row in enumerate(rows):
-        cells = row.split(",")
-        cells[column] = "another"
-        rows[i] = ",".join(cells)
-    table.write_text("\n".join([head, *rows]) + "\n")
+    edit_rows(table, lambda row: row.update(settings="another"))
     arguments = command(tmp_path / "data", tmp_path, "r")
     fails(arguments, "begun otherwise", "settings of tile.py was", capsys=capsys)
 

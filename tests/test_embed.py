@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from cohorts import edit_rows
 from conftest import ROOT, torchrun
 from PIL import Image
 
@@ -59,7 +60,7 @@ def data(tiled, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(tiled, copy)
     rows = copy / "tiles" / "tiny" / "slides.csv"
-    rows.write_text(rows.read_text().replace(str(tiled), str(copy)))
+    edit_rows(rows, lambda row: row.update(path=row["path"].replace(str(tiled), str(copy))))
     return copy
 
 
