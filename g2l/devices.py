@@ -21,6 +21,7 @@ MODEL_REMEDIES = {
     "weights": "give a file by --weights NAME=FILE, or random weights by --weights random",
     "device": "name another by --device",
     "no gpu": "use --device cpu",
+    "table": "run tile.py again, which tiles anew what its table cannot prove",
     "one image": "use --device cpu or --precision bf16",
     "broken features": "check the weights (python -m g2l.models NAME --check FILE), or use "
     "--precision fp32",

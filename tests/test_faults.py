@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohorts import edit_rows
 from conftest import ROOT
 from faults import CASES, WITHIN
 from PIL import Image
@@ -78,7 +79,8 @@ def arguments(name: str, place: Path, out: Path) -> list:
     if not out.exists():
         shutil.copytree(place / "data", out)
         table = out / "tiles" / "tiny" / "slides.csv"
-        table.write_text(table.read_text().replace(str(place / "data"), str(out)))
+        old = str(place / "data")
+        edit_rows(table, lambda row: row.update(path=row["path"].replace(old, str(out))))
     return [*here, *MODEL, "--workers", 0]
 
 
