@@ -94,10 +94,8 @@ def say_error(text: str) -> None:
 
 def exit_status(work: Callable[[], int], remedies: Mapping[str, str] | None = None) -> int:
     """The status of `work`; a user's mistake, a full disk or Ctrl-C become one clear line."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # file names need not be valid in a terminal's encoding
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid in a terminal's encoding.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

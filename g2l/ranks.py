@@ -224,7 +224,13 @@ def unchanged(item: Any) -> Any:
 
 
 def end_workers() -> None:
-    """End loading processes that are left; an interpreter that exits would wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """End loading processes that are left; an interpreter that exits would wait for them.
+
+    Meanwhile PyTorch does not hear that they died. Afterwards it must: it installs its handler once
+    a process, and by that alone the next loader learns that one of its processes was killed.
+    """
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -1,5 +1,6 @@
 """Features: batches, workers, ranks, unreadable items, a kill in the middle; what is cached."""
 
+import os
 import runpy
 import signal
 import subprocess
@@ -197,6 +198,23 @@ def test_features_are_the_same_under_torchrun_and_after_a_kill(tmp_path, monkeyp
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, one, rtol=1e-4, atol=1e-5)
     assert np.isnan(one[4]).all() and np.isfinite(np.delete(one, 4, 0)).all()
+
+
+class Deadly(Source):
+    """Kills the process that reads its third item."""
+
+    def __getitem__(self, i):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_a_killed_loader_is_noticed_at_once_by_a_second_extraction_too(vit):
+    extract_features(vit, images(3), workers=1, progress="none")
+    start = time.monotonic()
+    with pytest.raises((RuntimeError, ConnectionError)):
+        extract_features(vit, Deadly(images(5)), workers=1, batch_size=1, progress="none")
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
