@@ -247,7 +247,7 @@ def test_synchronised_ranks_equal_one_process_with_the_whole_batch(data, two_ran
     assert abs(two[0][1] - losses(two_ranks)[0][1]) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_ranks_of_which_one_dies_and_then_all_equal_unbroken_ones(data, tmp_path):
     """Three, since gloo adds two in whatever order to the same sum. torchrun restarts them after
     the death of one, and the command given again goes on after the death of all."""

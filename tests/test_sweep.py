@@ -74,7 +74,7 @@ def test_mistakes_in_a_sweep_are_told_before_the_first_run(data, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_under_torchrun(data, tmp_path):
     done = torchrun(2, "distill.py", *short(data, tmp_path, "--sweep", "alpha=2,4"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun
+from jobs import run_ranks
 from training import CNN, VIT, command, fails, losses, same, write_cohort
 
 import distill
@@ -62,8 +62,9 @@ def test_a_second_run_asks_the_teacher_nothing_and_a_sweep_agrees(data, tmp_path
 def test_ranks_share_the_cache_with_one_process(data, tmp_path):
     kept = ["--teacher-cache", tmp_path / "kept", "--sync"]
     assert distill.main(command(data, tmp_path, "one", *kept)) == 0
-    done = torchrun(2, "distill.py", *command(data, tmp_path, "two", *kept, "--batch-size", 4))
-    assert done.returncode == 0, done.stderr
+    two = command(data, tmp_path, "two", *kept, "--batch-size", 4)
+    for status, text in run_ranks(lambda: distill.main(two), tmp_path, limit=200):
+        assert status == 0, text
     sizes = {path.stat().st_size for path in (tmp_path / "kept").glob("*.crc32")}
     assert len(list((tmp_path / "kept").glob("*.rows"))) == 1 and sizes == {4 * 12 * 8}
     first, second = losses(tmp_path / "one"), losses(tmp_path / "two")

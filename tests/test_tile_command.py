@@ -370,7 +370,7 @@ def harm_file(path, other, harm, rng):
     return path.read_bytes() != before
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.nightly)])
 def test_harmed_files_are_named_and_made_again(finished, rounds):
     """The next run names them and equals an unbroken one."""
     data, whole = finished
@@ -388,7 +388,7 @@ def test_harmed_files_are_named_and_made_again(finished, rounds):
     assert all(index.read(int(start)).shape == (256, 256, 3) for start in index.starts)
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.nightly)])
 def test_a_harmed_slides_csv_is_made_again(finished, rounds):
     data, whole = finished
     table, rng = data / "tiles" / "mine" / "slides.csv", random.Random(rounds)
