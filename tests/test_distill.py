@@ -50,10 +50,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signals():
     """Training installs handlers; give pytest its own back."""
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
-    }
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

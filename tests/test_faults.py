@@ -101,7 +101,7 @@ def numbers(name: str, out: Path) -> dict:
         found["student"] = (out / "r" / "student" / "model.safetensors").read_bytes()
     elif name in ("tile", "embed"):
         inner = "patches" if name == "tile" else "features_timm_test_vit"
-        for path in sorted((out / "tiles" / "tiny" / inner).glob("*.h5")):
+        for path in sorted((out / "tiles" / "tiny" / inner).glob("[!.]*.h5")):
             with h5py.File(path) as file:
                 for key in {"coords", "features"} & file.keys():
                     found[path.name, key] = file[key][()].tobytes()
