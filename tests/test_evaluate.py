@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -786,3 +787,21 @@ def test_rows_of_a_source_without_files_watch_no_file():
     """Such rows once watched the current folder with everything in it."""
     rows = Rows([np.full((2, 2, 3), i, np.uint8) for i in range(5)], np.array([3, 1]))
     assert len(rows) == 2 and rows[0].max() == 3 and rows.files == []
+
+
+def test_protocols_of_the_field_stand_beside_their_chance_level(folder, weights):
+    names = ["few-shot", "retrieval", "agreement", "calibration", "k-curve"]
+    assert go(folder, "--no-pictures", "--protocols", *names, names=(ONE, TWO)) == 0
+    text = (folder.parent / "results" / "table2.md").read_text()
+    for title in ("Few-shot (SimpleShot), 1 a class", "top-1 accuracy", "kNN: macro F1"):
+        part = text[text.index(title) :].split("\n\n")[1]
+        assert "| benchmark | chance |" in part and " – " not in part, part
+    error = text[text.index("expected calibration error") :].split("\n\n")[1].splitlines()[2]
+    cells = error.split("|")[3:-1]
+    values = [float(re.search(r"\d\.\d+", cell)[0]) for cell in cells]
+    assert "**" in cells[int(np.argmin(values))]  # less is better
+
+
+def test_an_export_is_written_without_a_model_being_loaded(folder, weights, capsys):
+    assert go(folder, "--export", "eva") == 1  # registry names are no students
+    assert "no student of distill.py" in capsys.readouterr().err
