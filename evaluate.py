@@ -121,17 +121,6 @@ def check_request(args: argparse.Namespace, models: list[str], published: list[s
     check_names(models)
 
 
-def origins_of(models: list[str], found: list[Benchmark]) -> dict[str, str]:
-    """Where each model and benchmark comes from, by the name under which its results are kept."""
-    from g2l.features import display
-
-    origins = {f"benchmark {safe(b.name)}": b.origin for b in found}
-    for name in models:
-        place = str(Path(name).resolve()) if Path(name).exists() else name
-        origins[f"model {safe(display(name))}"] = place
-    return origins
-
-
 def extract(
     models: list[str],
     found: list[Benchmark],
@@ -266,7 +255,7 @@ def add_protocol_arguments(how) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract what is missing, measure what is new, write tables and pictures: the exit status."""
     from g2l.evaluation import evaluate_all
-    from g2l.features import card, features, loaded_model, report_failures
+    from g2l.features import card, features, loaded_model, origins_of, report_failures
     from g2l.ranks import leave_distributed, setup_distributed
     from g2l.results import Study, claim
     from g2l.weights import parse_weights

@@ -46,6 +46,7 @@ from g2l.features import (
     display,
     features,
     models_at_hand,
+    origins_of,
     report_failures,
 )
 from g2l.files import clear_stale, digest, safe, write_text
@@ -520,11 +521,7 @@ def run(args: argparse.Namespace) -> int:
     if not models:
         raise UserError("no model is named and none is at hand", mend="models")
     check_names(models)
-    origins = {}
-    for name in models:
-        place = str(Path(name).resolve()) if Path(name).exists() else name
-        origins[f"model {safe(display(name))}"] = place
-    claim(args.results, origins)
+    claim(args.results, origins_of(models))
     options = model_options(args)
     if args.input_size:
         options["input_size"] = args.input_size

@@ -561,6 +561,15 @@ def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
     return here + [str(path) for path in students if (path / "model.safetensors").is_file()]
 
 
+def origins_of(models: Sequence[str], found: Sequence[Benchmark] = ()) -> dict[str, str]:
+    """Where each model and benchmark comes from, by the name under which its results are kept."""
+    origins = {f"benchmark {safe(b.name)}": b.origin for b in found}
+    for name in models:
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        origins[f"model {safe(display(name))}"] = place
+    return origins
+
+
 def check_names(models: Sequence[str]) -> None:
     """UserError if two models would be kept under one name."""
     names: dict[str, str] = {}

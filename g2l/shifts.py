@@ -11,6 +11,8 @@ import io
 import numpy as np
 from numpy import ndarray
 
+from g2l.colours import optical_density
+
 # What each strength means, where it changes nothing, which can be asked for, and which are tried.
 SHIFTS = {
     "stain": (
@@ -52,7 +54,7 @@ def shift(
     from PIL import Image
 
     if kind == "stain":
-        amounts = -np.log((image + 1.0) / 256) @ np.linalg.inv(STAINS)
+        amounts = optical_density(image) @ np.linalg.inv(STAINS)
         changed = 256 * np.exp(-amounts * (1 + strength, 1 / (1 + strength), 1) @ STAINS) - 1
     elif kind == "brightness":
         changed = image * (1.0 + strength)

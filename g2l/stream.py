@@ -131,6 +131,35 @@ def open_cohort(
     return index, held
 
 
+def read_centres(
+    index: PatchIndex, chosen: list[int], crop: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """The patches, centre-cropped to (crop, crop, 3), and texts of those that cannot be read."""
+    margin = (index.patch_size - crop) // 2
+    inside = slice(margin, margin + crop)
+    patches = []
+    unreadable = []
+    for i in chosen:
+        try:
+            patches.append(index.read(i)[inside, inside])
+        except PatchError as error:
+            unreadable.append(str(error))
+    return patches, unreadable
+
+
+@torch.no_grad()
+def embeddings_of(model: Model, images: Tensor, batch: int) -> Tensor:
+    """float32 (N, dim) of uint8 images (N, 3, S, S), in eval mode, `batch` at a time."""
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    parts = []
+    for part in images.split(batch):
+        parts.append(model(model.normalize(part.to(device))).float())
+    model.train(training)
+    return torch.cat(parts)
+
+
 class Heldout:
     """Fixed patches of held-out patients, centre-cropped, and what the teacher says of them.
 
@@ -153,17 +182,10 @@ class Heldout:
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
         chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
-        patches = []
-        margin = (index.patch_size - crop) // 2
-        problem = "their patients have no more"
-        mend = "held out"
-        for i in chosen:
-            try:
-                patches.append(index.read(i)[margin : margin + crop, margin : margin + crop])
-            except PatchError as error:
-                problem = str(error)
-                mend = "moved"
+        patches, unreadable = read_centres(index, chosen, crop)
         if len(patches) < 4:
+            problem = unreadable[-1] if unreadable else "their patients have no more"
+            mend = "moved" if unreadable else "held out"
             text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
             raise UserError(text, mend)
         self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
@@ -171,17 +193,9 @@ class Heldout:
         self.name = "held-out CKA" if held.any() else "CKA on training slides"
         self.teacher = self.features(teacher)
 
-    @torch.no_grad()
     def features(self, model: Model) -> Tensor:
-        """float32 (N, dim) embeddings in eval mode."""
-        training = model.training
-        device = next(model.parameters()).device
-        model.eval()
-        parts = []
-        for images in self.images.split(self.batch):
-            parts.append(model(model.normalize(images.to(device))).float())
-        model.train(training)
-        return torch.cat(parts)
+        """float32 (N, dim) embeddings of the patches."""
+        return embeddings_of(model, self.images, self.batch)
 
     def measure(self, student: Model) -> dict[str, float]:
         """Unbiased and biased linear CKA of the student to the teacher, and `feature_spread`."""

@@ -13,11 +13,12 @@ from numpy import ndarray
 from torch import Tensor
 
 from g2l.augment import Params, gaussian_blur
-from g2l.errors import PatchError, UserError
+from g2l.errors import UserError
 from g2l.models import Model
 from g2l.patches import PatchIndex
 from g2l.ranks import gather_values, rank_and_world
 from g2l.shifts import STAINS
+from g2l.stream import embeddings_of, read_centres
 
 VIEWS = {
     "cohort": "colours of another slide of the cohort",
@@ -26,13 +27,12 @@ VIEWS = {
     "focus": "blur and noise",
     "jpeg": "JPEG compression",
 }
-STAIN, MATRIX, GAMMA, BLUR, NOISE = (
-    0.35,
-    0.08,
-    0.25,
-    2.0,
-    0.03,
-)  # how far each goes at most
+# How far each goes at most.
+STAIN = 0.35  # log of a stain's amount
+MATRIX = 0.08  # entries of the colour matrix
+GAMMA = 0.25  # its log
+BLUR = 2.0  # sigma in px
+NOISE = 0.03  # of full intensity
 QUALITY = 30, 95  # of JPEG
 MEAN_PATCHES = 64  # of a slide, for the teacher's mean
 
@@ -65,13 +65,16 @@ class StudentView:
 
     def __call__(self, crops: Tensor, params: Params) -> Tensor:
         """float (B, 3, S, S) in [0, 1] -> the same, changed; the crops stay as they are."""
-        bits = np.random.Philox(key=[self.seed, 0x51E7], counter=4 * int(params.number[0]))
+        first = int(params.number[0])
         count = len(crops)
+        bits = np.random.Philox(key=[self.seed, 0x51E7], counter=4 * first)
         u = np.random.Generator(bits).random((count, 16))  # 16 of each sample
-        matrix, offset = self._densities(u, params.slide.numpy())
-        density = -torch.log((crops * 255 + 1) / 256)
-        mapped = _affine(density, matrix, offset)
-        seen = (256 * torch.exp(-mapped) - 1) / 255
+        seen = crops
+        if {"cohort", "stain"} & set(self.kinds):
+            density = -torch.log((crops * 255 + 1) / 256)
+            matrix, offset = self._densities(u, params.slide.numpy())
+            mapped = _affine(density, matrix, offset)
+            seen = (256 * torch.exp(-mapped) - 1) / 255
         if "scanner" in self.kinds:
             seen = _scanned(seen, u[:, 3:12], u[:, 12])
         if "focus" in self.kinds:
@@ -128,8 +131,10 @@ def _scanned(x: Tensor, mixing: ndarray, curve: ndarray) -> Tensor:
     matrix = np.eye(3) + spread
     matrix /= matrix.sum(2, keepdims=True)  # white stays white
     gamma = np.exp(GAMMA * (2 * curve - 1))
-    mixed = _affine(x, matrix, np.zeros((len(x), 3)))
-    return mixed.clamp(0, 1) ** _send(gamma, x)[:, None, None, None]
+    offset = np.zeros((len(x), 3))
+    mixed = _affine(x, matrix, offset).clamp(0, 1)
+    power = _send(gamma, x)
+    return mixed ** power[:, None, None, None]
 
 
 def _compress(x: Tensor, share: ndarray) -> None:
@@ -154,7 +159,6 @@ def _send(values: ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
 
 
-@torch.no_grad()
 def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: int) -> Tensor:
     """Of each slide, the teacher's mean embedding less that of the cohort: float32 (slides, dim).
 
@@ -164,13 +168,15 @@ def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: 
     rank, world = rank_and_world()
     own: dict[int, Tensor] = {}
     for number in range(rank, len(index.slides), world):
-        patches = _patches_of(index, number, crop, seed)
-        if not patches:
-            continue
-        total = torch.zeros(teacher.dim)
-        for start in range(0, len(patches), batch):
-            total += _embed(teacher, patches[start : start + batch]).sum(0)
-        own[number] = total / len(patches)
+        lot = np.random.default_rng([seed, 0x3EA5, number])
+        count = int(index.counts[number])
+        rows = lot.permutation(count)[:MEAN_PATCHES]
+        chosen = index.starts[number] + rows
+        # What cannot be read, training says when it draws it.
+        patches, _ = read_centres(index, chosen.tolist(), crop)
+        if patches:
+            images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
+            own[number] = embeddings_of(teacher, images, batch).mean(0).cpu()
     known: dict[int, Tensor] = {}
     for part in gather_values(own):
         known |= part
@@ -180,27 +186,3 @@ def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: 
         mean = known.get(number, middle)
         means.append(mean - middle)
     return torch.stack(means)
-
-
-def _patches_of(index: PatchIndex, number: int, crop: int, seed: int) -> list[ndarray]:
-    """Patches of a slide drawn by lot, centre-cropped: (crop, crop, 3) uint8 each."""
-    margin = (index.patch_size - crop) // 2
-    inside = slice(margin, margin + crop)
-    lot = np.random.default_rng([seed, 0x3EA5, number])
-    rows = lot.permutation(int(index.counts[number]))[:MEAN_PATCHES]
-    patches = []
-    for i in (index.starts[number] + rows).tolist():
-        try:
-            patch = index.read(i)
-        except PatchError:
-            continue  # training says so when it draws it
-        patches.append(patch[inside, inside])
-    return patches
-
-
-def _embed(teacher: Model, patches: list[ndarray]) -> Tensor:
-    """float32 (n, dim) on the host."""
-    device = next(teacher.parameters()).device
-    images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
-    pixels = images.to(device).float() / 255
-    return teacher(teacher.normalize(pixels)).float().cpu()
