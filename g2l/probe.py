@@ -113,7 +113,7 @@ class Regressions:
         train: Tensor,
         n_classes: int,
     ):
-        self.x = torch.cat([torch.ones_like(x[:, :1]), x], 1)
+        self.x = x
         self.truth = torch.nn.functional.one_hot(labels, n_classes).T.to(x)
         count = train.sum(1).view(-1, 1, 1)
         self.share = (train[:, None] / count).to(x)  # (S, 1, N): what each row counts
@@ -121,7 +121,7 @@ class Regressions:
         self.never = torch.where(seen, 0.0, -1e4).to(x)  # logits of classes that are not there
         self.classes = seen.sum(1, keepdim=True)
         self.strength = torch.where(self.classes == 2, 2, 1) / count
-        each = [standard_axes(x[rows]) for rows in train]
+        each = [standard_axes(x[rows]) for rows in train]  # each a copy, to be written on
         variance = [own for _, own in each]
         self.axes = pad_sequence([axes for axes, _ in each], batch_first=True)
         self.variance = pad_sequence(variance, batch_first=True, padding_value=1)[:, None]
@@ -131,14 +131,15 @@ class Regressions:
 
     def logits(self, unknowns: Tensor) -> Tensor:
         """(S, K, N), linear in the unknowns."""
-        weights = unknowns @ self.axes
-        flat = (self.x @ weights.flatten(0, 1).T).T.contiguous()
-        return flat.view(*weights.shape[:2], -1)
+        weights = (unknowns @ self.axes).flatten(0, 1)
+        flat = torch.addmm(weights[:, 0], self.x, weights[:, 1:].T).T.contiguous()
+        return flat.view(*unknowns.shape[:2], -1)
 
     def slope(self, excess: Tensor) -> Tensor:
         """Transpose of `logits`: what an excess (S, K, N) of probability says of the unknowns."""
         weights = excess.flatten(0, 1) @ self.x
-        return weights.view(*excess.shape[:2], -1) @ self.axes.mT
+        weights = weights.view(*excess.shape[:2], -1)
+        return torch.cat([excess.sum(-1, keepdim=True), weights], -1) @ self.axes.mT
 
     def solve(
         self,
@@ -231,11 +232,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def standard_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Axes (1 + R, 1 + D): a bias, and the principal axes of rows (n, D) once standardised.
 
-    Axes times [1, row] are coordinates; returns their second moments (1 + R,), too.
+    Axes times [1, row] are coordinates; returns their second moments (1 + R,), too. Writes on rows.
     """
     n, width = rows.shape
     mean = rows.mean(0)
-    rows = rows - mean
+    rows -= mean
     spread = torch.linalg.vector_norm(rows, dim=0) / n**0.5
     spread[spread <= 1e-6 * mean.abs()] = torch.inf  # constant: says nothing
     rows = rows[:: max(1, n // (8 * width))] / spread  # enough to tell the curvature

@@ -63,13 +63,13 @@ def centred(x: ndarray, device: str) -> Tensor:
 
     What rounding leaves of a constant column is 0.
     """
+    mean = x.mean(0, dtype=np.float64)
+    farthest = np.maximum(x.max(0) - mean, mean - x.min(0))
     z = torch.from_numpy(x).to(device)
     if z.numel() < EXACT:
         z = z.double()
-    mean = z.mean(0, dtype=torch.float64)
-    z = z - mean.to(z.dtype)
-    farthest = torch.linalg.vector_norm(z, torch.inf, dim=0)
-    z[:, farthest <= 1e-6 * mean.abs()] = 0
+    z = z - torch.from_numpy(mean).to(z)
+    z[:, torch.from_numpy(farthest <= 1e-6 * np.abs(mean)).to(device)] = 0
     return z
 
 
@@ -125,11 +125,13 @@ def nearest(
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
     total = torch.stack(inside).sum(0)
-    for test, own in zip(tests, inside, strict=True):
+    fitted = [pca_axes(total - own if pca == "fold" else total, dims) for own in inside]
+    together = z @ torch.cat([axes for _, axes in fitted], 1).to(z)
+    sizes = [axes.shape[1] for _, axes in fitted]
+    for test, (mean, axes), projected in zip(tests, fitted, together.split(sizes, 1), strict=True):
         rest = np.setdiff1d(np.arange(len(x)), test)
         near = min(k, len(rest))
-        mean, axes = pca_axes(total - own if pca == "fold" else total, dims)
-        on_axes = (z @ axes.to(z) - (mean @ axes).to(z)).float()
+        on_axes = (projected - (mean @ axes).to(z)).float()
         distance, index = knn(on_axes[rest], near, on_axes[test], return_distance=True)
         neighbors[test, :near] = rest[index.cpu().numpy()]
         distances[test, :near] = distance.cpu().numpy()
