@@ -7,7 +7,7 @@
 One step: a batch of patches -> one random crop, flips, colour jitter and blur per patch -> the
 frozen teacher and the student see the same crop, each in its own normalisation -> the student's
 embedding goes through a linear projector to the teacher's width -> batch norm on both ->
-log(sum |difference|^4). The projector is dropped afterwards: runs/NAME/student is the bare student.
+log(sum |difference|^4). runs/NAME/student is the bare student, without the projector.
 Kill it at any moment and run the same command again: it goes on where it was. SIGTERM, Ctrl-C and
 SIGUSR1 (SLURM's --signal; torchrun needs --signals-to-handle=SIGTERM,SIGINT,SIGUSR1) write a
 checkpoint first. With torchrun's --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: new
@@ -32,6 +32,7 @@ import torch
 
 from g2l.arguments import Help
 from g2l.augment import BLUR_SIZE, augment
+from g2l.card import write_card
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -55,14 +56,24 @@ from g2l.ranks import (
     rank_and_world,
     setup_distributed,
 )
-from g2l.recipe import LOSSES, Step, StopRule, build, cosine
-from g2l.registry import licence_note
-from g2l.runs import Readings, Run, checksums, describe_setting, identify
+from g2l.recipe import (
+    BESIDE,
+    LOSSES,
+    Step,
+    StopRule,
+    build,
+    cosine,
+    is_dense,
+    parse_terms,
+    projected,
+    set_targets,
+)
+from g2l.registry import licence_note, verdict
+from g2l.runs import Readings, Run, checksums, column, describe_setting, identify
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, Heldout, load, open_cohort
 from g2l.sweep import run_name, trials, write_sweep
-from g2l.teacher_cache import TeacherCache, stream_key
-from g2l.views import VIEWS, StudentView, parse_views, slide_means
+from g2l.views import VIEWS, parse_views
 from g2l.weights import parse_weights
 
 
@@ -71,7 +82,8 @@ def distill(args: Namespace) -> int:
     rank, world, device = setup_distributed(args.device)
     folder = Path(args.runs) / (args.name or default_name(args))
     words = {name: flag_of(name) for name in vars(args)}
-    run = Run(folder, args.keep, rank == 0, words)
+    exports = ["student", "student-projected"][: 1 + args.keep_projector]
+    run = Run(folder, args.keep, rank == 0, words, exports)
     with Signals() as signals, contextlib.closing(run):
         precision = pick_precision(args.precision, device)
         torch.backends.cudnn.benchmark = True
@@ -81,15 +93,15 @@ def distill(args: Namespace) -> int:
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
         if done := agree(run.finished(identity) if run.main else 0):
             if run.main:
-                print(f"{folder}: finished at step {done}; student: {folder / 'student'}")
+                print(f"{folder}: finished at step {done}; student: {folder / exports[-1]}")
             return 0
 
         index, held = check_cohort(args, world)
-        teacher, student = load_pair(args, device, precision)
-        distiller, flops = build(args, teacher, student)
-        identity |= identify(index, teacher, student)
+        teachers, student = load_models(args, device, precision)
+        distiller, flops = build(args, teachers, student)
+        identity |= identify(index, teachers, student)
         state = run.load(identity)
-        step = Step(teacher, distiller, args, device, precision, world)
+        step = Step(teachers, distiller, args, device, precision, world)
         set_targets(step, index, held, identity)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
@@ -107,7 +119,7 @@ def distill(args: Namespace) -> int:
             number = signals.number or signal.SIGTERM  # of another rank, if not of this one
             return tell_stopped(number, f"at step {training.done}")
         if run.main:
-            finish(training, index)
+            finish(training, index, held)
         return training.tell_unreadable()
 
 
@@ -158,12 +170,15 @@ class Training:
         self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
-        teacher, student = self.step.teacher, distiller.student
+        teachers, student = self.step.teachers, distiller.student
         self.heldout = Heldout(
-            index, held, args.eval_patches, args.crop, args.seed, teacher, args.batch_size
+            index, held, args.eval_patches, args.crop, args.seed, teachers, args.batch_size
         )
+        if args.keep_projector:  # what cannot be exported is said before it is trained
+            projected(distiller, self.heldout.images[:4], args.batch_size)
+        names = [f"{one.name} ({one.parameters_count / 1e6:,.1f} M)" for one in teachers]
         print(
-            f"{run.folder}: {teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into "
+            f"{run.folder}: {' and '.join(names)} into "
             f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
             f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
             f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
@@ -223,8 +238,9 @@ class Training:
     def schedule(self, step: int) -> tuple[float, float]:
         """Learning rate and weight decay of the step after `step` steps."""
         args = self.args
+        warm = min(1, (step + 1) / max(1, args.warmup))
         return (
-            cosine(args.lr, args.lr_end, step, args.max_steps),
+            warm * cosine(args.lr, args.lr_end, step, args.max_steps),
             cosine(args.weight_decay, args.weight_decay_end, step, args.max_steps),
         )
 
@@ -343,18 +359,30 @@ class Training:
         return int(total > 0)
 
 
-def finish(training: Training, index: PatchIndex) -> None:
-    """Export the student and say where it is."""
+def finish(training: Training, index: PatchIndex, held: np.ndarray) -> None:
+    """Export the student, with its model card, and say where it is."""
     args, run, best = training.args, training.run, training.best
-    folder, done = run.folder / "student", training.done
-    metadata = {name: getattr(args, name) for name in ("teacher", "student", "cancer", "loss")}
-    metadata |= {"run": run.folder.name, "steps": done}
+    folder, distiller = run.folder / run.exports[-1], training.step.distiller
+    metadata = {name: getattr(args, name) for name in ("student", "cancer", "loss")}
+    metadata |= {"teacher": PLUS.join(args.teacher), "loss": PLUS.join(args.loss)}
+    metadata |= {"run": run.folder.name, "steps": training.done}
     metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
     metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
-    because = training.ended or "--max-steps"
+    metadata |= training.proof(index)
+    finished = {"step": training.done, "because": training.ended or "--max-steps", "best": best}
+    nets = {"student": distiller.student}
+    if args.keep_projector:
+        # Standardised over patches that were trained on, centre-cropped.
+        patches = (4 * args.eval_patches, args.crop, args.seed, [], args.batch_size)
+        nets[run.exports[1]] = projected(
+            distiller, Heldout(index, ~held, *patches).images, patches[-1]
+        )
     try:
-        save_student(training.step.distiller.student, folder, metadata=metadata)
-        finished = {"step": done, "because": because, "best": best, "student": checksums(folder)}
+        for name, net in nets.items():
+            save_student(net, run.folder / name, metadata=metadata)
+            write_card(run.folder / name)
+            finished[name] = checksums(run.folder / name)
+            metadata["run"] += "-projected"
         run.write_config({**training.config, "finished": finished})
     except OSError as error:
         raise UserError(f"{folder}: not written ({error})", "export") from None
@@ -377,26 +405,16 @@ def finish(training: Training, index: PatchIndex) -> None:
 
 def recipe_of(args: Namespace) -> dict:
     """What is computed, as far as the command line says."""
-    names = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
-    return {name: getattr(args, name) for name in names}
+    identity = {}
+    for name in vars(add_flags(ArgumentParser(), RECIPE).parse_args([])):
+        value = getattr(args, name)
+        identity[name] = PLUS.join(map(str, value)) if isinstance(value, list) else value
+    return identity
 
 
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
-
-
-def set_targets(step: Step, index: PatchIndex, held: np.ndarray, identity: dict) -> None:
-    """What the student sees and what it has to match, where that is not the paper's."""
-    args, teacher = step.args, step.teacher
-    if kinds := parse_views(args.student_view):
-        step.view = StudentView(kinds, args.seed, index, ~held)
-    if args.teacher_center == "slide":
-        means = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
-        step.centres = means.to(step.device)
-    if args.teacher_cache:
-        key = agree(stream_key(identity))  # rank 0 alone knows all of the identity
-        step.cache = TeacherCache(Path(args.teacher_cache), key, teacher.dim)
 
 
 # ---- cohort and models -------------------------------------------------------------------
@@ -424,32 +442,39 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
             kept = "none held out, so CKA is measured on slides that are trained on"
         print(
             f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}{licence_note(args.teacher)}",
+            f"slides of {len(index.patients)} patients; {kept}{''.join(map(licence_note, args.teacher))}",
             flush=True,
         )
     return index, held
 
 
-def load_pair(args: Namespace, device: torch.device, precision: torch.dtype) -> tuple[Model, Model]:
-    """Teacher, frozen, with weights in the precision of its products; student in fp32."""
-    weights = parse_weights(args.weights, [args.teacher, args.student])
+def load_models(
+    args: Namespace, device: torch.device, precision: torch.dtype
+) -> tuple[list[Model], Model]:
+    """Teachers, frozen, with weights in the precision of their products; student in fp32."""
+    weights = parse_weights(args.weights, [*args.teacher, args.student])
     options = {"device": device, "input_size": args.crop}
-    teacher = load_model(args.teacher, weights[args.teacher], dtype=precision, **options)
+    teachers = []
+    for name in args.teacher:
+        teacher = load_model(name, weights[name], dtype=precision, **options)
+        teachers.append(teacher.requires_grad_(False))
     student = load_model(args.student, weights[args.student], dtype=torch.float32, **options)
-    return teacher.requires_grad_(False), student.train()
+    return teachers, student.train()
 
 
 # ---- the command -------------------------------------------------------------------------
 
 
 # Flags that say what is computed: a run that goes on must have those it was begun with. (flag,
-# default, help, choices); the type is that of the default, and False makes a switch.
+# default, help, choices); the type is that of the default, False makes a switch, a list takes more.
+PLUS = " + "  # between the values of such a list, where they become one text
 NORMALIZE = ("both", "student", "student-affine", "none")
 STOP = ("consecutive", "cumulative", "off")
 RECIPE = {
     "what": [
         ("--cancer", "brca", "cohort: the name given to tile.py"),
-        ("--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder"),
+        ("--teacher", ["h-optimus-0"], "names that g2l.models lists, timm:NAME, or folders"),
+        ("--teacher-weight", [1.0], "how much each teacher's loss counts; one number: for all"),
         ("--student", "hibou-l", "a name of the same kinds"),
         ("--max-slides", 0, "train on so many slides, drawn by --seed; 0: on all"),
     ],
@@ -460,6 +485,7 @@ RECIPE = {
         ("--crop", 224, "side of the random crop, pixels; both models see it"),
         ("--lr", 1e-4, "learning rate at the start; random students want 1e-3"),
         ("--lr-end", 1e-6, "learning rate at the end"),
+        ("--warmup", 0, "steps over which the learning rate rises from 0"),
         ("--weight-decay", 0.05, "at the start"),
         ("--weight-decay-end", 0.5, "at the end"),
         ("--decay-all", False, "weight decay on 1-D parameters and tokens too"),
@@ -468,11 +494,16 @@ RECIPE = {
         ("--seed", 0, "of patches, augmentation, projector and held-out patients"),
     ],
     "loss": [
-        ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
+        (
+            "--loss",
+            ["logsum"],
+            "NAME or NAME:WEIGHT, summed: logsum (others are there for comparison: "
+            f"{', '.join(LOSSES[1:])}), and beside it {' and '.join(BESIDE)}",
+        ),
         ("--alpha", 4.0, "exponent of logsum and correlation; 2 learns faster in a short run"),
         ("--normalize", "both", "of projected student and teacher, by batch norm", NORMALIZE),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
-        ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
+        ("--tokens", "cls", "compare embeddings, patch tokens, or both", ("cls", "patch", "all")),
         (
             "--student-view",
             "",
@@ -519,6 +550,12 @@ FREE = {
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),
         ("--checkpoint-steps", 0, "between checkpoints; 0: none by steps"),
         ("--keep", 2, "checkpoints kept, in case the newest is damaged"),
+        (
+            "--keep-projector",
+            False,
+            "leave NAME/student-projected too, which gives the features that the loss saw: projected "
+            "to the teacher's width and standardised",
+        ),
     ],
 }
 
@@ -529,7 +566,9 @@ def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
         group = parser.add_argument_group(title)
         for flag, default, text, *choices in flags:
             how: dict = {"action": "store_true"}
-            if default is not False:
+            if isinstance(default, list):
+                how = {"type": type(default[0]), "nargs": "+"}
+            elif default is not False:
                 how = {"type": int if default is None else type(default)}
             if choices:
                 how["choices"] = choices[0]
@@ -575,13 +614,19 @@ def check(args: Namespace) -> None:
             text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
             raise UserError(text)
     parse_views(args.student_view)
-    if args.tokens != "cls" and (args.teacher_cache or args.teacher_center != "none"):
-        text = "--teacher-cache and --teacher-center are of embeddings"
-        raise UserError(f"{text}; take --tokens cls")
+    if args.tokens != "cls" and args.teacher_center != "none":
+        raise UserError("--teacher-center is of embeddings; take --tokens cls")
+    if is_dense(args) and args.teacher_cache:
+        raise UserError("--teacher-cache keeps embeddings; take --tokens cls and no patch-cosine")
+    if args.tokens == "patch" and args.keep_projector:
+        raise UserError("--keep-projector: with --tokens patch it is not of the embedding")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
-    if args.sync and args.loss != "logsum":
-        raise UserError(f"--sync: only --loss logsum is computed over all ranks, not {args.loss}")
+    weights = args.teacher_weight
+    if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
+        raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")
+    if args.sync and list(parse_terms(args.loss)) != ["logsum"]:
+        raise UserError("--sync: only --loss logsum is computed over all ranks")
 
 
 REMEDIES = MODEL_REMEDIES | {
@@ -593,7 +638,8 @@ REMEDIES = MODEL_REMEDIES | {
     "room": f"make room, or write elsewhere by --runs, and {GO_ON}",
     "stuck": f"is the storage of the slides still there? Take other --workers, and {GO_ON}",
     "shared": "--runs must be a folder that all machines share",
-    "tokens": "take --tokens cls, or a pair with equal patch size",
+    "tokens": "take --tokens cls or patch",
+    "head": "go without --keep-projector",
     "weights": "give them as --weights [NAME=]FILE, or take --weights random",
     "workers": f"{WORKERS}, and {GO_ON}",
 }

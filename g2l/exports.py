@@ -94,7 +94,7 @@ def export(student: Path, tool: str, folder: Path) -> Path:
         name=config["g2l"]["run"],
         architecture=config["architecture"],
         weights=f"local-dir:{place}",
-        width=config["num_features"],
+        width=config["num_classes"] or config["num_features"],
         place=place,
         kwargs=json.dumps(config["model_args"]),
         size=facts["input_size"][-1],
