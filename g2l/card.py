@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from g2l.errors import UserError
-from g2l.files import read_json, write_text
-from g2l.registry import REGISTRY, find
+from g2l.files import read_json
+from g2l.registry import PLUS, REGISTRY, find
 from g2l.weights import tensors_digest
 
+TOLD = ("revision", "device", "machine", "versions", "command")  # of the run's config.json
 LOAD = """\
 ```python
 import timm
@@ -28,62 +29,49 @@ def hashed(name: str) -> str:
     return hashlib.sha256(name.upper().encode()).hexdigest()[:16]
 
 
-def licence_of(metadata: Mapping) -> str:
-    """For the card's header: that of the student's own weights, where no teacher's stands against
-    it."""
-    teachers = [find(name) for name in str(metadata.get("teacher")).split(" + ")]
-    student = find(metadata.get("student"))
-    free = all(name and REGISTRY[name].teaches for name in teachers)
-    licence = REGISTRY[student].licence if student else ""
-    return licence.lower() if free and licence in ("Apache-2.0", "MIT") else "other"
-
-
 def card(config: Mapping) -> str:
     """README.md of a student whose config.json says `config`."""
-    facts = config["g2l"]
-    known = [find(name) for name in (facts["student"], *facts["teacher"].split(" + "))]
+    about = config["g2l"]
+    facts = config["card"]
+    teachers = [find(name) for name in about["teacher"].split(PLUS)]
+    student = find(about["student"])
+    entries = [REGISTRY[name] for name in (student, *teachers) if name]
+    # The student's own weights' licence, where no teacher's stands against it.
+    free = student and all(name and REGISTRY[name].teaches for name in teachers)
+    licence = entries[0].licence.lower() if free else ""
     header = {
         "library_name": "timm",
         "pipeline_tag": "image-feature-extraction",
-        "license": licence_of(facts),
+        "license": licence if licence in ("apache-2.0", "mit") else "other",
         "tags": ["timm", "pathology", "knowledge-distillation"],
-        "base_model": [REGISTRY[name].hub for name in known if name],
+        "base_model": [entry.hub for entry in entries],
     }
+    of = f"{about['student']}, distilled from {about['teacher']} on the cohort {about['cancer']} in"
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]
-    lines += ["", f"# {facts['run']}", "", f"{facts['student']}, distilled from {facts['teacher']}"]
-    lines[-1] += f" on the cohort {facts['cancer']} in {facts['steps']} steps."
+    lines += ["", f"# {about['run']}", "", f"{of} {about['steps']} steps.", "", LOAD]
     if config["num_classes"]:
-        lines.append(
-            f"It gives {config['num_classes']} projected features, each standardised; CKA below is "
-            f"of the {config['num_features']} before them, which the student beside it gives."
-        )
-    lines += ["", LOAD, "", "## Teacher and licence", ""]
-    lines += [f"- {verdict}" for verdict in facts["licences"]]
-    cohort = facts["cohort"]
+        given = f"It gives {config['num_classes']} projected features, each standardised"
+        lines += ["", f"{given}; CKA below is of its own {config['num_features']} before them."]
+    lines += ["", "## Licences", "", *(f"- {told}" for told in facts["licences"])]
     lines += ["", "## Cohort", ""]
     lines.append(
-        f"{cohort['slides']} slides of {len(facts['patients'])} patients, {cohort['patches']:,} "
-        f"patches; cohort {cohort['digest']}, tiled as {cohort['tiles']}."
+        f"{len(about['slides'])} slides of {len(about['patients'])} patients, {facts['patches']:,} "
+        f"patches; cohort {facts['cohort']}, tiled as {facts['tiles']}."
     )
     lines += ["Patients, each as the first 16 digits of the SHA-256 of its name in capitals:", ""]
-    lines += [f"- {hashed(patient)}" for patient in facts["patients"]]
+    lines += [f"- {hashed(patient)}" for patient in about["patients"]]
     lines += ["", f"## {facts['measure']} to the teacher", "", "| step | CKA |", "|---|---|"]
     lines += [f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]]
     lines += ["", "| patient | patches | CKA at the end |", "|---|---|---|"]
-    for patient, (count, cka) in facts["proof"]["patients"].items():
-        lines.append(f"| {hashed(patient)} | {count} | {cka:.4f} |")
-    floor = "chance, by the same rows in random order: unbiased {0:.4f}, {1:.4f} at most; biased {2:.4f}"
-    lines += ["", floor.format(*facts["proof"]["floor"]).capitalize() + "."]
+    for patient, (count, cka) in facts["patients"].items():
+        lines.append(f"| {patient} | {count} | {cka:.4f} |")
+    mean, largest, biased = facts["floor"]
+    chance = f"unbiased {mean:.4f} on average, {largest:.4f} at most; biased {biased:.4f}"
+    lines += ["", f"By chance, with the same rows in random order: {chance}."]
     lines += ["", "## Made with", ""]
-    for name in ("revision", "device", "machine", "versions", "command"):
-        lines.append(f"- {name}: `{facts[name]}`")
+    lines += [f"- {name}: `{facts[name]}`" for name in TOLD]
     lines.append(f"- SHA-256 of the tensors: {config['sha256']}")
     return "\n".join(lines) + "\n"
-
-
-def write_card(folder: Path) -> None:
-    """README.md of the student in a folder."""
-    write_text(folder / "README.md", card(read_json(folder / "config.json")))
 
 
 def is_student(folder: Path) -> bool:

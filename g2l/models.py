@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from g2l.arguments import Help, whole
-from g2l.card import check_card, is_student
+from g2l.card import card, check_card, is_student
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -485,10 +485,13 @@ def _resize_input(net: Network, plan: Blueprint, size: int) -> None:
 KEPT = "input_size mean std interpolation crop_pct crop_mode fixed_input_size first_conv classifier"
 
 
-def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> None:
+def save_student(
+    model: nn.Module, folder: str | Path, *, metadata: dict, facts: dict | None = None
+) -> None:
     """Write `model` (a Model or its timm network) as a folder that timm and `load_model` read.
 
-    metadata is kept in config.json under "g2l" and comes back as `load_model(folder).metadata`.
+    metadata is kept in config.json under "g2l" and comes back as `load_model(folder).metadata`;
+    facts, for the model card (see g2l/card.py), are kept there under "card".
     """
     import safetensors.torch
 
@@ -514,6 +517,9 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
         config["sha256"] = tensors_digest(path)
         about = {"format": "pt", "sha256": config["sha256"]}  # checked when it is loaded
         path.write_bytes(safetensors.torch.save(state, about))
+    if facts:
+        config["card"] = facts
+        write_text(folder / "README.md", card(config))
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 

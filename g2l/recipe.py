@@ -26,6 +26,7 @@ from g2l.errors import UserError
 from g2l.models import Model, Network
 from g2l.patches import PatchIndex
 from g2l.ranks import agree, rank_and_world
+from g2l.registry import PLUS
 from g2l.speed import flops_per_image
 from g2l.stream import embeddings_of, feature_spread
 from g2l.teacher_cache import TeacherCache, stream_key
@@ -56,6 +57,11 @@ def parse_terms(words: Sequence[str]) -> dict[str, float]:
     if not terms.keys() & set(LOSSES):
         raise UserError(f"loss {' '.join(terms)}: goes beside one of {', '.join(LOSSES)}")
     return terms
+
+
+def joined(values: Sequence) -> str:
+    """The values of a list as one text."""
+    return PLUS.join(map(str, values))
 
 
 def is_dense(args: Namespace) -> bool:

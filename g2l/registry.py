@@ -45,6 +45,8 @@ REGISTRY = {
     for name, facts in FACTS["models"].items()
 }
 
+PLUS = " + "  # between the names of several teachers
+
 # Benchmarks made of TCGA's slides, wholly or in part, whatever their images are called.
 TCGA = ("tils", "tp53", "tiger")
 
@@ -94,7 +96,7 @@ def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[s
         return []
     notes = []
     for name, metadata in models.items():
-        teachers = str(metadata.get("teacher")).split(" + ")
+        teachers = str(metadata.get("teacher")).split(PLUS)
         for origin in (name, *teachers, metadata.get("student")):
             known = find(origin)
             if known and REGISTRY[known].tcga:

@@ -15,6 +15,7 @@ from torch import Tensor
 import kernels
 from g2l import ranks
 from g2l.augment import Params, draw_params
+from g2l.card import hashed
 from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.models import Model
 from g2l.patches import PatchIndex
@@ -217,9 +218,9 @@ class Heldout:
         return found
 
     def proof(self, student: Model) -> dict:
-        """Of each patient with enough patches their number and unbiased CKA (`patients`), and of
-        the student's rows in `ORDERS` random orders the mean and largest unbiased CKA and the mean
-        biased one (`floor`)."""
+        """Of each patient, hashed, with enough patches their number and unbiased CKA (`patients`),
+        and of the student's rows in `ORDERS` random orders the mean and largest unbiased CKA and
+        the mean biased one (`floor`)."""
         features = self.features(student)
         names = np.array(self.patients)
         patients = {}
@@ -227,7 +228,7 @@ class Heldout:
             rows = np.flatnonzero(names == patient)
             if len(rows) >= 4:
                 own = kernels.cka([features[rows]], [part[rows] for part in self.teachers])
-                patients[patient] = (len(rows), own.mean().item())
+                patients[hashed(patient)] = (len(rows), own.mean().item())
         lot = torch.Generator().manual_seed(0)
         count = len(features)
         shuffled = [features[torch.randperm(count, generator=lot)] for _ in range(ORDERS)]
