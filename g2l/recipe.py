@@ -161,14 +161,15 @@ class Distiller(nn.Module):
         """One term of the loss to teacher `number`."""
         if kind == "relation":
             return relation(student.whole, teacher.whole)
-        if kind == "patch-cosine":
+        if kind == "patch-cosine" and self.patch_projector is not None:
             projector = self.patch_projector.split(self.cells, 1)[number]
             return _plain_cosine(student.rows("patch"), projector, teacher.rows("patch"))
         tokens = self.args.tokens
-        own = []
-        for part in (self.projector, self.scale, self.shift):
-            own.append(None if part is None else part.split(self.widths, -1)[number])
-        return self._of_rows(kind, student.rows(tokens), teacher.rows(tokens), *own)
+        projector = self.projector.split(self.widths, 1)[number]
+        affine = []
+        for part in (self.scale, self.shift):
+            affine.append(None if part is None else part.split(self.widths)[number])
+        return self._of_rows(kind, student.rows(tokens), teacher.rows(tokens), projector, *affine)
 
     def _of_rows(
         self,

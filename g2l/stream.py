@@ -227,7 +227,8 @@ class Heldout:
         for patient in sorted(set(self.patients)):
             rows = np.flatnonzero(names == patient)
             if len(rows) >= 4:
-                own = kernels.cka([features[rows]], [part[rows] for part in self.teachers])
+                theirs = [part[rows] for part in self.teachers]
+                own, _ = kernels.cka([features[rows]], theirs, estimator="both")
                 patients[hashed(patient)] = (len(rows), own.mean().item())
         lot = torch.Generator().manual_seed(0)
         count = len(features)

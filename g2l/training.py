@@ -277,9 +277,9 @@ class Training:
         nets = [student]
         if args.keep_projector:
             # Standardised over patches that were trained on.
-            patches = (4 * args.eval_patches, args.crop, args.seed, [], args.batch_size)
-            images = Heldout(index, ~held, *patches).images
-            nets.append(projected(self.step.distiller, images, args.batch_size))
+            count = 4 * args.eval_patches
+            seen = Heldout(index, ~held, count, args.crop, args.seed, [], args.batch_size)
+            nets.append(projected(self.step.distiller, seen.images, args.batch_size))
         try:
             for name, net in zip(run.exports, nets, strict=True):
                 run_name = name.replace("student", run.folder.name)
