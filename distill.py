@@ -341,25 +341,30 @@ def flag_of(name: str) -> str:
 
 
 def check(args: Namespace) -> None:
-    """Raise UserError for a number that cannot be."""
+    """Raise UserError for a number that cannot be, and for flags that do not go together."""
     for name, value in vars(args).items():
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
             text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
             raise UserError(text)
+    if args.hold_out > 0.5:
+        raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
+    weights = args.teacher_weight
+    if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
+        raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")
     parse_views(args.student_view)
+    check_tokens(args)
+
+
+def check_tokens(args: Namespace) -> None:
+    """Raise UserError where what is compared does not go with other flags."""
     if args.tokens != "cls" and args.teacher_center != "none":
         raise UserError("--teacher-center is of embeddings; take --tokens cls")
     if is_dense(args) and args.teacher_cache:
         raise UserError("--teacher-cache keeps embeddings; take --tokens cls and no patch-cosine")
     if args.tokens == "patch" and args.keep_projector:
         raise UserError("--keep-projector: with --tokens patch it is not of the embedding")
-    if args.hold_out > 0.5:
-        raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
-    weights = args.teacher_weight
-    if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
-        raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")
     if args.sync and list(parse_terms(args.loss)) != ["logsum"]:
         raise UserError("--sync: only --loss logsum is computed over all ranks")
 

@@ -29,26 +29,31 @@ def hashed(name: str) -> str:
     return hashlib.sha256(name.upper().encode()).hexdigest()[:16]
 
 
-def card(config: Mapping) -> str:
-    """README.md of a student whose config.json says `config`."""
-    about = config["g2l"]
-    facts = config["card"]
+def _header(about: Mapping) -> dict:
+    """What the hub reads, of a student whose metadata are `about`."""
     teachers = [find(name) for name in about["teacher"].split(PLUS)]
     student = find(about["student"])
     entries = [REGISTRY[name] for name in (student, *teachers) if name]
     # The student's own weights' licence, where no teacher's stands against it.
     free = student and all(name and REGISTRY[name].teaches for name in teachers)
     licence = entries[0].licence.lower() if free else ""
-    header = {
+    return {
         "library_name": "timm",
         "pipeline_tag": "image-feature-extraction",
         "license": licence if licence in ("apache-2.0", "mit") else "other",
         "tags": ["timm", "pathology", "knowledge-distillation"],
         "base_model": [entry.hub for entry in entries],
     }
+
+
+def card(config: Mapping) -> str:
+    """README.md of a student whose config.json says `config`."""
+    about = config["g2l"]
+    facts = config["card"]
+    header = [f"{key}: {json.dumps(value)}" for key, value in _header(about).items()]
     of = f"{about['student']}, distilled from {about['teacher']} on the cohort {about['cancer']} in"
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"]
-    lines += ["", f"# {about['run']}", "", f"{of} {about['steps']} steps.", "", LOAD]
+    lines = ["---", *header, "---", "", f"# {about['run']}", ""]
+    lines += [f"{of} {about['steps']} steps.", "", LOAD]
     if config["num_classes"]:
         given = f"It gives {config['num_classes']} projected features, each standardised"
         lines += ["", f"{given}; CKA below is of its own {config['num_features']} before them."]
@@ -60,7 +65,7 @@ def card(config: Mapping) -> str:
     )
     lines += ["Patients, each as the first 16 digits of the SHA-256 of its name in capitals:", ""]
     lines += [f"- {hashed(patient)}" for patient in about["patients"]]
-    lines += ["", f"## {facts['measure']} to the teacher", "", "| step | CKA |", "|---|---|"]
+    lines += ["", f"## To the teacher: {facts['measure']}", "", "| step | CKA |", "|---|---|"]
     lines += [f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]]
     lines += ["", "| patient | patches | CKA at the end |", "|---|---|---|"]
     for patient, (count, cka) in facts["patients"].items():

@@ -543,21 +543,20 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     )
 
 
-def check_weights(name: str | None, path: str | None, args: argparse.Namespace) -> None:
-    """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not.
-
-    Of a student's folder, its card and config.json must agree with them. Without a name, say which
-    models a file fits.
-    """
-    if name is None and path and is_student(Path(path)):
+def check_nameless(path: str, args: argparse.Namespace) -> None:
+    """Say which models a weight file fits; of a student's folder, that its parts agree."""
+    if is_student(Path(path)):
         check_card(Path(path))
-        name, path = path, None
-    if name is None:
-        fits = identify(read_weights(weight_file(str(path))))
-        if not fits:
-            raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
-        print(f"{path}: fits {' and '.join(fits)}")
+        check_weights(path, None, args)
         return
+    fits = identify(read_weights(weight_file(path)))
+    if not fits:
+        raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
+    print(f"{path}: fits {' and '.join(fits)}")
+
+
+def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None:
+    """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not."""
     start = time.perf_counter()
     if path is None and (known := find(name)):
         path = str(hub_file(REGISTRY[known].hub))
@@ -590,7 +589,8 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument(
         "--check",
         metavar="WEIGHTS",
-        help="does this file or folder hold the weights of NAME? Without NAME: of which models?",
+        help="does this file or folder hold the weights of NAME? Without NAME: of which models? "
+        "Of a student's folder: do its model card, weights and config.json agree?",
     )
     act.add_argument("--speed", nargs="*", metavar="NAME", help="measure images a second and MFU")
     side = "side of the input in pixels, if not the published one"
@@ -612,7 +612,9 @@ def run(args: argparse.Namespace) -> int:
     if args.weights and not args.names:
         raise UserError(f"--weights {args.weights[0]}: of which model? Name it before")
     given = parse_weights(args.weights, args.names)
-    for name in args.names or [None] * bool(args.check):
+    if args.check and not args.names:
+        check_nameless(args.check, args)
+    for name in args.names:
         check_weights(name, args.check or given[name], args)
     if not args.names and not args.check:
         print(table() + "\n" + NOTES)
