@@ -82,7 +82,9 @@ def export(student: Path, tool: str, folder: Path) -> Path:
         embedding = config["embedding"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{student}: no student of distill.py is in this folder") from None
-    if embedding == "cls+mean":
+    if tool == "eva" and config["num_classes"]:
+        embedding = "projected"
+    if embedding in ("cls+mean", "projected"):
         raise UserError(
             f"{student}: its embedding is {embedding}, and {tool} takes the network's own pooling"
         )
