@@ -152,6 +152,7 @@ def test_patches_of_unlike_grids_lie_where_they_are_in_the_image():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more, pair",
     [
