@@ -7,7 +7,7 @@
 One step: a batch of patches -> one random crop, flips, colour jitter and blur per patch -> the
 frozen teacher and the student see the same crop, each in its own normalisation -> the student's
 embedding goes through a linear projector to the teacher's width -> batch norm on both ->
-log(sum |difference|^4). The projector is dropped afterwards: runs/NAME/student is the bare student.
+log(sum |difference|^4). runs/NAME/student is the bare student, without the projector.
 Kill it at any moment and run the same command again: it goes on where it was. SIGTERM, Ctrl-C and
 SIGUSR1 (SLURM's --signal; torchrun needs --signals-to-handle=SIGTERM,SIGINT,SIGUSR1) write a
 checkpoint first. With torchrun's --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: new
@@ -22,47 +22,50 @@ import math
 import re
 import signal
 import sys
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from g2l.arguments import Help
-from g2l.augment import BLUR_SIZE, augment
+from g2l.augment import BLUR_SIZE
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
     default_workers,
-    describe_device,
     pick_precision,
 )
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status
-from g2l.models import Model, load_model, save_student
+from g2l.models import Model, load_model
 from g2l.patches import PatchIndex
-from g2l.progress import Progress
 from g2l.ranks import (
     Signals,
     Stopped,
     agree,
-    any_rank,
     end_workers,
     exit_process,
-    gather_values,
     leave_distributed,
     rank_and_world,
     setup_distributed,
 )
-from g2l.recipe import LOSSES, Step, StopRule, build, cosine
+from g2l.recipe import (
+    BESIDE,
+    LOSSES,
+    Step,
+    build,
+    is_dense,
+    joined,
+    parse_terms,
+    set_targets,
+)
 from g2l.registry import licence_note
-from g2l.runs import Readings, Run, checksums, describe_setting, identify
+from g2l.runs import Run, identify
 from g2l.speed import matmul_ceiling
-from g2l.stream import Batches, Heldout, load, open_cohort
+from g2l.stream import Batches, load, open_cohort
 from g2l.sweep import run_name, trials, write_sweep
-from g2l.teacher_cache import TeacherCache, stream_key
-from g2l.views import VIEWS, StudentView, parse_views, slide_means
+from g2l.training import Training
+from g2l.views import VIEWS, parse_views
 from g2l.weights import parse_weights
 
 
@@ -71,7 +74,8 @@ def distill(args: Namespace) -> int:
     rank, world, device = setup_distributed(args.device)
     folder = Path(args.runs) / (args.name or default_name(args))
     words = {name: flag_of(name) for name in vars(args)}
-    run = Run(folder, args.keep, rank == 0, words)
+    exports = ["student", "student-projected"][: 1 + args.keep_projector]
+    run = Run(folder, args.keep, rank == 0, words, exports)
     with Signals() as signals, contextlib.closing(run):
         precision = pick_precision(args.precision, device)
         torch.backends.cudnn.benchmark = True
@@ -81,15 +85,15 @@ def distill(args: Namespace) -> int:
         identity |= {"ranks": world, "precision": str(precision).removeprefix("torch.")}
         if done := agree(run.finished(identity) if run.main else 0):
             if run.main:
-                print(f"{folder}: finished at step {done}; student: {folder / 'student'}")
+                print(f"{folder}: finished at step {done}; student: {folder / exports[-1]}")
             return 0
 
         index, held = check_cohort(args, world)
-        teacher, student = load_pair(args, device, precision)
-        distiller, flops = build(args, teacher, student)
-        identity |= identify(index, teacher, student)
+        teachers, student = load_models(args, device, precision)
+        distiller, flops = build(args, teachers, student)
+        identity |= identify(index, teachers, student)
         state = run.load(identity)
-        step = Step(teacher, distiller, args, device, precision, world)
+        step = Step(teachers, distiller, args, device, precision, world)
         set_targets(step, index, held, identity)
         training = Training(args, run, step, identity, matmul_ceiling(device, precision) / flops)
         if state:
@@ -107,260 +111,19 @@ def distill(args: Namespace) -> int:
             number = signals.number or signal.SIGTERM  # of another rank, if not of this one
             return tell_stopped(number, f"at step {training.done}")
         if run.main:
-            finish(training, index)
+            finish(training, index, held)
         return training.tell_unreadable()
 
 
-class Training:
-    """A run under way: what changes from step to step, and what is done with it.
-
-    `peak`: steps a second that this rank would take at the matmul ceiling. A checkpoint holds
-    `done`, `best`, `unreadable` and `ended` beside models, optimizer and stop rule.
-    """
-
-    def __init__(self, args: Namespace, run: Run, step: Step, identity: dict, peak: float):
-        self.args, self.run, self.step = args, run, step
-        self.identity, self.peak = identity, peak
-        self.rank, self.world = rank_and_world()
-        self.stop = StopRule(args.stop, args.stop_window, args.stop_patience, args.stop_min_steps)
-        self.readings = Readings(step.device, self.world)
-        self.images = self.world * args.accumulate * args.batch_size  # of a step, on all ranks
-        self.done = 0  # steps
-        self.best: dict = {}  # CKA: the best and its step, the one before training, the last
-        self.unreadable = 0  # patches of this rank
-        self.ended = ""  # why, before the last step
-        self.random: dict = {}
-        self.config: dict = {}
-        self.progress = Progress(args.max_steps, "step", shown=False)
-        self.saved = time.monotonic()
-
-    def resume(self, state: dict) -> None:
-        """Go on from a checkpoint."""
-        self.step.distiller.load_state_dict(state["distiller"])
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self.stop.load_state_dict(state["stop"])
-        self.done, self.best, self.ended = state["step"], state["best"], state["ended"]
-        self.unreadable = state["unreadable"][self.rank]
-        self.random = state["random"][self.rank]
-        if self.run.main:
-            print(f"going on from step {self.done} of {self.run.folder}", flush=True)
-
-    def begin(self, index: PatchIndex, held: np.ndarray) -> None:
-        """On rank 0: look at the room on the disk, write config.json, draw the patches held out."""
-        args, run, distiller = self.args, self.run, self.step.distiller
-        weights = sum(value.nbytes for value in distiller.state_dict().values())
-        # AdamW keeps two numbers a weight; while a checkpoint is written, one more is there.
-        run.check_room(3 * weights * (args.keep + 1) + weights)
-        device = describe_device(self.step.device)
-        cohort = {"slides": len(index.slides), "patches": len(index), "patients": index.patients}
-        cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
-        self.config = {"arguments": vars(args), "identity": self.identity, "device": device}
-        self.config |= {**describe_setting(), "cohort": cohort}
-        run.write_config(self.config)
-        run.cut_log(self.done)
-        teacher, student = self.step.teacher, distiller.student
-        self.heldout = Heldout(
-            index, held, args.eval_patches, args.crop, args.seed, teacher, args.batch_size
-        )
-        print(
-            f"{run.folder}: {teacher.name} ({teacher.parameters_count / 1e6:,.1f} M) into "
-            f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
-            f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
-            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
-            flush=True,
-        )
-
-    @property
-    def over(self) -> bool:
-        """Whether the last step is taken."""
-        return self.done == self.args.max_steps or bool(self.ended)
-
-    def go_on(self, stream: Iterator, signals: Signals) -> bool:
-        """Train to the end, or to a signal (True). The last thing done is a checkpoint."""
-        args = self.args
-        every = args.eval_every or max(1, min(500, args.max_steps // 10))
-        if self.done == 0:
-            self.measure()
-        self.progress = Progress(args.max_steps, "step", self.done, interval=5, shown=self.run.main)
-        self.seed()
-        signals.hold()
-        caught = False
-        while not self.over:
-            batches = self.fetch(stream, signals)
-            due, caught = any_rank([self.is_due(), not batches])
-            if caught:
-                break
-            self.readings.send(self.step(batches, *self.schedule(self.done)))
-            self.done += 1
-            self.collect(everything=due or self.done == args.max_steps)
-            if self.over or self.done % every == 0:
-                self.measure()
-            if due and not self.over:
-                self.save()
-        self.save()
-        self.progress.close()
-        if self.run.main:
-            self.run.draw_loss()
-        return caught
-
-    def is_due(self) -> bool:
-        """Whether a checkpoint follows the next step, by steps or by time; rank 0 has the clock."""
-        every, minutes = self.args.checkpoint_steps, (time.monotonic() - self.saved) / 60
-        by_steps = every > 0 and (self.done + 1) % every == 0
-        return self.run.main and (by_steps or minutes > self.args.checkpoint_minutes > 0)
-
-    def seed(self) -> None:
-        """Set the random numbers of the steps, last of all before them.
-
-        So nothing of the start, which a resumed run repeats, draws from their stream.
-        """
-        torch.manual_seed(self.args.seed + self.rank)
-        if self.random:
-            torch.set_rng_state(self.random["cpu"])
-            if self.readings.cuda and self.random["cuda"] is not None:
-                torch.cuda.set_rng_state(self.random["cuda"])
-
-    def schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and weight decay of the step after `step` steps."""
-        args = self.args
-        return (
-            cosine(args.lr, args.lr_end, step, args.max_steps),
-            cosine(args.weight_decay, args.weight_decay_end, step, args.max_steps),
-        )
-
-    def fetch(self, stream: Iterator, signals: Signals) -> list:
-        """The micro-batches of the next step; none where a signal came, also while waiting.
-
-        Raises UserError where too many patches cannot be read.
-        """
-        batches, failures = [], []
-        try:
-            with signals.raising():
-                for _ in range(self.args.accumulate):
-                    images, params, unreadable = next(stream)
-                    failures += unreadable
-                    batches.append((images, params))
-        except Stopped:
-            return []
-        if failures:
-            self.note_unreadable(failures)
-        if self.done == 0 and self.run.main:
-            images, params = batches[0]
-            crops = augment(images, self.args.crop, params)
-            seen = [self.step.view(crops, params)] if self.step.view else []
-            self.run.draw_sheet(images / 255, crops, *seen)
-        return batches
-
-    def note_unreadable(self, failures: list[str]) -> None:
-        """Write down the patches that could not be read, and stop where they are too many."""
-        path = self.run.folder / "unreadable.txt"
-        with open(path, "a") as file:
-            file.writelines(f"{line}\n" for line in failures)
-        self.unreadable += len(failures)
-        drawn = (self.done + 1) * self.args.accumulate * self.args.batch_size
-        if self.unreadable > max(10, self.args.max_unreadable * drawn):
-            raise UserError(
-                f"{self.unreadable} of {drawn} patches could not be read, the last: "
-                f"{failures[-1]}; {path} has all. Mend them or raise --max-unreadable"
-            )
-
-    def collect(self, everything: bool = False) -> None:
-        """Take the numbers that have arrived: guard, ask the stop rule, log.
-
-        Raises UserError where loss or gradient is no number.
-        """
-        rate, lines = self.progress.rate, []
-        for loss, norm, spread in self.readings.receive(everything):
-            step = self.stop.steps + 1
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {step}: the loss is {loss} and the gradient norm {norm}. The last "
-                    "checkpoint is older; lower --lr, set --grad-clip 1 or take --precision fp32, "
-                    "under another --name"
-                )
-            if self.stop.update(loss) and not self.ended:
-                self.ended = f"stop rule ({self.args.stop}) at step {step}"
-            lr, weight_decay = self.schedule(step - 1)
-            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
-            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
-            row["images_per_second"] = round(rate * self.images, 2)
-            row["mfu"] = round(rate / self.peak, 4)
-            lines.append(row)
-        if self.run.main and lines:
-            self.run.log(lines)
-            speed = f"{rate * self.images:.1f} img/s, MFU {rate / self.peak:.0%}"
-            text = f"loss {loss:.4f}, lr {lr:.2e}, {speed}"
-            self.progress.step(step - self.progress.done, text)
-
-    def measure(self) -> None:
-        """On rank 0: CKA of the student to the teacher on the patches held out."""
-        if not self.run.main:
-            return
-        result = self.heldout.measure(self.step.distiller.student)
-        if result["spread"] < 1e-6:
-            raise UserError(
-                f"step {self.done}: the student gives the same features for every patch, so there "
-                "is nothing to learn from; check --weights of the student, or lower --lr"
-            )
-        cka = result["cka"]
-        if cka > self.best.get("cka", -math.inf):
-            self.best |= {"cka": cka, "step": self.done}
-        self.best.setdefault("before", cka)
-        self.best["last"] = cka
-        self.run.log([{"step": self.done, **result}])
-        self.progress.note(f"step {self.done}: {self.heldout.name} to the teacher {cka:.4f}")
-
-    def save(self) -> None:
-        """Write a checkpoint, once all losses up to it are known to be finite."""
-        self.collect(everything=True)
-        cuda = torch.cuda.get_rng_state() if self.readings.cuda else None
-        random = gather_values({"cpu": torch.get_rng_state(), "cuda": cuda})
-        unreadable = gather_values(self.unreadable)
-        self.saved = time.monotonic()
-        if self.run.main:
-            self.run.save(
-                {
-                    "step": self.done,
-                    "identity": self.identity,
-                    "distiller": self.step.distiller.state_dict(),
-                    "optimizer": self.step.optimizer.state_dict(),
-                    "stop": self.stop.state_dict(),
-                    "best": self.best,
-                    "random": random,
-                    "unreadable": unreadable,
-                    "ended": self.ended,
-                }
-            )
-
-    def tell_unreadable(self) -> int:
-        """The exit status: 1 where patches were replaced, which is said."""
-        total = sum(gather_values(self.unreadable))
-        if total and self.run.main:
-            print(
-                f"{total} patches could not be read and were replaced, which the exit status tells "
-                f"too; they are named in {self.run.folder / 'unreadable.txt'}"
-            )
-        return int(total > 0)
-
-
-def finish(training: Training, index: PatchIndex) -> None:
+def finish(training: Training, index: PatchIndex, held: np.ndarray) -> None:
     """Export the student and say where it is."""
-    args, run, best = training.args, training.run, training.best
-    folder, done = run.folder / "student", training.done
-    metadata = {name: getattr(args, name) for name in ("teacher", "student", "cancer", "loss")}
-    metadata |= {"run": run.folder.name, "steps": done}
-    metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
-    metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
-    because = training.ended or "--max-steps"
-    try:
-        save_student(training.step.distiller.student, folder, metadata=metadata)
-        finished = {"step": done, "because": because, "best": best, "student": checksums(folder)}
-        run.write_config({**training.config, "finished": finished})
-    except OSError as error:
-        raise UserError(f"{folder}: not written ({error})", "export") from None
+    run, best = training.run, training.best
+    training.export(index, held)
+    folder = run.folder / run.exports[-1]
     print(
         f"{training.ended or 'done'}: {training.heldout.name} to the teacher {best['before']:.4f} "
-        f"before and {best['last']:.4f} after {done} steps\nloss curve: {run.folder / 'loss.png'}; "
+        f"before and {best['last']:.4f} after {training.done} steps\n"
+        f"loss curve: {run.folder / 'loss.png'}; "
         f"patches as the models see them: {run.folder / 'augmented.png'}\nstudent: {folder}",
         flush=True,
     )
@@ -377,26 +140,16 @@ def finish(training: Training, index: PatchIndex) -> None:
 
 def recipe_of(args: Namespace) -> dict:
     """What is computed, as far as the command line says."""
-    names = vars(add_flags(ArgumentParser(), RECIPE).parse_args([]))
-    return {name: getattr(args, name) for name in names}
+    identity = {}
+    for name in vars(add_flags(ArgumentParser(), RECIPE).parse_args([])):
+        value = getattr(args, name)
+        identity[name] = joined(value) if isinstance(value, list) else value
+    return identity
 
 
 def default_name(args: Namespace) -> str:
     """Cancer and student, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", f"{args.cancer}-{Path(args.student).name}")
-
-
-def set_targets(step: Step, index: PatchIndex, held: np.ndarray, identity: dict) -> None:
-    """What the student sees and what it has to match, where that is not the paper's."""
-    args, teacher = step.args, step.teacher
-    if kinds := parse_views(args.student_view):
-        step.view = StudentView(kinds, args.seed, index, ~held)
-    if args.teacher_center == "slide":
-        means = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
-        step.centres = means.to(step.device)
-    if args.teacher_cache:
-        key = agree(stream_key(identity))  # rank 0 alone knows all of the identity
-        step.cache = TeacherCache(Path(args.teacher_cache), key, teacher.dim)
 
 
 # ---- cohort and models -------------------------------------------------------------------
@@ -422,34 +175,41 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         kept = f"{int(held.sum())} slides held out to measure CKA"
         if not held.any():  # --hold-out 0, or fewer than 4 patients
             kept = "none held out, so CKA is measured on slides that are trained on"
+        notes = "".join(map(licence_note, args.teacher))
         print(
             f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}{licence_note(args.teacher)}",
+            f"slides of {len(index.patients)} patients; {kept}{notes}",
             flush=True,
         )
     return index, held
 
 
-def load_pair(args: Namespace, device: torch.device, precision: torch.dtype) -> tuple[Model, Model]:
-    """Teacher, frozen, with weights in the precision of its products; student in fp32."""
-    weights = parse_weights(args.weights, [args.teacher, args.student])
+def load_models(
+    args: Namespace, device: torch.device, precision: torch.dtype
+) -> tuple[list[Model], Model]:
+    """Teachers, frozen, with weights in the precision of their products; student in fp32."""
+    weights = parse_weights(args.weights, [*args.teacher, args.student])
     options = {"device": device, "input_size": args.crop}
-    teacher = load_model(args.teacher, weights[args.teacher], dtype=precision, **options)
+    teachers = []
+    for name in args.teacher:
+        teacher = load_model(name, weights[name], dtype=precision, **options)
+        teachers.append(teacher.requires_grad_(False))
     student = load_model(args.student, weights[args.student], dtype=torch.float32, **options)
-    return teacher.requires_grad_(False), student.train()
+    return teachers, student.train()
 
 
 # ---- the command -------------------------------------------------------------------------
 
 
 # Flags that say what is computed: a run that goes on must have those it was begun with. (flag,
-# default, help, choices); the type is that of the default, and False makes a switch.
+# default, help, choices); the type is that of the default, False makes a switch, a list takes more.
 NORMALIZE = ("both", "student", "student-affine", "none")
 STOP = ("consecutive", "cumulative", "off")
 RECIPE = {
     "what": [
         ("--cancer", "brca", "cohort: the name given to tile.py"),
-        ("--teacher", "h-optimus-0", "a name that g2l.models lists, timm:NAME, or a folder"),
+        ("--teacher", ["h-optimus-0"], "names that g2l.models lists, timm:NAME, or folders"),
+        ("--teacher-weight", [1.0], "how much each teacher's loss counts; one number: for all"),
         ("--student", "hibou-l", "a name of the same kinds"),
         ("--max-slides", 0, "train on so many slides, drawn by --seed; 0: on all"),
     ],
@@ -460,6 +220,7 @@ RECIPE = {
         ("--crop", 224, "side of the random crop, pixels; both models see it"),
         ("--lr", 1e-4, "learning rate at the start; random students want 1e-3"),
         ("--lr-end", 1e-6, "learning rate at the end"),
+        ("--warmup", 0, "steps over which the learning rate rises from 0"),
         ("--weight-decay", 0.05, "at the start"),
         ("--weight-decay-end", 0.5, "at the end"),
         ("--decay-all", False, "weight decay on 1-D parameters and tokens too"),
@@ -468,11 +229,16 @@ RECIPE = {
         ("--seed", 0, "of patches, augmentation, projector and held-out patients"),
     ],
     "loss": [
-        ("--loss", "logsum", "all but logsum are there for comparison", LOSSES),
+        (
+            "--loss",
+            ["logsum"],
+            "NAME or NAME:WEIGHT, summed: logsum (others are there for comparison: "
+            f"{', '.join(LOSSES[1:])}), and beside it {' and '.join(BESIDE)}",
+        ),
         ("--alpha", 4.0, "exponent of logsum and correlation; 2 learns faster in a short run"),
         ("--normalize", "both", "of projected student and teacher, by batch norm", NORMALIZE),
         ("--reduction", "batch", "log over the batch, or mean of a log per row", ("batch", "row")),
-        ("--tokens", "cls", "compare embeddings, or patch tokens too", ("cls", "all")),
+        ("--tokens", "cls", "compare embeddings, patch tokens, or both", ("cls", "patch", "all")),
         (
             "--student-view",
             "",
@@ -519,6 +285,12 @@ FREE = {
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),
         ("--checkpoint-steps", 0, "between checkpoints; 0: none by steps"),
         ("--keep", 2, "checkpoints kept, in case the newest is damaged"),
+        (
+            "--keep-projector",
+            False,
+            "leave NAME/student-projected too, which gives what the loss saw of the student: its "
+            "embedding projected to the teacher's width, standardised",
+        ),
     ],
 }
 
@@ -529,7 +301,9 @@ def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
         group = parser.add_argument_group(title)
         for flag, default, text, *choices in flags:
             how: dict = {"action": "store_true"}
-            if default is not False:
+            if isinstance(default, list):
+                how = {"type": type(default[0]), "nargs": "+"}
+            elif default is not False:
                 how = {"type": int if default is None else type(default)}
             if choices:
                 how["choices"] = choices[0]
@@ -567,24 +341,37 @@ def flag_of(name: str) -> str:
 
 
 def check(args: Namespace) -> None:
-    """Raise UserError for a number that cannot be."""
+    """Raise UserError for a number that cannot be, and for flags that do not go together."""
     for name, value in vars(args).items():
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
             text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
             raise UserError(text)
-    parse_views(args.student_view)
-    if args.tokens != "cls" and (args.teacher_cache or args.teacher_center != "none"):
-        text = "--teacher-cache and --teacher-center are of embeddings"
-        raise UserError(f"{text}; take --tokens cls")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
-    if args.sync and args.loss != "logsum":
-        raise UserError(f"--sync: only --loss logsum is computed over all ranks, not {args.loss}")
+    weights = args.teacher_weight
+    if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
+        raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")
+    parse_views(args.student_view)
+    check_tokens(args)
+
+
+def check_tokens(args: Namespace) -> None:
+    """Raise UserError where what is compared does not go with other flags."""
+    if args.tokens != "cls" and args.teacher_center != "none":
+        raise UserError("--teacher-center is of embeddings; take --tokens cls")
+    if is_dense(args) and args.teacher_cache:
+        raise UserError("--teacher-cache keeps embeddings; take --tokens cls and no patch-cosine")
+    if args.tokens == "patch" and args.keep_projector:
+        raise UserError("--keep-projector: with --tokens patch it is not of the embedding")
+    if args.sync and list(parse_terms(args.loss)) != ["logsum"]:
+        raise UserError("--sync: only --loss logsum is computed over all ranks")
 
 
 REMEDIES = MODEL_REMEDIES | {
+    "constant": "check --weights of the student, or lower --lr",
+    "diverged": "lower --lr, set --grad-clip 1 or take --precision fp32, under another --name",
     "export": "make room and run the same command again, which exports from the checkpoint",
     "held out": "raise --hold-out, or take --hold-out 0",
     "memory": "lower --batch-size, and raise --accumulate for as many patches a step",
@@ -593,7 +380,9 @@ REMEDIES = MODEL_REMEDIES | {
     "room": f"make room, or write elsewhere by --runs, and {GO_ON}",
     "stuck": f"is the storage of the slides still there? Take other --workers, and {GO_ON}",
     "shared": "--runs must be a folder that all machines share",
-    "tokens": "take --tokens cls, or a pair with equal patch size",
+    "tokens": "take --tokens cls or patch",
+    "head": "go without --keep-projector",
+    "unreadable": "mend them or raise --max-unreadable",
     "weights": "give them as --weights [NAME=]FILE, or take --weights random",
     "workers": f"{WORKERS}, and {GO_ON}",
 }

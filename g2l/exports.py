@@ -82,7 +82,9 @@ def export(student: Path, tool: str, folder: Path) -> Path:
         embedding = config["embedding"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{student}: no student of distill.py is in this folder") from None
-    if embedding == "cls+mean":
+    if tool == "eva" and config["num_classes"]:
+        embedding = "projected"
+    if embedding in ("cls+mean", "projected"):
         raise UserError(
             f"{student}: its embedding is {embedding}, and {tool} takes the network's own pooling"
         )
@@ -94,7 +96,7 @@ def export(student: Path, tool: str, folder: Path) -> Path:
         name=config["g2l"]["run"],
         architecture=config["architecture"],
         weights=f"local-dir:{place}",
-        width=config["num_features"],
+        width=config["num_classes"] or config["num_features"],
         place=place,
         kwargs=json.dumps(config["model_args"]),
         size=facts["input_size"][-1],

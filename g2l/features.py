@@ -412,9 +412,11 @@ def _cached(repository: str) -> list[Path]:
 
 
 def display(name: str) -> str:
-    """A model's short name: the run's name for runs/NAME/student, else the name itself."""
+    """A model's short name: the run's name for runs/NAME/student, NAME-projected where its
+    projector was kept, else the name itself."""
     path = Path(name)
-    return path.parent.name if path.name == "student" and path.parent.name else name
+    own = path.name in ("student", "student-projected") and path.parent.name
+    return path.name.replace("student", path.parent.name) if own else name
 
 
 def feature_key(about: dict, benchmark: Benchmark) -> str:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from g2l.arguments import Help, whole
+from g2l.card import card, check_card, is_student
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -94,6 +95,7 @@ class Model(nn.Module):
         self.is_vit = hasattr(net, "num_prefix_tokens")
         self.num_prefix_tokens = getattr(net, "num_prefix_tokens", 0)
         width = getattr(net, "head_hidden_size", None) or net.num_features
+        width = net.num_classes or width  # of a kept projector
         self.dim = 2 * net.num_features if embedding == "cls+mean" else width
         self.parameters_count = sum(p.numel() for p in net.parameters())
         self._mean: Tensor
@@ -157,8 +159,24 @@ class Model(nn.Module):
         if self.embedding != "cls+mean":
             with self.autocast(x):
                 return self.net(x)
-        tokens = Model.tokens(self, x)
-        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(1)], dim=-1)
+        return self.embed(Model.tokens(self, x))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """What the network's `forward_features` gives -> embedding (B, dim)."""
+        if self.embedding == "cls+mean":
+            means = features[:, self.num_prefix_tokens :].mean(1)
+            return torch.cat([features[:, 0], means], dim=-1)
+        with self.autocast(features):
+            return self.net.forward_head(features)
+
+    def grid(self, features: Tensor) -> Tensor:
+        """What the network's `forward_features` gives -> its patch tokens, or the cells of a
+        convolutional network's last map, where they lie in the image: (B, C, h, w)."""
+        if features.ndim == 3:
+            patches = features[:, self.num_prefix_tokens :].transpose(1, 2)
+            return patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
+        last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        return features.permute(0, 3, 1, 2) if last else features
 
     def autocast(self, x: Tensor) -> contextlib.AbstractContextManager:
         """This model's precision; with fp32 an autocast of the caller's stays in force."""
@@ -270,10 +288,10 @@ def blueprint(name: str, weights: str | None = None) -> Blueprint:
         folder = Path(name) if Path(name).is_dir() else Path(name).parent
         config = read_config(folder)
         folder = folder.resolve()
-        own = folder.parent.name if folder.name == "student" else folder.name
+        own = folder.parent.name if folder.name.startswith("student") else folder.name
         run = str(config["metadata"].get("run") or own)
         return Blueprint(run, **config, weights=weights or name)
-    if Path(name).name == "student":
+    if Path(name).name.startswith("student"):
         raise UserError(f"{name}: no such folder; distill.py makes it at the end of its run")
     close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.5)
     near = f"; did you mean {close[0]}?" if close else "."
@@ -345,7 +363,7 @@ def _network(plan: Blueprint) -> Network:
 
 
 def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
-    """The timm network without its classifier.
+    """The timm network without its classifier, but with the projector that a student has kept.
 
     Its weights are random and depend on the name alone, or timm's own from the hub, or, if `empty`
     is allowed and the network permits it, have no storage yet.
@@ -368,7 +386,8 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
     with torch.random.fork_rng(devices=[]), place, explained(repository):
         torch.manual_seed(zlib.crc32(plan.name.encode()))
         try:
-            return timm.create_model(architecture, pretrained=hub, num_classes=0, **plan.args)
+            args = {"num_classes": 0, **plan.args}
+            return timm.create_model(architecture, pretrained=hub, **args)
         except TypeError as error:
             how = f"timm {version} cannot build {architecture} with {plan.args}"
             raise UserError(f"{plan.name}: {how}: {error}") from None
@@ -395,7 +414,7 @@ def _randomize(net: Network, name: str) -> None:
 def _fill(net: Network, state: State, blame: str) -> None:
     """Load `state` (in any layout that `to_timm` knows) strictly, or say what differs."""
     state = _resampled(net, to_timm(state))
-    classifier = net.pretrained_cfg.get("classifier") or ()
+    classifier = () if net.num_classes else net.pretrained_cfg.get("classifier") or ()
     for prefix in [classifier] if isinstance(classifier, str) else classifier:
         # an embedding needs no classifier
         state = {k: v for k, v in state.items() if not k.startswith(prefix + ".")}
@@ -466,10 +485,13 @@ def _resize_input(net: Network, plan: Blueprint, size: int) -> None:
 KEPT = "input_size mean std interpolation crop_pct crop_mode fixed_input_size first_conv classifier"
 
 
-def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> None:
+def save_student(
+    model: nn.Module, folder: str | Path, *, metadata: dict, facts: dict | None = None
+) -> None:
     """Write `model` (a Model or its timm network) as a folder that timm and `load_model` read.
 
-    metadata is kept in config.json under "g2l" and comes back as `load_model(folder).metadata`.
+    metadata is kept in config.json under "g2l" and comes back as `load_model(folder).metadata`;
+    facts, for the model card (see g2l/card.py), are kept there under "card".
     """
     import safetensors.torch
 
@@ -478,7 +500,7 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
     cfg = net.pretrained_cfg
     config = {
         "architecture": cfg["architecture"],
-        "num_classes": 0,
+        "num_classes": net.num_classes,
         "num_features": net.num_features,
         "model_args": net._model_args,
         "pretrained_cfg": {key: cfg[key] for key in KEPT.split() if cfg.get(key) is not None},
@@ -492,11 +514,12 @@ def save_student(model: nn.Module, folder: str | Path, *, metadata: dict) -> Non
     with atomic(folder / "model.safetensors") as path:
         # safetensors' own save_file makes files that only their owner reads
         path.write_bytes(safetensors.torch.save(state))
-        about = {
-            "format": "pt",
-            "sha256": tensors_digest(path),
-        }  # checked when it is loaded
+        config["sha256"] = tensors_digest(path)
+        about = {"format": "pt", "sha256": config["sha256"]}  # checked when it is loaded
         path.write_bytes(safetensors.torch.save(state, about))
+    if facts:
+        config["card"] = facts
+        write_text(folder / "README.md", card(config))
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
@@ -520,17 +543,20 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     )
 
 
-def check_weights(name: str | None, path: str | None, args: argparse.Namespace) -> None:
-    """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not.
-
-    Without a name, say which models it fits.
-    """
-    if name is None:
-        fits = identify(read_weights(weight_file(str(path))))
-        if not fits:
-            raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
-        print(f"{path}: fits {' and '.join(fits)}")
+def check_nameless(path: str, args: argparse.Namespace) -> None:
+    """Say which models a weight file fits; of a student's folder, that its parts agree."""
+    if is_student(Path(path)):
+        check_card(Path(path))
+        check_weights(path, None, args)
         return
+    fits = identify(read_weights(weight_file(path)))
+    if not fits:
+        raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
+    print(f"{path}: fits {' and '.join(fits)}")
+
+
+def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None:
+    """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not."""
     start = time.perf_counter()
     if path is None and (known := find(name)):
         path = str(hub_file(REGISTRY[known].hub))
@@ -563,7 +589,8 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument(
         "--check",
         metavar="WEIGHTS",
-        help="does this file or folder hold the weights of NAME? Without NAME: of which models?",
+        help="does this file or folder hold the weights of NAME? Without NAME: of which models? "
+        "Of a student's folder: do its model card, weights and config.json agree?",
     )
     act.add_argument("--speed", nargs="*", metavar="NAME", help="measure images a second and MFU")
     side = "side of the input in pixels, if not the published one"
@@ -585,7 +612,9 @@ def run(args: argparse.Namespace) -> int:
     if args.weights and not args.names:
         raise UserError(f"--weights {args.weights[0]}: of which model? Name it before")
     given = parse_weights(args.weights, args.names)
-    for name in args.names or [None] * bool(args.check):
+    if args.check and not args.names:
+        check_nameless(args.check, args)
+    for name in args.names:
         check_weights(name, args.check or given[name], args)
     if not args.names and not args.check:
         print(table() + "\n" + NOTES)

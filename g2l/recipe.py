@@ -1,17 +1,21 @@
 """The recipe: what is compared, the losses, the schedules, the stop rule, and one step of training.
 
-`Distiller` is the student with its projector and loss, `build` makes it for a pair of models, and
-`Step` is what one optimisation step does with it and the teacher. `args` is the recipe, with the
-names that distill.py's flags have.
+`look` is what a model says of images, `Distiller` the student with its projectors and loss, `build`
+makes it for a student and its teachers, `Step` is what one optimisation step does with them, and
+`projected` is the student with its projector kept. `args` is the recipe, with the names that
+distill.py's flags have.
 """
 
+import copy
 import math
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,77 +23,217 @@ from torch import Tensor, nn
 import kernels
 from g2l.augment import Params, augment
 from g2l.errors import UserError
-from g2l.models import Model
-from g2l.ranks import rank_and_world
+from g2l.models import Model, Network
+from g2l.patches import PatchIndex
+from g2l.ranks import agree, rank_and_world
+from g2l.registry import PLUS
 from g2l.speed import flops_per_image
-from g2l.stream import feature_spread
-from g2l.teacher_cache import TeacherCache
+from g2l.stream import embeddings_of, feature_spread
+from g2l.teacher_cache import TeacherCache, stream_key
+from g2l.views import StudentView, parse_views, slide_means
 
-LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")
+LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")  # of rows, projected
+BESIDE = ("patch-cosine", "relation")  # terms that go beside one of them
 TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token")
 
 
-def token_rows(model: Model, images: Tensor, tokens: str) -> Tensor:
-    """float (B, 3, S, S) in [0, 1] -> the rows compared.
+def parse_terms(words: Sequence[str]) -> dict[str, float]:
+    """`NAME` or `NAME:WEIGHT`, once or more, as {name: weight}.
 
-    (B, dim), or with tokens="all" (B * (1 + patches), C). Of all tokens the first is the network's
-    own pooling (the class token, where that is its embedding), so that models without a class token
-    have one too; registers have no counterpart.
+    Raises UserError for another name, a weight that is none, and where no loss of rows is named,
+    without which a projector learns nothing.
+    """
+    terms: dict[str, float] = {}
+    for word in " ".join(words).split():
+        name, _, text = word.partition(":")
+        try:
+            weight = float(text or 1)
+        except ValueError:
+            weight = math.nan
+        if name not in LOSSES + BESIDE or name in terms or not 0 < weight < math.inf:
+            known = ", ".join(LOSSES + BESIDE)
+            raise UserError(f"loss {word}: expected NAME or NAME:WEIGHT, each once, of {known}")
+        terms[name] = weight
+    if not terms.keys() & set(LOSSES):
+        raise UserError(f"loss {' '.join(terms)}: goes beside one of {', '.join(LOSSES)}")
+    return terms
+
+
+def joined(values: Sequence) -> str:
+    """The values of a list as one text."""
+    return PLUS.join(map(str, values))
+
+
+def is_dense(args: Namespace) -> bool:
+    """Whether patch tokens are compared, too."""
+    return args.tokens != "cls" or "patch-cosine" in parse_terms(args.loss)
+
+
+class Said(NamedTuple):
+    """What a model says of B images."""
+
+    whole: Tensor  # (B, D): its embedding
+    patches: Tensor | None = None  # (B, n, C): its patch tokens, where they are compared
+
+    def rows(self, tokens: str) -> Tensor:
+        """The rows that a loss of rows compares: (B, D), (B * n, C) or (B * (1 + n), C)."""
+        if self.patches is None or tokens == "cls":
+            return self.whole
+        if tokens == "patch":
+            return self.patches.flatten(0, 1)
+        return torch.cat([self.whole[:, None], self.patches], 1).flatten(0, 1)
+
+
+def look(
+    model: Model, images: Tensor, args: Namespace, grid: tuple[int, int] | None = None
+) -> Said:
+    """float (B, 3, S, S) in [0, 1] -> what the model says of them.
+
+    Patch tokens (of a convolutional network: the cells of its last map) are resampled to `grid`,
+    bilinearly with antialias, where theirs is another. With tokens="all" the first row is the
+    network's own pooling (the class token, where that is its embedding), so that models without a
+    class token have one too; registers have no counterpart.
     """
     x = model.normalize(images)
-    if tokens == "cls":
-        return model(x)
-    out = model.tokens(x)
+    if not is_dense(args):
+        return Said(model(x))
     net: Any = model.net
     with model.autocast(x):
-        pooled = net.forward_head(out, pre_logits=True)
-    return torch.cat([pooled[:, None], out[:, model.num_prefix_tokens :]], 1).flatten(0, 1)
+        features = net.forward_features(x)
+        pooled = net.forward_head(features, pre_logits=True)
+    whole = pooled if args.tokens == "all" else model.embed(features)
+    cells = model.grid(features)
+    if grid and cells.shape[2:] != grid:
+        cells = F.interpolate(cells.float(), grid, mode="bilinear", antialias=True)
+    return Said(whole, cells.flatten(2).transpose(1, 2))
 
 
 class Distiller(nn.Module):
-    """The student, the projector to the teacher's width (linear, no bias), and their loss."""
+    """The student, a projector to each teacher's width (linear, no bias), and their loss.
 
-    def __init__(self, student: Model, width: int, teacher_width: int, args: Namespace):
+    The projectors lie side by side, as columns of one matrix; those of the term patch-cosine in a
+    second one. `width`, `widths`: of the rows of the student and of each teacher; `cells`: of their
+    patch tokens, the student's first; `grid`: rows and columns of the student's patches.
+    """
+
+    grid: tuple[int, int] | None = None
+
+    def __init__(
+        self,
+        student: Model,
+        width: int,
+        widths: Sequence[int],
+        args: Namespace,
+        cells: Sequence[int] = (),
+    ):
         super().__init__()
         self.student = student
         self.args = args
+        self.widths = list(widths)
+        self.terms = parse_terms(args.loss)
         several = args.sync and rank_and_world()[1] > 1
         self.group = torch.distributed.group.WORLD if several else None
         random = torch.Generator().manual_seed(args.seed)
-        uniform = torch.rand(width, teacher_width, generator=random) * 2 - 1
-        self.projector = nn.Parameter(uniform * width**-0.5)
+        total = sum(widths)
+        self.projector = _uniform(width, total, random)
         affine = args.normalize == "student-affine"
-        self.scale = nn.Parameter(torch.ones(teacher_width)) if affine else None
-        self.shift = nn.Parameter(torch.zeros(teacher_width)) if affine else None
+        self.scale = nn.Parameter(torch.ones(total)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(total)) if affine else None
+        self.patch_projector: nn.Parameter | None = None
+        self.cells = list(cells[1:])
+        if "patch-cosine" in self.terms:
+            self.patch_projector = _uniform(cells[0], sum(self.cells), random)
 
-    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Rows of the student (R, Ds) and of the teacher (R, Dt) -> scalar, fp32."""
+    def loss(self, student: Said, teachers: Sequence[Said]) -> Tensor:
+        """What student and teachers say of the same images -> scalar, fp32: terms and teachers
+        summed, each with its weight."""
+        weights = self.args.teacher_weight
+        total = torch.zeros((), device=student.whole.device)
+        for number, teacher in enumerate(teachers):
+            share = weights[number % len(weights)]
+            for kind, weight in self.terms.items():
+                total = total + share * weight * self._term(kind, student, teacher, number)
+        if self.args.tokens == "patch":  # several ranks wait for the gradient of every parameter
+            total = total + 0 * student.whole.sum()
+        return total
+
+    def _term(self, kind: str, student: Said, teacher: Said, number: int) -> Tensor:
+        """One term of the loss to teacher `number`."""
+        if kind == "relation":
+            return relation(student.whole, teacher.whole)
+        if kind == "patch-cosine" and self.patch_projector is not None:
+            projector = self.patch_projector.split(self.cells, 1)[number]
+            return _plain_cosine(student.rows("patch"), projector, teacher.rows("patch"))
+        tokens = self.args.tokens
+        projector = self.projector.split(self.widths, 1)[number]
+        affine = []
+        for part in (self.scale, self.shift):
+            affine.append(None if part is None else part.split(self.widths)[number])
+        return self._of_rows(kind, student.rows(tokens), teacher.rows(tokens), projector, *affine)
+
+    def _of_rows(
+        self,
+        kind: str,
+        student: Tensor,
+        teacher: Tensor,
+        projector: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        """Rows of the student (R, Ds) and of a teacher (R, Dt) -> one of LOSSES, fp32."""
         args = self.args
-        if args.loss == "logsum":
+        if kind == "logsum":
             return kernels.log_sum_loss(
                 student,
-                self.projector,
+                projector,
                 teacher,
                 alpha=args.alpha,
                 normalize=args.normalize,
                 reduction=args.reduction,
-                scale=self.scale,
-                shift=self.shift,
+                scale=scale,
+                shift=shift,
                 group=self.group,
             )
         with torch.autocast(student.device.type, enabled=False):
-            s = student.float() @ self.projector
+            s = student.float() @ projector
             t = teacher.float()
             if args.normalize != "none":
-                s = F.batch_norm(s, None, None, self.scale, self.shift, training=True, eps=1e-4)
+                s = F.batch_norm(s, None, None, scale, shift, training=True, eps=1e-4)
             if args.normalize == "both":
                 t = F.batch_norm(t, None, None, training=True, eps=1e-4)
-            return _compare(args.loss, s, t, args.alpha)
+            return _compare(kind, s, t, args.alpha)
 
-    def forward(self, images: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, teachers: Sequence[Said]) -> tuple[Tensor, Tensor]:
         """-> (loss, spread of the student's rows)."""
-        student = token_rows(self.student, images, self.args.tokens)
-        return self.loss(student, teacher), feature_spread(student)
+        student = look(self.student, images, self.args)
+        spread = feature_spread(student.rows(self.args.tokens))
+        return self.loss(student, teachers), spread
+
+
+def _uniform(width: int, columns: int, random: torch.Generator) -> nn.Parameter:
+    """A projector as nn.Linear would begin it."""
+    drawn = torch.rand(width, columns, generator=random) * 2 - 1
+    return nn.Parameter(drawn * width**-0.5)
+
+
+def _plain_cosine(student: Tensor, projector: Tensor, teacher: Tensor) -> Tensor:
+    """1 - the mean cosine of rows (R, Ds) @ projector and rows (R, Dt), not normalised before."""
+    with torch.autocast(student.device.type, enabled=False):
+        projected = student.float() @ projector
+        return 1 - F.cosine_similarity(projected, teacher.float()).mean()
+
+
+def relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far the images of a batch lie from one another, in the student's own space as in the
+    teacher's: rows (B, Ds) and (B, Dt) -> scalar.
+
+    Distance-wise relational distillation (Park et al., CVPR 2019): the Huber loss of Euclidean
+    distances, each over their mean.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        s = F.pdist(student.float())
+        t = F.pdist(teacher.float())
+        return F.smooth_l1_loss(s / s.mean(), t / t.mean())
 
 
 def _compare(kind: str, s: Tensor, t: Tensor, alpha: float) -> Tensor:
@@ -161,26 +305,33 @@ class StopRule:
         self.steps = state["steps"]
 
 
-def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, float]:
-    """The distiller for this pair, and the FLOPs of one step on one rank.
+def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[Distiller, float]:
+    """The distiller for this student and its teachers, and the FLOPs of one step on one rank.
 
     A backward pass is counted as two forward. Raises UserError where tokens cannot be compared.
     """
-    device = next(teacher.parameters()).device
+    models = [student, *teachers]
+    device = next(student.parameters()).device
     student.eval()
-    flops = flops_per_image(teacher) + 3 * flops_per_image(student)
+    flops = 2 * flops_per_image(student) + sum(map(flops_per_image, models))
     sample = torch.zeros(1, 3, args.crop, args.crop, device=device)
-    try:
+    widths = []
+    cells = []
+    for model in models:
         with torch.no_grad():
-            rows, teacher_width = token_rows(teacher, sample, args.tokens).shape
-            others, width = token_rows(student, sample, args.tokens).shape
-    except ValueError as error:  # no vision transformer
-        raise UserError(str(error), "tokens") from None
-    if rows != others:
-        text = f"for the same crop {args.teacher} has {rows} tokens and {args.student} {others}"
-        raise UserError(text, "tokens")
+            said = look(model, sample, args)
+        if said.patches is not None:
+            cells.append(said.patches.shape[-1])
+            if args.tokens == "all" and cells[-1] != said.whole.shape[-1]:
+                text = f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
+                raise UserError(f"{text} and its patch tokens {cells[-1]}", "tokens")
+        widths.append(said.rows(args.tokens).shape[-1])
+    distiller = Distiller(student, widths[0], widths[1:], args, cells).to(device)
+    if cells:
+        with torch.no_grad():
+            shape = student.grid(student.net.forward_features(sample)).shape
+        distiller.grid = (shape[2], shape[3])
     student.train()
-    distiller = Distiller(student, width, teacher_width, args).to(device)
     if distiller.group and device.type == "cuda":
         student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     distiller.requires_grad_(True)
@@ -188,11 +339,11 @@ def build(args: Namespace, teacher: Model, student: Model) -> tuple[Distiller, f
 
 
 class Step:
-    """Teacher, student and optimizer, and what a step does with them. It does not wait for them."""
+    """Teachers, student and optimizer, and what a step does with them. It waits for none."""
 
     def __init__(
         self,
-        teacher: Model,
+        teachers: Sequence[Model],
         distiller: Distiller,
         args: Namespace,
         device: torch.device,
@@ -200,17 +351,20 @@ class Step:
         world: int = 1,
     ):
         self.view: Callable[[Tensor, Params], Tensor] | None = None  # crops -> the student's
-        self.centres: Tensor | None = None  # (slides, width), taken off the targets of each slide
-        self.cache: TeacherCache | None = None  # of what the teacher says of each sample
-        self.teacher = teacher
+        # Of each teacher, where asked for: (slides, dim), taken off its targets by slide, and what
+        # is kept of what it says of each sample.
+        self.centres: list[Tensor] = []
+        self.caches: list[TeacherCache] = []
+        self.teachers = list(teachers)
         self.distiller = distiller
         self.args = args
         self.device = device
         self.autocast = precision == torch.bfloat16
         self.layout = torch.contiguous_format
-        if not (teacher.num_prefix_tokens and distiller.student.num_prefix_tokens):
+        models = [*teachers, distiller.student]
+        if not all(model.num_prefix_tokens for model in models):
             self.layout = torch.channels_last  # a third faster for convolutions, on a CPU too
-        for model in (teacher, distiller.student):
+        for model in models:
             model.to(memory_format=self.layout)
             if args.compile:
                 # Block by block: one short compilation serves all blocks, and DDP still overlaps
@@ -262,25 +416,69 @@ class Step:
         images = images.to(self.device, non_blocking=True)
         crops = augment(images, self.args.crop, params).contiguous(memory_format=self.layout)
         with torch.no_grad():
-            target = self._target(crops, params)
-            if self.centres is not None:
-                target = target - self.centres[params.slide.to(self.device)]
+            targets = [self._target(number, crops, params) for number in range(len(self.teachers))]
         seen = self.view(crops, params) if self.view else crops
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             model = self.parallel or self.distiller
-            return model(seen, target)
+            return model(seen, targets)
 
-    def _target(self, crops: Tensor, params: Params) -> Tensor:
-        """What the teacher says of the crops; from the cache, if there is one and it has them."""
-        if self.cache is None:
-            return token_rows(self.teacher, crops, self.args.tokens)
-        known = self.cache.get(params)
-        if known is None:
-            # Rounded as they are kept, so that the run that computes them and those that read them
-            # agree to the last digit.
-            known = token_rows(self.teacher, crops, self.args.tokens).half()
-            self.cache.put(params, known)
-        return known.to(self.device, non_blocking=True)
+    def _target(self, number: int, crops: Tensor, params: Params) -> Said:
+        """What a teacher says of the crops; from its cache, if there is one and it has them."""
+        known = self.caches[number].get(params) if self.caches else None
+        if known is not None:
+            said = Said(known.to(self.device, non_blocking=True))
+        else:
+            said = look(self.teachers[number], crops, self.args, self.distiller.grid)
+            if self.caches:
+                # Rounded as they are kept, so that the run that computes them and those that read
+                # them agree to the last digit.
+                said = Said(said.whole.half())
+                self.caches[number].put(params, said.whole)
+        if self.centres:
+            centre = self.centres[number][params.slide.to(self.device)]
+            said = said._replace(whole=said.whole - centre)
+        return said
+
+
+def set_targets(step: Step, index: PatchIndex, held: np.ndarray, identity: dict) -> None:
+    """What the student sees and what it has to match, where that is not the paper's."""
+    args = step.args
+    if kinds := parse_views(args.student_view):
+        step.view = StudentView(kinds, args.seed, index, ~held)
+    if args.teacher_center == "slide":
+        for teacher in step.teachers:
+            means = slide_means(teacher, index, args.crop, args.seed, args.batch_size)
+            step.centres.append(means.to(step.device))
+    if args.teacher_cache:
+        # Rank 0 alone knows all of the identity.
+        marks = agree(str(identity.get("teacher weights")).split())
+        for teacher, mark in zip(step.teachers, marks, strict=True):
+            key = agree(stream_key(identity | {"teacher weights": mark}))
+            step.caches.append(TeacherCache(Path(args.teacher_cache), key, teacher.dim))
+
+
+def projected(distiller: Distiller, images: Tensor, batch: int) -> Network:
+    """The student's network with the projector as its head, which gives the projected features,
+    standardised by their mean and spread over images (N, 3, S, S), uint8.
+
+    Raises UserError where timm's head for this network does not take the embedding.
+    """
+    student = distiller.student
+    features = embeddings_of(student, images, batch)
+    with torch.no_grad():
+        rows = features.double() @ distiller.projector.double()
+        spread = rows.std(0, correction=0) + 1e-6
+        net = copy.deepcopy(student.net).eval()
+        net.reset_classifier(rows.shape[1])
+        head = net.get_classifier()
+        if not isinstance(head, nn.Linear) or head.in_features != features.shape[1]:
+            raise UserError(
+                f"{student.name}: timm's head for it does not take its embedding", "head"
+            )
+        head.to(features.device)
+        head.weight.copy_((distiller.projector / spread).T)
+        head.bias.copy_(-rows.mean(0) / spread)
+    return net
 
 
 def _ordered_mean(_, bucket):

@@ -45,6 +45,8 @@ REGISTRY = {
     for name, facts in FACTS["models"].items()
 }
 
+PLUS = " + "  # between the names of several teachers
+
 # Benchmarks made of TCGA's slides, wholly or in part, whatever their images are called.
 TCGA = ("tils", "tp53", "tiger")
 
@@ -65,16 +67,23 @@ def find(name: object) -> str | None:
     return None
 
 
+def verdict(teacher: str) -> str:
+    """What the licence of a teacher says of students."""
+    known = find(teacher)
+    if known is None:
+        return f"{teacher} is not in the registry: read its licence before you share a student"
+    entry = REGISTRY[known]
+    rule = "does not forbid" if entry.teaches else "forbids"
+    return (
+        f"the licence of {known}, {entry.licence}, {rule} models trained on its outputs, as the "
+        f"student is; its terms: https://huggingface.co/{entry.hub}"
+    )
+
+
 def licence_note(teacher: str) -> str:
     """A line on a teacher whose licence forbids students, to be said before there is one."""
     known = find(teacher)
-    if known is None or REGISTRY[known].teaches:
-        return ""
-    entry = REGISTRY[known]
-    return (
-        f"\nnote: the licence of {known}, {entry.licence}, forbids models trained on its outputs, "
-        f"as the student will be; its terms: https://huggingface.co/{entry.hub}"
-    )
+    return "" if known is None or REGISTRY[known].teaches else f"\nnote: {verdict(teacher)}"
 
 
 def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[str]) -> list[str]:
@@ -87,7 +96,8 @@ def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[s
         return []
     notes = []
     for name, metadata in models.items():
-        for origin in (name, metadata.get("teacher"), metadata.get("student")):
+        teachers = str(metadata.get("teacher")).split(PLUS)
+        for origin in (name, *teachers, metadata.get("student")):
             known = find(origin)
             if known and REGISTRY[known].tcga:
                 of = "" if origin == name else f" comes from {known}, which"

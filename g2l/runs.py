@@ -15,7 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Run:
     """runs/NAME: one writer at a time.
 
     `keep`: checkpoints kept; `main`: whether this rank is the one that writes; `words`: how the
-    command spells the names of an identity. Raises UserError where another process trains this run.
+    command spells the names of an identity; `exports`: folders of students that it is to leave.
+    Raises UserError where another process trains this run.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Run:
         keep: int,
         main: bool,
         words: Mapping[str, str] | None = None,
+        exports: Sequence[str] = ("student",),
     ):
         self.folder = folder
+        self.exports = exports
         self.main = main
         self.words = words or {}
         self.board: Any = None  # TensorBoard's writer
@@ -180,14 +183,18 @@ class Run:
         Raises UserError where that start was told otherwise.
         """
         config = self.config()
-        student = checksums(self.folder / "student")
         finished = config.get("finished", {})
-        whole = "model.safetensors" in student and finished.get("student", student) == student
+        lost = []
+        for name in self.exports:
+            found = checksums(self.folder / name)
+            if "model.safetensors" not in found or finished.get(name, found) != found:
+                lost.append(str(self.folder / name))
+        whole = not lost
         done = finished["step"] if finished and whole else 0
         if config and (done or any(map(Path.exists, self.checkpoints))):
             self.refuse_changes(config["identity"], identity)
         if finished and not done:
-            text = f"{self.folder / 'student'}: missing or damaged; it is exported again"
+            text = f"{', '.join(lost)}: missing or damaged; exported again"
             print(text, file=sys.stderr, flush=True)
         return done
 
@@ -354,7 +361,7 @@ def describe_setting() -> dict:
     }
 
 
-def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
+def identify(index: PatchIndex, teachers: Sequence[Model], student: Model) -> dict:
     """The parts of a run's identity that take opening and loading: cohort and weights.
 
     Rank 0's only: it alone compares and writes, and a giant's fingerprint takes a while.
@@ -365,7 +372,7 @@ def identify(index: PatchIndex, teacher: Model, student: Model) -> dict:
     return {
         "cohort": digest(index.slides, index.patient, index.counts.tolist(), index.patch_size),
         "settings of tile.py": digest([rows[name].get("settings") for name in index.slides]),
-        "teacher weights": teacher.fingerprint,
+        "teacher weights": " ".join(teacher.fingerprint for teacher in teachers),
         "student weights": student.fingerprint,
     }
 

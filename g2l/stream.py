@@ -4,7 +4,7 @@
 `hold_out` keeps patients back, and `Heldout` measures the student on their patches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from torch import Tensor
 import kernels
 from g2l import ranks
 from g2l.augment import Params, draw_params
+from g2l.card import hashed
 from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.models import Model
 from g2l.patches import PatchIndex
 
+ORDERS = 20  # of which the chance of CKA is the mean
 ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
@@ -133,15 +135,16 @@ def open_cohort(
 
 def read_centres(
     index: PatchIndex, chosen: list[int], crop: int
-) -> tuple[list[np.ndarray], list[str]]:
-    """The patches, centre-cropped to (crop, crop, 3), and texts of those that cannot be read."""
+) -> tuple[dict[int, np.ndarray], list[str]]:
+    """The patches by number, centre-cropped to (crop, crop, 3), and texts of those that cannot be
+    read."""
     margin = (index.patch_size - crop) // 2
     inside = slice(margin, margin + crop)
-    patches = []
+    patches = {}
     unreadable = []
     for i in chosen:
         try:
-            patches.append(index.read(i)[inside, inside])
+            patches[i] = index.read(i)[inside, inside]
         except PatchError as error:
             unreadable.append(str(error))
     return patches, unreadable
@@ -161,7 +164,7 @@ def embeddings_of(model: Model, images: Tensor, batch: int) -> Tensor:
 
 
 class Heldout:
-    """Fixed patches of held-out patients, centre-cropped, and what the teacher says of them.
+    """Fixed patches of held-out patients, centre-cropped, and what each teacher says of them.
 
     The yardstick of a run. Without held-out slides the patches are of those that are trained on.
     """
@@ -173,7 +176,7 @@ class Heldout:
         count: int,
         crop: int,
         seed: int,
-        teacher: Model,
+        teachers: Sequence[Model],
         batch: int,
     ):
         counts = np.asarray(index.counts)
@@ -188,25 +191,51 @@ class Heldout:
             mend = "moved" if unreadable else "held out"
             text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
             raise UserError(text, mend)
-        self.images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
+        stacked = np.stack(list(patches.values()))
+        self.images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        self.patients = [str(index.patient[index.locate(i)[0]]) for i in patches]
         self.batch = batch
         self.name = "held-out CKA" if held.any() else "CKA on training slides"
-        self.teacher = self.features(teacher)
+        self.teachers = [self.features(teacher) for teacher in teachers]
 
     def features(self, model: Model) -> Tensor:
         """float32 (N, dim) embeddings of the patches."""
         return embeddings_of(model, self.images, self.batch)
 
     def measure(self, student: Model) -> dict[str, float]:
-        """Unbiased and biased linear CKA of the student to the teacher, and `feature_spread`."""
+        """Unbiased and biased linear CKA of the student to the teacher, and `feature_spread`; of
+        several teachers the mean, and each."""
         features = self.features(student)
-        unbiased, biased = kernels.cka([features], [self.teacher], estimator="both")
+        unbiased, biased = kernels.cka([features], self.teachers, estimator="both")
         spread = feature_spread(features)
-        return {
-            "cka": unbiased.item(),
-            "cka_biased": biased.item(),
+        found = {
+            "cka": unbiased.mean().item(),
+            "cka_biased": biased.mean().item(),
             "spread": spread.item(),
         }
+        if len(self.teachers) > 1:
+            found |= {f"cka_{i}": value for i, value in enumerate(unbiased.flatten().tolist(), 1)}
+        return found
+
+    def proof(self, student: Model) -> dict:
+        """Of each patient, hashed, with enough patches their number and unbiased CKA (`patients`),
+        and of the student's rows in `ORDERS` random orders the mean and largest unbiased CKA and
+        the mean biased one (`floor`)."""
+        features = self.features(student)
+        names = np.array(self.patients)
+        patients = {}
+        for patient in sorted(set(self.patients)):
+            rows = np.flatnonzero(names == patient)
+            if len(rows) >= 4:
+                theirs = [part[rows] for part in self.teachers]
+                own, _ = kernels.cka([features[rows]], theirs, estimator="both")
+                patients[hashed(patient)] = (len(rows), own.mean().item())
+        lot = torch.Generator().manual_seed(0)
+        count = len(features)
+        shuffled = [features[torch.randperm(count, generator=lot)] for _ in range(ORDERS)]
+        unbiased, biased = kernels.cka(shuffled, self.teachers, estimator="both")
+        floor = (unbiased.mean(), unbiased.max(), biased.mean())
+        return {"patients": patients, "floor": [value.item() for value in floor]}
 
 
 def feature_spread(features: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def slide_means(teacher: Model, index: PatchIndex, crop: int, seed: int, batch: 
         # What cannot be read, training says when it draws it.
         patches, _ = read_centres(index, chosen.tolist(), crop)
         if patches:
-            images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
+            images = torch.from_numpy(np.stack(list(patches.values()))).permute(0, 3, 1, 2)
             own[number] = embeddings_of(teacher, images, batch).mean(0).cpu()
     known: dict[int, Tensor] = {}
     for part in gather_values(own):

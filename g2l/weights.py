@@ -194,6 +194,8 @@ def read_config(folder: Path) -> dict:
             raise UserError(
                 f"{path}: model_args may not hold {', '.join(bad)}, which name other files"
             )
+        if "g2l" in config and config.get("num_classes"):  # a student's projector
+            args["num_classes"] = int(config["num_classes"])
         return {
             "architecture": str(config["architecture"]),
             "args": args,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distill
-from distill import load_pair
+from distill import load_models
 from g2l import recipe
 from g2l.arguments import whole
 from g2l.augment import BLUR_P, BLUR_SIGMA, BLUR_SIZE, FLIP_P, JITTER, JITTER_P
@@ -90,9 +90,9 @@ class OurStep:
 
     def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype):
         self.args = args
-        teacher, student = load_pair(args, device, precision)
-        distiller, self.flops = build(args, teacher, student)
-        self.step = Step(teacher, distiller, args, device, precision)
+        teachers, student = load_models(args, device, precision)
+        distiller, self.flops = build(args, teachers, student)
+        self.step = Step(teachers, distiller, args, device, precision)
         batches = Batches(
             Synthetic(args.crop * 8 // 7),
             np.zeros(1, bool),
@@ -108,7 +108,7 @@ class OurStep:
 
     def _watch(self, distiller: Distiller) -> None:
         """Mark the parts of a step from outside: after each function that does one of them."""
-        augment, rows = recipe.augment, recipe.token_rows
+        augment, rows = recipe.augment, recipe.look
 
         def augment_marked(*args):
             self.mark("data")
@@ -121,7 +121,7 @@ class OurStep:
             self.mark("student forward" if model is distiller.student else "teacher")
             return found
 
-        recipe.augment, recipe.token_rows = augment_marked, rows_marked
+        recipe.augment, recipe.look = augment_marked, rows_marked
         loss = distiller.loss
 
         def loss_marked(*args):
@@ -156,11 +156,11 @@ class PlainStep:
         self.autocast = precision == torch.bfloat16
         before = use_fused_attn()
         set_fused_attn(False)  # read by layers as they are built
-        self.teacher, self.student = load_pair(args, device, torch.float32)
+        (self.teacher,), self.student = load_models(args, device, torch.float32)
         set_fused_attn(before)
         for model in (self.teacher, self.student):
             model.to(memory_format=torch.contiguous_format)
-        self.distiller = Distiller(self.student, self.student.dim, self.teacher.dim, args)
+        self.distiller = Distiller(self.student, self.student.dim, [self.teacher.dim], args)
         self.distiller.to(device)
         self.optimizer = torch.optim.AdamW(
             self.distiller.parameters(), lr=args.lr, foreach=False, fused=False
@@ -266,7 +266,7 @@ def profile(args: Namespace) -> int:
         f"{str(precision).removeprefix('torch.')}; measured matmul ceiling "
         f"{ceiling / 1e12:,.2f} TFLOP/s; {default_workers(args.workers, device)} loading "
         f"processes, batch {args.batch_size} x {args.accumulate}, crop {args.crop}\n"
-        f"{args.teacher} into {args.student}",
+        f"{args.teacher[0]} into {args.student}",
         flush=True,
     )
     ours = OurStep(args, device, precision)

@@ -290,7 +290,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         (("--precision", "fp16"), ("precision fp16", "bf16")),
         (("--weights", "timm:test_vit=/nowhere/x.safetensors"), ("/nowhere/x.safetensors",)),
         (("--loss", "mse", "--sync"), ("--sync", "logsum")),
-        (("--student", "timm:test_resnet", "--tokens", "all"), ("--tokens", "cls")),
+        (("--tokens", "all", "--teacher-center", "slide"), ("--tokens", "cls")),
         (("--hold-out", 0.9), ("--hold-out 0.9",)),
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)

@@ -9,7 +9,7 @@ import torch
 
 import distill
 from g2l.models import load_model
-from g2l.recipe import LOSSES, Distiller, StopRule, cosine, param_groups, token_rows
+from g2l.recipe import LOSSES, Distiller, Said, StopRule, cosine, look, param_groups
 
 
 def test_schedules_reach_their_ends():
@@ -52,7 +52,7 @@ def test_stop_rule_is_the_papers_sentence(kind):
 def test_weight_decay_spares_vectors_and_tokens():
     student = load_model("timm:test_vit", "random")
     args = distill.build_parser().parse_args([])
-    distiller = Distiller(student, 64, 96, args)
+    distiller = Distiller(student, 64, [96], args)
     names = {id(p): n for n, p in distiller.named_parameters()}
     decay, spared = (
         {names[id(p)] for p in group["params"]} for group in param_groups(distiller, False)
@@ -78,8 +78,8 @@ def test_losses_are_what_their_names_say():
     values = {}
     for kind in LOSSES:
         args = distill.build_parser().parse_args(["--loss", kind])
-        distiller = Distiller(load_model("timm:test_vit", "random"), 64, 96, args)
-        values[kind] = distiller.loss(s, t)
+        distiller = Distiller(load_model("timm:test_vit", "random"), 64, [96], args)
+        values[kind] = distiller.loss(Said(s), [Said(t)])
         values[kind].backward()
         assert distiller.projector.grad.abs().max() > 0
     y = (s.double() @ distiller.projector.detach().double()).numpy()
@@ -107,10 +107,9 @@ def test_losses_are_what_their_names_say():
 )  # class token; register and mean; and pooling
 def test_all_tokens_are_the_embedding_and_the_patches(name):
     model, x = load_model(f"timm:{name}", "random"), torch.rand(2, 3, 160, 160)
-    found, tokens = (
-        token_rows(model, x, "all").unflatten(0, (2, -1)),
-        model.tokens(model.normalize(x)),
-    )
+    args = distill.build_parser().parse_args(["--tokens", "all"])
+    found = look(model, x, args).rows("all").unflatten(0, (2, -1))
+    tokens = model.tokens(model.normalize(x))
     assert torch.equal(found[:, 0], model(model.normalize(x)))
     assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens :]) and found.shape[1] == 101
     found.sum().backward()  # several ranks wait for the gradient of every parameter

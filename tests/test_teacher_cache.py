@@ -8,7 +8,7 @@ from training import CNN, VIT, command, fails, losses, same, write_cohort
 
 import distill
 from g2l.augment import draw_params
-from g2l.recipe import token_rows
+from g2l.recipe import look
 from g2l.teacher_cache import TeacherCache
 
 
@@ -41,11 +41,11 @@ def test_a_second_run_asks_the_teacher_nothing_and_a_sweep_agrees(data, tmp_path
     assert distill.main(command(data, tmp_path, "first", *kept)) == 0
     asked = []
 
-    def counting(model, images, tokens):
+    def counting(model, images, *how):
         asked.append((model.training, len(images)))
-        return token_rows(model, images, tokens)
+        return look(model, images, *how)
 
-    monkeypatch.setattr("g2l.recipe.token_rows", counting)
+    monkeypatch.setattr("g2l.recipe.look", counting)
     again = command(data, tmp_path, "again", *kept)
     assert distill.main(again) == 0
     assert asked.count((True, 8)) == 12  # the student, of every batch
