@@ -56,6 +56,7 @@ from g2l.images import ImageFiles, ImageSource
 from g2l.multicentre import load_multicentre, unlabelled
 from g2l.paper import paper_name
 from g2l.patches import PatchIndex
+from g2l.pathorob import shortcut_rows
 from g2l.pictures import is_drawn, save_figure
 from g2l.plism import compare, interval, load_plism, plism_slides, plism_table, summary
 from g2l.report import provenance
@@ -232,6 +233,7 @@ class IndexStudy:
                         yield base | {"metric": metric, "k": k, "value": value}
                 kept.append(counts)
         yield from intervals(self.counts, [self.groups[sample] for sample in self.samples])
+        yield from self.shortcuts()
         k = fitting(k_max)[:3][-1]
         for (field, kinds), target in zip(self.kinds.items(), self.who[:2], strict=True):
             for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
@@ -244,6 +246,18 @@ class IndexStudy:
                     "k": k,
                 }
                 yield row | {"value": np.mean(each)}
+
+    def shortcuts(self) -> Iterator[dict]:
+        """Rows of PathoROB's other measures, on the patches of all samples."""
+        rows = np.unique(np.concatenate(self.samples))
+        who = self.labels[rows], self.centers[rows], self.groups[rows]
+        draws = {name: [x[self.at[rows]]] for name, x in self.x.items()}
+        lot = np.random.default_rng(self.args.seed)
+        draws["chance"] = list(lot.normal(size=(BLIND_DRAWS, len(rows), BLIND_WIDTH)))
+        for name, arrays in draws.items():
+            for draw, x in enumerate(arrays):
+                for row in shortcut_rows(x, who):
+                    yield {"model": name, "draw": draw} | row
 
     def design(self) -> Iterator[dict]:
         """Rows on the patches: how many of each class and centre, and the share that can decide."""

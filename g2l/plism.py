@@ -24,6 +24,7 @@ from g2l.multicentre import unlabelled
 from g2l.patches import open_h5
 from g2l.protocols import FEW
 from g2l.report import markdown
+from g2l.robust import DRAWS, resamplings
 
 SLIDE = r"([^_]+)_([^_]+)_to_.+\.h5"  # staining and scanner in the name of a file
 TOP = (1, 3, 5, 10)
@@ -31,7 +32,6 @@ MEASURES = ("cosine", "of other tiles", *(f"top-{k}" for k in TOP))
 KINDS = ("scanner", "staining", "both", "all")  # what differs in a pair of slides
 # plismbench's board: the mean of the medians of these.
 BOARD = {"all": "cosine", "scanner": "top-10", "staining": "top-10", "both": "top-10"}
-DRAWS = 1000  # bootstrap resamples of the blocks of tissue
 BLOCK = 2048  # tiles compared at once
 
 
@@ -69,8 +69,8 @@ def load_plism(folder: Path, count: int, seed: int) -> tuple[list[Benchmark], nd
         images = ImageSource(tiles, partial(read_tile, path), [path] * len(tiles))
         parts.append(unlabelled(f"plism-{staining}_{scanner}", images, tiles))
     pairs = list(itertools.combinations(slides, 2))
-    staining, scanner = (np.array([a[i] != b[i] for a, b in pairs]) for i in (0, 1))
-    kinds = np.stack([~staining, ~scanner, staining & scanner, np.full(len(pairs), True)])
+    stain, scan = (np.array([a[i] == b[i] for a, b in pairs]) for i in (0, 1))
+    kinds = np.stack([stain, scan, ~stain & ~scan, np.full(len(pairs), True)])
     return parts, kinds, blocks_of(names)[drawn]
 
 
@@ -132,13 +132,10 @@ def summary(values: ndarray, kinds: ndarray, blocks: ndarray) -> tuple[dict, nda
     """Median and quartiles over pairs, (3,) by (kind, measure), and the board's score.
 
     values: of `compare`. The score (1 + DRAWS,) is first of the tiles as they are, then of
-    resampled blocks of tissue; the same seed draws the same blocks, so differences between models
-    are paired. What no pair is of is nan.
+    resampled blocks of tissue, the same for all models. What no pair is of is nan.
     """
     names, block = np.unique(blocks, return_inverse=True)
-    even = np.full(len(names), 1 / len(names))
-    times = np.ones((1 + DRAWS, len(names)))
-    times[1:] = np.random.default_rng(0).multinomial(len(names), even, DRAWS)
+    times = resamplings(len(names))
     inside = np.eye(len(names))[block]  # (n, blocks)
     weight = times @ inside.sum(0)
     found = {}
