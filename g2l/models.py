@@ -157,8 +157,24 @@ class Model(nn.Module):
         if self.embedding != "cls+mean":
             with self.autocast(x):
                 return self.net(x)
-        tokens = Model.tokens(self, x)
-        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(1)], dim=-1)
+        return self.embed(Model.tokens(self, x))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """What the network's `forward_features` gives -> embedding (B, dim)."""
+        if self.embedding == "cls+mean":
+            means = features[:, self.num_prefix_tokens :].mean(1)
+            return torch.cat([features[:, 0], means], dim=-1)
+        with self.autocast(features):
+            return self.net.forward_head(features)
+
+    def grid(self, features: Tensor) -> Tensor:
+        """What the network's `forward_features` gives -> its patch tokens, or the cells of a
+        convolutional network's last map, where they lie in the image: (B, C, h, w)."""
+        if features.ndim == 3:
+            patches = features[:, self.num_prefix_tokens :].transpose(1, 2)
+            return patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
+        last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        return features.permute(0, 3, 1, 2) if last else features
 
     def autocast(self, x: Tensor) -> contextlib.AbstractContextManager:
         """This model's precision; with fp32 an autocast of the caller's stays in force."""

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy import ndarray
 
-from g2l.robust import resamplings, ridge
+from g2l.protocols import resamplings
+from g2l.robust import ridge
 from g2l.shifts import unit
 
 QUARTETS = 8  # at most
@@ -49,7 +50,7 @@ def quartets(labels: ndarray, centers: ndarray, groups: ndarray) -> Iterator[lis
 
 
 def probes(x: ndarray, labels: ndarray, centers: ndarray, groups: ndarray) -> ndarray:
-    """Accuracies (I, 1 + DRAWS, BIAS) of linear probes on features x (n, D), of unseen patients.
+    """Accuracies (I, 1 + RESAMPLES, BIAS) of probes on features x (n, D), of unseen patients.
 
     Each of I trainings takes half of the patients of a quartet and as many patches for each bias;
     the accuracy is the mean over the four cells of the other half. Patients judged are as they

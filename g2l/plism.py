@@ -22,9 +22,8 @@ from g2l.files import files_below
 from g2l.images import ImageSource
 from g2l.multicentre import unlabelled
 from g2l.patches import open_h5
-from g2l.protocols import FEW
+from g2l.protocols import FEW, resamplings
 from g2l.report import markdown
-from g2l.robust import DRAWS, resamplings
 
 SLIDE = r"([^_]+)_([^_]+)_to_.+\.h5"  # staining and scanner in the name of a file
 TOP = (1, 3, 5, 10)
@@ -131,7 +130,7 @@ def compare(x: list[ndarray], device: str) -> ndarray:
 def summary(values: ndarray, kinds: ndarray, blocks: ndarray) -> tuple[dict, ndarray]:
     """Median and quartiles over pairs, (3,) by (kind, measure), and the board's score.
 
-    values: of `compare`. The score (1 + DRAWS,) is first of the tiles as they are, then of
+    values: of `compare`. The score (1 + RESAMPLES,) is first of the tiles as they are, then of
     resampled blocks of tissue, the same for all models. What no pair is of is nan.
     """
     names, block = np.unique(blocks, return_inverse=True)
@@ -149,7 +148,7 @@ def summary(values: ndarray, kinds: ndarray, blocks: ndarray) -> tuple[dict, nda
             found[kind, measure] = np.percentile(each.mean(1), [50, 25, 75])
             if BOARD[kind] == measure:
                 score.append(np.median(times @ (each @ inside).T / weight[:, None], 1))
-    whole = np.mean(score, 0) if len(score) == len(BOARD) else np.full(1 + DRAWS, np.nan)
+    whole = np.mean(score, 0) if len(score) == len(BOARD) else np.full(len(times), np.nan)
     return found, whole
 
 

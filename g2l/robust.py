@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-from g2l.protocols import FEW, recall, vote
+from g2l.protocols import FEW, recall, resamplings, vote
 
-DRAWS = 1000  # bootstrap resamples of the patients
 KS = (3, 5, 10, 20)
 BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
@@ -242,18 +241,8 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def resamplings(patients: int) -> ndarray:
-    """How often each patient is taken: once, then DRAWS times by lot; (1 + DRAWS, patients).
-
-    The same number of patients gives the same lots, so differences between models are paired.
-    """
-    even = np.full(patients, 1 / patients)
-    drawn = np.random.default_rng(0).multinomial(patients, even, DRAWS)
-    return np.vstack([np.ones(patients), drawn])
-
-
 def bootstrap(counts: list[ndarray], groups: list[ndarray]) -> ndarray:
-    """Index (1 + DRAWS, k) of the patients as they are, then resampled; averaged over samples.
+    """Index (1 + RESAMPLES, k) of the patients as they are, then resampled; averaged over samples.
 
     counts (4, n, k) and groups (n,), the patients' numbers, of each sample. Queries are resampled,
     their neighbours stay: a patient drawn twice has its patches counted twice.

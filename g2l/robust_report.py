@@ -23,10 +23,10 @@ from g2l.files import safe
 from g2l.paper import FIGURES, paper_figure
 from g2l.pathorob import LEAST, QUARTETS
 from g2l.pictures import COLORS, canvas, draw_sheet
-from g2l.protocols import FEW
+from g2l.protocols import FEW, RESAMPLES
 from g2l.report import escaped, markdown, ranked
 from g2l.results import read_metrics
-from g2l.robust import DECIDING, DRAWS, KS, bounded_of, index_of
+from g2l.robust import DECIDING, KS, bounded_of, index_of
 from g2l.shifts import SHIFTS, shift, unit
 
 KINDS = {
@@ -242,7 +242,7 @@ def over_patients(held: Readings) -> str:
         pair = f"{name} − {other}" if other else name
         rows.append([pair, two(row["value"]), interval, reading])
     return (
-        f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the "
+        f"### Over patients, k = {held.k}\n\n95 % intervals of {RESAMPLES} resamplings of the "
         f"patients, the same for all models; fewer than {FEW} patients allow none.\n\n"
         + markdown("model\tindex\tinterval\treading", rows)
     )
@@ -264,8 +264,9 @@ def shortcuts(held: Readings) -> str:
         "centre says nothing of the class (*balanced*) up to where it says all (*confounded*), and "
         "judged on unseen patients of whom it says nothing, where .5 is chance. *Performance "
         "drop*: what is lost on the way, relative, with its 95 % interval over the patients "
-        "judged; what knows nothing has nothing to lose. *Clustering score*: agreement of k-means with "
-        "the class less that with the centre, 1 at best, 0 by chance.\n\n" + markdown(head, rows)
+        "judged; what knows nothing has nothing to lose. *Clustering score*: agreement of k-means "
+        "with the class less that with the centre, 1 at best, 0 by chance.\n\n"
+        + markdown(head, rows)
     )
 
 
