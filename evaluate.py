@@ -291,9 +291,6 @@ def run(args: argparse.Namespace) -> int:
     def describe(name: str) -> dict:
         return card(name, args.results, weights=weights[name], **options)
 
-    def load(name: str) -> Any:
-        return loaded_model(name, weights[name], tuple(sorted(options.items())))
-
     claim(args.results, origins_of(models, found))
     cards, models_of = extract(models, found, embed, describe, failures)
     loaded_model.cache_clear()
@@ -307,7 +304,7 @@ def run(args: argparse.Namespace) -> int:
         baseline=baseline,
         cards=cards,
         device_used=str(device),
-        load=load,
+        load=lambda name: loaded_model(name, weights[name], tuple(sorted(options.items()))),
     )
     study, lost = evaluate_all(found, models_of, embed, study, failures)
     texts = [one_line(explain(error, REMEDIES) or "") for error in failures]

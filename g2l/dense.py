@@ -42,47 +42,52 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     """
     if benchmark.level != "patch" or not (study.teacher in models or len(benchmark.masks)):
         return []
-    prints = [(name, study.cards[name]["fingerprint"]) for name in models]
-    about = benchmark.name, benchmark.groups, benchmark.labels.tolist(), len(benchmark.masks)
-    key = digest(VERSION, prints, data_stamp(benchmark), about, study.teacher, study.seeds)
+    prints = [study.cards[name]["fingerprint"] for name in models]
+    about = [
+        benchmark.name,
+        benchmark.groups,
+        benchmark.labels.tolist(),
+        len(benchmark.masks),
+        data_stamp(benchmark),
+        study.teacher,
+        study.seeds,
+    ]
+    key = digest(VERSION, models, prints, about)
     if found := recorded(study.results, key):
         return found
     group = np.unique(benchmark.groups, return_inverse=True)[1]
     one = np.zeros_like(group)
-    kept = np.isin(np.arange(len(group)), draw_sample(one, group, group, IMAGES, False, 0))
+    kept = np.zeros(len(group), bool)
+    kept[draw_sample(one, group, group, IMAGES, False, 0)] = True
     sample = benchmark.subset(kept)
     group = group[kept]
     target: Tensor | None = None
     rows = []
     for name in sorted(models, key=lambda name: name != study.teacher):  # the teacher first
         grids, classes = look(study.load(name), sample)
-        mine = []
-        if classes is not None:
-            mine += segmentation(grids, classes, group, study)
-        if target is not None:
-            mine += alignment(grids, target, group, study.device_used)
+        found = measures(grids, classes, target, group, study)
+        rows += [{"model": display(name), **row} for row in found]
         if name == study.teacher:
             target = grids
-        rows += [{"model": display(name), **row} for row in mine]
-        if not any(row["model"] == "chance" for row in rows):
-            rows += blind_rows(grids, classes, target, group, study)
+    shape = len(grids), BLIND_WIDTH, *grids.shape[2:]
+    for draw in range(BLIND_DRAWS):
+        luck = torch.Generator().manual_seed(draw)
+        found = measures(torch.randn(shape, generator=luck), classes, target, group, study)
+        rows += [{"model": "chance", "draw": draw, **row} for row in found]
     rows = [{"benchmark": benchmark.name, "protocol": "dense", **row} for row in rows]
     return record(study.results, rows, key=key)
 
 
-def blind_rows(
+def measures(
     grids: Tensor, classes: ndarray | None, target: Tensor | None, group: ndarray, study: Study
 ) -> list[dict]:
-    """Rows of random tokens in the place of `grids`."""
+    """Rows of what can be measured: the probe needs masks, CKA a teacher."""
     rows = []
-    shape = len(grids), BLIND_WIDTH, *grids.shape[2:]
-    for draw in range(BLIND_DRAWS):
-        blind = torch.randn(shape, generator=torch.Generator().manual_seed(draw))
-        if classes is not None:
-            rows += segmentation(blind, classes, group, study)
-        if target is not None:
-            rows += alignment(blind, target, group, study.device_used)
-    return [{"model": "chance", **row} for row in rows]
+    if classes is not None:
+        rows += segmentation(grids, classes, group, study)
+    if target is not None:
+        rows += alignment(grids, target, group, study.device_used)
+    return rows
 
 
 def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
@@ -96,13 +101,16 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
     for first in range(0, len(sample), BATCH):
         numbers = range(first, min(first + BATCH, len(sample)))
         images = [sample.images[i] for i in numbers]
-        x = torch.cat([model.geometry(planes(image)) for image in images]).to(device)
-        x = model.normalize(x)
+        seen = [model.geometry(planes(image)) for image in images]
+        x = model.normalize(torch.cat(seen).to(device))
         with torch.inference_mode(), model.autocast(x):
             cells = model.grid(model.net.forward_features(x)).float()
         size = [min(GRID, side) for side in cells.shape[2:]]
-        kept.append(resized(cells, size).half().cpu())
-        for i, image in zip(numbers, images, strict=True) if len(sample.masks) else ():
+        cells = resized(cells, size)
+        kept.append(cells.half().cpu())
+        if not len(sample.masks):
+            continue
+        for i, image in zip(numbers, images, strict=True):
             mask = sample.masks[i]
             if mask.shape != image.shape[:2]:
                 sizes = f"{mask.shape} px, its image {image.shape[:2]}"
@@ -116,21 +124,23 @@ def planes(image: ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
 
 
-def resized(cells: Tensor, size: Sequence[int]) -> Tensor:
+def resized(cells: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
     """Tokens (B, C, h, w) on another grid."""
     if list(cells.shape[2:]) == list(size):
         return cells
-    return F.interpolate(cells.float(), list(size), mode="bilinear", antialias=True)
+    smooth = mode == "bilinear"
+    return F.interpolate(cells.float(), list(size), mode=mode, antialias=smooth)
 
 
 def classes_of(mask: ndarray, model: Model, size: Sequence[int]) -> ndarray:
     """Class of each token of a grid (h, w), by a map (H, W) of classes, below 0 for none."""
     found = np.full(list(size), -1)
     for kind in np.unique(mask[mask >= 0]):
-        covered = np.repeat((mask == kind)[..., None], 3, 2).astype(np.uint8) * 255
-        seen = model.geometry(planes(covered))[:, :1].float()
-        share = F.adaptive_avg_pool2d(seen, (size[0], size[1]))[0, 0].numpy() / 255
-        found[share >= 0.5] = kind
+        covered = (mask == kind).astype(np.uint8)
+        image = np.stack([255 * covered] * 3, 2)
+        seen = model.geometry(planes(image)).float()
+        share = resized(seen, size, "area")[0, 0] / 255
+        found[share.numpy() >= 0.5] = kind
     return found
 
 
@@ -138,27 +148,34 @@ def taken(grids: Tensor, size: Sequence[int], places: Tensor) -> ndarray:
     """Tokens (N * PLACES, C) float32 at places (N, PLACES) of each image, on a grid of a size."""
     parts = []
     for cells, where in zip(grids.split(BATCH), places.split(BATCH), strict=True):
-        flat = resized(cells, size).float().flatten(2).transpose(1, 2)
-        parts.append(flat.take_along_dim(where[..., None], 1).flatten(0, 1))
+        flat = resized(cells, size).flatten(2).mT
+        rows = flat.take_along_dim(where[..., None], 1)
+        parts.append(rows.flatten(0, 1).float())
     return torch.cat(parts).numpy()
 
 
 def draw_places(lack: ndarray) -> Tensor:
     """PLACES cells of each image (N, PLACES), seeded; those that lack (N, cells) something last."""
     luck = np.random.default_rng(0).random(lack.shape)
-    return torch.from_numpy((luck + lack).argsort(1)[:, :PLACES])
+    order = np.argsort(luck + lack, axis=1)
+    return torch.from_numpy(order[:, :PLACES])
 
 
 def alignment(grids: Tensor, target: Tensor, group: ndarray, device: str) -> list[dict]:
     """Unbiased CKA of tokens to the teacher's on the smaller of both grids, and its standard error
     over patients.
     """
-    size = [min(sides) for sides in zip(grids.shape[2:], target.shape[2:], strict=True)]
-    places = draw_places(np.zeros((len(grids), size[0] * size[1])))
-    x = {"own": taken(grids, size, places), "teacher": taken(target, size, places)}
-    groups = np.repeat(group, places.shape[1]).tolist()
+    pairs = zip(grids.shape[2:], target.shape[2:], strict=True)
+    size = [min(sides) for sides in pairs]
+    lack = np.zeros((len(grids), size[0] * size[1]))
+    places = draw_places(lack)
+    x = {
+        "own": taken(grids, size, places),
+        "teacher": taken(target, size, places),
+    }
+    groups = np.repeat(group, places.shape[1])
     rows = []
-    for row in cka_rows(x, groups, "teacher", device):
+    for row in cka_rows(x, groups.tolist(), "teacher", device):
         name = {"unbiased": "CKA", "se": "CKA se"}.get(row["metric"])
         if name and row["model"] == "own":
             rows.append({"metric": name, "value": row["value"]})
@@ -173,22 +190,26 @@ def segmentation(grids: Tensor, classes: ndarray, group: ndarray, study: Study) 
 
     flat = classes.reshape(len(classes), -1)
     places = draw_places(flat < 0)
-    labels = np.take_along_axis(flat, places.numpy(), 1).ravel()
-    known = labels >= 0
-    kinds, labels = np.unique(labels[known], return_inverse=True)
-    groups = np.repeat(group, places.shape[1])[known]
+    drawn = np.take_along_axis(flat, places.numpy(), 1).ravel()
+    known = drawn >= 0
+    kinds, labels = np.unique(drawn[known], return_inverse=True)
     if len(kinds) < 2:
         return []
+    groups = np.repeat(group, places.shape[1])[known]
     x = taken(grids, grids.shape[2:], places)[known]
     fold = split(labels, groups.tolist(), 10)
-    tried = linear_probe(x, labels, fold, len(kinds), study.seeds, study.device_used)
     rows = []
+    tried = linear_probe(x, labels, fold, len(kinds), study.seeds, study.device_used)
     for seed, probe in enumerate(tried):
-        if probe:
-            test = np.isfinite(probe[0][:, 0])
-            guess = probe[0][test].argmax(1)
-            truth = labels[test]
-            shared = jaccard_score(truth, guess, labels=np.unique(truth), average="macro")
-            measures = {"balanced accuracy": recall(guess, truth), "mean IoU": float(shared)}
-            rows += [{"metric": m, "value": v, "seed": seed} for m, v in measures.items()]
+        if not probe:
+            continue
+        scores = probe[0]
+        test = np.isfinite(scores[:, 0])
+        guess = scores[test].argmax(1)
+        truth = labels[test]
+        present = np.unique(truth)
+        shared = jaccard_score(truth, guess, labels=present, average="macro")
+        base = {"seed": seed}
+        rows.append(base | {"metric": "balanced accuracy", "value": recall(guess, truth)})
+        rows.append(base | {"metric": "mean IoU", "value": float(shared)})
     return rows

@@ -176,6 +176,15 @@ def read_mask(file: Path) -> ndarray:
     return np.where(mask == 0, -1, mask)
 
 
+def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
+    """Share (values, rows, columns) that each value covers of the squares of a class map (H, W)."""
+    rows = classes.shape[0] // side
+    columns = classes.shape[1] // side
+    whole = classes[: rows * side, : columns * side]
+    squares = whole.reshape(rows, side, columns, side)
+    return np.stack([(squares == value).mean((1, 3)) for value in values])
+
+
 def cut_up(file: Path, side: int = REGION) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)

@@ -19,8 +19,7 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark, load_folder
 from g2l.errors import UserError
 from g2l.files import files_below, read_table, read_text, separator
-from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, read_mask
-from g2l.published import class_shares, tiger_source
+from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, class_shares, read_mask
 
 TIGER_CLASSES = {
     1: "invasive tumour",
@@ -44,6 +43,11 @@ def tiger_origin(slide: str) -> tuple[str, str]:
     raise UserError(
         f"{slide}: no name of a TIGER slide; expected TCGA-XX-..., TC_S01_P... or digits, B or S"
     )
+
+
+def tiger_source(folder: Path | str) -> str:
+    """The command that fetches TIGER, the data set of Table 3, into a folder."""
+    return f"aws s3 cp --no-sign-request --recursive s3://tiger-training/wsirois {folder}/wsirois"
 
 
 @dataclass

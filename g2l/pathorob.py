@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy import ndarray
@@ -35,18 +36,21 @@ def quartets(labels: ndarray, centers: ndarray, groups: ndarray) -> Iterator[lis
     """
     cells = {}
     rng = np.random.default_rng(0)
-    for kind, site in itertools.product(np.unique(labels), np.unique(centers)):
-        rows = rng.permutation(np.flatnonzero((labels == kind) & (centers == site)))
+    kinds = np.unique(labels)
+    sites = np.unique(centers)
+    for kind, site in itertools.product(kinds, sites):
+        here = (labels == kind) & (centers == site)
+        rows = rng.permutation(np.flatnonzero(here))
         if len(rows) >= LEAST and len(np.unique(groups[rows])) > 1:
             cells[kind, site] = rows[:MOST]
     found = []
-    pairs = (itertools.combinations(np.unique(values), 2) for values in (labels, centers))
-    for kinds, sites in itertools.product(*pairs):
-        four = [cells.get(key) for key in itertools.product(kinds, sites)]
-        if all(cell is not None for cell in four):
-            found.append(four)
+    pairs = itertools.combinations(kinds, 2), itertools.combinations(sites, 2)
+    for two in itertools.product(*pairs):
+        keys = list(itertools.product(*two))
+        if cells.keys() >= set(keys):
+            found.append(keys)
     for i in rng.permutation(len(found))[:QUARTETS]:
-        yield found[i]
+        yield [cells[key] for key in found[i]]
 
 
 def probes(x: ndarray, labels: ndarray, centers: ndarray, groups: ndarray) -> ndarray:
@@ -62,16 +66,18 @@ def probes(x: ndarray, labels: ndarray, centers: ndarray, groups: ndarray) -> nd
     kept = []
     for cells in quartets(labels, centers, groups):
         rows = np.concatenate(cells)
-        cell = np.repeat(np.arange(4), list(map(len, cells)))
+        sizes = [len(cell) for cell in cells]
+        cell = np.repeat(np.arange(4), sizes)
         halves = StratifiedGroupKFold(2, shuffle=True, random_state=0)
         for train, test in halves.split(rows, cell, groups[rows]):
-            pools = [rows[train][cell[train] == c] for c in range(4)]
+            pools = [train[cell[train] == c] for c in range(4)]
             seen = rows[test]
-            if min(map(len, pools)) < LEAST // 2 or len(np.unique(cell[test])) < 4:
+            few = min(map(len, pools)) < LEAST // 2
+            if few or len(np.unique(cell[test])) < 4:
                 continue
             accuracies = []
             for bias in BIAS:
-                drawn = biased(pools, bias)
+                drawn = rows[biased(pools, bias)]
                 model = ridge().fit(x[drawn], labels[drawn])
                 right = model.predict(x[seen]) == labels[seen]
                 accuracies.append(judged(right, cell[test], groups[seen], times))
@@ -84,8 +90,10 @@ def biased(pools: Sequence[ndarray], bias: float) -> ndarray:
     first or both second, (1 - bias) / 2 of the others.
     """
     most = min(map(len, pools)) // 2
-    signs = (1, -1, -1, 1)
-    parts = [pool[: round(most * (1 + s * bias))] for pool, s in zip(pools, signs, strict=True)]
+    parts = []
+    for pool, sign in zip(pools, (1, -1, -1, 1), strict=True):
+        count = round(most * (1 + sign * bias))
+        parts.append(pool[:count])
     return np.concatenate(parts)
 
 
@@ -93,8 +101,9 @@ def judged(right: ndarray, cell: ndarray, group: ndarray, times: ndarray) -> nda
     """Mean over cells (B,) of the share of `right` (n,), with patients taken `times` (B, P)."""
     found = []
     for c in range(4):
-        count = times[:, group[cell == c]]
-        found.append(np.ma.masked_invalid(np.ma.divide(count @ right[cell == c], count.sum(1))))
+        here = cell == c
+        count = times[:, group[here]]
+        found.append(np.ma.divide(count @ right[here], count.sum(1)))
     return np.ma.stack(found).mean(0)
 
 
@@ -118,19 +127,26 @@ def clustering_scores(
 
     scores = []
     for cells in quartets(labels, centers, groups):
-        rows = np.concatenate([cell[: min(map(len, cells))] for cell in cells])
+        least = min(map(len, cells))
+        rows = np.concatenate([cell[:least] for cell in cells])
         near = unit(x[rows])
-        best = (-1.0, -2)
+        means = partial(KMeans, init="random", n_init=STARTS)
+        best = 2
+        most = -1.0
         for k in range(2, min(CLUSTERS, len(rows) - 1) + 1):
-            found = KMeans(k, init="random", n_init=STARTS, random_state=0).fit_predict(near)
-            if len(np.unique(found)) > 1:
-                best = max(best, (silhouette_score(near, found, metric="cosine"), -k))
+            found = means(k, random_state=0).fit_predict(near)
+            if len(np.unique(found)) < 2:
+                break
+            score = silhouette_score(near, found, metric="cosine")
+            if score > most:
+                best = k
+                most = score
         gaps = []
         for trial in range(TRIALS):
-            model = KMeans(-best[1], init="random", n_init=STARTS, random_state=trial)
-            found = model.fit_predict(near)
+            found = means(best, random_state=trial).fit_predict(near)
             mine = adjusted_rand_score(labels[rows], found)
-            gaps.append(mine - adjusted_rand_score(centers[rows], found))
+            other = adjusted_rand_score(centers[rows], found)
+            gaps.append(mine - other)
         scores.append(float(np.mean(gaps)))
     return scores
 
@@ -141,9 +157,11 @@ def shortcut_rows(x: ndarray, who: Sequence[ndarray]) -> Iterator[dict]:
     if len(accuracies):
         drops = np.ma.compressed(drop_of(accuracies))
         low, high = np.percentile(drops[1:], [2.5, 97.5])
-        confounded = accuracies[:, 0, np.abs(BIAS) == 1]
-        yield {"metric": "balanced", "value": float(accuracies[:, 0, 0].mean())}
-        yield {"metric": "confounded", "value": float(confounded.mean())}
-        yield {"metric": "drop", "value": float(drops[0]), "low": float(low), "high": float(high)}
+        whole = accuracies[:, 0]
+        fully = np.abs(BIAS) == 1
+        yield {"metric": "balanced", "value": float(whole[:, 0].mean())}
+        yield {"metric": "confounded", "value": float(whole[:, fully].mean())}
+        ends = {"low": float(low), "high": float(high)}
+        yield {"metric": "drop", "value": float(drops[0])} | ends
     for i, score in enumerate(clustering_scores(x, *who)):
         yield {"metric": "clusters", "value": score, "quartet": i}

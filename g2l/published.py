@@ -24,7 +24,8 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark, Choices, inside, make_benchmark, told
 from g2l.errors import UserError
 from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
-from g2l.images import ImageFiles, ImageSource, Regions, Squares, open_slide
+from g2l.images import ImageFiles, ImageSource, Regions, Squares, class_shares, open_slide
+from g2l.multicentre import load_multicentre, tiger_source
 from g2l.slide_tables import Labels, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
 
@@ -183,15 +184,6 @@ GLEASON = ["benign", "G3", "G4", "G5"]
 # what an expert left open: no vote.
 VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
 VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ignored
-
-
-def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
-    """Share (values, rows, columns) that each value covers of the squares of a class map (H, W)."""
-    rows = classes.shape[0] // side
-    columns = classes.shape[1] // side
-    whole = classes[: rows * side, : columns * side]
-    squares = whole.reshape(rows, side, columns, side)
-    return np.stack([(squares == value).mean((1, 3)) for value in values])
 
 
 def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
@@ -522,11 +514,6 @@ PUBLISHED = {
 }
 
 
-def tiger_source(folder: Path | str) -> str:
-    """The command that fetches TIGER, the data set of Table 3, into a folder."""
-    return f"aws s3 cp --no-sign-request --recursive s3://tiger-training/wsirois {folder}/wsirois"
-
-
 SECTIONS["tiger"]["where from"] += " " + tiger_source("DATA/benchmarks/tiger")
 
 
@@ -585,8 +572,6 @@ def load_benchmarks(
     """The user's own benchmarks and the published ones, and an error for each that was passed
     over.
     """
-    from g2l.multicentre import load_multicentre  # which takes TIGER's source from here
-
     found: list[Benchmark] = []
     failed = []
     wanted: list[Any] = [*folders, *choices.slides_table, *names]
