@@ -160,39 +160,34 @@ def interval(draws: ndarray, blocks: ndarray) -> list[float]:
 
 
 def plism_table(found: dict[str, tuple[dict, list[float]]], gains: dict, about: str) -> str:
-    """plism.md: the board's columns for each model, each measure by kind, and paired differences.
+    """plism.md: the score of each model and its paired differences, then each measure by kind.
 
     found: medians and score with its interval by model; gains: the same of pairs of models.
     """
-    head = ["model", "cosine", "of other tiles", *(f"top-10, {kind}" for kind in KINDS[:3])]
     board = []
     every = []
     for model, (medians, score) in found.items():
-        shown = [("all", "cosine"), ("all", "of other tiles")]
-        shown += [(kind, "top-10") for kind in KINDS[:3]]
-        cells = [f"{medians[key][0]:.3f}" for key in shown]
-        board.append([model, *cells, with_ends(score)])
+        board.append([model, with_ends(score)])
         for kind in KINDS:
             texts = []
             for measure in MEASURES:
                 middle, low, high = medians[kind, measure]
                 texts.append(f"{middle:.3f} ({high - low:.3f})")
             every.append([model, kind, *texts])
-    text = (
+    for (one, other), gain in gains.items():
+        board.append([f"{one} − {other}", with_ends(gain)])
+    return (
         f"# PLISM: the same tissue in another staining, on another scanner\n\n{about} A pair's "
         "slides differ in the *scanner*, the *staining* or *both*. top-k: a tile is among the k "
         "nearest of all tiles of the pair. Cosine means little where that *of other tiles* is "
-        "near it. *chance* is what random features score by the same code.\n\nMedians over pairs; "
-        "the last column is plismbench's score, the mean of the four others, with its 95 % "
-        "interval over blocks of tissue. Its board takes 8,139 tiles a slide; fewer are found "
-        "more easily.\n\n" + markdown([*head, "mean of four"], board)
+        "near it. *chance* is what random features score by the same code.\n\n*score*: "
+        "plismbench's, the mean of four medians over pairs (cosine of all, top-10 of each kind), "
+        "with its 95 % interval over blocks of tissue. Its board takes 8,139 tiles a slide; fewer "
+        "are found more easily.\n\n"
+        + markdown(["model", "score"], board)
+        + "\n## Each measure, median (interquartile range) over pairs\n\n"
+        + markdown(["model", "differs", *MEASURES], every)
     )
-    text += "\n## Each measure, median (interquartile range) over pairs\n\n"
-    text += markdown(["model", "differs", *MEASURES], every)
-    if gains:
-        rows = [[f"{one} − {other}", with_ends(gain)] for (one, other), gain in gains.items()]
-        text += f"\n## Differences of the score\n\n{markdown(['models', 'difference'], rows)}"
-    return text
 
 
 def with_ends(values: list[float]) -> str:

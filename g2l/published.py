@@ -268,7 +268,7 @@ def gleason_map(core: Path, maps: tuple[Path, ...], values: tuple[tuple[int, int
             if mask.size != size or len(mask.getbands()) > 1:
                 raise OSError(f"{file}: no map of one channel and the size of its core")
             drawn.append(np.asarray(mask))
-    return majority(drawn, dict(values))
+    return majority(drawn, values)
 
 
 def with_masks(
@@ -277,10 +277,13 @@ def with_masks(
     """The same squares of cores, each with the map of its classes."""
     squares: Any = found[0].images
 
+    @functools.lru_cache(maxsize=1)  # squares of a core follow one another
+    def whole(core: Path) -> ndarray:
+        return gleason_map(core, maps[core.stem], values)
+
     def cut(square: tuple[Path, int, int]) -> ndarray:
         core, x, y = square
-        drawn = gleason_map(core, tuple(maps[core.stem]), tuple(values.items()))
-        return drawn[y : y + SIDE, x : x + SIDE]
+        return whole(core)[y : y + SIDE, x : x + SIDE]
 
     found[0].masks = ImageSource(squares.items, cut)
     return found
