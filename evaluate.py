@@ -304,6 +304,7 @@ def run(args: argparse.Namespace) -> int:
         baseline=baseline,
         cards=cards,
         device_used=str(device),
+        load=lambda name: loaded_model(name, weights[name], tuple(sorted(options.items()))),
     )
     study, lost = evaluate_all(found, models_of, embed, study, failures)
     texts = [one_line(explain(error, REMEDIES) or "") for error in failures]

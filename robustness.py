@@ -3,9 +3,11 @@
     python robustness.py                                     # all models at hand, on TIGER
     python robustness.py --models h-optimus-0 runs/NAME/student --benchmark DIR
     python robustness.py --models h-optimus-0 runs/NAME/student --cancer brca --perturb stain jpeg
+    python robustness.py --models h-optimus-0 runs/NAME/student --benchmark DIR_OF_PLISM
 
-The second takes your own patches and centres, the third needs no centres. The robustness index (de
-Jong, Marcus and Teuwen, arXiv 2501.18055) looks at the k nearest neighbours of every patch:
+The second takes your own patches and centres, the third and fourth need no centres. The robustness
+index (de Jong, Marcus and Teuwen, arXiv 2501.18055) looks at the k nearest neighbours of every
+patch:
 
     index = neighbours of the same class / neighbours of the same centre = (SS + SO) / (SS + OS)
 
@@ -19,7 +21,7 @@ the very sample drawn, and how well kNN and a linear probe tell class and centre
 
 `study` tells the story of the index: read the cohort, draw samples, extract features, measure,
 record, show. `perturb` tells the other one: change patches step by step and see how far the
-features go.
+features go. `plism` takes changes that were not computed: tiles stained and scanned anew.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -54,10 +56,13 @@ from g2l.images import ImageFiles, ImageSource
 from g2l.multicentre import load_multicentre, unlabelled
 from g2l.paper import paper_name
 from g2l.patches import PatchIndex
+from g2l.pathorob import shortcut_rows
 from g2l.pictures import is_drawn, save_figure
+from g2l.plism import compare, interval, load_plism, plism_slides, plism_table, summary
 from g2l.report import provenance
 from g2l.results import claim, record
 from g2l.robust import (
+    BLIND_WIDTH,
     KS,
     codes,
     deciding,
@@ -175,7 +180,7 @@ class IndexStudy:
         Raises UserError where a sample leaves the index nothing to choose between.
         """
         self.x = arrays
-        fine = np.all([np.isfinite(array).all(1) for array in arrays.values()], 0)
+        fine = readable(arrays.values())
         self.samples = [sample[fine[self.at[sample]]] for sample in self.samples]
         for sample in self.samples:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
@@ -228,6 +233,7 @@ class IndexStudy:
                         yield base | {"metric": metric, "k": k, "value": value}
                 kept.append(counts)
         yield from intervals(self.counts, [self.groups[sample] for sample in self.samples])
+        yield from self.shortcuts()
         k = fitting(k_max)[:3][-1]
         for (field, kinds), target in zip(self.kinds.items(), self.who[:2], strict=True):
             for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
@@ -240,6 +246,18 @@ class IndexStudy:
                     "k": k,
                 }
                 yield row | {"value": np.mean(each)}
+
+    def shortcuts(self) -> Iterator[dict]:
+        """Rows of PathoROB's other measures, on the patches of all samples."""
+        rows = np.unique(np.concatenate(self.samples))
+        who = self.labels[rows], self.centers[rows], self.groups[rows]
+        draws = {name: [x[self.at[rows]]] for name, x in self.x.items()}
+        lot = np.random.default_rng(self.args.seed)
+        draws["chance"] = list(lot.normal(size=(BLIND_DRAWS, len(rows), BLIND_WIDTH)))
+        for name, arrays in draws.items():
+            for draw, x in enumerate(arrays):
+                for row in shortcut_rows(x, who):
+                    yield {"model": name, "draw": draw} | row
 
     def design(self) -> Iterator[dict]:
         """Rows on the patches: how many of each class and centre, and the share that can decide."""
@@ -407,7 +425,8 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
     if gathered is None:
         return 0
     x, _, failures = gathered
-    found, fine = follow(x, steps)
+    fine = readable(itertools.chain(*x.values()))
+    found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
     for (model, kind, s), values in found.items():
@@ -431,20 +450,59 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
     return report_failures(failures, {} if fine.all() else {name: int((~fine).sum())})
 
 
-def follow(x: dict[str, list[ndarray]], steps: dict[str, list]) -> tuple[dict, ndarray]:
-    """`displacement` by (model, kind, strength), unchanged ones too; the rows (n,) readable.
+def readable(arrays: Iterable[ndarray]) -> ndarray:
+    """Rows (n,) that are finite in all features (n, D)."""
+    return np.all([np.isfinite(array).all(1) for array in arrays], 0)
+
+
+def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -> dict:
+    """`displacement` of the rows `fine` (n,) by (model, kind, strength), unchanged ones too.
 
     x: each model's features (n, D) of the unchanged patches, then of each kind and strength.
     """
-    arrays = [array for parts in x.values() for array in parts]
-    fine = np.all([np.isfinite(array).all(1) for array in arrays], 0)
     found = {}
     for name, (still, *moved) in x.items():
         for kind, strengths in steps.items():
             found[name, kind, SHIFTS[kind][1]] = displacement(still[fine], still[fine])
             for s in strengths:
                 found[name, kind, s] = displacement(still[fine], moved.pop(0)[fine])
-    return found, fine
+    return found
+
+
+def plism(args: argparse.Namespace, load: dict) -> int:
+    """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
+    parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
+    gathered = gather(parts, args, load)
+    if gathered is None:
+        return 0
+    x, _, failures = gathered
+    fine = readable(itertools.chain(*x.values()))
+    blocks = blocks[fine]
+    blind = np.random.default_rng(args.seed)
+    width = (len(fine), BLIND_WIDTH)
+    x["chance"] = [blind.normal(size=width).astype(np.float32) for _ in parts]
+    found = {}
+    draws = {}
+    rows = []
+    for model, slides in x.items():
+        values = compare([part[fine] for part in slides], str(pick_device(args.device)))
+        medians, draws[model] = summary(values, kinds, blocks)
+        found[model] = medians, interval(draws[model], blocks)
+        base = {"model": model, "benchmark": "plism", "protocol": "plism", "images": len(blocks)}
+        each = {f"{kind} {measure}": three for (kind, measure), three in medians.items()}
+        for metric, (value, low, high) in (each | {"score": found[model][1]}).items():
+            rows.append(base | {"metric": metric, "value": value, "low": low, "high": high})
+    record(args.results, rows, same=("model", "benchmark", "protocol"))
+    gains = {}
+    for one, other in itertools.combinations(list(draws)[:-1], 2):
+        gains[one, other] = interval(draws[one] - draws[other], blocks)
+    pieces = len(np.unique(blocks))
+    about = f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
+    text = plism_table(found, gains, f"{about}{kinds.shape[1]} pairs of slides.")
+    out = args.results / "robustness" / "plism.md"
+    write_text(out, text + provenance(pick_device(args.device)))
+    print(plain(text) + f"\ntable: {out}")
+    return report_failures(failures, {} if fine.all() else {"plism": int((~fine).sum())})
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -489,7 +547,8 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
     steps += "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
     add("--strengths", nargs="+", type=float, metavar="S", help=steps)
     add("--cancer", help="patches of DATA/tiles/CANCER, as tile.py made them")
-    add("--patches", type=whole, default=200, help="number of patches to follow")
+    many = "number of patches to follow, or of PLISM's tiles of each slide"
+    add("--patches", type=whole, default=200, help=many)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -501,7 +560,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
     folder = "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's "
-    folder += "wsirois, or PathoROB's metadata and images; default: DATA/benchmarks/tiger"
+    folder += "wsirois, PathoROB's metadata and images, or the h5 of owkin/plism-dataset (whose "
+    folder += "tiles are found again); default: DATA/benchmarks/tiger"
     where.add_argument("--benchmark", type=directory, metavar="DIR", help=folder)
     data = "folder that holds benchmarks/ and tiles/"
     where.add_argument("--data", type=Path, default=Path("data"), help=data)
@@ -527,7 +587,9 @@ def run(args: argparse.Namespace) -> int:
         options["input_size"] = args.input_size
     weights = parse_weights(args.weights, models)
     load = {name: options | {"weights": weights[name]} for name in models}
-    return (perturb if args.perturb else study)(args, load)
+    if args.perturb:
+        return perturb(args, load)
+    return (plism if plism_slides(folder_of(args)) else study)(args, load)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from g2l.arguments import whole
 from g2l.cohort import patient_of
 from g2l.errors import UserError
 from g2l.files import files_below, read_json, read_table
-from g2l.images import IMAGE_SUFFIXES, REGION, ImageFiles, Rows
+from g2l.images import IMAGE_SUFFIXES, REGION, ImageFiles, ImageSource, Rows, read_mask
 from g2l.slides import slide_name
 
 
@@ -42,6 +42,7 @@ class Benchmark:
     groups: list[str]  # patient, or the best proxy: never on both sides of a split
     centers: list[str] | None = None
     source: str = ""  # under which name its features are kept, where benchmarks share images
+    masks: Sequence = ()  # of each image a map (H, W) of classes of tissue, below 0 where none
     notes: list[str] = field(default_factory=list)
     origin: str = ""  # the folder it was read from
     unit: str = ""  # what a group is: patient, slide, ...
@@ -58,6 +59,7 @@ class Benchmark:
         return replace(
             self,
             images=Rows(self.images, rows),
+            masks=Rows(self.masks, rows) if len(self.masks) else (),
             ids=[self.ids[i] for i in rows],
             labels=self.labels[rows],
             groups=[self.groups[i] for i in rows],
@@ -124,10 +126,10 @@ def inside(folder: Path) -> str:
 
 
 def load_folder(folder: Path) -> Benchmark:
-    """A user's own benchmark: folder/labels.csv with the columns image,label,group[,center].
+    """A user's own benchmark: folder/labels.csv with the columns image,label,group[,center][,mask].
 
-    Images are paths relative to the folder; group is the patient (or slide), whose images stay on
-    one side of every split. Raises UserError naming file and line.
+    Images and masks are paths relative to the folder; group is the patient (or slide), whose images
+    stay on one side of every split. Raises UserError naming file and line.
     """
     folder = Path(folder)
     table = folder / "labels.csv"
@@ -137,7 +139,7 @@ def load_folder(folder: Path) -> Benchmark:
             "and a labels.csv with the columns image,label,group and, for robustness.py, center"
         )
     why = " -- group is the patient, so that none is on both sides of a split"
-    rows = read_table(table, ("image", "label", "group"), ("center",), why)
+    rows = read_table(table, ("image", "label", "group"), ("center", "mask"), why)
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
     name = folder.resolve().name
@@ -146,6 +148,8 @@ def load_folder(folder: Path) -> Benchmark:
     made = make_benchmark(name, "patch", images, labelled, classes, table)
     if "center" in rows[0]:
         made.centers = [row["center"] for row in rows]
+    if "mask" in rows[0]:
+        made.masks = ImageSource([folder / row["mask"] for row in rows], read_mask)
     made.origin = str(folder.resolve())
     return made
 

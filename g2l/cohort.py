@@ -280,17 +280,22 @@ def join_copies(slides: list[CohortSlide]) -> list[str]:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a slide's content: a hash of 16 samples of its file; of one that cannot be read, its
-    path.
+    """Of a slide's content: a hash of 16 samples of each of its files (MIRAX has its pixels in a
+    folder beside it); of one that cannot be read, its path.
     """
-    size = size_of(path)
     part = 1 << 16
     digest = hashlib.sha256()
+    files = [path]
+    if path.suffix.lower() == ".mrxs":
+        files += sorted(path.with_suffix("").glob("*.dat"))
     try:
-        with open(path, "rb") as file:
-            for number in range(16):
-                file.seek(max(0, size - part) * number // 15)
-                digest.update(file.read(part))
+        for name in files:
+            size = size_of(name)
+            digest.update(f"{name.suffix} {size}".encode())
+            with open(name, "rb") as file:
+                for number in range(16):
+                    file.seek(max(0, size - part) * number // 15)
+                    digest.update(file.read(part))
     except OSError:
         return str(path)
     return digest.hexdigest()

@@ -18,6 +18,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, cohort_of, leaked
+from g2l.dense import dense_rows
 from g2l.errors import UserError
 from g2l.features import data_stamp, display
 from g2l.field import PROTOCOLS, Given
@@ -341,6 +342,8 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
         }
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
+    if "dense" in study.protocols:
+        rows += dense_rows(benchmark, list(x), study)
     if not study.no_pictures:
         draw_benchmark(benchmark, predictions, replace(study, rows=rows), key)
     return rows

@@ -152,6 +152,11 @@ def curve(given: Given) -> list[dict]:
     return rows
 
 
+def dense(given: Given) -> list[dict]:
+    """Nothing: patch tokens are looked at in g2l/dense.py, not the embeddings that are here."""
+    return []
+
+
 def row(protocol: str, metric: str, value: float, **about: int) -> dict:
     """One row of results."""
     return {"protocol": protocol, "metric": metric, "value": float(value), **about}
@@ -163,6 +168,7 @@ PROTOCOLS: dict[str, Callable[[Given], list[dict]]] = {
     "agreement": agreement,
     "calibration": calibration,
     "k-curve": curve,
+    "dense": dense,
 }
 # What the tables show of each: protocol and metric of its rows, and a title.
 TITLES = {
@@ -198,4 +204,10 @@ TITLES = {
         ("k curve", f"k = {k}", f"kNN, k = {k}: accuracy of all folds together") for k in CURVE
     ],
 }
-LESS_IS_BETTER = ("ECE", "Brier score")
+TITLES["dense"] = [
+    ("dense", "CKA", "Patch tokens: unbiased CKA to the teacher's, on the smaller grid"),
+    ("dense", "CKA se", "Patch tokens: standard error of that, by the jackknife over groups"),
+    ("dense", "balanced accuracy", "Patch tokens: balanced accuracy of a probe of the mask"),
+    ("dense", "mean IoU", "Patch tokens: mean intersection over union of that probe"),
+]
+LESS_IS_BETTER = ("CKA se", "ECE", "Brier score")

@@ -40,7 +40,8 @@ def atomic(path: str | os.PathLike):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}")
+    own = f"{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}"
+    temporary = path.with_name(f".{hidden_stem(path)}.{own}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -48,11 +49,16 @@ def atomic(path: str | os.PathLike):
         temporary.unlink(missing_ok=True)
 
 
+def hidden_stem(path: Path) -> str:
+    """The stem of temporary names of `path`: its own, or a hash where that would be too long."""
+    return path.stem if len(os.fsencode(path.name)) < 230 else digest(path.name)
+
+
 def clear_leftovers(path: Path) -> None:
     """Remove what killed processes left of `path` under temporary names; the caller holds its
     lock.
     """
-    stem = path.stem
+    stem = hidden_stem(path)
     suffix = path.suffix
     for found in path.parent.glob(f".{glob.escape(stem)}.*.tmp{suffix}"):
         middle = found.name[len(stem) + 2 : -len(f".tmp{suffix}")]

@@ -160,6 +160,31 @@ def read_image(file: Path, side: int = 1) -> ndarray:
     return np.pad(pixels, [*((n // 2, n - n // 2) for n in lack), (0, 0)], mode="edge")
 
 
+def read_mask(file: Path) -> ndarray:
+    """Classes (H, W) of a mask's pixels: its values, of which 0 is no class (-1); UserError for
+    what cannot be read or has more than one channel.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            mask = np.asarray(image).astype(np.int64)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{file}: no mask ({error})") from error
+    if mask.ndim != 2:
+        raise UserError(f"{file}: expected one channel of class values, found shape {mask.shape}")
+    return np.where(mask == 0, -1, mask)
+
+
+def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
+    """Share (values, rows, columns) that each value covers of the squares of a class map (H, W)."""
+    rows = classes.shape[0] // side
+    columns = classes.shape[1] // side
+    whole = classes[: rows * side, : columns * side]
+    squares = whole.reshape(rows, side, columns, side)
+    return np.stack([(squares == value).mean((1, 3)) for value in values])
+
+
 def cut_up(file: Path, side: int = REGION) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)

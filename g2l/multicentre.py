@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,7 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark, load_folder
 from g2l.errors import UserError
 from g2l.files import files_below, read_table, read_text, separator
-from g2l.images import IMAGE_SUFFIXES, ImageFiles, Squares
-from g2l.published import class_shares, tiger_source
+from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, class_shares, read_mask
 
 TIGER_CLASSES = {
     1: "invasive tumour",
@@ -43,6 +43,11 @@ def tiger_origin(slide: str) -> tuple[str, str]:
     raise UserError(
         f"{slide}: no name of a TIGER slide; expected TCGA-XX-..., TC_S01_P... or digits, B or S"
     )
+
+
+def tiger_source(folder: Path | str) -> str:
+    """The command that fetches TIGER, the data set of Table 3, into a folder."""
+    return f"aws s3 cp --no-sign-request --recursive s3://tiger-training/wsirois {folder}/wsirois"
 
 
 @dataclass
@@ -148,7 +153,20 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark,
     images = Squares(patches, size)
     kinds = np.array(labels, np.int64)
     found = Benchmark("tiger", "patch", images, ids, kinds, classes, list(patients), list(centers))
+    found.masks = ImageSource(patches, partial(cut_mask, size=size))
     return found, slides
+
+
+def cut_mask(patch: tuple[Path, int, int], size: int) -> ndarray:
+    """Classes (size, size) of a patch's pixels, -1 where nothing is annotated."""
+    path, x, y = patch
+    return region_classes(path)[y : y + size, x : x + size]
+
+
+@lru_cache(maxsize=1)  # patches of a region follow one another
+def region_classes(path: Path) -> ndarray:
+    """Classes (H, W) of a region's pixels."""
+    return read_mask(path.parent.parent / "masks" / path.name)
 
 
 def tell_passed(folder: Path, names: list[str], why: str) -> None:

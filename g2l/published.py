@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from g2l.benchmarks import Benchmark, Choices, inside, load_folder, make_benchmark, told
+from g2l.benchmarks import Benchmark, Choices, inside, make_benchmark, told
 from g2l.errors import UserError
 from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
-from g2l.images import ImageFiles, Regions, Squares, open_slide
+from g2l.images import ImageFiles, ImageSource, Regions, Squares, class_shares, open_slide
+from g2l.multicentre import load_multicentre, tiger_source
 from g2l.slide_tables import Labels, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
 
@@ -185,15 +186,6 @@ VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
 VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ignored
 
 
-def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
-    """Share (values, rows, columns) that each value covers of the squares of a class map (H, W)."""
-    rows = classes.shape[0] // side
-    columns = classes.shape[1] // side
-    whole = classes[: rows * side, : columns * side]
-    squares = whole.reshape(rows, side, columns, side)
-    return np.stack([(squares == value).mean((1, 3)) for value in values])
-
-
 def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
     """Class map (H, W) on which most of the experts who drew agree.
 
@@ -260,6 +252,12 @@ def grid_benchmark(
 
 def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
+    return class_shares(gleason_map(core, tuple(maps), tuple(values.items())), SIDE, range(4))
+
+
+@functools.lru_cache(maxsize=1)  # squares of a core follow one another
+def gleason_map(core: Path, maps: tuple[Path, ...], values: tuple[tuple[int, int], ...]) -> ndarray:
+    """Classes (H, W) of a core by its experts' maps, -1 for none."""
     from PIL import Image
 
     with Image.open(core) as image:
@@ -270,7 +268,25 @@ def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndar
             if mask.size != size or len(mask.getbands()) > 1:
                 raise OSError(f"{file}: no map of one channel and the size of its core")
             drawn.append(np.asarray(mask))
-    return class_shares(majority(drawn, values), SIDE, range(4))
+    return majority(drawn, values)
+
+
+def with_masks(
+    found: list[Benchmark], maps: dict[str, list[Path]], values: dict[int, int]
+) -> list[Benchmark]:
+    """The same squares of cores, each with the map of its classes."""
+    squares: Any = found[0].images
+
+    @functools.lru_cache(maxsize=1)  # squares of a core follow one another
+    def whole(core: Path) -> ndarray:
+        return gleason_map(core, maps[core.stem], values)
+
+    def cut(square: tuple[Path, int, int]) -> ndarray:
+        core, x, y = square
+        return whole(core)[y : y + SIDE, x : x + SIDE]
+
+    found[0].masks = ImageSource(squares.items, cut)
+    return found
 
 
 stem = operator.attrgetter("stem")  # of a file
@@ -301,7 +317,7 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     notes += told(len(found) - len(votes), "copies of experts' maps left out")
     shares = functools.partial(gleason_shares, values=VALUES_2019)
     about = GLEASON, first_part, notes, root, choices
-    return grid_benchmark("gleason", cores, maps, shares, *about)
+    return with_masks(grid_benchmark("gleason", cores, maps, shares, *about), maps, VALUES_2019)
 
 
 def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
@@ -314,7 +330,8 @@ def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
         maps.setdefault(f.stem.split("_", 1)[1], [f])
     shares = functools.partial(gleason_shares, values=VALUES_ZURICH)
     name = "gleason-arvaniti"
-    return grid_benchmark(name, cores, maps, shares, GLEASON, stem, [], root, choices)
+    found = grid_benchmark(name, cores, maps, shares, GLEASON, stem, [], root, choices)
+    return with_masks(found, maps, VALUES_ZURICH)
 
 
 def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
@@ -500,11 +517,6 @@ PUBLISHED = {
 }
 
 
-def tiger_source(folder: Path | str) -> str:
-    """The command that fetches TIGER, the data set of Table 3, into a folder."""
-    return f"aws s3 cp --no-sign-request --recursive s3://tiger-training/wsirois {folder}/wsirois"
-
-
 SECTIONS["tiger"]["where from"] += " " + tiger_source("DATA/benchmarks/tiger")
 
 
@@ -571,7 +583,7 @@ def load_benchmarks(
             if what in choices.slides_table:
                 found.append(load_slides_table(Path(what), choices))
             elif isinstance(what, Path):
-                found.append(load_folder(what))
+                found.append(load_multicentre(what, SIDE, 0.5)[0])
             else:
                 found += load_published(what, choices)
         except (UserError, PermissionError) as error:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class Study:
     leaks: str  # images of patients that a student has seen: "exclude" or "mark"
     no_pictures: bool
     protocols: Sequence[str] = ()  # beside the paper's, see field.PROTOCOLS
+    load: Any = None  # of a model's name the model, where patch tokens are asked for
     found: list[Benchmark] = field(default_factory=list)  # those measured
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl, the ones of this very study
 

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-from g2l.protocols import FEW, recall, vote
+from g2l.protocols import FEW, recall, resamplings, vote
 
-DRAWS = 1000  # bootstrap resamples of the patients
 KS = (3, 5, 10, 20)
 BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
@@ -156,6 +155,15 @@ def ratio(over: ndarray, under: ndarray) -> ndarray:
     return np.where(under, over / np.where(under, under, 1), np.nan)
 
 
+def ridge():
+    """A linear probe: ridge classifier on standardised features, strength by leave-one-out."""
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7)))
+
+
 def target_probe(
     x: ndarray,
     target: ndarray,
@@ -164,14 +172,10 @@ def target_probe(
 ) -> float:
     """Balanced accuracy with which a linear probe finds `target` (n,) for patients it has not seen.
 
-    Ridge classifier on standardised features, strength by leave-one-out on the training part, five
-    folds by patient, on at most 1,000 patches. Targets of a single patient cannot be tested; nan if
-    fewer than two others remain.
+    Five folds by patient, on at most 1,000 patches. Targets of a single patient cannot be tested;
+    nan if fewer than two others remain.
     """
-    from sklearn.linear_model import RidgeClassifierCV
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     keep = np.random.default_rng(seed).permutation(np.flatnonzero(testable(target, groups)))[:1000]
     x = x[keep]
@@ -181,10 +185,9 @@ def target_probe(
         return math.nan
     count = min(5, len(np.unique(groups)), np.bincount(target).max())
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7)))
     with warnings.catch_warnings():  # a rare centre is not in every fold, which lowers the score
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        return recall(cross_val_predict(model, x, target, groups=groups, cv=folds), target)
+        return recall(cross_val_predict(ridge(), x, target, groups=groups, cv=folds), target)
 
 
 def testable(target: ndarray, groups: ndarray) -> ndarray:
@@ -238,21 +241,14 @@ def fitting(k_max: int) -> list[int]:
     return [k for k in KS if k <= k_max]
 
 
-def bootstrap(
-    counts: list[ndarray],
-    groups: list[ndarray],
-    seed: int = 0,
-) -> ndarray:
-    """Index (1 + DRAWS, k) of the patients as they are, then resampled; averaged over samples.
+def bootstrap(counts: list[ndarray], groups: list[ndarray]) -> ndarray:
+    """Index (1 + RESAMPLES, k) of the patients as they are, then resampled; averaged over samples.
 
-    counts (4, n, k) and groups (n,), the patients' numbers, of each sample. The same seed draws the
-    same patients, so differences between models are paired. Queries are resampled, their neighbours
-    stay: a patient drawn twice has its patches counted twice.
+    counts (4, n, k) and groups (n,), the patients' numbers, of each sample. Queries are resampled,
+    their neighbours stay: a patient drawn twice has its patches counted twice.
     """
     patients = 1 + max(int(g.max()) for g in groups)
-    even = np.full(patients, 1 / patients)
-    resampled = np.random.default_rng(seed).multinomial(patients, even, DRAWS)
-    weights = np.vstack([np.ones(patients), resampled])
+    weights = resamplings(patients)
     values = []
     for count, group in zip(counts, groups, strict=True):
         sums = np.zeros((patients, 4, count.shape[-1]))

@@ -21,11 +21,12 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark
 from g2l.files import safe
 from g2l.paper import FIGURES, paper_figure
+from g2l.pathorob import LEAST, QUARTETS
 from g2l.pictures import COLORS, canvas, draw_sheet
-from g2l.protocols import FEW
+from g2l.protocols import FEW, RESAMPLES
 from g2l.report import escaped, markdown, ranked
 from g2l.results import read_metrics
-from g2l.robust import DECIDING, DRAWS, KS, bounded_of, index_of
+from g2l.robust import DECIDING, KS, bounded_of, index_of
 from g2l.shifts import SHIFTS, shift, unit
 
 KINDS = {
@@ -114,8 +115,10 @@ class Readings:
     def show(self, metric: str, model: str, **want: Any) -> str:
         """Their mean, and for what chance was drawn for their standard deviation."""
         values = self.values(metric, model, **want)
+        if not len(values):
+            return two(None)
         drawn = model == "chance" and metric not in ("index", "bounded")
-        return two(values.mean() if len(values) else None, np.std(values) if drawn else 0)
+        return two(values.mean(), np.std(values) if drawn else 0)
 
 
 def two(value: float | None, spread: float = 0.0) -> str:
@@ -128,6 +131,7 @@ def two(value: float | None, spread: float = 0.0) -> str:
 def section(held: Readings) -> str:
     """The part of table3.md on one benchmark and way of sampling."""
     parts = [what_was_drawn(held), index_table(held), behind(held), over_patients(held)]
+    parts.append(shortcuts(held))
     parts += [one_by_one(held, "class", "class"), one_by_one(held, "center", "centre")]
     files = [file for row in held.of("pictures") for file in row["files"]]
     parts += ["### Pictures\n"][: len(files)]
@@ -238,9 +242,31 @@ def over_patients(held: Readings) -> str:
         pair = f"{name} − {other}" if other else name
         rows.append([pair, two(row["value"]), interval, reading])
     return (
-        f"### Over patients, k = {held.k}\n\n95 % intervals of {DRAWS} resamplings of the "
+        f"### Over patients, k = {held.k}\n\n95 % intervals of {RESAMPLES} resamplings of the "
         f"patients, the same for all models; fewer than {FEW} patients allow none.\n\n"
         + markdown("model\tindex\tinterval\treading", rows)
+    )
+
+
+def shortcuts(held: Readings) -> str:
+    """PathoROB's average performance drop and clustering score."""
+    rows = []
+    for name in [*held.models, "chance"]:
+        cells = [held.show(metric, name) for metric in ("balanced", "confounded", "drop")]
+        for row in held.of("drop", model=name) if name != "chance" else ():
+            cells[2] += f" [{two(row['low'])}, {two(row['high'])}]"
+        rows.append([name, *cells, held.show("clusters", name)])
+    head = "model\tbalanced\tconfounded\tperformance drop\tclustering score"
+    return (
+        "### Where class and centre go together\n\nPathoROB's other measures, on two classes in "
+        f"two centres at a time: mean of up to {QUARTETS} such quartets of {LEAST} patches a cell "
+        "and more (–: none; a larger sample may have them). A linear probe is trained where the "
+        "centre says nothing of the class (*balanced*) up to where it says all (*confounded*), and "
+        "judged on unseen patients of whom it says nothing, where .5 is chance. *Performance "
+        "drop*: what is lost on the way, relative, with its 95 % interval over the patients "
+        "judged; what knows nothing has nothing to lose. *Clustering score*: agreement of k-means "
+        "with the class less that with the centre, 1 at best, 0 by chance.\n\n"
+        + markdown(head, rows)
     )
 
 

@@ -6,6 +6,7 @@ reads what each has left in its folder. Runs that differ in their seed only are 
 
 import csv
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -107,9 +108,13 @@ def _table(names: list[str], groups: Groups) -> str:
 
 
 def _draw(path: Path, names: list[str], groups: Groups) -> None:
-    """CKA over steps for each combination, and at the end over the values of the first name."""
+    """CKA over steps for each combination, and at the end over the values of the first name.
+
+    A line joins values that have an order; between losses it would say what nobody measured.
+    """
     figure, ((left, right),) = canvas(1, 2, 4.6, 3.6)
     lines: dict[str, dict] = {}  # by the other values
+    ordered = all(re.fullmatch(r"[\d.+-]+(e[\d+-]+)?", key[0]) for key in groups)
     for number, (key, rows) in enumerate(groups.items()):
         for row in rows:
             left.plot(*row["curve"], color=f"C{number}", label=" ".join(key))
@@ -117,7 +122,7 @@ def _draw(path: Path, names: list[str], groups: Groups) -> None:
         line[key[0]] = _after(rows)
     for label, after in lines.items():
         means, spreads = zip(*after.values(), strict=True)
-        right.errorbar(list(after), means, spreads, fmt="o-", label=label)
+        right.errorbar(list(after), means, spreads, fmt="o-" if ordered else "o", label=label)
     handles, labels = left.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # not for each repetition
     left.legend(once.values(), once, title=", ".join(names))

@@ -242,6 +242,8 @@ def test_gleason_majority_vote_ties_value_six_and_missing_annotators(tmp_path):
     }
     assert set(b.groups) == {"slide001", "slide002"} and "2 of 3 images with masks" in b.notes[0]
     assert b.images[0].shape == (256, 256, 3)
+    for i, name in enumerate(b.ids):
+        assert (b.masks[i] == b.labels[i]).all() and b.masks[i].shape == (256, 256), name
     before = (tmp_path / "index" / "gleason.json").stat().st_mtime_ns
     load("gleason", root)  # kept
     assert (tmp_path / "index" / "gleason.json").stat().st_mtime_ns == before

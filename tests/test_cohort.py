@@ -240,6 +240,19 @@ def test_a_link_is_taken_once_and_a_copy_stays_with_its_twin(tmp_path, sound):
         assert [slide.name for slide in select(slides, {patient})[0]] == ["case2", "other3"]
 
 
+def test_mirax_slides_of_one_preview_are_told_apart_by_their_data(tmp_path):
+    for name, pixels in (("P1", b"one"), ("P2", b"two"), ("P3", b"one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.mrxs").write_bytes(b"the same preview")
+        for number in range(2):
+            (tmp_path / name / f"Data{number:04d}.dat").write_bytes(pixels * (1 + number))
+    slides, notes = local_slides(tmp_path)
+    patients = [slide.patients for slide in slides]
+    assert patients == [{"P1", "P3"}, {"P2"}, {"P1", "P3"}]
+    (note,) = notes
+    assert "P3.mrxs: a copy of" in note and "P1.mrxs" in note
+
+
 def test_lost_slides_of_one_size_in_a_manifest_are_no_copies(tmp_path, sound):
     folder = put(tmp_path, sound, "a.svs")
     for name in "bc":

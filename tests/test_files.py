@@ -6,7 +6,7 @@ import os
 import pytest
 
 from g2l.errors import UserError
-from g2l.files import atomic, locked
+from g2l.files import atomic, clear_leftovers, locked
 
 
 def test_atomic_leaves_the_old_file_on_failure(tmp_path):
@@ -41,3 +41,16 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
         with locked(tmp_path / "lock", wait=False) as free:
             assert free
     assert capsys.readouterr().err.count("has no locks") == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ä" * 125 + ".csv", "b" * 229 + ".h5"])
+def test_names_near_the_limit_are_written_and_cleared(tmp_path, name):
+    path = tmp_path / name
+    with atomic(path) as temporary:
+        temporary.write_text("whole")
+        assert temporary.suffix == path.suffix and temporary.name.startswith(".")
+        kept = temporary.with_name(temporary.name)
+    assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == [name]
+    kept.write_text("half")
+    clear_leftovers(path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -269,7 +269,7 @@ def test_probe_leaves_out_centres_of_one_patient():
 
 
 def test_bootstrap_is_paired_and_equals_resampling_by_hand(monkeypatch):
-    monkeypatch.setattr("g2l.robust.DRAWS", 40)
+    monkeypatch.setattr("g2l.protocols.RESAMPLES", 40)
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(6), 5)
     one, two = rng.integers(1, 9, (2, 4, 30, 3))

@@ -171,6 +171,7 @@ def fake(monkeypatch):
 
     monkeypatch.setattr("robustness.features", features)
     monkeypatch.setattr("robustness.BLIND_DRAWS", 2)
+    monkeypatch.setattr("g2l.pathorob.QUARTETS", 1)
     monkeypatch.setattr(
         "robustness.card",
         lambda name, results, **_: {

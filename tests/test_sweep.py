@@ -10,7 +10,7 @@ from training import command, losses, write_cohort
 
 import distill
 from g2l.errors import UserError
-from g2l.sweep import run_name, trials
+from g2l.sweep import _draw, run_name, trials
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,20 @@ def test_mistakes_in_a_sweep_are_told_before_the_first_run(data, tmp_path, capsy
     with pytest.raises(SystemExit):
         distill.main(short(data, tmp_path, "--sweep", "loss=mse,hinge"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("values", "style"), [(("mse", "logsum"), "None"), (("0.5", "1e-3"), "-")])
+def test_a_line_joins_only_values_that_have_an_order(values, style, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("g2l.sweep.save_figure", lambda figure, path: figures.append(figure))
+    curve = {"curve": ([0, 1], [0.1, 0.2])}
+    groups = {
+        (value,): [{"cka_after": 0.2, **curve}, {"cka_after": 0.4, **curve}] for value in values
+    }
+    _draw(tmp_path / "s.png", ["what"], groups)
+    (bars,) = figures[0].axes[1].containers
+    assert bars.lines[0].get_linestyle() == style and bars.has_yerr
+    assert bars.lines[0].get_ydata() == pytest.approx([0.3, 0.3])
 
 
 @pytest.mark.nightly
