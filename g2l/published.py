@@ -252,11 +252,10 @@ def grid_benchmark(
 
 def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
-    return class_shares(gleason_map(core, tuple(maps), tuple(values.items())), SIDE, range(4))
+    return class_shares(gleason_map(core, maps, values), SIDE, range(4))
 
 
-@functools.lru_cache(maxsize=1)  # squares of a core follow one another
-def gleason_map(core: Path, maps: tuple[Path, ...], values: tuple[tuple[int, int], ...]) -> ndarray:
+def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> ndarray:
     """Classes (H, W) of a core by its experts' maps, -1 for none."""
     from PIL import Image
 
