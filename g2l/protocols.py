@@ -353,6 +353,17 @@ def cka_rows(
     return rows
 
 
+def resamplings(n_groups: int) -> ndarray:
+    """How often each group counts: once in the data as they are, then in RESAMPLES others.
+
+    (1 + RESAMPLES, n_groups), the same for every model.
+    """
+    even = np.full(n_groups, 1 / n_groups)
+    times = np.ones((1 + RESAMPLES, n_groups), np.float32)
+    times[1:] = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
+    return times
+
+
 def resampled(
     predicted: dict,
     labels: ndarray,
@@ -367,9 +378,7 @@ def resampled(
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n_groups = group.max() + 1
-    even = np.full(n_groups, 1 / n_groups)
-    times = np.ones((1 + RESAMPLES, n_groups), np.float32)
-    times[1:] = np.random.default_rng(0).multinomial(n_groups, even, size=RESAMPLES)
+    times = resamplings(n_groups)
     fold = predicted["fold"]
     size = np.bincount(fold)
     weight = 1 / (len(size) * size[fold])
