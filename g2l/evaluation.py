@@ -38,8 +38,8 @@ from g2l.protocols import (
     vote,
 )
 from g2l.registry import tcga_notes
-from g2l.slide_tables import bags_of
 from g2l.results import Study, load_predictions, record, recorded, save_predictions
+from g2l.slide_tables import bags_of
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
 PROTOCOL_VERSION = 4
