@@ -213,7 +213,7 @@ class Tables:
                     benchmark.name,
                     row["model"],
                     row["other"],
-                    PAIRED[row["metric"]],
+                    PAIRED.get(row["metric"], row["metric"]),
                 ]
                 rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
@@ -258,7 +258,8 @@ class Tables:
 
     def paired(self, benchmark: str) -> list[dict]:
         """The paired differences of a benchmark, in the models' order."""
-        places = {name: place for place, name in enumerate([*self.models, *PAIRED])}
+        measures = [*PAIRED, *(": ".join(kind[:2]) for kinds in TITLES.values() for kind in kinds)]
+        places = {name: place for place, name in enumerate([*self.models, *measures])}
         mine = [r for r in self.study.rows if r["benchmark"] == benchmark]
         rows = [r for r in mine if r["protocol"] == "paired"]
         return sorted(rows, key=lambda r: [places[r[end]] for end in ("model", "other", "metric")])
@@ -289,6 +290,8 @@ class Tables:
         lines.append(f"{'chance':{width + 20}}{'0.000':<16}{knn:<16}{probe}")
         lines.append(f"{'majority class':{width + 36}}{majority}")
         for row in self.paired(benchmark):
+            if row["metric"] not in PAIRED:
+                continue  # one screen: table2.md has them
             lines.append(
                 f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
                 f"{with_interval(row)}, {verdict(row)}"
@@ -307,9 +310,10 @@ def verdict(row: dict) -> str:
     """A paired difference in a word: better, worse, or no difference that the data can show."""
     if row["low"] is None:
         return "too few groups to tell"
-    if row["low"] > 0:
-        return "better"
-    return "worse" if row["high"] < 0 else "within noise"
+    if row["low"] <= 0 <= row["high"]:
+        return "within noise"
+    less = row["metric"].endswith(LESS_IS_BETTER)
+    return "better" if (row["low"] > 0) != less else "worse"
 
 
 def with_interval(row: dict) -> str:

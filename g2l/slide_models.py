@@ -18,8 +18,8 @@ from g2l.embeddings import read_features
 PATCHES = 512  # of a slide, drawn once: 2 MB of 1,024 numbers each
 WIDTH = 128  # of the attention
 EPOCHS = 20
-BATCH = 8  # slides
-RATE = 3e-4
+BATCH = 4  # slides
+RATE = 1e-3
 PENALTIES = 10.0 ** np.arange(4, -3, -1)  # of Cox regression, on |weights|^2 / 2
 
 
