@@ -127,11 +127,18 @@ class Tables:
                     if paper == "cka":
                         row = row.replace("-binary", "")
                     text += paper_figure(paper, row, model, self.metadata.get(model, {}))
-                    marked = any(model in self.data[b]["marked"] for b in members)
-                    text += " ⚠" if marked else ""
+                    text += self.mark(members, model)
                 values.append(value)
                 texts.append(text)
             yield label, members, ranked(values, texts)
+
+    def mark(self, members: list[str], model: str) -> str:
+        """⚠ where a student has seen patients of a benchmark, † where pretraining has."""
+        about = [self.data[benchmark] for benchmark in members]
+        seen = any(model in row["marked"] for row in about)
+        known = any(f"{model} may know" in note for row in about for note in row["notes"])
+        origin = any(f"{model} comes from" in note for row in about for note in row["notes"])
+        return " ⚠" * seen + " †" * (known or origin)
 
     def table1(self) -> str:
         """Table 1: CKA of every other model to the teacher; empty without a teacher or others."""
@@ -204,6 +211,7 @@ class Tables:
             "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
             "one class only, which leaves the measure undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
+            + " †: pretraining may have seen the slides, as the benchmark's notes say."
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = []
@@ -211,8 +219,8 @@ class Tables:
             for row in self.paired(benchmark.name):
                 pair = [
                     benchmark.name,
-                    row["model"],
-                    row["other"],
+                    row["model"] + self.mark([benchmark.name], row["model"]),
+                    row["other"] + self.mark([benchmark.name], row["other"]),
                     PAIRED.get(row["metric"], row["metric"]),
                 ]
                 rows.append([*pair, with_interval(row), verdict(row)])
@@ -284,6 +292,7 @@ class Tables:
             lines.append(
                 f"{model:{width}}{about['parameters'] / 1e6:>7.1f} M"
                 f"{about['ms_per_image']:>8.1f}   {cka:<16}{knn:<16}{probe}"
+                + self.mark([benchmark], model)
             )
         knn, majority = self.blind([benchmark], "knn", "accuracy")
         probe = self.blind([benchmark], "probe", "auc")[0]
