@@ -64,7 +64,7 @@ class Benchmark:
             labels=self.labels[rows],
             groups=[self.groups[i] for i in rows],
             centers=[self.centers[i] for i in rows] if self.centers else None,
-            slides=[self.slides[i] for i in rows] if self.slides else (),
+            slides=[self.slides[int(i)] for i in rows] if self.slides else (),
             survival=None if self.survival is None else self.survival[rows],
         )
 

@@ -46,7 +46,10 @@ class GatedAttention(nn.Module):
         return self.classify((share[:, None] @ h).squeeze(1))
 
 
-def read_bags(bags: Sequence[Path | ndarray], device: str) -> list[Tensor]:
+def read_bags(
+    bags: Sequence[Path | ndarray],
+    device: str,
+) -> list[Tensor]:
     """The features of at most PATCHES patches of each slide, by a seeded draw."""
     read = []
     for number, bag in enumerate(bags):
@@ -57,7 +60,11 @@ def read_bags(bags: Sequence[Path | ndarray], device: str) -> list[Tensor]:
 
 
 def attend(
-    given: Sequence[Path | ndarray], labels: ndarray, fold: ndarray, classes: int, device: str
+    given: Sequence[Path | ndarray],
+    labels: ndarray,
+    fold: ndarray,
+    classes: int,
+    device: str,
 ) -> ndarray:
     """Probabilities (N, classes) of each slide by a network trained on the other folds.
 
@@ -103,7 +110,12 @@ def fit_attention(
         schedule.step()
 
 
-def hazards(x: ndarray, time: ndarray, event: ndarray, fold: ndarray) -> ndarray:
+def hazards(
+    x: ndarray,
+    time: ndarray,
+    event: ndarray,
+    fold: ndarray,
+) -> ndarray:
     """Log hazards (N,) of patients by Cox regressions that have not seen them.
 
     x (N, D): features. The fold after a patient's own chooses the penalty, the others train.
@@ -132,7 +144,11 @@ def hazards(x: ndarray, time: ndarray, event: ndarray, fold: ndarray) -> ndarray
     return risk
 
 
-def cox_loss(risk: Tensor, time: ndarray, event: ndarray) -> Tensor:
+def cox_loss(
+    risk: Tensor,
+    time: ndarray,
+    event: ndarray,
+) -> Tensor:
     """Negative log partial likelihood an event, of log hazards (N,); ties by Breslow's method."""
     order = np.argsort(-time, kind="stable")  # those still followed come first
     total = risk[order].logcumsumexp(0)
@@ -141,7 +157,13 @@ def cox_loss(risk: Tensor, time: ndarray, event: ndarray) -> Tensor:
     return (total[last] - risk[order])[seen].sum() / max(1, seen.sum())
 
 
-def fit_cox(x: Tensor, time: ndarray, event: ndarray, penalty: float, start: Tensor) -> Tensor:
+def fit_cox(
+    x: Tensor,
+    time: ndarray,
+    event: ndarray,
+    penalty: float,
+    start: Tensor,
+) -> Tensor:
     """Weights (D,) that make `cox_loss` of x (N, D) + penalty |weights|^2 / 2 least."""
     weights = start.clone().requires_grad_()
     search = torch.optim.LBFGS(
@@ -159,7 +181,11 @@ def fit_cox(x: Tensor, time: ndarray, event: ndarray, penalty: float, start: Ten
 
 
 def concordance(
-    risk: ndarray, time: ndarray, event: ndarray, fold: ndarray, times: ndarray
+    risk: ndarray,
+    time: ndarray,
+    event: ndarray,
+    fold: ndarray,
+    times: ndarray,
 ) -> ndarray:
     """Harrell's index (B,): of the pairs of patients of one fold of whom one is known to have had
     the event first, in how many had that one the higher risk; equal risks count half.

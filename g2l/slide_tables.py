@@ -60,6 +60,13 @@ class Labels:
         """Under what a slide stands in `classes`, if it does."""
         return slide if self.by == "slide_id" else patient
 
+    def followed(self, slides: Slides, names: list[str]) -> np.ndarray | None:
+        """Time and event (N, 2) of slides, NaN where they are not known; None where none is."""
+        if not self.survival:
+            return None
+        keys = [self.key(name, slides[name][0]) for name in names]
+        return np.array([self.survival.get(key, (np.nan, np.nan)) for key in keys])
+
     def join(self, slides: Slides) -> list[tuple[str, str, str]]:
         """(slide, class, patient) of those that have a label, in the order of the table."""
         rows = []
@@ -251,10 +258,7 @@ def slide_benchmark(
     if tiled:
         benchmark.mpp = f"{items[0].patches.mpp:g}"
         benchmark.slides = items
-    if labels.survival:
-        keys = [labels.key(slide, slides[slide][0]) for slide, _, _ in rows]
-        unknown = np.nan, np.nan
-        benchmark.survival = np.array([labels.survival.get(key, unknown) for key in keys])
+    benchmark.survival = labels.followed(slides, [slide for slide, _, _ in rows])
     return benchmark
 
 
