@@ -59,6 +59,7 @@ REMEDIES |= {
     "name": "rename one of the two, or take another folder by --results",
     "stuck": f"is the storage of the images still there? Take other --workers, and {GO_ON}",
     "workers": f"{WORKERS}, and {GO_ON}",
+    "bags": "embed.py --cancer NAME --models makes them, and --cancer NAME takes them",
     "cohort": "name the one that tile.py made of them by --cancer",
     "unreadable": "mend them, or allow more by --max-unreadable",
 }

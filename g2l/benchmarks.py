@@ -47,6 +47,8 @@ class Benchmark:
     origin: str = ""  # the folder it was read from
     unit: str = ""  # what a group is: patient, slide, ...
     mpp: str = ""  # µm per pixel, where it is not the published one
+    slides: Sequence = ()  # each as tile.py has cut it, where it has
+    survival: np.ndarray | None = None  # (N, 2): time followed, and whether the event came
     # Fingerprint of the images, taken at first use; a copy with other images begins without one.
     stamp: str = field(default="", init=False)
 
@@ -64,6 +66,8 @@ class Benchmark:
             labels=self.labels[rows],
             groups=[self.groups[i] for i in rows],
             centers=[self.centers[i] for i in rows] if self.centers else None,
+            slides=[self.slides[int(i)] for i in rows] if self.slides else (),
+            survival=None if self.survival is None else self.survival[rows],
         )
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
@@ -33,16 +34,19 @@ from g2l.protocols import (
     paired,
     recall,
     resampled,
+    resamplings,
     split,
     vote,
 )
 from g2l.registry import tcga_notes
 from g2l.results import Study, load_predictions, record, recorded, save_predictions
+from g2l.slide_tables import bags_of
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 BLIND_DRAWS = 5  # of features that know nothing, for the chance level
 BLIND_WIDTH = 8
+BLIND_BAG = 64  # patches of a slide
 Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
 Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
 
@@ -148,11 +152,14 @@ def predict(
     folds: Folds,
     study: Study,
     lot: np.random.Generator | None = None,
+    bags: Sequence[Path | ndarray] = (),
 ) -> tuple[dict[str, ndarray], list[dict]]:
-    """kNN and probe of one model's features x (N, D): its predictions, and rows of results.
+    """All protocols of one model's features x (N, D): its predictions, and rows of results.
 
     Predictions of the grouped folds: fold (N,), knn (N,), neighbors (N, k), and scores (seeds, N,
-    classes), NaN outside each test part. lot: x knows nothing, and it draws the neighbours of kNN.
+    classes), NaN outside each test part; of further protocols their measures (M,) by name, each
+    resampled (M, B). lot: x knows nothing, and it draws the neighbours of kNN. bags: what is known
+    of the patches of each slide.
     """
     labels = benchmark.labels
     classes = len(benchmark.classes)
@@ -177,22 +184,42 @@ def predict(
                 "neighbors": neighbors.astype(np.int32),
             }
             predictions["scores"] = scores.reshape(-1, len(labels), classes)
-            group = np.unique(benchmark.groups, return_inverse=True)[1]
-            given = Given(
-                x=x,
-                labels=labels,
-                groups=group,
-                fold=tenths,
-                guess=guess,
-                votes=votes,
-                distances=distances,
-                scores=list(predictions["scores"]),
-                classes=classes,
-                device=device,
-            )
-            for name in study.protocols:
-                rows += PROTOCOLS[name](given)
+            if study.protocols:
+                group = np.unique(benchmark.groups, return_inverse=True)[1]
+                patients = int(group.max()) + 1
+                given = Given(
+                    x=x,
+                    labels=labels,
+                    groups=group,
+                    fold=tenths,
+                    guess=guess,
+                    votes=votes,
+                    distances=distances,
+                    scores=list(predictions["scores"]),
+                    classes=classes,
+                    device=device,
+                    times=np.ones((1, patients)) if lot else resamplings(patients),
+                    survival=benchmark.survival,
+                    bags=bags,
+                )
+                rows += further(given, study.protocols, predictions)
     return predictions, rows
+
+
+def further(given: Given, protocols: Sequence[str], predictions: dict) -> list[dict]:
+    """Rows of further protocols; what resamplings make of them goes to the predictions."""
+    rows = []
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN says that there is no such measure
+        for name in protocols:
+            rows += PROTOCOLS[name](given)
+    each: dict[str, list[ndarray]] = {}
+    for row in rows:
+        values = row.pop("resampled")
+        if np.isfinite(row["value"]):
+            each.setdefault(f"{row['protocol']}: {row['metric']}", []).append(values)
+    predictions["measures"] = np.array(list(each), str)
+    predictions["resampled"] = np.array([np.mean(values, 0) for values in each.values()])
+    return rows
 
 
 def score_knn(guess: ndarray, labels: ndarray, fold: ndarray, name: str) -> list[dict]:
@@ -237,7 +264,9 @@ def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
         lot = np.random.default_rng(draw)
         x = lot.normal(size=(len(benchmark), BLIND_WIDTH)).astype(np.float32)
         found: dict[tuple, list[float]] = {}
-        for row in predict(benchmark, x, folds, study, lot)[1]:
+        patches = lot.spawn(1)[0]
+        bags = [patches.normal(size=(BLIND_BAG, BLIND_WIDTH)) for _ in benchmark.slides]
+        for row in predict(benchmark, x, folds, study, lot, bags)[1]:
             if np.isfinite(row["value"]):
                 found.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
         for (protocol, metric), values in found.items():
@@ -264,11 +293,16 @@ def measure_models(
         ],
         [benchmark.name, benchmark.ids, benchmark.labels.tolist(), benchmark.classes],
         [benchmark.groups, benchmark.centers, PROTOCOL_VERSION, list(study.protocols)],
+        None if benchmark.survival is None else benchmark.survival.tolist(),
     )
     keys = {"chance": about}
+    bags = {}
     for name in x:
+        card = study.cards[name]
+        bags[name] = bags_of(benchmark, card) if "abmil" in study.protocols else []
         # the name, too: a copy under another name has rows of its own
-        keys[name] = digest(name, study.cards[name]["fingerprint"], data_stamp(benchmark), about)
+        origin = name, card["fingerprint"], data_stamp(benchmark), len(bags[name])
+        keys[name] = digest(origin, about)
     predictions: Predictions = {}
     rows = []
     folds: Folds = {}
@@ -284,11 +318,12 @@ def measure_models(
                 known = {}
                 new = blind_rows(benchmark, folds, study)
             else:
-                known, new = predict(benchmark, x[name], folds, study)
+                known, new = predict(benchmark, x[name], folds, study, bags=bags[name])
             base = {"benchmark": benchmark.name, "model": shown}
             found = record(study.results, [base | row for row in new], key=key)
             save_predictions(path, key, known)
-            took = f"kNN and linear probe, {time.perf_counter() - start:.1f} s"
+            what = ", ".join(["kNN", "linear probe", *study.protocols])
+            took = f"{what}: {time.perf_counter() - start:.1f} s"
             print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
         predictions[name] = known
         rows += found
@@ -304,7 +339,13 @@ def compare_models(
     groups = benchmark.groups
     teacher = study.teacher
     rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
-    figures = {name: resampled(predictions[name], labels, groups) for name in x}
+    figures = {}
+    for name in x:
+        known = predictions[name]
+        figures[name] = resampled(known, labels, groups)
+        measures = zip(known.get("measures", ()), known.get("resampled", ()), strict=True)
+        for kind, values in measures:
+            figures[name][str(kind)] = values, len(set(groups)), 1
     for name, other in itertools.product(x, (teacher, study.baseline)):
         if other in x and name not in (other, teacher):
             base = {"model": name, "other": other, "protocol": "paired"}
@@ -378,11 +419,25 @@ def evaluate_all(
                 failures.append(UserError(f"{where}: every image has the same embedding"))
         try:
             if x:
-                rows += evaluate_benchmark(benchmark, x, study)
+                new = evaluate_benchmark(benchmark, x, study)
+                rows += new
                 done.append(benchmark)
+                failures += without_patches(benchmark, new, list(x), study)
         except UserError as error:
             failures.append(error)
     return replace(study, found=done, rows=rows), lost
+
+
+def without_patches(
+    benchmark: Benchmark, rows: list[dict], models: list[str], study: Study
+) -> list[UserError]:
+    """Models of whose slides the patches' features are asked for, and not there."""
+    measured = {row["model"] for row in rows if row["protocol"] == "abmil"}
+    if "abmil" not in study.protocols or benchmark.level != "slide":
+        return []
+    text = f"abmil on {benchmark.name}: no features of the patches of every slide by"
+    lacking = [name for name in models if display(name) not in measured]
+    return [UserError(f"{text} {display(name)}", mend="bags") for name in lacking]
 
 
 def model_rows(study: Study) -> list[dict]:

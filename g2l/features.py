@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from g2l.benchmarks import Benchmark
+from g2l.embeddings import preprocessing_of
 from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
@@ -40,7 +41,7 @@ from g2l.registry import REGISTRY
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import WEIGHT_FILES
 
-CARD_VERSION = 1  # raised when a model would be loaded, measured or described otherwise
+CARD_VERSION = 2  # raised when a model would be loaded, measured or described otherwise
 AHEAD = 2  # batches that are prepared before they are needed, at most
 SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
@@ -389,6 +390,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         "weights": weights or ("its own" if Path(name).exists() else "hub"),
         "network": network,
         "ms_per_image": timed or milliseconds(model),
+        "preprocessing": preprocessing_of(model),
     }
     for field in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
         known[field] = getattr(model, field)

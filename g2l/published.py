@@ -26,7 +26,7 @@ from g2l.errors import UserError
 from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
 from g2l.images import ImageFiles, ImageSource, Regions, Squares, class_shares, open_slide
 from g2l.multicentre import load_multicentre, tiger_source
-from g2l.slide_tables import Labels, load_slides_table, read_labels, slide_benchmark
+from g2l.slide_tables import Labels, followed, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
 
 
@@ -397,9 +397,13 @@ def load_chimera(root: Path, choices: Choices) -> list[Benchmark]:
     """CHIMERA, task 1: recurrence of prostate cancer from whole slides, grouped by patient."""
     labels = Labels("patient")
     for f in find_files(root, "*.json", "clinical_data/PID.json"):
-        recurrence = str(read_json(f).get("BCR")).removesuffix(".0")
+        about = read_json(f)
+        recurrence = str(about.get("BCR")).removesuffix(".0")
         if f.parent.name == "clinical_data" and recurrence in CHIMERA:
             labels.classes[f.stem] = CHIMERA[recurrence]
+            months = about.get("time_to_follow-up/BCR")
+            if months is not None:
+                labels.survival[f.stem] = followed(str(f), months, recurrence)
     found = find_files(root, "*.tif", "pathology/images/PID/PID_N.tif")
     slides = [f for f in found if not f.stem.endswith("_tissue")]
     notes = ["no recurrence may mean a short follow-up: the label is censored"]

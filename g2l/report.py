@@ -127,11 +127,18 @@ class Tables:
                     if paper == "cka":
                         row = row.replace("-binary", "")
                     text += paper_figure(paper, row, model, self.metadata.get(model, {}))
-                    marked = any(model in self.data[b]["marked"] for b in members)
-                    text += " ⚠" if marked else ""
+                    text += self.mark(members, model)
                 values.append(value)
                 texts.append(text)
             yield label, members, ranked(values, texts)
+
+    def mark(self, members: list[str], model: str) -> str:
+        """⚠ where a student has seen patients of a benchmark, † where pretraining has."""
+        about = [self.data[benchmark] for benchmark in members]
+        seen = any(model in row["marked"] for row in about)
+        known = any(f"{model} may know" in note for row in about for note in row["notes"])
+        origin = any(f"{model} comes from" in note for row in about for note in row["notes"])
+        return " ⚠" * seen + " †" * (known or origin)
 
     def table1(self) -> str:
         """Table 1: CKA of every other model to the teacher; empty without a teacher or others."""
@@ -204,6 +211,7 @@ class Tables:
             "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
             "one class only, which leaves the measure undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
+            + " †: pretraining may have seen the slides, as the benchmark's notes say."
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = []
@@ -211,9 +219,9 @@ class Tables:
             for row in self.paired(benchmark.name):
                 pair = [
                     benchmark.name,
-                    row["model"],
-                    row["other"],
-                    PAIRED[row["metric"]],
+                    row["model"] + self.mark([benchmark.name], row["model"]),
+                    row["other"] + self.mark([benchmark.name], row["other"]),
+                    PAIRED.get(row["metric"], row["metric"]),
                 ]
                 rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
@@ -258,7 +266,8 @@ class Tables:
 
     def paired(self, benchmark: str) -> list[dict]:
         """The paired differences of a benchmark, in the models' order."""
-        places = {name: place for place, name in enumerate([*self.models, *PAIRED])}
+        measures = [*PAIRED, *(": ".join(kind[:2]) for kinds in TITLES.values() for kind in kinds)]
+        places = {name: place for place, name in enumerate([*self.models, *measures])}
         mine = [r for r in self.study.rows if r["benchmark"] == benchmark]
         rows = [r for r in mine if r["protocol"] == "paired"]
         return sorted(rows, key=lambda r: [places[r[end]] for end in ("model", "other", "metric")])
@@ -283,12 +292,15 @@ class Tables:
             lines.append(
                 f"{model:{width}}{about['parameters'] / 1e6:>7.1f} M"
                 f"{about['ms_per_image']:>8.1f}   {cka:<16}{knn:<16}{probe}"
+                + self.mark([benchmark], model)
             )
         knn, majority = self.blind([benchmark], "knn", "accuracy")
         probe = self.blind([benchmark], "probe", "auc")[0]
         lines.append(f"{'chance':{width + 20}}{'0.000':<16}{knn:<16}{probe}")
         lines.append(f"{'majority class':{width + 36}}{majority}")
         for row in self.paired(benchmark):
+            if row["metric"] not in PAIRED:
+                continue  # one screen: table2.md has them
             lines.append(
                 f"  {row['model']} against {row['other']}: {PAIRED[row['metric']]} "
                 f"{with_interval(row)}, {verdict(row)}"
@@ -307,9 +319,10 @@ def verdict(row: dict) -> str:
     """A paired difference in a word: better, worse, or no difference that the data can show."""
     if row["low"] is None:
         return "too few groups to tell"
-    if row["low"] > 0:
-        return "better"
-    return "worse" if row["high"] < 0 else "within noise"
+    if row["low"] <= 0 <= row["high"]:
+        return "within noise"
+    less = row["metric"].endswith(LESS_IS_BETTER)
+    return "better" if (row["low"] > 0) != less else "worse"
 
 
 def with_interval(row: dict) -> str:

@@ -8,6 +8,7 @@ labelled slides cannot be used, and why, is told before anything is computed.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -31,6 +32,7 @@ from g2l.rows import read_rows
 from g2l.slides import slide_name
 
 if TYPE_CHECKING:
+    from g2l.embeddings import SlideFeatures
     from g2l.models import Model
 
 
@@ -50,11 +52,20 @@ class Labels:
 
     by: str = "slide_id"
     classes: dict[str, str] = field(default_factory=dict)
+    # how long each was followed, and whether the event came
+    survival: dict[str, tuple[float, float]] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)  # of slides, where the table says
 
     def key(self, slide: str, patient: str) -> str:
         """Under what a slide stands in `classes`, if it does."""
         return slide if self.by == "slide_id" else patient
+
+    def followed(self, slides: Slides, names: list[str]) -> np.ndarray | None:
+        """Time and event (N, 2) of slides, NaN where they are not known; None where none is."""
+        if not self.survival:
+            return None
+        keys = [self.key(name, slides[name][0]) for name in names]
+        return np.array([self.survival.get(key, (np.nan, np.nan)) for key in keys])
 
     def join(self, slides: Slides) -> list[tuple[str, str, str]]:
         """(slide, class, patient) of those that have a label, in the order of the table."""
@@ -67,28 +78,51 @@ class Labels:
         return sorted(rows, key=lambda row: order.index(row[0])) if order else rows
 
 
-def read_labels(table: Path, words: dict[str, str]) -> Labels:
-    """Labels of a table slide_id,label[,patient], or patient,label.
+EVENTS = {0.0: "no event", 1.0: "event"}
 
-    words: what a label stands for, in whatever case; others are classes themselves. Raises
-    UserError where the table lacks a column, or contradicts itself.
+
+def read_labels(table: Path, words: dict[str, str]) -> Labels:
+    """Labels of a table slide_id,label[,patient], or patient,label; with or without time,event.
+
+    words: what a label stands for, in whatever case; others are classes themselves. Without labels
+    they say whether the event came. Raises UserError where the table lacks a column, or contradicts
+    itself.
     """
-    rows = read_table(table, ("label",), ("slide_id",))
-    labels = Labels("slide_id" if "slide_id" in rows[0] else "patient")
-    if labels.by not in rows[0]:
-        raise UserError(f"{table}: no column slide_id, nor patient, beside label")
+    rows = read_table(table, (), ("slide_id", "label"))
+    by = "slide_id" if "slide_id" in rows[0] else "patient"
+    labels = Labels(by)
+    if by not in rows[0] or not rows[0].keys() & {"label", "time"}:
+        found = ", ".join(rows[0])
+        raise UserError(
+            f"{table}: needed are the columns slide_id or patient, and label or time and event; "
+            f"found: {found}"
+        )
     for row in rows:
         patient = row.get("patient", "")
         if patient.upper().startswith("TCGA-"):  # the barcode of a sample
             patient = patient_of(patient)
         name = patient
-        if labels.by == "slide_id":
+        if by == "slide_id":
             name = short_name(row["slide_id"])
             labels.patients[name] = patient
-        label = words.get(row["label"].lower(), row["label"])
+        label = row.get("label", "")
+        if row.get("time") or "label" not in row:
+            known = followed(f"{table}: {name}", row.get("time"), row.get("event"))
+            label = label or EVENTS[known[1]]
+            labels.survival[name] = known
+        label = words.get(label.lower(), label)
         if labels.classes.setdefault(name, label) != label:
             raise UserError(f"{table}: {name} is labelled {labels.classes[name]} and {label}")
     return labels
+
+
+def followed(who: str, time: object, event: object) -> tuple[float, float]:
+    """Time and event as numbers; UserError where they are none."""
+    with contextlib.suppress(ValueError):
+        known = float(str(time)), float(str(event))
+        if known[0] >= 0 and known[1] in EVENTS:
+            return known
+    raise UserError(f"{who} has time {time} and event {event}; a number, and 1 or 0 are expected")
 
 
 @dataclass
@@ -109,6 +143,18 @@ class TiledSlide(Sequence[Any]):
         """What is kept of the slide in a folder of the cohort."""
         return self.patches.folder / folder / f"{self.patches.slides[self.number]}{ending}"
 
+    def embedded(self, name: str, fingerprint: str, preprocessing: str) -> SlideFeatures | None:
+        """What embed.py has computed from these patches by this very model, if it has."""
+        from g2l.embeddings import Coordinates, Origin, SlideFeatures
+
+        where = Coordinates.read(self.file("patches", "_patches.h5"))
+        origin = Origin(name, fingerprint, preprocessing, where.key, "float32")
+        for folder in self.patches.folder.glob("features_*/"):
+            held = SlideFeatures(folder, self.patches.slides[self.number], origin, where)
+            if held.state() == "done":
+                return held
+        return None
+
 
 class TiledSlides(ImageSource):
     """Slides as tile.py has cut them; their thumbnails stand for them in pictures."""
@@ -126,21 +172,26 @@ class TiledSlides(ImageSource):
         """The mean (dim,) of a slide's features, by its row, where embed.py has computed them from
         these patches by this very model; and what it could not read.
         """
-        from g2l import embeddings
+        from g2l.embeddings import preprocessing_of, read_features
 
-        about = model.name, model.fingerprint, embeddings.preprocessing_of(model)
+        about = model.name, model.fingerprint, preprocessing_of(model)
         rows = {}
         for i, slide in enumerate(self.items):
-            name = slide.patches.slides[slide.number]
-            for folder in slide.patches.folder.glob("features_*/"):
-                where = embeddings.Coordinates.read(slide.file("patches", "_patches.h5"))
-                origin = embeddings.Origin(*about, where.key, "float32")
-                held = embeddings.SlideFeatures(folder, name, origin, where)
-                if held.state() == "done":
-                    mean = embeddings.read_features(held.path)[0].mean(0, dtype=np.float64)
-                    lost = told(held.unreadable(), "patches could not be read")
-                    rows[i] = mean.astype(np.float32), lost
+            held = slide.embedded(*about)
+            if held:
+                mean = read_features(held.path)[0].mean(0, dtype=np.float64)
+                lost = told(held.unreadable(), "patches could not be read")
+                rows[i] = mean.astype(np.float32), lost
         return rows
+
+
+def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
+    """The features of each slide's patches by a model (its card); none where any slide lacks
+    them.
+    """
+    model = about["display"], about["fingerprint"], about["preprocessing"]
+    held = [slide.embedded(*model) for slide in benchmark.slides]
+    return [found.path for found in held if found] if all(held) else []
 
 
 def tiled_slides(choices: Choices) -> tuple[Slides, Lost]:
@@ -206,6 +257,8 @@ def slide_benchmark(
     benchmark.unit = "patient"
     if tiled:
         benchmark.mpp = f"{items[0].patches.mpp:g}"
+        benchmark.slides = items
+    benchmark.survival = labels.followed(slides, [slide for slide, _, _ in rows])
     return benchmark
 
 

@@ -435,6 +435,7 @@ def test_chimera_keeps_a_patient_together_and_ignores_tissue_masks(tmp_path):
     ]
     assert [b.classes[y] for y in b.labels] == ["recurrence", "recurrence", "no recurrence"]
     assert "1 slides without a label left out" in b.notes and "1 patients without slides" in b.notes
+    assert b.survival.tolist() == [[12, 1], [12, 1], [12, 0]]
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
@@ -696,3 +697,26 @@ def test_features_that_embed_has_computed_are_taken_as_they_are(cohort, monkeypa
     assert not reads and np.allclose(taken, computed, atol=1e-5 * np.abs(computed).max())
     other = load_model("timm:test_vit", "random", input_size=32)
     assert b.images.embedded(other) == {}  # of another preprocessing
+    from g2l.features import card
+    from g2l.slide_tables import bags_of
+
+    about = card("timm:test_vit", cohort, weights="random", input_size=64)
+    bags = bags_of(b, about)
+    assert [path.stem[:12] for path in bags] == b.groups
+    assert bags_of(b.subset(np.array([False, True])), about) == bags[1:]
+    assert bags_of(b, about | {"fingerprint": "other"}) == []
+
+
+def test_a_table_of_times_and_events_is_read_by_slide_and_patient(cohort):
+    (cohort / "mine.csv").write_text(
+        "slide_id,patient,time,event\nTCGA-A1-0000-01Z-00-DX1,TCGA-A1-0000,12.5,1\n"
+        "TCGA-A1-0001-01Z-00-DX1,TCGA-A1-0001,30,0\n"
+    )
+    choices = Choices(data=cohort, cancer=["brca"], slides_table=[cohort / "mine.csv"])
+    (b,), _ = load_benchmarks([], [], choices)
+    assert b.survival.tolist() == [[12.5, 1], [30, 0]]
+    assert [b.classes[y] for y in b.labels] == ["event", "no event"]
+    assert b.subset(np.array([False, True])).survival.tolist() == [[30, 0]]
+    (cohort / "mine.csv").write_text("patient,time,event\nTCGA-A1-0000,soon,1\n")
+    _, failed = load_benchmarks([], [], choices)
+    assert "TCGA-A1-0000 has time soon and event 1" in str(failed[0])

@@ -791,7 +791,14 @@ def test_rows_of_a_source_without_files_watch_no_file():
 
 def test_protocols_of_the_field_stand_beside_their_chance_level(folder, weights):
     names = ["few-shot", "retrieval", "agreement", "calibration", "k-curve"]
-    assert go(folder, "--no-pictures", "--protocols", *names, names=(ONE, TWO)) == 0
+    more = ["--no-pictures", "--teacher", ONE, "--baseline", TWO]
+    assert go(folder, *more, "--protocols", *names, names=(ONE, TWO)) == 0
+    compared = {r["metric"]: r for r in rows(folder, protocol="paired")}
+    for metric in ("few-shot: 1 a class", "retrieval: mAP@5", "probe: ECE", "k curve: k = 5"):
+        row = compared[metric]
+        assert row["low"] <= row["value"] <= row["high"]
+    error = compared["probe: ECE"] | {"low": 0.1, "high": 0.2}
+    assert verdict(error) == "worse" and verdict(error | {"metric": "knn"}) == "better"
     text = (folder.parent / "results" / "table2.md").read_text()
     for title in ("Few-shot (SimpleShot), 1 a class", "top-1 accuracy", "kNN: macro F1"):
         part = text[text.index(title) :].split("\n\n")[1]

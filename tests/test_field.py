@@ -1,15 +1,27 @@
-"""Further protocols against scikit-learn and plain numpy."""
+"""Further protocols against scikit-learn, scikit-survival and plain numpy."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix
+import torch
+from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
-from g2l.field import DRAWS, PROTOCOLS, SHOTS, Given, agreement, calibration, curve, few_shot
+from g2l.field import (
+    DRAWS,
+    PROTOCOLS,
+    SHOTS,
+    Given,
+    agreement,
+    calibration,
+    cox,
+    curve,
+    few_shot,
+)
 from g2l.field import retrieval as retrieve
 from g2l.probe import linear_probe
-from g2l.protocols import nearest, split, vote
+from g2l.protocols import nearest, resamplings, split, vote
+from g2l.slide_models import attend, concordance, fit_cox, hazards
 
 
 def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:
@@ -25,7 +37,8 @@ def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:
     votes = np.where(neighbors < 0, -1, labels[neighbors])
     guess = vote(votes, distances, classes)
     scores = [probe[0] for probe in linear_probe(x, labels, fold, classes, 2)]
-    return Given(x, labels, groups, fold, guess, votes, distances, scores, classes, "cpu")
+    times = resamplings(patients)
+    return Given(x, labels, groups, fold, guess, votes, distances, scores, classes, "cpu", times)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +87,39 @@ def test_retrieval_is_counted_over_other_patients(some):
     assert values(rows, "mAP@5") == [pytest.approx(np.mean(each))]
 
 
-def test_agreement_follows_from_the_confusion_matrix(some):
+def test_agreement_is_that_of_scikit_learn(some):
     rows = agreement(some)
-    table = confusion_matrix(some.labels, some.guess).astype(float)
-    f1 = 2 * np.diag(table) / (table.sum(0) + table.sum(1))
-    assert values(rows, "macro F1", protocol="knn") == [pytest.approx(f1.mean())]
-    far = np.subtract.outer(np.arange(3), np.arange(3)) ** 2
-    blind = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    kappa = 1 - (far * table).sum() / (far * blind).sum()
-    assert values(rows, "quadratic kappa", protocol="knn") == [pytest.approx(kappa)]
+    truth = some.labels
+    assert values(rows, "macro F1", protocol="knn") == [
+        pytest.approx(f1_score(truth, some.guess, average="macro"))
+    ]
+    assert values(rows, "quadratic kappa", protocol="knn") == [
+        pytest.approx(cohen_kappa_score(truth, some.guess, weights="quadratic"))
+    ]
     assert len(values(rows, "macro F1", protocol="probe")) == 2
+
+
+def test_every_measure_of_resampled_patients_is_that_of_their_images():
+    """A patient drawn twice counts as two; the measures of a resampling are those of its images."""
+    some = given(n=120, patients=12)
+    some.survival = np.stack([np.arange(12.0)[some.groups], some.groups % 2], 1)
+    fixed = ["retrieval", "agreement", "k-curve"]  # the others' guesses, bins or folds would change
+    rows = [row for name in fixed for row in PROTOCOLS[name](some)]
+    for b in (1, 7):
+        drawn = np.repeat(np.arange(12), some.times[b].astype(int))
+        images = np.concatenate([np.flatnonzero(some.groups == p) for p in drawn])
+        truth, guess = some.labels[images], some.guess[images]
+        wanted = {
+            ("knn", "macro F1"): f1_score(truth, guess, average="macro"),
+            ("knn", "quadratic kappa"): cohen_kappa_score(truth, guess, weights="quadratic"),
+            ("k curve", "k = 15"): np.mean(truth == guess),
+        }
+        for row in rows:
+            key = row["protocol"], row["metric"]
+            if key in wanted:
+                assert row["resampled"][b] == pytest.approx(wanted.pop(key), abs=1e-6)
+            assert row["resampled"].shape == (1001,) and row["resampled"][0] == row["value"]
+        assert not wanted
 
 
 def test_calibration_of_known_probabilities():
@@ -95,6 +131,7 @@ def test_calibration_of_known_probabilities():
     honest = np.stack([1 - sure, sure], 1)
     boastful = np.where(honest > 0.5, 1.0, 0.0)
     known.labels, known.scores, known.classes = labels, [honest, boastful], 2
+    known.groups = rng.integers(10, size=n)
     rows = calibration(known)
     assert values(rows, "ECE", seed=0)[0] < 0.02
     assert values(rows, "ECE", seed=1) == [pytest.approx(0.25, abs=0.01)]
@@ -110,6 +147,7 @@ def test_the_curve_ends_at_the_k_that_was_asked_for(some):
 
 def test_features_that_know_nothing_score_by_chance():
     blind = given(signal=0)
+    assert np.abs(blind.times.mean(0) - 1).max() < 0.2
     blind.x = np.random.default_rng(1).normal(size=(240, 8)).astype(np.float32)
     rows = PROTOCOLS["few-shot"](blind)
     assert np.mean(values(rows, "16 a class")) == pytest.approx(1 / 3, abs=0.05)
@@ -119,3 +157,88 @@ def test_few_shots_that_the_data_do_not_allow_are_left_out():
     few = given(40, 2, 10)
     metrics = {row["metric"] for row in few_shot(few)}
     assert "1 a class" in metrics and "16 a class" not in metrics
+
+
+def followed(n=90, width=5, seed=0):
+    """Patients whose hazard follows two of their features; a third of them are censored, and some
+    times are equal."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, width))
+    time = np.ceil(20 * rng.exponential(np.exp(-x[:, 0] - x[:, 1])) + 1)
+    event = (rng.random(n) < 0.7).astype(float)
+    return x, time, event
+
+
+def test_cox_regression_is_that_of_scikit_survival():
+    linear = pytest.importorskip("sksurv.linear_model")
+    x, time, event = followed()
+    for penalty in (0.01, 1.0):
+        mine = fit_cox(torch.from_numpy(x), time, event, penalty, torch.zeros(5).double())
+        # there the penalty is on the sum over patients
+        other = linear.CoxPHSurvivalAnalysis(penalty * event.sum(), ties="breslow", tol=1e-12)
+        other.fit(x, np.array([*zip(event > 0, time, strict=True)], "?,f8"))
+        assert np.allclose(mine, other.coef_, atol=1e-4)
+
+
+def test_concordance_is_that_of_scikit_survival():
+    metrics = pytest.importorskip("sksurv.metrics")
+    x, time, event = followed()
+    risk = np.round(x[:, 0], 1)  # some equal
+    times = resamplings(90)[:5]
+    got = concordance(risk, time, event, np.zeros(90), times)
+    for b in range(5):
+        rows = np.repeat(np.arange(90), times[b].astype(int))
+        wanted = metrics.concordance_index_censored(event[rows] > 0, time[rows], risk[rows])[0]
+        # patients drawn twice have the same time: events at one time are no pair
+        assert got[b] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_cox_finds_who_is_at_risk_by_patient_and_not_more_than_there_is():
+    x, time, event = followed(120, 6)
+    fold = split(event.astype(int), [str(i) for i in range(120)], 5)
+    once = np.ones((1, 120))
+    found = concordance(hazards(x, time, event, fold), time, event, fold, once)[0]
+    assert found > 0.62  # 0.71 who knows the hazards
+    lot = np.random.default_rng(1).normal(size=x.shape)
+    assert abs(concordance(hazards(lot, time, event, fold), time, event, fold, once)[0] - 0.5) < 0.1
+    mine = given(n=240, patients=120)
+    mine.groups = np.arange(240) % 120
+    mine.x = np.concatenate([x, x]).astype(np.float32)
+    mine.survival = np.stack([np.tile(time, 2), np.tile(event, 2)], 1)
+    mine.survival[mine.groups == 3] = np.nan  # not followed
+    [row] = cox(mine)
+    assert row["value"] > 0.62 and len(row["resampled"]) == 1001
+
+
+def bags_of(labels, rng, share=0.1, width=16):
+    """Slides of 40 to 80 patches, of which a tenth say what the slide is."""
+    bags = []
+    for label in labels:
+        bag = rng.normal(size=(rng.integers(40, 80), width)).astype(np.float32)
+        bag[: max(2, int(share * len(bag))), 0] += 5 * label
+        bags.append(100 + 3 * rng.permutation(bag))
+    return bags
+
+
+def test_attention_finds_the_few_patches_that_tell_and_gives_the_same_again():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    fold = split(labels, [str(i) for i in range(60)], 5)
+    bags = bags_of(labels, rng)
+    said = attend(bags, labels, fold, 2, "cpu")
+    assert np.allclose(said.sum(1), 1)
+    assert ((said[:, 1] > 0.5) == labels).mean() > 0.85
+    state = torch.random.get_rng_state()
+    assert (attend(bags, labels, fold, 2, "cpu") == said).all()
+    assert (torch.random.get_rng_state() == state).all()  # the caller's numbers stay as they were
+    wrong = attend(bags_of(0 * labels, rng), labels, fold, 2, "cpu")
+    assert abs(((wrong[:, 1] > 0.5) == labels).mean() - 0.5) < 0.2
+
+
+def test_attention_does_not_depend_on_who_else_is_in_the_batch():
+    from g2l.slide_models import GatedAttention
+
+    net = GatedAttention(torch.zeros(4), torch.ones(4), 3)
+    bags = [torch.randn(n, 4) for n in (3, 9, 5)]
+    alone = torch.cat([net([bag]) for bag in bags])
+    assert torch.allclose(net(bags), alone, atol=1e-6)

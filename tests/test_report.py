@@ -11,7 +11,7 @@ import g2l.pictures
 from g2l.benchmarks import Benchmark
 from g2l.paper import FIGURES, paper_figure
 from g2l.pictures import draw_benchmark, draw_figure1, is_drawn, with_margins
-from g2l.report import markdown, means, write_report, write_tables
+from g2l.report import markdown, means, summarize, write_report, write_tables
 
 G2L = {"teacher": "h-optimus-0", "student": "hibou-l"}
 
@@ -91,6 +91,16 @@ def test_every_row_has_the_score_of_features_that_know_nothing(study):
     for line in write_tables(study).splitlines():
         if line.startswith("| idc"):
             assert line.startswith("| idc | 0.420 ± 0.020 |")
+
+
+def test_what_pretraining_has_seen_is_marked_in_every_table(study):
+    for row in study.rows:
+        if row["protocol"] == "data" and row["benchmark"] == "tp53":
+            row["notes"] = ["mine comes from phikon, which may know these slides: TCGA"]
+    lines = [*write_tables(study).splitlines(), *summarize(study).splitlines()]
+    told = [line for line in lines if line.startswith(("| tp53", "| idc"))]
+    assert told and all(("†" in line) == ("| tp53" in line) for line in told)
+    assert sum(line.endswith("†") and line.startswith("mine") for line in lines) == 1
 
 
 def test_every_table_names_what_made_it(study):
