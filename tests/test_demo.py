@@ -15,6 +15,7 @@ from g2l.errors import UserError
 from g2l.patches import PatchIndex
 
 
+@pytest.mark.slow
 def test_a_slide_is_pyramidal_says_its_mpp_and_shows_tissue_on_bright_ground(tmp_path):
     for centre in demo.CENTRES:
         suffix = "svs" if centre.vendor == "aperio" else "tif"
@@ -33,6 +34,7 @@ def test_a_slide_is_pyramidal_says_its_mpp_and_shows_tissue_on_bright_ground(tmp
         )  # haematoxylin and eosin both take most of the green
 
 
+@pytest.mark.slow
 def test_centres_and_tissues_differ_and_patients_are_kept_apart():
     assert len(demo.CENTRES) >= 4 and len(demo.CLASSES) >= 5
     looks = []
@@ -57,6 +59,7 @@ def test_centres_and_tissues_differ_and_patients_are_kept_apart():
     assert len({seed for first in (1, 51) for _, seed, _ in demo.patients(first, 4)}) == 32
 
 
+@pytest.mark.slow
 def test_patches_carry_their_label_centre_and_patient(tmp_path):
     (tmp_path / "images").mkdir()
     patient, seed, centre = demo.patients(51, 1)[2]
@@ -130,6 +133,7 @@ def test_a_second_demo_does_only_what_is_missing(tmp_path):
         assert ("held-out CKA to the teacher" in done.stdout) == trained
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SHARED is None, reason="the real slides are not at hand")
 def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
     import timm

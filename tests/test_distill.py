@@ -66,6 +66,7 @@ def unbroken(data, tmp_path_factory):
     return runs / "r"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     import timm
     from PIL import Image
@@ -193,6 +194,7 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_word_on_memory(dat
     )
 
 
+@pytest.mark.slow
 def test_a_student_with_stochastic_depth_resumes_with_the_same_random_numbers(
     data, tmp_path, monkeypatch
 ):
@@ -297,6 +299,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_licence_that_forbids_students_is_told_before_the_first_step(
     data, tmp_path, capsys, monkeypatch
 ):
@@ -315,6 +318,7 @@ def test_a_licence_that_forbids_students_is_told_before_the_first_step(
     assert note not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_changed_argument_is_refused_by_name(data, tmp_path, capsys):
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 3)) == 0
     before = (tmp_path / "r" / "config.json").read_bytes()
@@ -442,6 +446,7 @@ def test_too_many_unreadable_patches_stop_the_run_and_few_do_not(
     assert distill.main(command(data, tmp_path, "few")) == 0, "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(data, tmp_path, capsys):
     """A limit on file size fails writes as a full disk does."""
     arguments = command(data, tmp_path, "r", "--checkpoint-steps", 4)
@@ -498,6 +503,7 @@ def part(data, tmp_path_factory):
     return runs / "r"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_or_foreign_checkpoint_is_set_aside(data, whole, part, tmp_path, capsys, how):
     folder = tmp_path / "r"
@@ -520,6 +526,7 @@ def test_that_no_whole_checkpoint_is_left_is_said_at_every_start(data, part, tmp
     assert len(losses(folder)) == 9, "nothing is begun anew"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_later_version_is_refused_and_of_an_older_goes_on(
     data, whole, part, tmp_path, capsys
 ):
@@ -549,6 +556,7 @@ def test_damaged_notes_of_a_run_are_made_again(data, whole, part, tmp_path, caps
     assert json.loads((folder / "config.json").read_text())["finished"]["step"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["emptied", "a flipped bit", "missing"])
 def test_a_damaged_student_is_exported_again(data, whole, tmp_path, capsys, how):
     shutil.copytree(whole, tmp_path / "r")
@@ -571,6 +579,7 @@ def test_a_cohort_that_was_tiled_anew_under_a_run_is_refused(data, part, tmp_pat
     fails(arguments, "begun otherwise", "settings of tile.py was", capsys=capsys)
 
 
+@pytest.mark.slow
 def test_file_systems_without_locks_and_links_will_do(data, tmp_path, monkeypatch, capsys):
     def absent(*_):
         raise OSError(38, "Function not implemented")
@@ -583,6 +592,7 @@ def test_file_systems_without_locks_and_links_will_do(data, tmp_path, monkeypatc
     assert [torch.load(file, weights_only=True)["step"] for file in files] == [12, 8]
 
 
+@pytest.mark.slow
 def test_the_stop_rule_ends_a_run(data, tmp_path, capsys):
     arguments = command(
         data,
@@ -613,6 +623,7 @@ def test_the_stop_rule_ends_a_run(data, tmp_path, capsys):
     assert load_model(str(tmp_path / "r" / "student")).metadata["steps"] == len(rows)
 
 
+@pytest.mark.slow
 def test_every_other_way_of_training_runs(data, tmp_path):
     for number, more in enumerate(
         (

@@ -204,6 +204,7 @@ def test_several_models_read_each_patch_once(data, monkeypatch):
     assert len(table(data, "timm_test_resnet")) == 6
 
 
+@pytest.mark.slow
 def test_ranks_share_even_one_slide(data, monkeypatch, tmp_path):
     assert embed.main(command(data)) == 0
     want = {path.name: read_features(path)[0] for path in folder(data).glob("*.h5")}
@@ -358,6 +359,7 @@ def test_the_nearest_of_a_cohort_are_those_of_a_plain_search():
         np.testing.assert_allclose(found[0][i], [d for d, _, _ in want], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_page_of_patches_alike_and_what_another_model_would_cost(data, capsys):
     compared = ["--compare", "timm:test_resnet"]
     assert embed.main(command(data, "--similar", "3", *compared)) == 0

@@ -82,6 +82,7 @@ def rows(folder, **want):
     ]
 
 
+@pytest.mark.slow
 def test_whole_run_makes_tables_pictures_and_report_and_a_second_loads_no_model(
     folder, capsys, monkeypatch
 ):
@@ -222,6 +223,7 @@ def test_leaked_patients_can_be_kept_and_are_then_marked(folder):
     assert rows(folder, protocol="data")[0]["value"] == 36
 
 
+@pytest.mark.slow
 def test_changed_image_and_changed_weights_are_noticed_and_labels_cost_no_features(
     folder, weights, capsys
 ):
@@ -260,6 +262,7 @@ def figures(folder):
     return (folder.parent / "results" / "table2.md").read_text().split("## Paired")[0]
 
 
+@pytest.mark.slow
 def test_corrected_labels_leave_no_figure_of_the_old_and_lost_rows_are_measured_anew(
     folder, weights
 ):
@@ -312,6 +315,7 @@ def test_a_model_that_gives_every_image_one_embedding_is_told_and_passed_over(
     assert "mine: 36 images" in captured.out
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
     b = load_folder(folder)
     one = {
@@ -457,6 +461,7 @@ def test_an_image_too_large_to_be_one_is_unreadable(tmp_path, monkeypatch):
         ImageFiles([tmp_path / "bomb.png"])[0]
 
 
+@pytest.mark.slow
 def test_damaged_results_are_made_again_or_named(folder, weights, capsys):
     assert go(folder, "--no-pictures", w=weights) == 0
     results = folder.parent / "results"
@@ -518,6 +523,7 @@ def test_results_that_cannot_be_written_are_an_error_without_a_traceback(folder,
     assert stop.value.code == 2 and "is a file; give its folder" in last
 
 
+@pytest.mark.slow
 def test_report_links_nothing_that_is_not_there(folder, weights):
     """A model that fails on one of two benchmarks has no gallery there; Figure 1 leaves it out."""
     other = folder.parent / "other"
@@ -612,6 +618,7 @@ def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
     assert go(folder, "--no-pictures") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", ["features half written", "before the first predictions", "before the tables"]
 )
@@ -710,6 +717,7 @@ def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
     assert "idc: 24 images" in captured.out and "24 found, published 277,524" in captured.out
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     shown = run("evaluate.py", "--list", "--data", tmp_path)
     assert shown.returncode == 0 and "breakhis" in shown.stdout and "missing" in shown.stdout
@@ -789,6 +797,7 @@ def test_rows_of_a_source_without_files_watch_no_file():
     assert len(rows) == 2 and rows[0].max() == 3 and rows.files == []
 
 
+@pytest.mark.slow
 def test_protocols_of_the_field_stand_beside_their_chance_level(folder, weights):
     names = ["few-shot", "retrieval", "agreement", "calibration", "k-curve"]
     more = ["--no-pictures", "--teacher", ONE, "--baseline", TWO]

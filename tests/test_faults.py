@@ -307,6 +307,7 @@ SOME_FAULTY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SOME_FAULTY)
 def test_a_fault_ends_in_words_and_the_next_run_ends_the_work(place, tmp_path, case):
     fault, said = FAULTS[case.fault]

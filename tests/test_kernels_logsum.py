@@ -263,6 +263,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_loss_over_a_process_group_equals_one_process(tmp_path):
     program = tmp_path / "group.py"
     program.write_text(GROUP_PROGRAM)
@@ -406,12 +407,14 @@ def operator_samples():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(operator_samples()))
 def test_operator_checks(name):
     operator, arguments = operator_samples()[name]
     assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", logsum.NORMALIZE)
 def test_loss_compiled_whole_gives_the_eager_result(normalize):
     student, weight, teacher, extra = loss_inputs(6, 4, 5, normalize, torch.float32)

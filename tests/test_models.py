@@ -29,6 +29,7 @@ from g2l.registry import REGISTRY, tcga_notes
 from g2l.speed import flops_per_image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGISTRY)
 def test_each_entry_builds_as_stated(name):
     entry = REGISTRY[name]
@@ -83,6 +84,7 @@ def test_the_mean_beside_the_class_token_leaves_registers_out(tiny, monkeypatch)
     assert not torch.allclose(model(x)[:, 32:], tokens[:, 1:].mean(1), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, gflops", [("h-optimus-0", 608), ("hibou-l", 165)])
 def test_flops_are_those_worked_out_by_hand(name, gflops):
     net = build(blueprint(name), empty=True)
@@ -92,6 +94,7 @@ def test_flops_are_those_worked_out_by_hand(name, gflops):
     assert flops_per_image(model) / 1e9 == pytest.approx(gflops, rel=0.01)
 
 
+@pytest.mark.slow
 def test_table_and_speed_commands():
     done = run("g2l.models")
     assert done.returncode == 0 and all(f"\n{name} " in "\n" + done.stdout for name in REGISTRY)
@@ -296,6 +299,7 @@ def test_another_input_size(tiny):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size", [("tiny", None), ("tiny", 112), ("timm:resnet10t", 112), ("timm:test_vit", None)]
 )
@@ -347,6 +351,7 @@ def test_a_student_is_bit_identical_in_timm(name, size, tiny, tmp_path):
         load_model(str(tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_a_swin_student_at_another_size_keeps_its_windows(tmp_path):
     model = load_model("timm:swin_tiny_patch4_window7_224", "random", input_size=128)
     save_student(model, tmp_path, metadata={})

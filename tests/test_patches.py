@@ -165,6 +165,7 @@ def test_index_reads_what_the_slide_shows(cohort):
         index.locate(len(index))
 
 
+@pytest.mark.slow
 def test_draw_is_a_pure_function_and_uniform(cohort):
     index = PatchIndex(cohort)
     draws = [index.draw(5, n) for n in range(3000)]
@@ -439,6 +440,7 @@ def test_a_damaged_h5_file_is_no_traceback(cohort, tmp_path):
     assert refused > 25
 
 
+@pytest.mark.slow
 def test_few_file_handles_are_no_fault_of_the_patches(tmp_path):
     folder = tmp_path / "slides" / "mine"
     folder.mkdir(parents=True)
@@ -480,6 +482,7 @@ def open_files():
     return [os.readlink(place) for place in places if os.path.exists(place)]
 
 
+@pytest.mark.slow
 def test_plain_images_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     """They are held whole: 16 of 92 Mpx would take 5.6 GB."""
     (tmp_path / "a").mkdir()

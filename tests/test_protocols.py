@@ -273,6 +273,7 @@ def test_neighbours_by_lot_are_different_rows_of_other_folds_and_all_alike():
     assert (by_lot(np.array([0, 0, 1]), 3, rng)[0] == -1).sum() == 5  # as many as there are
 
 
+@pytest.mark.slow
 def test_chance_is_what_blind_features_score_in_the_protocol():
     """A class that goes by patient is rarer in training than in the test: below 1/2."""
     labels = np.arange(160) // 80

@@ -65,6 +65,7 @@ for thread in pathlib.Path("/proc/self/task").iterdir():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="lists threads by /proc")
 def test_a_rank_that_left_has_no_thread_that_outlives_it():
     job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -126,6 +126,7 @@ def test_figure1_shows_tp53_or_the_one_named_with_intervals(study, monkeypatch):
     assert margin[0] == pytest.approx(2.262 * 0.1 / 10**0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_where_they_lack_or_show_something_else(study, tmp_path):
     benchmark = study.found[0]
     images = np.zeros((90, 8, 8, 3), np.uint8)

@@ -211,6 +211,7 @@ def test_a_centre_of_one_slide_cannot_be_found_and_is_not_asked_for():
     assert measure(planted(centers), labels, centers, slides, slides)[1]["knn_center", 5] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patients", "per", "centres", "by_patient"),
     [(16, 12, 4, False), (8, 12, 2, False), (6, 12, 3, False), (8, 12, 2, True)],

@@ -77,6 +77,7 @@ MODELS = (
 )
 
 
+@pytest.mark.slow
 def test_command_from_images_to_table_and_pictures(folder, capsys):
     results = folder.parent / "results"
     where = ("--benchmark", folder, "--results", results, "--map", "pca")
@@ -183,6 +184,7 @@ def fake(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_reading_is_honest(folder, fake, capsys):
     results = folder.parent / "results"
     arguments = (

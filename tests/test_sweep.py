@@ -49,6 +49,7 @@ def test_a_sweep_leaves_its_runs_a_table_and_a_picture_and_goes_on(data, tmp_pat
     assert capsys.readouterr().out.count("finished at step 2") == 4
 
 
+@pytest.mark.slow
 def test_cohort_sizes_say_how_many_slides_it_takes(data, tmp_path):
     assert distill.main(short(data, tmp_path, "--sweep", "max-slides=2,4,0")) == 0
     table = (tmp_path / "s_max_slides.md").read_text()

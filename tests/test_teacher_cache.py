@@ -36,6 +36,7 @@ def test_rows_come_back_only_where_all_are_whole_and_of_the_same_patch(tmp_path)
     assert torch.equal(cache.get(params), rows)
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_the_teacher_nothing_and_a_sweep_agrees(data, tmp_path, monkeypatch):
     kept = ["--teacher-cache", tmp_path / "kept"]
     assert distill.main(command(data, tmp_path, "first", *kept)) == 0
