@@ -69,9 +69,10 @@ def confusions(given: Given, guess: ndarray, rows: ndarray | None = None) -> nda
 def recalls(tables: ndarray) -> ndarray:
     """Balanced accuracy (B,): see `protocols.recall`."""
     size = tables.sum(2)
-    share = np.diagonal(tables, axis1=1, axis2=2) / size
+    with np.errstate(invalid="ignore"):  # a class that is not there
+        share = np.diagonal(tables, axis1=1, axis2=2) / size
     present = (size > 0).sum(1)
-    return np.where(present > 1, np.nansum(share, 1) / present, np.nan)
+    return np.where(present > 1, np.nansum(share, 1) / np.maximum(present, 1), np.nan)
 
 
 def macro_f1(tables: ndarray) -> ndarray:

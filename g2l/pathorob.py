@@ -24,7 +24,6 @@ LEAST = 12  # patches of each of its four cells, of two patients; half of them f
 MOST = 100  # patches of a cell that are looked at
 BIAS = (0, 0.5, 1, -0.5, -1)  # how far the centre tells the class in training; the first: not
 CLUSTERS = 30  # at most
-STARTS = 5  # of k-means, of which the best counts
 TRIALS = 10  # of k-means with the best number of clusters
 
 
@@ -130,7 +129,7 @@ def clustering_scores(
         least = min(map(len, cells))
         rows = np.concatenate([cell[:least] for cell in cells])
         near = unit(x[rows])
-        means = partial(KMeans, init="random", n_init=STARTS)
+        means = partial(KMeans, n_init=1)
         best = 2
         most = -1.0
         for k in range(2, min(CLUSTERS, len(rows) - 1) + 1):

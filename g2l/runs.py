@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -337,9 +338,6 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def describe_setting() -> dict:
     """Versions, code and machine: what it takes to run a run again."""
-    import timm
-    import torchvision
-
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(
@@ -352,9 +350,9 @@ def describe_setting() -> dict:
         revision = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         revision = None
-    versions = {module.__name__: module.__version__ for module in (torch, timm, torchvision, np)}
+    others = {name: version(name) for name in ("timm", "torchvision", "numpy")}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **others},
         "revision": revision,
         "machine": platform.platform(),
         "command": " ".join(sys.argv),

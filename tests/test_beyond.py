@@ -156,8 +156,8 @@ def test_patches_of_unlike_grids_lie_where_they_are_in_the_image():
 @pytest.mark.parametrize(
     "more, pair",
     [
-        (["--tokens", "patch"], CNN),
-        (["--tokens", "all"], CNN),
+        pytest.param(["--tokens", "patch"], CNN, marks=pytest.mark.nightly),
+        pytest.param(["--tokens", "all"], CNN, marks=pytest.mark.nightly),
         ([*MIXED, "--warmup", "4"], CNN),
         ([*MIXED, "--tokens", "all", "--teacher-weight", "0.5", "0.5"], TWO),
     ],
@@ -180,7 +180,12 @@ def test_runs_with_more_terms_and_teachers_go_on_bit_for_bit(data, tmp_path, mor
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more, pair", [((), TWO), (("--tokens", "patch"), CNN), ((*MIXED, "--tokens", "patch"), VIT)]
+    "more, pair",
+    [
+        pytest.param((), TWO, marks=pytest.mark.nightly),
+        pytest.param(("--tokens", "patch"), CNN, marks=pytest.mark.nightly),
+        ((*MIXED, "--tokens", "patch"), VIT),
+    ],
 )
 def test_two_ranks_equal_two_accumulated_batches(data, tmp_path, more, pair):
     result = torchrun(2, "distill.py", *command(data, tmp_path, "two", *more, pair=pair))

@@ -220,6 +220,7 @@ def bags_of(labels, rng, share=0.1, width=16):
     return bags
 
 
+@pytest.mark.slow
 def test_attention_finds_the_few_patches_that_tell_and_gives_the_same_again():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
