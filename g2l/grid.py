@@ -210,6 +210,7 @@ def _unreadable(
     numbers = np.flatnonzero(keep)
     errors = {}
     for step in (max(1, len(numbers) // SAMPLE), 1):
+        slide.expect(coords[numbers[::step]], size0)
         for number in numbers[::step].tolist():
             x, y = coords[number].tolist()
             try:

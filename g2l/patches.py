@@ -382,7 +382,6 @@ class PatchIndex:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
                 elif self._addresses[number]:
                     handle.file = self._at_address(number, handle.layout)
-                    path = None
                 else:
                     path = self._slide_file(number, handle.layout)
                 handle.file = handle.file or LocalFile(path)
@@ -437,7 +436,8 @@ class PatchIndex:
                 handle = self._handle(number)
                 layout = handle.layout
                 if layout.codec and layout.columns:
-                    place = *handle.numbers(layout.coords + 16 * row, 2), size, size
+                    x, y = handle.numbers(layout.coords + 16 * row, 2)
+                    place = x, y, size, size
                     for down, right in cover((layout.codec.width, layout.codec.height), place):
                         spans[number].append(handle.span(down * layout.columns + right))
         for number, wanted in spans.items():

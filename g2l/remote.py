@@ -15,16 +15,18 @@ import os
 import re
 import sqlite3
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
+from g2l.cohort import CohortSlide, name_slides
 from g2l.errors import PatchError, SkippedSlide, UserError
-from g2l.files import locked
+from g2l.files import digest, locked, read_text
 from g2l.gdc import pause
+from g2l.slides import SUFFIXES
 
 Span = tuple[int, int]  # offset and bytes
 CONNECTIONS = 16  # of one process
@@ -75,7 +77,8 @@ def addresses_below(address: str) -> list[str]:
         return [address]
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [f"s3://{bucket}/{one['Key']}" for page in pages for one in page.get("Contents", ())]
+    keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
+    return [f"s3://{bucket}/{key}" for key in keys if key.lower().endswith(SUFFIXES)]
 
 
 def _credentials(host: str | None) -> str:
@@ -84,6 +87,31 @@ def _credentials(host: str | None) -> str:
         if found := netrc.netrc().authenticators(host or ""):
             return f"{found[0]}:{found[2]}"
     return ""
+
+
+def read_addresses(path: Path) -> list[str]:
+    """The addresses in a file, one a line; UserError for what is none."""
+    lines = read_text(path).splitlines()
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for line in found or [""]:
+        if not is_remote(line):
+            raise UserError(f"{path}: {line!r} is no http(s):// or s3:// address")
+    return found
+
+
+def slides_at(link: Link, addresses: Iterable[str], folder: Path) -> list[CohortSlide]:
+    """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
+    server answers."""
+    every = [one for address in addresses for one in addresses_below(address)]
+    slides = {}
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        for address, (size, etag) in zip(every, threads.map(link.version, every), strict=True):
+            file = Path(unquote(urlsplit(address).path)).name
+            path = folder / digest(address) / file
+            slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
+    for name, path in name_slides(slides).items():
+        slides[path].name = name
+    return list(slides.values())
 
 
 class Link:
@@ -95,10 +123,10 @@ class Link:
     """
 
     def __init__(self, addresses: Iterable[str], cache: Path | None = None, bound: int = 0):
-        self.hosts = {urlsplit(url_of(address)).netloc for address in addresses}
+        self.hosts = {urlsplit(url_of(f"{address}_")).netloc for address in addresses}
         self.cache = cache
         self.bound = bound
-        self.counts: Counter = Counter()
+        self.counts: dict[str, float] = defaultdict(float)
         self.process = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,6 +219,12 @@ class Link:
         self.counts["bytes"] += len(data)
         self.counts["requests"] += 1
         return data, size, answer.headers.get("ETag", "")
+
+    def version(self, address: str) -> tuple[int, str]:
+        """(length, ETag) of a slide; (0, "") where the server does not say."""
+        with contextlib.suppress(UserError):
+            return self.fetch(address, 0, 1)[1:]
+        return 0, ""
 
     def open(self, address: str, size: int = 0, etag: str = "") -> RemoteFile:
         """A slide of `size` bytes, which is asked for where it is 0; UserError where that fails."""
@@ -288,7 +322,7 @@ class RemoteFile:
 
         self.twin = Twin(self.size)
         try:
-            with tifffile.TiffFile(_Blocks(self)) as tiff:
+            with tifffile.TiffFile(io.BufferedReader(_Blocks(self), BLOCK)) as tiff:
                 for page in (*tiff.pages, *(tiff.pages.first.pages or ())):
                     _ = page.dataoffsets, page.databytecounts, page.jpegtables
         except (tifffile.TiffFileError, ValueError, IndexError, TypeError) as error:

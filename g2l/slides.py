@@ -257,7 +257,7 @@ class Slide:
         self.remote.ahead(spans)
 
     def expect(self, places: NDArray, side: int) -> None:
-        """Squares (N, 2; x, y) of `side` level-0 pixels are read next; of use where it is remote."""
+        """Squares (N, 2; x, y) of `side` level-0 pixels are read next, to be fetched together."""
         if self.remote:
             self._ahead(self.levels[0], [(x, y, side, side) for x, y in places.tolist()])
 
