@@ -134,7 +134,7 @@ class Slide:
         import tifffile
 
         try:
-            with tifffile.TiffFile(self._seen) as tiff:
+            with open(self._seen, "rb") as file, tifffile.TiffFile(file) as tiff:
                 self._match_pages(tiff.pages, tiff.pages.first.pages or ())
         except (
             tifffile.TiffFileError,

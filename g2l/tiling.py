@@ -158,7 +158,7 @@ def tile_one(
 
 
 def tile_there_or_here(
-    slide: CohortSlide, job: Job, row: dict, tell: Callable[[int], None]
+    slide: CohortSlide, job: Job, row: dict, tell: Callable[[float], None]
 ) -> None:
     """Tile a slide at its address, or at hand, where it may have to be fetched first (see
     tile_one)."""
