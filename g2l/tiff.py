@@ -10,7 +10,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -167,7 +166,7 @@ class Tiles:
 
     def decode(self, file: Any, index: int, shrink: int = 1) -> NDArray:
         """The pixels of tile `index` (see Codec.decode)."""
-        return file.decoded(*self.span(index), partial(self.codec.decode, shrink=shrink))
+        return file.decoded(*self.span(index), lambda data: self.codec.decode(data, shrink))
 
 
 class Recent:
