@@ -140,9 +140,8 @@ class Link:
 
         self.process = os.getpid()
         limits = urllib3.Timeout(connect=10, read=PATIENCE)
-        self.pool: Any = urllib3.PoolManager(
-            maxsize=CONNECTIONS, block=True, timeout=limits, retries=False
-        )
+        # No thread waits for another's connection: each has at most one in hand.
+        self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
         self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
 
