@@ -443,6 +443,7 @@ class PatchIndex:
         for number, wanted in spans.items():
             with contextlib.suppress(PatchError, UserError, OSError):
                 self._handle(number).file.ahead(wanted)
+        self.link.close()  # what was read before is kept
 
     def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> NDArray:
         size = self.patch_size

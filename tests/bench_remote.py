@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import io
 import json
-import multiprocessing
+import subprocess
 import sys
 import tempfile
 import time
@@ -61,14 +61,11 @@ class Link:
         writer.close()
 
 
-def serve(folder, latency, rate, port):
-    async def main():
-        link = Link(folder, latency, rate)
-        server = await asyncio.start_server(link.serve, "127.0.0.1", 0, backlog=500)
-        port.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(main())
+async def serve(folder, latency, rate):
+    link = Link(folder, latency, rate)
+    server = await asyncio.start_server(link.serve, "127.0.0.1", 0, backlog=500)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
 
 
 class Counted(Batches):
@@ -109,7 +106,11 @@ def main():
     parser.add_argument("--batches", type=int, default=120, help="of 32 patches")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--rate", type=float, default=400, help="Mbit/s")
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        folder, latency, rate = args.serve
+        return asyncio.run(serve(Path(folder), float(latency), float(rate)))
     with tempfile.TemporaryDirectory() as place:
         data = Path(place)
         folder = data / "slides" / "disk"
@@ -117,11 +118,11 @@ def main():
         first = write_slide(folder / "0.svs", section(args.side, args.side)).read_bytes()
         for number in range(1, args.slides):
             (folder / f"{number}.svs").write_bytes(first + bytes([number]))
-        ours, theirs = multiprocessing.Pipe()
-        link = folder, args.latency, args.rate * 125_000, theirs
-        server = multiprocessing.Process(target=serve, args=link, daemon=True)
-        server.start()
-        url = f"http://127.0.0.1:{ours.recv()}"
+        # No child of multiprocessing: a loader that ends takes those with it.
+        link = map(str, (folder, args.latency, args.rate * 125_000))
+        command = [sys.executable, __file__, "--serve", *link]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         addresses = "".join(f"{url}/{path.name}\n" for path in sorted(folder.iterdir()))
         (data / "list.txt").write_text(addresses)
         for name, more in (("disk", []), ("link", ["--remote", str(data / "list.txt")])):
