@@ -158,7 +158,8 @@ def default_name(args: Namespace) -> str:
 def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
     """The patches, and bool (slides,): which slides are held out. UserError where they are few."""
     folder = Path(args.data) / "tiles" / args.cancer
-    index, held = open_cohort(folder, args.slides, args.hold_out, args.max_slides, args.seed)
+    which = folder, args.slides, args.hold_out, args.max_slides, args.seed
+    index, held = open_cohort(*which, int(args.cache * 1e9))
     size, available = index.patch_size, int(index.counts[~held].sum())
     wanted = args.batch_size * args.accumulate * world
     if available < wanted:
@@ -280,6 +281,7 @@ FREE = {
             "folder that keeps what the teacher says of each sample for runs of another student or "
             "loss, but the same --seed, --crop and cohort; 3 GB for 10,000 steps of 96 patches",
         ),
+        ("--cache", 20.0, "GB of tiles kept on disk of slides tiled by tile.py --remote"),
         ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
         ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),

@@ -42,13 +42,23 @@ from g2l.cohort import (
 )
 from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status, explain
 from g2l.files import flush, locked, write_text
-from g2l.gdc import ask_gdc, check_own, download, downloaded_mark
+from g2l.gdc import ask_gdc, downloaded_mark
 from g2l.overlays import write_contact_sheet
 from g2l.patches import write_clam_list
 from g2l.pool import Pool
 from g2l.progress import Progress
+from g2l.remote import Link, read_addresses, slides_at
 from g2l.rows import Rows, one_line, read_rows, write_rows
-from g2l.tiling import Job, Limits, Outputs, Settings, is_finished, seals_of, tile_one
+from g2l.tiling import (
+    Job,
+    Limits,
+    Outputs,
+    Settings,
+    is_finished,
+    place_of,
+    seals_of,
+    tile_there_or_here,
+)
 
 REMEDIES = {  # what mends an error, by its key; added to messages and to the reasons in slides.csv
     "mpp": "state it with --assume-mpp, or per slide in a CSV (slide,mpp) for --manifest",
@@ -65,9 +75,15 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
     "cancer": "name one with --cancer",
     "own": "or run without --download, which takes it as it is",
+    "rest": "--download-rest downloads it",
     "settings": "tile all slides of a folder alike, or give these another --cancer NAME",
     "table": "mend it, or remove it and run tile.py, which tiles its slides anew",
 }
+
+
+GDC = "the GDC"
+RUN = 960_000  # patches of a training run: 10,000 steps of 96
+PATCH = 10e3, 40e3  # bytes of a patch, from and to
 
 
 def plain_name(text: str) -> str:
@@ -88,12 +104,23 @@ def build_parser() -> argparse.ArgumentParser:
     add_cohort_arguments(parser.add_argument_group("cohort"))
     add_grid_arguments(parser.add_argument_group("magnification"))
     add_patch_arguments(parser)
-    download = parser.add_argument_group("download from the GDC")
+    download = parser.add_argument_group("slides that are served")
     flag(
         download,
         "--download",
         "fetch the slides of a TCGA project, as many at a time as there are --workers",
     )
+    flag(
+        download,
+        "--remote URL-LIST",
+        "read no slide whole, only the tiles that are needed, now and in training: of a TCGA "
+        "project at the GDC or, given a file, at the addresses in it, one a line (https:// or "
+        "s3://, which with a / at its end stands for all slides below; with the credentials that "
+        "AWS's tools find or a ~/.netrc, else without)",
+        nargs="?",
+        const=GDC,
+    )
+    flag(download, "--download-rest", "with --remote, download the slides that cannot be read so")
     flag(download, "--yes", "download without asking")
     flag(
         download,
@@ -241,13 +268,15 @@ def run(args: argparse.Namespace) -> int:
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
-    slides = list_gdc(args) if args.download else list_folder(args)
+    slides = list_served(args, job) if job.download or job.link else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
     todo: list[CohortSlide] = []
     finished: list[CohortSlide] = []
     for slide in chosen:
         done = is_finished(slide, known.get(slide.name), job, tell=True)
         (finished if done else todo).append(slide)
+    if job.link:
+        tell_plan(todo)
     if args.download and not confirm_plan(todo, args, workers):
         print("nothing downloaded")
         return 1
@@ -276,6 +305,10 @@ def check(args: argparse.Namespace) -> None:
             "--discard-slides: only with --download (your own slides are never deleted) and "
             "--save-patches (or nothing would be left)"
         )
+    if args.remote and (args.download or args.save_patches):
+        raise UserError("--remote: without --download and --save-patches, which read slides whole")
+    if args.download_rest and not args.remote:
+        raise UserError("--download-rest: only with --remote")
     for name in ("masks", "manifest", "exclude"):
         path = getattr(args, name)
         if path and not path.exists():
@@ -291,8 +324,14 @@ def job_of(args: argparse.Namespace) -> Job:
         args.masks,
         args.jpeg_quality if args.save_patches else None,
     )
-    url = args.gdc_url if args.download else None
-    return Job(args.data / "tiles" / args.cancer, settings, url, args.discard_slides)
+    folder = args.data / "tiles" / args.cancer
+    link = Link(addresses_of(args)) if args.remote else None
+    return Job(folder, settings, args.download, args.discard_slides, link, args.download_rest)
+
+
+def addresses_of(args: argparse.Namespace) -> list[str]:
+    """What --remote names."""
+    return [args.gdc_url] if args.remote == GDC else read_addresses(Path(args.remote))
 
 
 def slides_folder(args: argparse.Namespace) -> Path:
@@ -308,12 +347,16 @@ def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
     return slides
 
 
-def list_gdc(args: argparse.Namespace) -> list[CohortSlide]:
-    """The slides that the GDC has, at the places of those that are here already."""
+def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
+    """The slides at the GDC or at addresses, at the places of those that are here already."""
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
     listed = {row.path.name: row for row in rows}
-    slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
+    if job.link and args.remote != GDC:
+        slides = slides_at(job.link, addresses_of(args), folder)
+        slides = [slide for slide in slides if not listed or slide.path.name in listed]
+    else:
+        slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
     if not slides:
         raise UserError(f"{args.gdc_url}: no such slides; see --cancer, --strategy, --manifest")
     names = Counter(slide.path.name for slide in slides)
@@ -334,7 +377,7 @@ def choose(
     names = {slide.name for slide in slides}
     earlier = [slide_of(row) for name, row in known.items() if name not in names]
     held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
-    strategy = args.strategy or ("diagnostic" if args.download else "both")
+    strategy = args.strategy or ("diagnostic" if args.download or args.remote == GDC else "both")
     chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
     fewer = len(chosen) < args.max_slides
     note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
@@ -410,6 +453,20 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
+def tell_plan(todo: list[CohortSlide]) -> None:
+    """Say what is read of slides that stay where they are, now and in training."""
+    sizes = [slide.size for slide in todo if not slide.path.is_file()]
+    whole = sum(sizes) / 1e9
+    now = sum(min(size, 5e6 + size / 16) for size in sizes) / 1e9
+    least, most = (RUN * size / 1e9 for size in PATCH)
+    print(
+        f"to read where they are: {len(sizes)} slides of {whole:.2f} GB in all: now up to about "
+        f"{now:.2f} GB, then in a training run of {RUN:,} patches {least:.0f} to {most:.0f} GB "
+        "(less where they are few: none is fetched twice while --cache of distill.py holds it)",
+        flush=True,
+    )
+
+
 def set_aside(folder: Path, damaged: list[str]) -> None:
     """Keep a copy of a slides.csv with damaged rows; their slides are tiled anew."""
     if damaged:
@@ -435,13 +492,13 @@ def update_rows(
     """Rows that the choice changes: of slides left out, or of another patient or place now."""
     rows = {name: dict(row) for name, row in known.items()}
     for name, error in left_out.items():
-        if name in rows or not job.gdc_url:
+        if name in rows or not (job.download or job.link):
             row = rows.setdefault(name, {"slide": name})
             row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
     for slide in slides:
         if slide.name in rows:
-            path = os.path.abspath(slide.path)
-            rows[slide.name] |= {"patient": slide.patient, "path": path}
+            place = place_of(slide, job)
+            rows[slide.name] |= {"patient": slide.patient, "path": place}
     changed = [row for name, row in rows.items() if row != known.get(name)]
     if changed:
         write_rows(job.folder, changed)
@@ -506,12 +563,7 @@ def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
         start = perf_counter()
         row = first_facts(slide, job)
         try:
-            if job.gdc_url and slide.id:
-                if slide.path.is_file():
-                    check_own(slide)
-                else:
-                    download(slide, job.gdc_url, tell)
-            tile_one(slide, job, row)
+            tile_there_or_here(slide, job, row, tell)
         except SkippedSlide as error:
             row |= {"status": "skipped", "reason": reason_of(error)}
         except (UserError, PatchError, OSError, MemoryError, Image.DecompressionBombError) as error:
@@ -534,7 +586,7 @@ def first_facts(slide: CohortSlide, job: Job) -> dict:
         "status": "failed",
         "patient": slide.patient,
         "patches": 0,
-        "path": os.path.abspath(slide.path),
+        "path": place_of(slide, job),
         "settings": job.settings.digest(slide),
         "patch_size": job.settings.limits.patch_size,
         "target_mpp": job.settings.limits.mpp,

@@ -54,7 +54,8 @@ class CohortSlide:
     mpp: float | None = None  # µm per pixel
     id: str = ""  # of the GDC, empty for a slide of the user's
     size: int = 0  # bytes
-    md5: str = ""
+    md5: str = ""  # or the ETag of an address
+    address: str = ""  # where it can be had
     stated: str = ""  # its patient, where the manifest says
     kin: set[str] = field(default_factory=set)  # patients of its copies
 

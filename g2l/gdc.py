@@ -12,6 +12,9 @@ import json
 import os
 import re
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -59,7 +62,7 @@ def ask_gdc(
     }
     try:
         hits = _all_pages(f"{url.rstrip('/')}/files", query)
-        slides = {hit["file_id"]: _as_slide(hit, folder) for hit in hits}
+        slides = {hit["file_id"]: _as_slide(hit, folder, url) for hit in hits}
     except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{url}: unexpected answer ({error!r}); is it a GDC server?") from error
     paths = {slide.path: slide for slide in slides.values() if slide}
@@ -83,7 +86,7 @@ def _all_pages(url: str, query: dict) -> list[dict]:
             return hits
 
 
-def _as_slide(hit: dict, folder: Path) -> CohortSlide | None:
+def _as_slide(hit: dict, folder: Path, url: str) -> CohortSlide | None:
     """One hit; None, with a note, unless all it says is plain."""
     patterns = {
         "file_name": r"[A-Za-z0-9][\w.() +-]{0,200}",
@@ -98,7 +101,9 @@ def _as_slide(hit: dict, folder: Path) -> CohortSlide | None:
         said = f"{name!r} with id {key!r}, {size!r} bytes, md5 {md5!r}"
         print(f"note: the server names a slide {said}: refused", flush=True)
         return None
-    return CohortSlide(name, folder / key / name, id=key, size=int(size), md5=md5)
+    address = f"{url.rstrip('/')}/data/{key}"
+    path = folder / key / name
+    return CohortSlide(name, path, id=key, size=int(size), md5=md5, address=address)
 
 
 RETRY_SECONDS = 1.0  # first pause before another try; doubles each time
@@ -109,20 +114,28 @@ def pause(attempt: int, least: float = 0) -> None:
     time.sleep(max(min(2.0**attempt, 60), min(least, 300)) * RETRY_SECONDS)
 
 
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to the same host only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+            return None  # its status then is the answer
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
     """Open a URL; what may pass (429, 5xx, no connection) is tried again, later each time.
 
     The answer to a question (`data`) is read whole, so that a broken one is asked again.
     """
     import http.client
-    import urllib.error
-    import urllib.request
 
     request = urllib.request.Request(url, data, headers)
+    opener = urllib.request.build_opener(_SameHost)
     for attempt in range(tries):
         wait = ""
         try:
-            answer = urllib.request.urlopen(request, timeout=60)
+            answer = opener.open(request, timeout=60)
             if data is None:
                 return answer
             text = answer.read(MOST_BYTES + 1)
@@ -148,36 +161,36 @@ def downloaded_mark(path: Path) -> Path:
     return path.with_name(f".{path.name}.downloaded")
 
 
-def verify(path: Path, size: int, md5: str) -> bool:
+def verify(source: CohortSlide, path: Path) -> bool:
     """Whether a file is what the server states."""
     with open(path, "rb") as file:
-        return size_of(path) == size and hashlib.file_digest(file, "md5").hexdigest() == md5
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    return size_of(path) == source.size and (not source.id or found == source.md5)
 
 
 def check_own(source: CohortSlide) -> None:
     """Raises UserError where a slide that was there before is not the one that the server has."""
     path = source.path
-    if not downloaded_mark(path).exists() and not verify(path, source.size, source.md5):
+    if not downloaded_mark(path).exists() and not verify(source, path):
         raise UserError(f"{path}: size or md5 is not what the server states; move it away", "own")
 
 
 def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> None:
-    """Fetch a slide to its path, by a .partial file that goes on where it was; size and md5 are
-    verified.
+    """Fetch a slide from `url` to its path, by a .partial file that goes on where it was; size
+    and md5 are verified.
 
     `report(n)` is called with the bytes as they come. Raises UserError with the reason when it
     cannot be had.
     """
     partial = source.path.with_name(source.path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    url = f"{url.rstrip('/')}/data/{source.id}"
     failures = 0
     while failures < 6:
         before = size_of(partial)
         reason = _fetch(url, partial, before, source.size, report) if before < source.size else ""
         now = size_of(partial)
         if now >= source.size:
-            if verify(partial, source.size, source.md5):
+            if verify(source, partial):
                 downloaded_mark(source.path).touch()
                 os.replace(partial, source.path)
                 return

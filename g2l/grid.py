@@ -134,7 +134,7 @@ def _check_length(slide: Slide) -> None:
     tiles = slide.levels[0].tiles
     if not tiles:
         return
-    beyond = int((tiles.offsets + tiles.counts > slide.path.stat().st_size).sum())
+    beyond = int((tiles.offsets + tiles.counts > slide.file.size).sum())
     if beyond:
         raise UserError(
             f"{slide.path}: cut short: {beyond} of {len(tiles.counts)} tiles lie beyond the end of "
@@ -210,6 +210,7 @@ def _unreadable(
     numbers = np.flatnonzero(keep)
     errors = {}
     for step in (max(1, len(numbers) // SAMPLE), 1):
+        slide.expect(coords[numbers[::step]], size0)
         for number in numbers[::step].tolist():
             x, y = coords[number].tolist()
             try:

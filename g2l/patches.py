@@ -14,7 +14,7 @@ import resource
 import struct
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from g2l.errors import PatchError, UserError
 from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.readers import TILE_PX
+from g2l.remote import Link, is_remote
 from g2l.rows import read_rows
 from g2l.slides import Slide
-from g2l.tiff import Codec, Recent, assemble, read_bytes
+from g2l.tiff import Codec, LocalFile, Recent, assemble, cover, read_bytes
 
 SLIDES = 16  # of those opened for their pixels, so many stay open,
 PIXELS = 1 << 30  # and so many bytes of plain images, which are held whole
@@ -64,7 +65,6 @@ def write_coords(
     while tiling.patch_size * level0 // target < tiling.size0:
         level0 = math.nextafter(level0, math.inf)
     size = [slide.width, slide.height]
-    found = slide.path.stat()
     density, covariance = tiling.colours.summary()
     attributes = {
         "patch_size": tiling.patch_size,
@@ -82,8 +82,7 @@ def write_coords(
         "level0_magnification": int(level0) if level0 == int(level0) else level0,
         "mpp": tiling.mpp,
         "level0_mpp": slide.mpp,
-        "slide_bytes": found.st_size,
-        "slide_mtime_ns": found.st_mtime_ns,
+        **slide.file.facts,
         "od_mean": density,  # of its tissue, see ColourSums
         "od_covariance": covariance,
     }
@@ -200,7 +199,7 @@ class _Layout:
 
     version: tuple[int, int, int]  # of the file: inode, size, time
     coords: int
-    slide: tuple[int, int] | None = None  # bytes and time of the slide when it was tiled
+    slide: tuple[int, Any] | None = None  # bytes and time (or ETag) of the slide when tiled
     offset: int = 0  # of compressed patches or tiles: where, and how many bytes each
     bytes: int = 0
     codec: Codec | None = None
@@ -213,25 +212,31 @@ class _Handle:
 
     table: int
     layout: _Layout = field(init=False)
-    file: int = -1
+    file: Any = None  # LocalFile or RemoteFile
     slide: Slide | None = None
 
     def numbers(self, at: int, count: int = 1) -> tuple[int, ...]:
         """So many 64-bit integers at a place in the h5 file."""
         return struct.unpack(f"<{count}q", read_bytes(self.table, at, 8 * count))
 
+    def span(self, index: int) -> tuple[int, int]:
+        """Offset and bytes of a patch of a shard or a tile of the slide."""
+        (offset,) = self.numbers(self.layout.offset + 8 * index)
+        (count,) = self.numbers(self.layout.bytes + 8 * index)
+        return offset, count
+
     def decode(self, index: int) -> NDArray:
         """A patch of a shard or a tile of the slide."""
         assert self.layout.codec
-        (offset,) = self.numbers(self.layout.offset + 8 * index)
-        (count,) = self.numbers(self.layout.bytes + 8 * index)
-        return self.layout.codec.decode(read_bytes(self.file, offset, count))
+        return self.file.decoded(*self.span(index), self.layout.codec.decode)
 
     def close(self) -> None:
-        for file in (self.table, self.file):
-            if file >= 0:
-                os.close(file)
-        self.table = self.file = -1
+        if self.table >= 0:
+            os.close(self.table)
+            self.table = -1
+        if self.file:
+            self.file.close()
+            self.file = None
         self.close_slide()
 
     __del__ = close  # an index that is no longer used leaves no file open
@@ -245,7 +250,8 @@ class _Handle:
 class PatchIndex:
     """Random access to the patches of a cohort: `folder` is data/tiles/<cancer>.
 
-    `slides` is where slides lie if moved, `only` names those that are wanted. Only slides.csv is
+    `slides` is where slides lie if moved, `only` names those that are wanted. Of slides that are
+    read at an address `cache` bytes of tiles at most are kept in the folder. Only slides.csv is
     read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
     process holds them, the system's cache of the files serves all workers. The files of the last
     `handles` slides stay open, fewer
@@ -260,6 +266,7 @@ class PatchIndex:
         slides: str | os.PathLike | None = None,
         handles: int = 256,
         only: Collection[str] | None = None,
+        cache: int = 0,
     ):
         self.folder = Path(folder)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -275,6 +282,8 @@ class PatchIndex:
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
+        self._addresses = [row["path"] if is_remote(row["path"]) else "" for row in rows]
+        self.link = Link(filter(None, self._addresses), self.folder / "cache.sqlite", cache)
         self._paths = [Path(row["path"]) for row in rows]
         self._copied = slides is not None  # copies have another time
         if slides:
@@ -297,6 +306,8 @@ class PatchIndex:
         """Let go of all files but those of the last `keep` slides."""
         while len(self._open) > keep:
             self._open.popitem(last=False)[1].close()
+        if not keep:
+            self.link.close()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -367,13 +378,19 @@ class PatchIndex:
         if handle.layout.codec:
             # A lost shard: the slide may still be there.
             with contextlib.suppress(FileNotFoundError):
-                if handle.layout.columns:
-                    path = self._slide_file(number, handle.layout)
-                else:
+                if not handle.layout.columns:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
-                handle.file = os.open(path, os.O_RDONLY)
+                elif self._addresses[number]:
+                    handle.file = self._at_address(number, handle.layout)
+                else:
+                    path = self._slide_file(number, handle.layout)
+                handle.file = handle.file or LocalFile(path)
         self.close(keep=self.handles)
         return handle
+
+    def _at_address(self, number: int, layout: _Layout) -> Any:
+        """The slide where it is served, which must be the one that was tiled."""
+        return self.link.open(self._addresses[number], *(layout.slide or ()))
 
     def _slide_file(self, number: int, layout: _Layout) -> Path:
         """The slide, if it is the one that was tiled."""
@@ -404,11 +421,35 @@ class PatchIndex:
                 text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
                 raise PatchError(text) from error
 
+    def ahead(self, numbers: Iterable[int]) -> None:
+        """Begin to fetch what these patches need, where their slides are at an address.
+
+        What is wrong is for `read` to find.
+        """
+        spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        size = self.patch_size
+        for i in numbers:
+            number, row = self.locate(i)
+            if not self._addresses[number]:
+                continue
+            with contextlib.suppress(PatchError, UserError, OSError):
+                handle = self._handle(number)
+                layout = handle.layout
+                if layout.codec and layout.columns:
+                    x, y = handle.numbers(layout.coords + 16 * row, 2)
+                    place = x, y, size, size
+                    for down, right in cover((layout.codec.width, layout.codec.height), place):
+                        spans[number].append(handle.span(down * layout.columns + right))
+        for number, wanted in spans.items():
+            with contextlib.suppress(PatchError, UserError, OSError):
+                self._handle(number).file.ahead(wanted)
+        self.link.close()  # what was read before is kept
+
     def _pixels(self, number: int, handle: _Handle, row: int, x: int, y: int) -> NDArray:
         size = self.patch_size
         columns = handle.layout.columns
         codec = handle.layout.codec
-        if codec and handle.file >= 0:
+        if codec and handle.file:
             if not columns:
                 return handle.decode(row)
 
@@ -416,10 +457,13 @@ class PatchIndex:
                 index = row * columns + column
                 return self._recent.get((number, index), lambda: handle.decode(index))
 
-            with contextlib.suppress(PatchError):  # OpenSlide decides what is damaged
+            try:
                 if codec.holds(x, y, size, size):
                     return handle.decode(y // size * columns + x // size)
                 return assemble(tile, (codec.width, codec.height), (x, y, size, size))
+            except PatchError:  # OpenSlide decides what is damaged
+                if self._addresses[number]:
+                    raise
         if not handle.slide:
             handle.slide = self._open_slide(number, handle)
         size0 = self._sizes[number]
@@ -427,7 +471,9 @@ class PatchIndex:
 
     def slide(self, number: int) -> Slide:
         """A slide of the cohort, opened anew."""
-        return Slide(self._paths[number], self._mpps[number])
+        address = self._addresses[number]
+        remote = self.link.open(address) if address else None
+        return Slide(self._paths[number], self._mpps[number], remote=remote)
 
     def _open_slide(self, number: int, handle: _Handle) -> Slide:
         """The slide, after closing others that take too much memory or too many files."""
@@ -506,7 +552,9 @@ def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
     if (places < 0).any() or (places + about["patch_size_level0"] > size).any():
         raise PatchError(f"{file.filename} holds places beyond the slide; run tile.py again")
     if "slide_bytes" in about:
-        layout.slide = int(about["slide_bytes"]), int(about["slide_mtime_ns"])
+        version = about.get("slide_etag")
+        version = int(about["slide_mtime_ns"]) if version is None else version
+        layout.slide = int(about["slide_bytes"]), version
     if group := file.get("compressed"):
         shape = group["offset"].shape
         layout.offset = _start(group["offset"], shape)

@@ -107,6 +107,8 @@ class Reader:
                     pipe.recv()
                 part = self.parts[m]
                 images = self.images[m % PLACES]
+                for coming in self.parts[m : m + 2]:
+                    self.index.ahead(coming.tolist())
                 found = read(self.index, part, images[: len(part)], self.lost, self.hand)
                 pipe.send((found.readable, found.problems, found.seconds))
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from g2l.errors import PatchError
+from g2l.errors import PatchError, SkippedSlide
 from g2l.readers import PLAIN, open_reader
-from g2l.tiff import Place, Recent, Tiles, assemble
+from g2l.tiff import LocalFile, Place, Recent, Tiles, assemble, cover
 
 KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
 SUFFIXES = tuple(KINDS.split())
@@ -73,16 +73,26 @@ class Slide:
     objective (float or None), vendor, `origin` (x, y of what was scanned, from which QuPath
     counts), `notes` (what is odd about the file), `damaged` (unreadable regions that a tolerant
     read left white), `memory` (bytes it may hold). Raises UserError where the file is no slide.
+    `remote`, a RemoteFile, takes the file's place; SkippedSlide where OpenSlide is needed beyond
+    its directory.
     """
 
-    def __init__(self, path: str | os.PathLike, mpp: float | None = None, cache: int = 64 << 20):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        mpp: float | None = None,
+        cache: int = 64 << 20,
+        remote: Any = None,
+    ):
         self.path = Path(path)
         self.name = slide_name(path)
         self._recent = Recent(cache)
         self.memory = cache
-        self.file = -1
+        self.remote = remote
         self.damaged: list[str] = []
-        self._reader = open_reader(self.path, cache)
+        self._seen = remote.open_twin() if remote else self.path
+        self._reader = open_reader(self._seen, cache)
+        self.file = remote or LocalFile(self.path)
         self.vendor = self._reader.vendor
         properties = self._reader.properties
         self.width, self.height = self._reader.sizes[0]
@@ -95,6 +105,9 @@ class Slide:
         self.drafts = list(self.levels)  # what is good enough to look for tissue
         if self.vendor in ("aperio", "generic-tiff"):
             self._open_tiles()
+        if remote and not all(level.tiles for level in (*self.levels, *self.drafts)):
+            self.close()
+            raise SkippedSlide(f"its pixels need OpenSlide ({self.vendor})", "rest")
         self.mpp, self.mpp_source = (mpp, "given") if mpp else find_mpp(properties)
         x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
         self.origin = x, y
@@ -121,7 +134,7 @@ class Slide:
         import tifffile
 
         try:
-            with tifffile.TiffFile(self.path) as tiff:
+            with open(self._seen, "rb") as file, tifffile.TiffFile(file) as tiff:
                 self._match_pages(tiff.pages, tiff.pages.first.pages or ())
         except (
             tifffile.TiffFileError,
@@ -133,7 +146,6 @@ class Slide:
         ):
             pass  # what tifffile cannot parse, OpenSlide may still read
         else:
-            self.file = os.open(self.path, os.O_RDONLY)
             tiles = self.levels[0].tiles
             if tiles and self._equals_openslide(tiles):
                 self._choose_drafts(tiles)
@@ -183,9 +195,9 @@ class Slide:
     def close(self) -> None:
         """Let go of the file; also what the end of a `with` block does."""
         self._reader.close()
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        if self.file:
+            self.file.close()
+            self.file = None
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +212,7 @@ class Slide:
                 index = row * level.tiles.columns + column
                 return level.tiles.decode(self.file, index, level.shrink)
             except PatchError:
-                if level.number < 0:
+                if level.number < 0 or self.remote:
                     raise
         w, h = level.side
         x = column * w
@@ -219,6 +231,8 @@ class Slide:
                 return self._reader.region(level.number, place)
         elif strict and x % w == y % h == 0 and size == [w, h]:  # it is not asked for twice
             return self._tile(level, y // h, x // w)
+        if self.remote:
+            self._ahead(level, [place])
 
         def tile(row, column):
             if strict:
@@ -232,6 +246,25 @@ class Slide:
                 return np.full((h, w, 3), 255, np.uint8)
 
         return assemble(tile, (w, h), place)
+
+    def _ahead(self, level: Level, places: list[Place]) -> None:
+        """Have the tiles of rectangles within a level of a remote slide fetched together."""
+        spans = []
+        assert level.tiles
+        for place in places:
+            for row, column in cover(level.side, place):
+                spans.append(level.tiles.span(row * level.tiles.columns + column))
+        self.remote.ahead(spans)
+
+    def expect(self, places: NDArray, side: int) -> None:
+        """Squares (N, 2; x, y) of `side` level-0 pixels are read next, to be fetched together."""
+        if self.remote:
+            self._ahead(self.levels[0], [(x, y, side, side) for x, y in places.tolist()])
+
+    def cost(self, scale: float) -> int:
+        """Bytes of the level from which a draft of `scale` level-0 pixels a pixel is taken."""
+        level = self._level((0, 0, self.width, self.height), scale, True, math.inf)
+        return int(level.tiles.counts.sum()) if level.tiles else self.file.size
 
     def _region(self, level: Level, place: Place, strict: bool) -> NDArray:
         """(h, w, 3) of pixels of one level, white beyond its edges."""

@@ -4,6 +4,7 @@
 `hold_out` keeps patients back, and `Heldout` measures the student on their patches.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,12 @@ class Batches(torch.utils.data.Dataset):
     world: int = 1
 
     def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
-        first = (number * self.world + self.rank) * self.batch_size
+        first = self._first(number)
+        worker = torch.utils.data.get_worker_info()
+        coming = self._first(number + (worker.num_workers if worker else 1))
+        for start in (first, coming):  # this batch, and the next one of this process
+            samples = range(start, start + self.batch_size)
+            self.index.ahead(next(self._candidates(n)) for n in samples)
         unreadable: list[str] = []
         patches = []
         drawn = []
@@ -57,14 +63,20 @@ class Batches(torch.utils.data.Dataset):
         patch, slide = torch.tensor(drawn).T.contiguous()
         return images, params._replace(patch=patch, slide=slide), unreadable
 
+    def _first(self, number: int) -> int:
+        """The first sample of this rank's share of a micro-batch."""
+        return (number * self.world + self.rank) * self.batch_size
+
+    def _candidates(self, n: int) -> Iterator[int]:
+        """The patches that are tried for sample n, one after another."""
+        for attempt in itertools.count():
+            i = self.index.draw(self.seed + (attempt << 32), n, by=self.by)
+            if not self.held[self.index.locate(i)[0]]:
+                yield i
+
     def _read(self, n: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
         """The patch of sample n and its number; `unreadable` gets texts of those that were not."""
-        failures = attempt = 0
-        while failures < ATTEMPTS:
-            i = self.index.draw(self.seed + (attempt << 32), n, by=self.by)
-            attempt += 1
-            if self.held[self.index.locate(i)[0]]:
-                continue
+        for i in itertools.islice(self._candidates(n), ATTEMPTS):
             try:
                 return self.index.read(i), i
             except PatchError as error:
@@ -72,7 +84,6 @@ class Batches(torch.utils.data.Dataset):
                 if cause and of_the_machine(cause):  # another patch would only hide it
                     raise cause from None
                 unreadable.append(str(error))
-                failures += 1
         return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), i
 
 
@@ -117,18 +128,19 @@ def hold_out(index, fraction: float, seed: int) -> np.ndarray:
 
 
 def open_cohort(
-    folder: Path, slides: str, fraction: float, most: int, seed: int
+    folder: Path, slides: str, fraction: float, most: int, seed: int, cache: int = 0
 ) -> tuple[PatchIndex, np.ndarray]:
     """The patches, and bool (slides,): which slides are held out (see `hold_out`).
 
     With `most`, training keeps so many slides; a larger number adds to those of a smaller one.
+    `cache`: bytes of tiles kept of slides at an address.
     """
-    index = PatchIndex(folder, slides or None)
+    index = PatchIndex(folder, slides or None, cache=cache)
     held = hold_out(index, fraction, seed)
     if most:
         names = np.array(index.slides)
         others = np.random.default_rng([seed, 0x511D]).permutation(names[~held])[:most]
-        index = PatchIndex(folder, slides or None, only={*names[held], *others})
+        index = PatchIndex(folder, slides or None, only={*names[held], *others}, cache=cache)
         held = np.isin(index.slides, names[held])
     return index, held
 
@@ -142,6 +154,7 @@ def read_centres(
     inside = slice(margin, margin + crop)
     patches = {}
     unreadable = []
+    index.ahead(chosen)
     for i in chosen:
         try:
             patches[i] = index.read(i)[inside, inside]

@@ -5,10 +5,12 @@
 """
 
 import io
+import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -143,7 +145,7 @@ class Tiles:
         """Whether there are all; scanners leave out empty ones."""
         return bool(self.counts.all())
 
-    def shrinks(self, file: int) -> list[int]:
+    def shrinks(self, file: Any) -> list[int]:
         """Scales at which tiles can be decoded small: 1/2 to 1/8 of JPEG, to 1/32 of JPEG 2000,
         as far as it is layered."""
         halvings = 3
@@ -154,13 +156,17 @@ class Tiles:
         scales = [2**n for n in range(1, halvings + 1)]
         return [n for n in scales if self.codec.width % n == self.codec.height % n == 0]
 
-    def compressed(self, file: int, index: int) -> bytes:
-        """The bytes of tile `index`, none where the scanner left it out."""
-        return read_bytes(file, int(self.offsets[index]), int(self.counts[index]))
+    def span(self, index: int) -> tuple[int, int]:
+        """Offset and bytes of tile `index`, none where the scanner left it out."""
+        return int(self.offsets[index]), int(self.counts[index])
 
-    def decode(self, file: int, index: int, shrink: int = 1) -> NDArray:
+    def compressed(self, file: Any, index: int) -> bytes:
+        """The bytes of tile `index` of a LocalFile or a RemoteFile."""
+        return file.read(*self.span(index))
+
+    def decode(self, file: Any, index: int, shrink: int = 1) -> NDArray:
         """The pixels of tile `index` (see Codec.decode)."""
-        return self.codec.decode(self.compressed(file, index), shrink)
+        return file.decoded(*self.span(index), lambda data: self.codec.decode(data, shrink))
 
 
 class Recent:
@@ -186,17 +192,23 @@ class Recent:
 Place = tuple[int, int, int, int]  # x, y, width, height in pixels of a level
 
 
+def cover(side: Any, place: Place) -> Iterator[tuple[int, int]]:
+    """(row, column) of each tile of `side` (width, height) that a rectangle touches."""
+    (tw, th), (x, y, w, h) = side, place
+    rows = range(y // th, (y + h - 1) // th + 1)
+    return itertools.product(rows, range(x // tw, (x + w - 1) // tw + 1))
+
+
 def assemble(tile: Callable[[int, int], NDArray], side: Any, place: Place) -> NDArray:
     """(h, w, 3) uint8 of a picture in tiles of `side` (width, height), by tile(row, column)."""
     (tw, th), (x, y, w, h) = side, place
     out = np.empty((h, w, 3), np.uint8)
-    for row in range(y // th, (y + h - 1) // th + 1):
+    for row, column in cover(side, place):
         top = row * th - y
-        for column in range(x // tw, (x + w - 1) // tw + 1):
-            left = column * tw - x
-            part = tile(row, column)[max(-top, 0) : h - top, max(-left, 0) : w - left]
-            rows = out[max(top, 0) : top + th]
-            rows[:, max(left, 0) : left + tw] = part
+        left = column * tw - x
+        part = tile(row, column)[max(-top, 0) : h - top, max(-left, 0) : w - left]
+        rows = out[max(top, 0) : top + th]
+        rows[:, max(left, 0) : left + tw] = part
     return out
 
 
@@ -206,3 +218,26 @@ def read_bytes(file: int, offset: int, count: int) -> bytes:
     if len(data) != count:
         raise PatchError("it lies beyond the end of the file, which is cut short or damaged")
     return data
+
+
+class LocalFile:
+    """An open slide or shard, read by spans; remote.RemoteFile has the same names."""
+
+    twin = None
+
+    def __init__(self, path: Path):
+        self.handle = os.open(path, os.O_RDONLY)
+        found = os.fstat(self.handle)
+        self.size = found.st_size
+        self.facts = {"slide_bytes": found.st_size, "slide_mtime_ns": found.st_mtime_ns}
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes at `offset`; PatchError where the file ends before."""
+        return read_bytes(self.handle, offset, count)
+
+    def decoded(self, offset: int, count: int, decode: Callable[[bytes], NDArray]) -> NDArray:
+        """What `decode` makes of a span."""
+        return decode(read_bytes(self.handle, offset, count))
+
+    def close(self) -> None:
+        os.close(self.handle)

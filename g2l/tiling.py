@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -20,12 +21,16 @@ from typing import Any, NamedTuple
 from g2l.cohort import CohortSlide
 from g2l.errors import SkippedSlide, UserError
 from g2l.files import clear_leftovers, digest, size_of, stamp
-from g2l.grid import tile_slide
+from g2l.gdc import check_own, download
+from g2l.grid import choose_size, tile_slide
 from g2l.overlays import write_geojson, write_thumbnail
 from g2l.patches import magnification, tile_table, write_coords, write_shard
+from g2l.remote import Link, RemoteFile, is_remote, url_of
 from g2l.rows import one_line
 from g2l.slides import Slide
 from g2l.tissue import find_mask
+
+MOST_READ = 100e6  # bytes of a remote slide in which its tissue is found
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,10 @@ class Job:
 
     folder: Path  # data/tiles/<cancer>
     settings: Settings
-    gdc_url: str | None  # where slides come from that are not at hand; None: nowhere
+    download: bool  # slides that are not at hand
     discard: bool  # slides that were downloaded, once they are tiled
+    link: Link | None = None  # through which slides are read where they are served
+    download_rest: bool = False  # those that cannot be
     wait: bool = False  # for slides that other processes have in hand
 
 
@@ -99,9 +106,11 @@ class Outputs(NamedTuple):
         )
 
 
-def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
-    """Tile one slide, whose lock the caller holds; fills in `row` as facts become
-    known.
+def tile_one(
+    source: CohortSlide, job: Job, row: dict[str, Any], remote: RemoteFile | None = None
+) -> None:
+    """Tile one slide, whose lock the caller holds; fills in `row` as facts become known.
+    It is read at its address where `remote` is given.
 
     Raises SkippedSlide for a slide that is not wanted, UserError, PatchError or OSError for one
     that cannot be read.
@@ -114,14 +123,16 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
     if one_line(str(path)) != str(path):
         raise UserError(f"{path}: control characters in its name; give it a plain one")
     mask = find_mask(settings.masks, source.name) if settings.masks else None
-    row["bytes"] = size_of(path)
-    with Slide(path, source.mpp) as slide:
+    row["bytes"] = remote.size if remote else size_of(path)
+    with Slide(path, source.mpp, remote=remote) as slide:
         slide.name = source.name
         if slide.mpp is None and settings.assume_mpp:
             slide.mpp = settings.assume_mpp
             slide.mpp_source = "assumed"
         row |= _facts(slide)
         _refuse_bomb(slide, row["bytes"])
+        if remote:
+            _refuse_whole(slide, settings.limits)
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
@@ -146,11 +157,48 @@ def tile_one(source: CohortSlide, job: Job, row: dict[str, Any]) -> None:
     }
 
 
+def tile_there_or_here(
+    slide: CohortSlide, job: Job, row: dict, tell: Callable[[float], None]
+) -> None:
+    """Tile a slide at its address, or at hand, where it may have to be fetched first (see
+    tile_one)."""
+    if job.link and is_remote(row["path"]):
+        before = job.link.counts["bytes"]
+        try:
+            with contextlib.closing(job.link.open(slide.address)) as file:
+                return tile_one(slide, job, row, file)
+        except SkippedSlide as error:
+            if error.mend != "rest" or not job.download_rest:
+                raise
+        finally:
+            tell(job.link.counts["bytes"] - before)
+    if slide.address and (job.download or job.download_rest):
+        if slide.path.is_file():
+            check_own(slide)
+        else:
+            download(slide, url_of(slide.address), tell)
+        row["path"] = os.path.abspath(slide.path)
+    tile_one(slide, job, row)
+
+
 def _refuse_bomb(slide: Slide, size: int) -> None:
     """UserError for gigapixels of nothing in a file of `size` bytes, which would be read whole."""
     pixels = slide.width * slide.height
     if len(slide.levels) == 1 and pixels > max(1e9, 300 * size):
         raise UserError(f"{slide.path}: {pixels:,} px in {size:,} bytes are no tissue")
+
+
+def _refuse_whole(slide: Slide, limits: Limits) -> None:
+    """SkippedSlide for a slide of which more would have to be read than makes sense at a
+    distance."""
+    choice = limits.mpp, limits.patch_size, limits.resample, limits.enlarge
+    size0, _ = choose_size(slide, *choice)
+    if size0 != limits.patch_size:
+        raise SkippedSlide("its patches are resampled, so not its compressed tiles", "rest")
+    needed = slide.cost(size0 / (size0 // 8 * 2))  # of measure_blur
+    if needed > max(MOST_READ, slide.file.size / 8):
+        why = "to find its tissue, for want of a level at low power"
+        raise SkippedSlide(f"{needed / 1e6:,.0f} MB would have to be read {why}", "rest")
 
 
 def _facts(slide: Slide) -> dict[str, Any]:
@@ -168,7 +216,19 @@ def _facts(slide: Slide) -> dict[str, Any]:
 def seals_of(source: CohortSlide, job: Job) -> str:
     """What proves later that a slide is the one that was tiled, and its files those written."""
     files = map(_seal, Outputs.of(job.folder, source.name))
-    return " ".join([digest(stamp(source.path)), *files])
+    return " ".join([_state(source, job), *files])
+
+
+def place_of(source: CohortSlide, job: Job) -> str:
+    """Where a slide is read: its file, or its address where that is not at hand."""
+    there = job.link and not source.path.is_file()
+    return source.address if there else os.path.abspath(source.path)
+
+
+def _state(source: CohortSlide, job: Job) -> str:
+    """Changes when the slide does, at hand or at its address."""
+    there = is_remote(place_of(source, job))
+    return digest([source.size, source.md5] if there else stamp(source.path))
 
 
 def _seal(path: Path, known: str = "") -> str:
@@ -214,7 +274,7 @@ def _harmed_file(source: CohortSlide, seals: list[str], job: Job) -> Path | None
     """
     outputs = Outputs.of(job.folder, source.name)
     sharded = job.settings.jpeg_quality or outputs.shard.exists()
-    if not sharded and source.path.exists() and digest(stamp(source.path)) != seals[0]:
+    if not sharded and (job.link or source.path.exists()) and _state(source, job) != seals[0]:
         return source.path
     for path, known in zip(outputs, seals[1:], strict=True):
         needed = sharded or path != outputs.shard

@@ -410,7 +410,7 @@ def test_every_flipped_bit_in_an_h5_file_is_noticed(finished):
     path, rng = folder / "patches" / "a_patches.h5", random.Random(0)
     sound = path.read_bytes()
     settings = Settings(Limits(0.25, 256, 0, False, False, 0.5, 0.1, 3.5), jpeg_quality=90)
-    job, row = Job(folder, settings, None, False), read_rows(folder)["a"]
+    job, row = Job(folder, settings, False, False), read_rows(folder)["a"]
     slide = CohortSlide("a", data / "slides" / "mine" / "a.svs")
     assert is_finished(slide, row, job)
     for _ in range(200):

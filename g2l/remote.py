@@ -1,0 +1,444 @@
+"""Slides at an address: ranges of bytes over HTTP or S3, asked for ahead, tried again, verified.
+
+`Link` is what a process shares between slides: connections and the tiles kept on disk (`Cache`).
+`RemoteFile` reads one slide and has the names of tiff.LocalFile. While a slide is opened its `Twin`
+keeps in memory what was read, at its place in a file of holes that OpenSlide takes for the slide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import netrc
+import os
+import re
+import sqlite3
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+
+from g2l.cohort import CohortSlide, name_slides
+from g2l.errors import PatchError, SkippedSlide, UserError
+from g2l.files import digest, locked, read_text
+from g2l.gdc import pause
+from g2l.slides import SUFFIXES
+
+Span = tuple[int, int]  # offset and bytes
+CONNECTIONS = 16  # of one process
+GAP = 1 << 14  # bytes between two spans that are fetched with them rather than asked for apart
+MOST = 4 << 20  # bytes of one request
+BLOCK = 1 << 16  # bytes that are fetched at least while a slide is opened
+TRIES = 5
+PATIENCE = 20.0  # seconds without a byte
+
+
+def is_remote(place: object) -> bool:
+    """Whether a place is an address."""
+    return re.match("(https?|s3)://", str(place)) is not None
+
+
+@functools.cache
+def _s3() -> Any:
+    """The client that signs, with the credentials that AWS's own tools find, if there are any."""
+    import botocore.config
+    import botocore.session
+
+    session = botocore.session.get_session()
+    known = session.get_credentials() is not None
+    version = "s3v4" if known else botocore.UNSIGNED
+    region = session.get_config_variable("region") or "us-east-1"
+    config = botocore.config.Config(signature_version=version)
+    return session.create_client("s3", region_name=region, config=config)
+
+
+@functools.lru_cache(4096)
+def _signed(address: str, _now: int) -> str:
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    place = {"Bucket": bucket, "Key": key}
+    return _s3().generate_presigned_url("get_object", place, ExpiresIn=3600)
+
+
+def url_of(address: str) -> str:
+    """Where an address is read: its own URL, or for S3 one that is signed anew every ten minutes,
+    so that credentials that expire are asked for again."""
+    if address.startswith("s3://"):
+        return _signed(address, int(time.time()) // 600)
+    return address
+
+
+def addresses_below(address: str) -> list[str]:
+    """The address itself, or what lies below an s3:// address that ends with a slash."""
+    if not (address.startswith("s3://") and address.endswith("/")):
+        return [address]
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
+    return [f"s3://{bucket}/{key}" for key in keys if key.lower().endswith(SUFFIXES)]
+
+
+def _credentials(host: str | None) -> str:
+    """user:password of a host in ~/.netrc; "" where it has none."""
+    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+        if found := netrc.netrc().authenticators(host or ""):
+            return f"{found[0]}:{found[2]}"
+    return ""
+
+
+def read_addresses(path: Path) -> list[str]:
+    """The addresses in a file, one a line; UserError for what is none."""
+    lines = read_text(path).splitlines()
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for line in found or [""]:
+        if not is_remote(line):
+            raise UserError(f"{path}: {line!r} is no http(s):// or s3:// address")
+    return found
+
+
+def slides_at(link: Link, addresses: Iterable[str], folder: Path) -> list[CohortSlide]:
+    """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
+    server answers."""
+    every = [one for address in addresses for one in addresses_below(address)]
+    slides = {}
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        for address, (size, etag) in zip(every, threads.map(link.version, every), strict=True):
+            file = Path(unquote(urlsplit(address).path)).name
+            path = folder / digest(address) / file
+            slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
+    for name, path in name_slides(slides).items():
+        slides[path].name = name
+    return list(slides.values())
+
+
+class Link:
+    """Connections to servers and the tiles kept on disk; each process makes its own when it needs
+    them.
+
+    A redirect is followed only to a host of `addresses`. `counts`: bytes and requests of servers,
+    tiles asked for, hits among them, seconds waited.
+    """
+
+    def __init__(self, addresses: Iterable[str], cache: Path | None = None, bound: int = 0):
+        self.hosts = {urlsplit(url_of(f"{address}_")).netloc for address in addresses}
+        self.cache = cache
+        self.bound = bound
+        self.counts: dict[str, float] = defaultdict(float)
+        self.process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process": 0, "pool": None, "threads": None, "store": None}
+
+    def connect(self) -> None:
+        """Make what this process has not yet."""
+        if self.process == os.getpid():
+            return
+        import urllib3
+
+        self.process = os.getpid()
+        limits = urllib3.Timeout(connect=10, read=PATIENCE)
+        # No thread waits for another's connection: each has at most one in hand.
+        self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
+        self.threads = ThreadPoolExecutor(CONNECTIONS)
+        self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
+
+    def close(self) -> None:
+        """Write what waits to be kept."""
+        if self.process == os.getpid() and self.store:
+            self.store.flush()
+
+    def fetch(self, address: str, offset: int, count: int) -> tuple[bytes, int, str]:
+        """(the bytes from `offset`, fewer only at the end; length of the whole; its ETag or "").
+
+        What may pass is tried again, later each time. UserError with the reason when it cannot be
+        had: no PatchError, which would say that the slide is damaged there.
+        """
+        import urllib3
+
+        self.connect()
+        for attempt in range(TRIES):
+            wait = ""
+            try:
+                answer = self._ask(url_of(address), offset, count)
+                with contextlib.closing(answer):
+                    status = answer.status
+                    if status == 206:
+                        return self._checked(answer, offset, count)
+                    wait = answer.headers.get("Retry-After", "")
+                reason = f"the server answers {status}"
+                if status == 200:
+                    reason = "the server has no ranges of bytes"
+                if status in (401, 403):
+                    reason += ": no credential, or one that has expired"
+                if status < 500 and status not in (408, 429):
+                    break
+            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                reason = f"no answer ({error})"
+            if attempt < TRIES - 1:
+                pause(attempt - 1, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
+        raise UserError(f"{address.partition('?')[0]}: {reason}")
+
+    def _ask(self, url: str, offset: int, count: int) -> Any:
+        """The answer to a request for a range, after redirects to hosts that are listed."""
+        import urllib3
+
+        for _ in range(5):
+            host = urlsplit(url)
+            headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
+            headers["Accept-Encoding"] = "identity"
+            if known := _credentials(host.hostname):
+                headers |= urllib3.make_headers(basic_auth=known)
+            answer = self.pool.request(
+                "GET", url, headers=headers, redirect=False, preload_content=False
+            )
+            if answer.status not in (301, 302, 303, 307, 308):
+                return answer
+            answer.close()
+            further = urljoin(url, answer.headers.get("Location", ""))
+            target = urlsplit(further)
+            safe = target.scheme == host.scheme or target.scheme == "https"
+            if not safe or target.netloc not in {*self.hosts, host.netloc}:
+                raise UserError(f"{host.netloc} redirects to {target.netloc}, which is not listed")
+            url = further
+        raise UserError(f"{urlsplit(url).netloc} redirects without end")
+
+    def _checked(self, answer: Any, offset: int, count: int) -> tuple[bytes, int, str]:
+        """The content of an answer; ValueError where it is not what it should be."""
+        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+        if not span or int(span[1]) != offset:
+            raise ValueError("another range than was asked for")
+        size = int(span[3])
+        data = answer.read(count + 1)
+        if len(data) != min(count, size - offset):
+            raise ValueError(f"{len(data)} bytes where {min(count, size - offset)} should be")
+        answer.release_conn()
+        self.counts["bytes"] += len(data)
+        self.counts["requests"] += 1
+        return data, size, answer.headers.get("ETag", "")
+
+    def version(self, address: str) -> tuple[int, str]:
+        """(length, ETag) of a slide; (0, "") where the server does not say."""
+        with contextlib.suppress(UserError):
+            return self.fetch(address, 0, 1)[1:]
+        return 0, ""
+
+    def open(self, address: str, size: int = 0, etag: str = "") -> RemoteFile:
+        """A slide of `size` bytes, which is asked for where it is 0; UserError where that fails."""
+        if not size:
+            _, size, etag = self.fetch(address, 0, 1)
+        return RemoteFile(self, address, size, etag)
+
+
+class RemoteFile:
+    """One slide at an address, read by spans. One that has changed since it was opened, or since
+    it was tiled, is a UserError."""
+
+    def __init__(self, link: Link, address: str, size: int, etag: str):
+        self.link = link
+        self.address = address
+        self.size = size
+        self.etag = etag
+        self.facts: dict[str, int | str] = {"slide_bytes": size, "slide_etag": etag}
+        self.twin: Twin | None = None
+        self.coming: dict[Span, tuple[Future, int]] = {}  # what is fetched, from where on
+
+    def _fetch(self, offset: int, count: int) -> bytes:
+        data, size, etag = self.link.fetch(self.address, offset, count)
+        if size != self.size or (etag and self.etag and etag != self.etag):
+            address = self.address.partition("?")[0]
+            raise UserError(f"{address} changed since it was tiled; run tile.py on it again")
+        if len(data) != count:
+            raise PatchError("it lies beyond the end of the file, which is cut short or damaged")
+        return data
+
+    @property
+    def _store(self) -> Twin | Cache | None:
+        self.link.connect()
+        return self.twin or self.link.store
+
+    def _key(self, offset: int) -> str:
+        return f"{self.address.partition('?')[0]} {self.size} {self.etag} {offset}"
+
+    def ahead(self, spans: Iterable[Span]) -> None:
+        """Begin to fetch what is not at hand, neighbours together."""
+        store = self._store
+        group: list[Span] = []
+        for span in sorted(set(spans) - self.coming.keys()):
+            if not span[1] or (store and store.has(self._key(span[0]))):
+                continue
+            if group:
+                (start, _), (last, length) = group[0], group[-1]
+                if span[0] > last + length + GAP or sum(span) > start + MOST:
+                    self._begin(group)
+                    group = []
+            group.append(span)
+        if group:
+            self._begin(group)
+
+    def _begin(self, group: list[Span]) -> None:
+        start = group[0][0]
+        end = max(map(sum, group))
+        future = self.link.threads.submit(self._fetch, start, end - start)
+        self.coming |= dict.fromkeys(group, (future, start))
+
+    def decoded(self, offset: int, count: int, decode: Callable[[bytes], Any]) -> Any:
+        """What `decode` makes of a span, which is kept once that succeeds."""
+        if not count:
+            return decode(b"")
+        store, key, counts = self._store, self._key(offset), self.link.counts
+        counts["tiles"] += 1
+        known = store.get(key) if store else None
+        if known and len(known) == count:
+            with contextlib.suppress(PatchError):  # a decayed one is fetched anew
+                found = decode(known)
+                counts["hits"] += 1
+                return found
+        start = time.monotonic()
+        future, first = self.coming.pop((offset, count), (None, offset))
+        try:
+            data = future.result() if future else self._fetch(offset, count)
+        finally:
+            counts["waited"] += time.monotonic() - start
+        data = data[offset - first :][:count]
+        found = decode(data)
+        if store:
+            store.put(key, data)
+        return found
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes at `offset`."""
+        return self.decoded(offset, count, bytes)
+
+    def open_twin(self) -> Path:
+        """Fetch what says where everything lies; a path under which OpenSlide opens it.
+
+        SkippedSlide where that is no TIFF with tiles.
+        """
+        import tifffile
+
+        self.twin = Twin(self.size)
+        try:
+            with tifffile.TiffFile(io.BufferedReader(_Blocks(self), BLOCK)) as tiff:
+                for page in (*tiff.pages, *(tiff.pages.first.pages or ())):
+                    _ = page.dataoffsets, page.databytecounts, page.jpegtables
+        except (tifffile.TiffFileError, ValueError, IndexError, TypeError) as error:
+            raise SkippedSlide(f"its pixels need OpenSlide: no TIFF ({error})", "rest") from error
+        return self.twin.path
+
+    def close(self) -> None:
+        """Forget what is being fetched and what was read."""
+        self.coming.clear()
+        if self.twin:
+            self.twin.close()
+            self.twin = None
+
+
+class Twin:
+    """What was read of a slide, in memory: a file of its length that is empty elsewhere."""
+
+    def __init__(self, size: int):
+        self.handle = os.memfd_create("slide")
+        os.ftruncate(self.handle, size)
+        self.path = Path(f"/proc/self/fd/{self.handle}")
+        self.known: dict[str, int] = {}
+
+    def has(self, key: str) -> bool:
+        return key in self.known
+
+    def get(self, key: str) -> bytes | None:
+        offset = int(key.rpartition(" ")[2])
+        return os.pread(self.handle, self.known[key], offset) if key in self.known else None
+
+    def put(self, key: str, data: bytes) -> None:
+        os.pwrite(self.handle, data, int(key.rpartition(" ")[2]))
+        self.known[key] = len(data)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+class _Blocks(io.RawIOBase):
+    """A remote slide as a file for tifffile: whole blocks are fetched, and lie in the twin."""
+
+    def __init__(self, file: RemoteFile):
+        assert file.twin
+        self.file = file
+        self.twin = file.twin
+        self.place = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.file.size}
+        self.place = base[whence] + offset
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.place + len(buffer), self.file.size)
+        blocks = range(self.place // BLOCK * BLOCK, end, BLOCK)
+        spans = [(first, min(BLOCK, self.file.size - first)) for first in blocks]
+        self.file.ahead(spans)
+        for span in spans:
+            self.file.read(*span)
+        count = os.preadv(self.twin.handle, [buffer], self.place) if blocks else 0
+        self.place += count
+        return count
+
+
+class Cache:
+    """Tiles on disk, in one SQLite file that many processes share and a kill leaves sound.
+
+    It grows to `bound` bytes and then stays: patches are drawn at random, so what is there is worth
+    as much as what would take its place.
+    """
+
+    def __init__(self, path: Path, bound: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.base = sqlite3.connect(path, timeout=60, isolation_level=None)
+        with locked(path.with_suffix(".lock")):
+            self.base.execute("PRAGMA journal_mode = WAL")
+        self.base.execute("PRAGMA synchronous = OFF")  # a kill harms nothing, decoding verifies
+        self.base.execute("CREATE TABLE IF NOT EXISTS tiles (key TEXT PRIMARY KEY, data BLOB)")
+        page = self.base.execute("PRAGMA page_size").fetchone()[0]
+        self.base.execute(f"PRAGMA max_page_count = {max(1, bound // page)}")
+        self.waiting: dict[str, bytes] = {}
+        self.full = False
+
+    def has(self, key: str) -> bool:
+        asked = "SELECT 1 FROM tiles WHERE key = ?"
+        return key in self.waiting or self.base.execute(asked, (key,)).fetchone() is not None
+
+    def get(self, key: str) -> bytes | None:
+        asked = "SELECT data FROM tiles WHERE key = ?"
+        found = self.base.execute(asked, (key,)).fetchone()
+        return found[0] if found else self.waiting.get(key)
+
+    def put(self, key: str, data: bytes) -> None:
+        if self.full:
+            return
+        self.waiting[key] = data
+        if len(self.waiting) >= 32:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; when there is no more room, nothing is kept from then on."""
+        rows = list(self.waiting.items())
+        self.waiting.clear()
+        try:
+            self.base.execute("BEGIN IMMEDIATE")
+            self.base.executemany("INSERT OR REPLACE INTO tiles VALUES (?, ?)", rows)
+            self.base.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if self.base.in_transaction:
+                self.base.execute("ROLLBACK")
+            self.full = "full" in str(error)  # else others write: these are fetched once more
