@@ -352,9 +352,8 @@ def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
     listed = {row.path.name: row for row in rows}
-    if job.link and args.remote != GDC:
-        slides = slides_at(job.link, addresses_of(args), folder)
-        slides = [slide for slide in slides if not listed or slide.path.name in listed]
+    if args.remote not in (None, GDC):
+        slides = slides_at(job.link, addresses_of(args), folder, listed)
     else:
         slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
     if not slides:

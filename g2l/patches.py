@@ -27,7 +27,7 @@ from g2l.errors import PatchError, UserError
 from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.readers import TILE_PX
-from g2l.remote import Link, is_remote
+from g2l.remote import Link, address_of
 from g2l.rows import read_rows
 from g2l.slides import Slide
 from g2l.tiff import Codec, LocalFile, Recent, assemble, cover, read_bytes
@@ -282,7 +282,7 @@ class PatchIndex:
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
-        self._addresses = [row["path"] if is_remote(row["path"]) else "" for row in rows]
+        self._addresses = [address_of(row["path"]) for row in rows]
         self.link = Link(filter(None, self._addresses), self.folder / "cache.sqlite", cache)
         self._paths = [Path(row["path"]) for row in rows]
         self._copied = slides is not None  # copies have another time

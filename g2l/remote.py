@@ -16,7 +16,7 @@ import re
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ PATIENCE = 20.0  # seconds without a byte
 def is_remote(place: object) -> bool:
     """Whether a place is an address."""
     return re.match("(https?|s3)://", str(place)) is not None
+
+
+def address_of(place: str) -> str:
+    """A place if it is an address, else ""."""
+    return place if is_remote(place) else ""
 
 
 @functools.cache
@@ -99,16 +104,19 @@ def read_addresses(path: Path) -> list[str]:
     return found
 
 
-def slides_at(link: Link, addresses: Iterable[str], folder: Path) -> list[CohortSlide]:
+def slides_at(
+    link: Link, addresses: Iterable[str], folder: Path, names: Collection[str] = ()
+) -> list[CohortSlide]:
     """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
-    server answers."""
+    server answers. Given `names`, only the files called so."""
     every = [one for address in addresses for one in addresses_below(address)]
     slides = {}
     with ThreadPoolExecutor(CONNECTIONS) as threads:
         for address, (size, etag) in zip(every, threads.map(link.version, every), strict=True):
             file = Path(unquote(urlsplit(address).path)).name
             path = folder / digest(address) / file
-            slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
+            if not names or file in names:
+                slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
     for name, path in name_slides(slides).items():
         slides[path].name = name
     return list(slides.values())

@@ -131,8 +131,7 @@ def tile_one(
             slide.mpp_source = "assumed"
         row |= _facts(slide)
         _refuse_bomb(slide, row["bytes"])
-        if remote:
-            _refuse_whole(slide, settings.limits)
+        _refuse_whole(slide, settings.limits)
         try:
             tiling = tile_slide(slide, mask=mask, **vars(settings.limits))
         except SkippedSlide:
@@ -191,6 +190,8 @@ def _refuse_bomb(slide: Slide, size: int) -> None:
 def _refuse_whole(slide: Slide, limits: Limits) -> None:
     """SkippedSlide for a slide of which more would have to be read than makes sense at a
     distance."""
+    if not slide.remote:
+        return
     choice = limits.mpp, limits.patch_size, limits.resample, limits.enlarge
     size0, _ = choose_size(slide, *choice)
     if size0 != limits.patch_size:
