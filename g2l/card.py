@@ -14,7 +14,13 @@ from g2l.files import read_json
 from g2l.registry import PLUS, REGISTRY, find
 from g2l.weights import tensors_digest
 
-TOLD = ("revision", "device", "machine", "versions", "command")  # of the run's config.json
+TOLD = (
+    "revision",
+    "device",
+    "machine",
+    "versions",
+    "command",
+)  # of the run's config.json
 LOAD = """\
 ```python
 import timm
@@ -56,16 +62,28 @@ def card(config: Mapping) -> str:
     lines += [f"{of} {about['steps']} steps.", "", LOAD]
     if config["num_classes"]:
         given = f"It gives {config['num_classes']} projected features, each standardised"
-        lines += ["", f"{given}; CKA below is of its own {config['num_features']} before them."]
+        lines += [
+            "",
+            f"{given}; CKA below is of its own {config['num_features']} before them.",
+        ]
     lines += ["", "## Licences", "", *(f"- {told}" for told in facts["licences"])]
     lines += ["", "## Cohort", ""]
     lines.append(
         f"{len(about['slides'])} slides of {len(about['patients'])} patients, {facts['patches']:,} "
         f"patches; cohort {facts['cohort']}, tiled as {facts['tiles']}."
     )
-    lines += ["Patients, each as the first 16 digits of the SHA-256 of its name in capitals:", ""]
+    lines += [
+        "Patients, each as the first 16 digits of the SHA-256 of its name in capitals:",
+        "",
+    ]
     lines += [f"- {hashed(patient)}" for patient in about["patients"]]
-    lines += ["", f"## To the teacher: {facts['measure']}", "", "| step | CKA |", "|---|---|"]
+    lines += [
+        "",
+        f"## To the teacher: {facts['measure']}",
+        "",
+        "| step | CKA |",
+        "|---|---|",
+    ]
     lines += [f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]]
     lines += ["", "| patient | patches | CKA at the end |", "|---|---|---|"]
     for patient, (count, cka) in facts["patients"].items():

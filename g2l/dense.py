@@ -79,7 +79,11 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
 
 
 def measures(
-    grids: Tensor, classes: ndarray | None, target: Tensor | None, group: ndarray, study: Study
+    grids: Tensor,
+    classes: ndarray | None,
+    target: Tensor | None,
+    group: ndarray,
+    study: Study,
 ) -> list[dict]:
     """Rows of what can be measured: the probe needs masks, CKA a teacher."""
     rows = []

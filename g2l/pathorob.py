@@ -22,7 +22,13 @@ from g2l.shifts import unit
 QUARTETS = 8  # at most
 LEAST = 12  # patches of each of its four cells, of two patients; half of them for training
 MOST = 100  # patches of a cell that are looked at
-BIAS = (0, 0.5, 1, -0.5, -1)  # how far the centre tells the class in training; the first: not
+BIAS = (
+    0,
+    0.5,
+    1,
+    -0.5,
+    -1,
+)  # how far the centre tells the class in training; the first: not
 CLUSTERS = 30  # at most
 TRIALS = 10  # of k-means with the best number of clusters
 

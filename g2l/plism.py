@@ -30,7 +30,12 @@ TOP = (1, 3, 5, 10)
 MEASURES = ("cosine", "of other tiles", *(f"top-{k}" for k in TOP))
 KINDS = ("scanner", "staining", "both", "all")  # what differs in a pair of slides
 # plismbench's board: the mean of the medians of these.
-BOARD = {"all": "cosine", "scanner": "top-10", "staining": "top-10", "both": "top-10"}
+BOARD = {
+    "all": "cosine",
+    "scanner": "top-10",
+    "staining": "top-10",
+    "both": "top-10",
+}
 BLOCK = 2048  # tiles compared at once
 
 

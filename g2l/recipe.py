@@ -32,7 +32,14 @@ from g2l.stream import embeddings_of, feature_spread
 from g2l.teacher_cache import TeacherCache, stream_key
 from g2l.views import StudentView, parse_views, slide_means
 
-LOSSES = ("logsum", "mse", "cosine", "smooth-l1", "kl", "correlation")  # of rows, projected
+LOSSES = (
+    "logsum",
+    "mse",
+    "cosine",
+    "smooth-l1",
+    "kl",
+    "correlation",
+)  # of rows, projected
 BESIDE = ("patch-cosine", "relation")  # terms that go beside one of them
 TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token")
 
@@ -85,7 +92,10 @@ class Said(NamedTuple):
 
 
 def look(
-    model: Model, images: Tensor, args: Namespace, grid: tuple[int, int] | None = None
+    model: Model,
+    images: Tensor,
+    args: Namespace,
+    grid: tuple[int, int] | None = None,
 ) -> Said:
     """float (B, 3, S, S) in [0, 1] -> what the model says of them.
 
@@ -296,7 +306,11 @@ class StopRule:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of it."""
-        return {"recent": list(self.recent), "count": self.count, "steps": self.steps}
+        return {
+            "recent": list(self.recent),
+            "count": self.count,
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave."""
@@ -386,7 +400,10 @@ class Step:
                 self.parallel.register_comm_hook(None, _ordered_mean)
 
     def __call__(
-        self, batches: Sequence[tuple[Tensor, Params]], lr: float, weight_decay: float
+        self,
+        batches: Sequence[tuple[Tensor, Params]],
+        lr: float,
+        weight_decay: float,
     ) -> Tensor:
         """One step on one (images, params) per accumulated micro-batch.
 
@@ -473,7 +490,8 @@ def projected(distiller: Distiller, images: Tensor, batch: int) -> Network:
         head = net.get_classifier()
         if not isinstance(head, nn.Linear) or head.in_features != features.shape[1]:
             raise UserError(
-                f"{student.name}: timm's head for it does not take its embedding", "head"
+                f"{student.name}: timm's head for it does not take its embedding",
+                "head",
             )
         head.to(features.device)
         head.weight.copy_((distiller.projector / spread).T)

@@ -203,7 +203,10 @@ def tiled_slides(choices: Choices) -> tuple[Slides, Lost]:
         for name, row in read_rows(index.folder).items():
             lost[short_name(name)] = row["reason"] or "no patches"
         for number, name in enumerate(index.slides):
-            slides[short_name(name)] = index.patient[number], TiledSlide(index, number)
+            slides[short_name(name)] = (
+                index.patient[number],
+                TiledSlide(index, number),
+            )
     return slides, lost
 
 

@@ -54,7 +54,11 @@ class Training:
         self.step.distiller.load_state_dict(state["distiller"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.stop.load_state_dict(state["stop"])
-        self.done, self.best, self.ended = state["step"], state["best"], state["ended"]
+        self.done, self.best, self.ended = (
+            state["step"],
+            state["best"],
+            state["ended"],
+        )
         self.unreadable = state["unreadable"][self.rank]
         self.random = state["random"][self.rank]
         if self.run.main:
@@ -67,15 +71,29 @@ class Training:
         # AdamW keeps two numbers a weight; while a checkpoint is written, one more is there.
         run.check_room(3 * weights * (args.keep + 1) + weights)
         device = describe_device(self.step.device)
-        cohort = {"slides": len(index.slides), "patches": len(index), "patients": index.patients}
+        cohort = {
+            "slides": len(index.slides),
+            "patches": len(index),
+            "patients": index.patients,
+        }
         cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
-        self.config = {"arguments": vars(args), "identity": self.identity, "device": device}
+        self.config = {
+            "arguments": vars(args),
+            "identity": self.identity,
+            "device": device,
+        }
         self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
         self.heldout = Heldout(
-            index, held, args.eval_patches, args.crop, args.seed, teachers, args.batch_size
+            index,
+            held,
+            args.eval_patches,
+            args.crop,
+            args.seed,
+            teachers,
+            args.batch_size,
         )
         if args.keep_projector:  # what cannot be exported is said before it is trained
             projected(distiller, self.heldout.images[:4], args.batch_size)
@@ -123,7 +141,10 @@ class Training:
 
     def is_due(self) -> bool:
         """Whether a checkpoint follows the next step, by steps or by time; rank 0 has the clock."""
-        every, minutes = self.args.checkpoint_steps, (time.monotonic() - self.saved) / 60
+        every, minutes = (
+            self.args.checkpoint_steps,
+            (time.monotonic() - self.saved) / 60,
+        )
         by_steps = every > 0 and (self.done + 1) % every == 0
         return self.run.main and (by_steps or minutes > self.args.checkpoint_minutes > 0)
 
@@ -197,8 +218,17 @@ class Training:
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
-            row = {"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay}
-            row |= {"grad_norm": norm, "spread": spread, "above_mean": self.stop.count}
+            row = {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "weight_decay": weight_decay,
+            }
+            row |= {
+                "grad_norm": norm,
+                "spread": spread,
+                "above_mean": self.stop.count,
+            }
             row["images_per_second"] = round(rate * self.images, 2)
             row["mfu"] = round(rate / self.peak, 4)
             lines.append(row)
@@ -269,7 +299,10 @@ class Training:
         facts = {name: self.config[name] for name in TOLD}
         facts |= {"licences": [verdict(name) for name in args.teacher]}
         facts |= {"patches": len(index), "cohort": self.identity["cohort"]}
-        facts |= {"tiles": self.identity["settings of tile.py"], "measure": self.heldout.name}
+        facts |= {
+            "tiles": self.identity["settings of tile.py"],
+            "measure": self.heldout.name,
+        }
         facts |= {"curve": list(zip(*column(run.folder, "cka"), strict=True))}
         facts |= self.heldout.proof(student)
         because = self.ended or "last step"
