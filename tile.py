@@ -353,7 +353,7 @@ def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
     rows = read_manifest(args.manifest) if args.manifest else []
     listed = {row.path.name: row for row in rows}
     if args.remote not in (None, GDC):
-        slides = slides_at(job.link, addresses_of(args), folder, listed)
+        slides = slides_at(addresses_of(args), folder, listed)
     else:
         slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
     if not slides:
