@@ -305,14 +305,19 @@ def check(args: argparse.Namespace) -> None:
             "--discard-slides: only with --download (your own slides are never deleted) and "
             "--save-patches (or nothing would be left)"
         )
-    if args.remote and (args.download or args.save_patches):
-        raise UserError("--remote: without --download and --save-patches, which read slides whole")
-    if args.download_rest and not args.remote:
-        raise UserError("--download-rest: only with --remote")
+    check_remote(args)
     for name in ("masks", "manifest", "exclude"):
         path = getattr(args, name)
         if path and not path.exists():
             raise UserError(f"--{name} {path}: no such file or folder")
+
+
+def check_remote(args: argparse.Namespace) -> None:
+    """Complain about flags that do not go with slides read where they are."""
+    if args.remote and (args.download or args.save_patches):
+        raise UserError("--remote: without --download and --save-patches, which read slides whole")
+    if args.download_rest and not args.remote:
+        raise UserError("--download-rest: only with --remote")
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -353,7 +358,7 @@ def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
     rows = read_manifest(args.manifest) if args.manifest else []
     listed = {row.path.name: row for row in rows}
     if args.remote not in (None, GDC):
-        slides = slides_at(job.link, addresses_of(args), folder, listed)
+        slides = slides_at(addresses_of(args), folder, listed)
     else:
         slides = ask_gdc(args.gdc_url, args.cancer, args.strategy or "diagnostic", folder, listed)
     if not slides:
@@ -462,7 +467,6 @@ def tell_plan(todo: list[CohortSlide]) -> None:
         f"to read where they are: {len(sizes)} slides of {whole:.2f} GB in all: now up to about "
         f"{now:.2f} GB, then in a training run of {RUN:,} patches {least:.0f} to {most:.0f} GB "
         "(less where they are few: none is fetched twice while --cache of distill.py holds it)",
-        flush=True,
     )
 
 

@@ -104,11 +104,10 @@ def read_addresses(path: Path) -> list[str]:
     return found
 
 
-def slides_at(
-    link: Link, addresses: Iterable[str], folder: Path, names: Collection[str] = ()
-) -> list[CohortSlide]:
+def slides_at(addresses: list[str], folder: Path, names: Collection[str] = ()) -> list[CohortSlide]:
     """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
     server answers. Given `names`, only the files called so."""
+    link = Link(addresses)
     every = [one for address in addresses for one in addresses_below(address)]
     slides = {}
     with ThreadPoolExecutor(CONNECTIONS) as threads:
