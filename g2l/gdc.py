@@ -14,7 +14,6 @@ import re
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -114,13 +113,17 @@ def pause(attempt: int, least: float = 0) -> None:
     time.sleep(max(min(2.0**attempt, 60), min(least, 300)) * RETRY_SECONDS)
 
 
-class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to the same host only."""
+def _opener():
+    """What opens a URL and follows a redirect to the same host only."""
+    import urllib.request  # slow to import
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
-            return None  # its status then is the answer
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    class SameHost(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, req, fp, code, msg, headers, newurl):
+            if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+                return None  # its status then is the answer
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    return urllib.request.build_opener(SameHost)
 
 
 def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
@@ -129,9 +132,10 @@ def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
     The answer to a question (`data`) is read whole, so that a broken one is asked again.
     """
     import http.client
+    import urllib.request
 
     request = urllib.request.Request(url, data, headers)
-    opener = urllib.request.build_opener(_SameHost)
+    opener = _opener()
     for attempt in range(tries):
         wait = ""
         try:
@@ -205,6 +209,7 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
 def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
     """Add to a .partial file of `have` bytes what the server sends; why it ended."""
     import http.client
+    import urllib.request
 
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
