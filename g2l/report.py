@@ -136,9 +136,8 @@ class Tables:
         """⚠ where a student has seen patients of a benchmark, † where pretraining has."""
         about = [self.data[benchmark] for benchmark in members]
         seen = any(model in row["marked"] for row in about)
-        known = any(f"{model} may know" in note for row in about for note in row["notes"])
-        origin = any(f"{model} comes from" in note for row in about for note in row["notes"])
-        return " ⚠" * seen + " †" * (known or origin)
+        known = any(model in row["pretrained"] for row in about)
+        return " ⚠" * seen + " †" * known
 
     def table1(self) -> str:
         """Table 1: CKA of every other model to the teacher; empty without a teacher or others."""
@@ -203,6 +202,7 @@ class Tables:
         for name in study.protocols:
             kinds += [kind for kind in TITLES[name] if kind[:2] in measured]
         marked = any(self.data[b.name]["marked"] for b in study.found)
+        known = any(self.data[b.name]["pretrained"] for b in study.found)
         text = [
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
@@ -211,7 +211,7 @@ class Tables:
             "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
             "one class only, which leaves the measure undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
-            + " †: pretraining may have seen the slides, as the benchmark's notes say."
+            + (" †: pretraining may have met the slides, as the notes say." if known else "")
         ]
         text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
         rows = []
