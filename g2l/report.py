@@ -212,8 +212,8 @@ class Tables:
         ]
         for protocol, metric, title in kinds:
             blind = ["chance", "majority class"] if metric == "accuracy" else ["chance"]
-            head = ["benchmark", *blind, *self.models]
-            text.append(f"## {title}\n\n" + markdown(head, self.scores(protocol, metric)))
+            columns = ["benchmark", *blind, *self.models]
+            text.append(f"## {title}\n\n" + markdown(columns, self.scores(protocol, metric)))
         text += filter(None, map(self.further, study.protocols))
         rows = []
         for benchmark in study.found:
