@@ -49,9 +49,10 @@ STUDY_FLAGS = [
     "no_pictures",
 ]
 
-TILED = "tile.py takes it by --assume-mpp, --manifest, --resample; --cancer takes its patches"
-REMEDIES = MODEL_REMEDIES | dict.fromkeys(("mpp", "magnification"), TILED)
-REMEDIES |= {
+TILED = "tile.py {} makes patches of it, which --cancer takes"
+REMEDIES = MODEL_REMEDIES | {
+    "mpp": TILED.format("--assume-mpp or --manifest"),
+    "magnification": TILED.format("--resample --enlarge"),
     "benchmark data": "`python evaluate.py --list` says where to get it; unpack the archive below "
     "this folder as it comes",
     "benchmark names": "rename one of the folders of --benchmark",

@@ -38,7 +38,7 @@ from g2l.protocols import (
     split,
     vote,
 )
-from g2l.registry import tcga_notes
+from g2l.registry import pretrained_on
 from g2l.results import Study, load_predictions, record, recorded, save_predictions
 from g2l.slide_tables import bags_of
 
@@ -91,8 +91,6 @@ def without_leaks(
             notes.append(
                 f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
             )
-    origins = {display(name): study.cards[name]["metadata"] for name in x}
-    notes += tcga_notes(origins, benchmark.name, benchmark.groups)
     if not keep.any():
         raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
     return keep, notes, marked
@@ -368,9 +366,11 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
         benchmark = benchmark.subset(keep)
         x = {name: array[keep] for name, array in x.items()}
     about, limits = describe_design(benchmark, study.folds)
-    notes += limits
+    origins = {display(name): study.cards[name]["metadata"] for name in x}
+    known = pretrained_on(origins, benchmark.name, benchmark.groups)
+    notes += [*limits, *itertools.chain(*known.values())]
     predictions, keys, rows = measure_models(benchmark, x, study)
-    key = digest(keys, study.teacher, study.baseline, study.leaks, notes)
+    key = digest(keys, study.teacher, study.baseline, study.leaks, notes, list(known))
     compared = recorded(study.results, key)
     if not compared:
         new = compare_models(benchmark, x, predictions, study)
@@ -380,6 +380,7 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
             "value": len(benchmark),
             "notes": notes,
             "marked": marked,
+            "pretrained": list(known),
         }
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared

@@ -261,50 +261,57 @@ PROTOCOLS: dict[str, Callable[[Given], list[dict]]] = {
     "abmil": attention,
     "cox": cox,
 }
-# What the tables show of each: protocol and metric of its rows, and a title.
+# What the tables show of each: a title, and protocol, metric and name of every measure.
 TITLES = {
-    "few-shot": [
-        (
-            "few-shot",
-            f"{n} a class",
-            f"Few-shot (SimpleShot), {n} a class: balanced accuracy",
-        )
-        for n in SHOTS
-    ],
-    "retrieval": [
-        ("retrieval", "top-1", "Retrieval over other patients: top-1 accuracy"),
-        ("retrieval", "top-3", "Retrieval: any of 3 is of the class"),
-        ("retrieval", "top-5", "Retrieval: any of 5 is of the class"),
-        ("retrieval", "mAP@5", "Retrieval: mean average precision at 5"),
-    ],
-    "agreement": [
-        ("knn", "macro F1", "kNN: macro F1"),
-        ("knn", "quadratic kappa", "kNN: quadratic kappa, of classes in their order"),
-        ("probe", "macro F1", "Linear probe: macro F1"),
-        (
-            "probe",
-            "quadratic kappa",
-            "Linear probe: quadratic kappa, of classes in their order",
-        ),
-    ],
-    "calibration": [
-        ("probe", "ECE", "Linear probe: expected calibration error (less is better)"),
-        ("probe", "Brier score", "Linear probe: Brier score (less is better)"),
-    ],
-    "k-curve": [
-        ("k curve", f"k = {k}", f"kNN, k = {k}: accuracy of all folds together") for k in CURVE
-    ],
-    "abmil": [
-        ("abmil", "auc", "Gated attention (ABMIL): AUC, mean ± sd over five folds"),
-    ],
-    "cox": [
-        ("cox", "concordance", "Cox regression on slide means: Harrell's concordance"),
-    ],
+    "few-shot": (
+        "Few-shot (SimpleShot): balanced accuracy, mean ± sd over draws",
+        [("few-shot", f"{n} a class", f"{n} of each class") for n in SHOTS],
+    ),
+    "retrieval": (
+        "Retrieval over other patients",
+        [
+            ("retrieval", "top-1", "top-1 accuracy"),
+            ("retrieval", "top-3", "any of 3 is of the class"),
+            ("retrieval", "top-5", "any of 5 is of the class"),
+            ("retrieval", "mAP@5", "mean average precision at 5"),
+        ],
+    ),
+    "agreement": (
+        "Agreement with the labels; kappa takes the classes in their order",
+        [
+            ("knn", "macro F1", "kNN: macro F1"),
+            ("knn", "quadratic kappa", "kNN: quadratic kappa"),
+            ("probe", "macro F1", "probe: macro F1"),
+            ("probe", "quadratic kappa", "probe: quadratic kappa"),
+        ],
+    ),
+    "calibration": (
+        "Calibration of the linear probe (less is better)",
+        [
+            ("probe", "ECE", "expected calibration error"),
+            ("probe", "Brier score", "Brier score"),
+        ],
+    ),
+    "k-curve": (
+        "kNN over k: accuracy of all folds together",
+        [("k curve", f"k = {k}", f"k = {k}") for k in CURVE],
+    ),
+    "dense": (
+        "Patch tokens, on the smaller grid of model and teacher",
+        [
+            ("dense", "CKA", "unbiased CKA to the teacher's"),
+            ("dense", "CKA se", "its standard error, by the jackknife over groups"),
+            ("dense", "balanced accuracy", "balanced accuracy of a probe of the mask"),
+            ("dense", "mean IoU", "mean intersection over union of that probe"),
+        ],
+    ),
+    "abmil": (
+        "Gated attention (ABMIL), mean ± sd over five folds",
+        [("abmil", "auc", "AUC")],
+    ),
+    "cox": (
+        "Cox regression on slide means",
+        [("cox", "concordance", "Harrell's concordance")],
+    ),
 }
-TITLES["dense"] = [
-    ("dense", "CKA", "Patch tokens: unbiased CKA to the teacher's, on the smaller grid"),
-    ("dense", "CKA se", "Patch tokens: standard error of that, by the jackknife over groups"),
-    ("dense", "balanced accuracy", "Patch tokens: balanced accuracy of a probe of the mask"),
-    ("dense", "mean IoU", "Patch tokens: mean intersection over union of that probe"),
-]
 LESS_IS_BETTER = ("CKA se", "ECE", "Brier score")

@@ -19,9 +19,10 @@ PAGE = """\
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
   color: #222; background: #fff; }}
-nav {{ border-bottom: 1px solid #ccc; padding-bottom: .5rem; }}
+nav {{ position: sticky; top: 0; background: #fff; padding: .5rem 0;
+  border-bottom: 1px solid #ccc; }}
 nav a {{ margin-right: 1rem; }}
-h2 {{ margin-top: 3rem; border-bottom: 1px solid #ccc; }}
+h2 {{ margin-top: 3rem; scroll-margin-top: 3rem; border-bottom: 1px solid #ccc; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e5e5e5; }}
@@ -30,7 +31,7 @@ th:hover {{ background: #e8e8e8; }}
 th[aria-sort=ascending]::after {{ content: " \\25b2"; }}
 th[aria-sort=descending]::after {{ content: " \\25bc"; }}
 tr:hover td {{ background: #fafafa; }}
-img {{ max-width: min(100%, 36rem); cursor: zoom-in; border: 1px solid #eee; }}
+img {{ max-width: min(100%, 36rem); vertical-align: top; cursor: zoom-in; border: 1px solid #eee; }}
 img.whole {{ max-width: none; cursor: zoom-out; }}
 </style>
 </head>

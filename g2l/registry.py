@@ -1,7 +1,7 @@
 """The published models: how each is built in timm, sees an image, and what its licence allows.
 
 The facts are in registry.toml, with their sources; `Entry` says what each of them means, `table`
-prints them, and `tcga_notes` tells which models have met the slides of a benchmark before.
+prints them, and `pretrained_on` tells which models have met the slides of a benchmark before.
 """
 
 import tomllib
@@ -31,7 +31,9 @@ class Entry:
     resize: int = 224  # the shorter side is resized to this, then the middle 224 x 224 is taken
     interpolation: str = "bilinear"
     teaches: bool = True  # False: the licence forbids models trained on its outputs
-    tcga: str = ""  # how TCGA's slides were in its pretraining, and who says so
+    # collections of slides in its pretraining, "private" for its authors' own; empty: not known
+    pretrained_on: Sequence[str] = ()
+    pretraining: str = ""  # how many of them, and who says so
 
     @property
     def width(self) -> int:
@@ -47,13 +49,19 @@ REGISTRY = {
 
 PLUS = " + "  # between the names of several teachers
 
-# Benchmarks made of TCGA's slides, wholly or in part, whatever their images are called.
-TCGA = ("tils", "tp53", "tiger")
+# Of which collection the slides of a benchmark are, wholly or in part, whatever they are called.
+DRAWN_FROM = {
+    "tils": "TCGA",
+    "tp53": "TCGA",
+    "tiger": "TCGA",
+    "bracs": "BRACS",
+    "aggc": "AGGC2022",
+}
 
 NOTES = """
 All take 224 x 224 RGB. cls+mean: class token beside the mean of the patch tokens, registers left
 out. log in: sources disagree whether terms must be accepted. *: the licence forbids models trained
-on its outputs; H-optimus-0 and Hibou are Apache-2.0. t: TCGA was in its pretraining. H-optimus-0
+on its outputs; H-optimus-0 and Hibou are Apache-2.0. pretrained on: as far as known. H-optimus-0
 was trained at 0.5 µm/px, G2L distils it at 0.25. Weights: the hub's cache and token, or --weights
 [NAME=]FILE, FOLDER, random."""
 
@@ -86,37 +94,41 @@ def licence_note(teacher: str) -> str:
     return "" if known is None or REGISTRY[known].teaches else f"\nnote: {verdict(teacher)}"
 
 
-def tcga_notes(models: Mapping[str, Mapping], benchmark: str, groups: Sequence[str]) -> list[str]:
-    """On a benchmark with TCGA's slides: which of the models were pretrained on them.
+def pretrained_on(
+    models: Mapping[str, Mapping], benchmark: str, groups: Sequence[str]
+) -> dict[str, list[str]]:
+    """The models that may know a benchmark's slides from pretraining, and notes on how.
 
     `models`: what distill.py wrote of each by name, so that a student speaks for the two it comes
     from; `groups`: patients or slides of the benchmark.
     """
-    if benchmark not in TCGA and not any(group.upper().startswith("TCGA-") for group in groups):
-        return []
-    notes = []
+    of_tcga = any(group.upper().startswith("TCGA-") for group in groups)
+    collection = "TCGA" if of_tcga else DRAWN_FROM.get(benchmark)
+    notes: dict[str, list[str]] = {}
     for name, metadata in models.items():
         teachers = str(metadata.get("teacher")).split(PLUS)
         for origin in (name, *teachers, metadata.get("student")):
             known = find(origin)
-            if known and REGISTRY[known].tcga:
+            if known and collection in REGISTRY[known].pretrained_on:
                 of = "" if origin == name else f" comes from {known}, which"
-                notes.append(f"{name}{of} may know these slides: TCGA, {REGISTRY[known].tcga}")
+                how = f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
+                notes.setdefault(name, []).append(f"{name}{of} may know these slides: {how}")
     return notes
 
 
 def table() -> str:
     """The registry as text."""
-    rows = [["name", "parameters", "embedding", "dim", "licence", "access", "hub"]]
+    rows = [["name", "parameters", "embedding", "dim", "licence", "access", "pretrained on", "hub"]]
     for name, entry in REGISTRY.items():
-        marks = "*" * (not entry.teaches) + "t" * bool(entry.tcga)
+        licence = entry.licence + " *" * (not entry.teaches)
+        collections = ", ".join(entry.pretrained_on)
         numbers = [f"{entry.parameters:,}", entry.embedding, str(entry.dim)]
-        rows.append([name, *numbers, f"{entry.licence} {marks}", entry.access, entry.hub])
+        rows.append([name, *numbers, licence, entry.access, collections, entry.hub])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         for column in (1, 3):  # numbers
             cells[column] = row[column].rjust(widths[column])
-        lines.append("  ".join(cells)[:120].rstrip())
+        lines.append("  ".join(cells)[:150].rstrip())
     return "\n".join(lines)

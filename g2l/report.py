@@ -136,9 +136,8 @@ class Tables:
         """⚠ where a student has seen patients of a benchmark, † where pretraining has."""
         about = [self.data[benchmark] for benchmark in members]
         seen = any(model in row["marked"] for row in about)
-        known = any(f"{model} may know" in note for row in about for note in row["notes"])
-        origin = any(f"{model} comes from" in note for row in about for note in row["notes"])
-        return " ⚠" * seen + " †" * (known or origin)
+        known = any(model in row["pretrained"] for row in about)
+        return " ⚠" * seen + " †" * known
 
     def table1(self) -> str:
         """Table 1: CKA of every other model to the teacher; empty without a teacher or others."""
@@ -199,10 +198,8 @@ class Tables:
             for protocol, metric, title in (kinds[0], kinds[2]):
                 leaky = "ungrouped: a patient may be on both sides, which leaks (only to compare)"
                 kinds.append((f"{protocol}-ungrouped", metric, f"{title}, {leaky}"))
-        measured = {key[:2] for key in self.mean}
-        for name in study.protocols:
-            kinds += [kind for kind in TITLES[name] if kind[:2] in measured]
         marked = any(self.data[b.name]["marked"] for b in study.found)
+        known = any(self.data[b.name]["pretrained"] for b in study.found)
         text = [
             "# Table 2: what the embeddings tell\n\nFolds and splits keep every group (patient, or "
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
@@ -211,9 +208,13 @@ class Tables:
             "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
             "one class only, which leaves the measure undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
-            + " †: pretraining may have seen the slides, as the benchmark's notes say."
+            + (" †: pretraining may have met the slides, as the notes say." if known else "")
         ]
-        text += [f"## {title}\n\n" + self.scores(*kind) for *kind, title in kinds]
+        for protocol, metric, title in kinds:
+            blind = ["chance", "majority class"] if metric == "accuracy" else ["chance"]
+            columns = ["benchmark", *blind, *self.models]
+            text.append(f"## {title}\n\n" + markdown(columns, self.scores(protocol, metric)))
+        text += filter(None, map(self.further, study.protocols))
         rows = []
         for benchmark in study.found:
             for row in self.paired(benchmark.name):
@@ -233,8 +234,21 @@ class Tables:
             )
         return "\n\n".join(text)
 
-    def scores(self, protocol: str, metric: str) -> str:
-        """One measure of Table 2, every benchmark and model."""
+    def further(self, name: str) -> str:
+        """All measures of a further protocol in one table; empty where none was taken."""
+        title, measures = TITLES[name]
+        measured = {key[:2] for key in self.mean}
+        tables = []
+        for protocol, metric, what in measures:
+            if (protocol, metric) in measured:
+                found = self.scores(protocol, metric)
+                tables.append([[label, what, *cells] for label, *cells in found])
+        rows = [row for benchmark in zip(*tables, strict=True) for row in benchmark]
+        head = ["benchmark", "measure", "chance", *self.models]
+        return f"## {title}\n\n" + markdown(head, rows) if rows else ""
+
+    def scores(self, protocol: str, metric: str) -> list[list[str]]:
+        """Rows of one measure of Table 2: every benchmark, blind features and every model."""
 
         def cell(members: list[str], model: str) -> tuple[float | None, str]:
             value, sd = self.average(members, protocol, metric, model)
@@ -248,14 +262,11 @@ class Tables:
             return value, text
 
         paper = protocol.removesuffix("-ungrouped") if protocol.endswith("-ungrouped") else ""
-        rows = [
-            [label, *self.blind(members, protocol, metric), *cells]
-            for label, members, cells in self.body(
-                [b.name for b in self.study.found], self.models, cell, paper
-            )
-        ]
-        blind = ["chance", "majority class"] if metric == "accuracy" else ["chance"]
-        return markdown(["benchmark", *blind, *self.models], rows)
+        names = [benchmark.name for benchmark in self.study.found]
+        rows = []
+        for label, members, cells in self.body(names, self.models, cell, paper):
+            rows.append([label, *self.blind(members, protocol, metric), *cells])
+        return rows
 
     def blind(self, members: list[str], protocol: str, metric: str) -> list[str]:
         """What random features score by the same code; for accuracy also the commonest class."""
@@ -266,7 +277,9 @@ class Tables:
 
     def paired(self, benchmark: str) -> list[dict]:
         """The paired differences of a benchmark, in the models' order."""
-        measures = [*PAIRED, *(": ".join(kind[:2]) for kinds in TITLES.values() for kind in kinds)]
+        measures = [*PAIRED]
+        for _, kinds in TITLES.values():
+            measures += [": ".join(kind[:2]) for kind in kinds]
         places = {name: place for place, name in enumerate([*self.models, *measures])}
         mine = [r for r in self.study.rows if r["benchmark"] == benchmark]
         rows = [r for r in mine if r["protocol"] == "paired"]
@@ -421,7 +434,7 @@ def picture_links(study: Study, benchmark: str) -> str:
     names += [
         ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]
-    return "\n\n".join(
+    return "\n".join(
         f"![{kind} of {escaped(benchmark)}](pictures/{name}.png)"
         for kind, name in names
         if (Path(study.results) / "pictures" / f"{name}.png").is_file()

@@ -201,7 +201,7 @@ def tiled_slides(choices: Choices) -> tuple[Slides, Lost]:
     for cancer in choices.cancer:
         index = PatchIndex(choices.data / "tiles" / cancer)
         for name, row in read_rows(index.folder).items():
-            lost[short_name(name)] = row["reason"] or "no patches"
+            lost[short_name(name)] = f"tile.py says {row['reason'] or 'no patches'}"
         for number, name in enumerate(index.slides):
             slides[short_name(name)] = (
                 index.patient[number],

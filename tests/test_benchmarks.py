@@ -652,7 +652,7 @@ def test_slides_of_a_cohort_are_those_that_tile_made(cohort, monkeypatch, capsys
         1,
     ]
     assert b.notes[0] == "1 patients without slides"
-    assert b.notes[1].startswith("1 labelled slides left out: no µm per pixel in the file; ")
+    assert b.notes[1].startswith("1 labelled slides left out: tile.py says no µm per pixel in the ")
     assert b.notes[1] in capsys.readouterr().err
     assert len(b.images[1]) == 4 and b.images[1][0].shape == (256, 256, 3)
     assert g2l.pictures.picture(b, 0).ndim == 3

@@ -1,12 +1,18 @@
-"""Further protocols against scikit-learn, scikit-survival and plain numpy."""
+"""Further protocols: against scikit-learn, scikit-survival and plain numpy, and as a user does."""
+
+import re
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
+import embed
+import evaluate
+import tile
 from g2l.field import (
     DRAWS,
     PROTOCOLS,
@@ -243,3 +249,103 @@ def test_attention_does_not_depend_on_who_else_is_in_the_batch():
     bags = [torch.randn(n, 4) for n in (3, 9, 5)]
     alone = torch.cat([net([bag]) for bag in bags])
     assert torch.allclose(net(bags), alone, atol=1e-6)
+
+
+MODEL = ["--models", "timm:test_vit", "--weights", "random", "--input-size", "64"]
+MODEL += ["--workers", "0", "--device", "cpu"]
+
+
+def slides(folder, names, mpps):
+    """Slides of noisy tissue that is redder for every second; the file tells a µm per pixel."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i, (name, mpp) in enumerate(zip(names, mpps, strict=True)):
+        colour = (150 + 60 * (i % 2), 90, 160)
+        image = rng.normal(colour, 35, (16, 16, 3)).repeat(16, 0).repeat(16, 1)
+        image += rng.normal(0, 12, image.shape)
+        tifffile.imwrite(
+            folder / f"{name}.svs",
+            image.clip(0, 255).astype(np.uint8),
+            tile=(128, 128),
+            photometric="rgb",
+            compression="jpeg",
+            metadata=None,
+            description="Aperio Image Library v12.0\r\n256x256" + f"|MPP = {mpp}" * (mpp > 0),
+        )
+
+
+@pytest.mark.slow
+def test_a_cohort_tiled_embedded_and_evaluated_by_every_protocol(tmp_path, monkeypatch):
+    monkeypatch.setattr("g2l.evaluation.BLIND_DRAWS", 1)
+    names = [f"P{i:02d}" for i in range(12)]
+    slides(tmp_path / "slides" / "tiny", names, [0.25] * 12)
+    table = ["slide_id,patient,time,event"]
+    table += [f"{name},{name},{10 + i + 30 * (i % 2)},{1 - i % 2}" for i, name in enumerate(names)]
+    (tmp_path / "mine.csv").write_text("\n".join(table) + "\n")
+    cohort = ["--cancer", "tiny", "--data", str(tmp_path)]
+    grid = ["--patch-size", "64", "--min-tissue", "0", "--max-blur", "9"]
+    assert tile.main([*cohort, *grid]) == 0
+    assert embed.main([*cohort, *MODEL]) == 0
+    where = ["--results", str(tmp_path / "out"), "--slides-table", str(tmp_path / "mine.csv")]
+    protocols = [name for name in PROTOCOLS if name != "dense"]  # needs masks
+    assert evaluate.main([*cohort, *MODEL, *where, "--protocols", *protocols]) == 0
+    text = (tmp_path / "out" / "table2.md").read_text()
+    for measure in ("AUC", "Harrell's concordance", "2 of each class", "top-1 accuracy", "k = 5"):
+        (cells,) = re.findall(rf"\| mine \| {measure} \| (.+) \|\n", text)
+        assert re.fullmatch(r"[01]\.\d+.* \| \**[01]\.\d+.*", cells)  # chance, and the model
+    assert "†" not in text  # nothing to mark
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Gated attention (ABMIL)" in page and "<th>chance</th>" in page
+
+
+def flags(parser) -> set[str]:
+    return {text for action in parser._actions for text in action.option_strings}
+
+
+@pytest.mark.slow
+def test_slides_that_tp53_lacks_are_told_first_and_the_advice_takes_them(
+    tmp_path, monkeypatch, capsys
+):
+    names = [f"TCGA-A1-00{i:02d}-01Z-00-DX1" for i in range(10)]
+    slides(tmp_path / "slides" / "brca", names, [*[0.25] * 8, 0.5, 0])
+    root = tmp_path / "benchmarks" / "tp53"
+    root.mkdir(parents=True)
+    rows = [f"{name},{'MUT' if i % 2 else 'WT'}\n" for i, name in enumerate(names)]
+    (root / "labels.csv").write_text("slide_id,label\n" + "".join(rows))
+    told = []
+    extract = evaluate.extract
+
+    def watched(models, found, *others):
+        told.append((capsys.readouterr().err, [len(benchmark) for benchmark in found]))
+        return extract(models, found, *others)
+
+    monkeypatch.setattr("evaluate.extract", watched)
+    where = ["--data", str(tmp_path), "--results", str(tmp_path / "out"), "--no-pictures"]
+    command = [*where, "--benchmarks", "tp53", *MODEL]
+    assert evaluate.main(command) == 0
+    told_first, counts = told.pop()
+    assert counts == [8]
+    left_out = re.findall("1 labelled slides left out: ([^;]+); ([^;\n]+)", told_first)
+    assert sorted(left_out) == [
+        (
+            "0.5 µm/px is coarser than 0.25 (± 20 %)",
+            "tile.py --resample --enlarge makes patches of it, which --cancer takes",
+        ),
+        (
+            "no µm per pixel in the file",
+            "tile.py --assume-mpp or --manifest makes patches of it, which --cancer takes",
+        ),
+    ]
+    for _, advice in left_out:
+        theirs, ours = advice.split(" makes ")
+        assert set(re.findall("--[a-z-]+", theirs)) <= flags(tile.build_parser())
+        assert set(re.findall("--[a-z-]+", ours)) <= flags(evaluate.build_parser())
+    tiled = ["--cancer", "brca", "--data", str(tmp_path), "--min-tissue", "0", "--max-blur", "9"]
+    assert tile.main(tiled) == 0
+    assert evaluate.main([*command, "--cancer", "brca"]) == 0
+    told_first, counts = told.pop()
+    assert counts == [8] and told_first.count("1 labelled slides left out: tile.py says ") == 2
+    assert tile.main([*tiled, "--resample", "--enlarge", "--assume-mpp", "0.25"]) == 0
+    assert evaluate.main([*command, "--cancer", "brca"]) == 0
+    told_first, counts = told.pop()
+    assert counts == [10] and "left out" not in told_first

@@ -25,7 +25,7 @@ from g2l.models import (
     save_student,
 )
 from g2l.ranks import setup_distributed
-from g2l.registry import REGISTRY, tcga_notes
+from g2l.registry import REGISTRY, pretrained_on
 from g2l.speed import flops_per_image
 
 
@@ -59,16 +59,20 @@ def test_parameters_are_those_that_the_authors_state():
         assert REGISTRY[name].parameters / 1e6 == pytest.approx(millions, abs=0.5)
 
 
-def test_the_registry_says_what_licences_forbid_and_who_has_seen_tcga():
+def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     forbid = {name for name, entry in REGISTRY.items() if not entry.teaches}
     assert forbid == {"h-optimus-1", "h0-mini", "h0-mini+mean", "virchow2", "uni", "uni2-h"}
-    assert "says" in REGISTRY["phikon-v2"].tcga and not REGISTRY["h-optimus-0"].tcga
+    for entry in REGISTRY.values():  # no fact without its source
+        assert bool(entry.pretrained_on) == bool(entry.pretraining)
+        assert not entry.pretraining or "say" in entry.pretraining
+    assert list(REGISTRY["phikon-v2"].pretrained_on) == ["TCGA", "CPTAC", "GTEx"]
     student = {"runs/a/student": {"teacher": "bioptimus/H0-mini", "student": "hibou-l"}}
-    (note,) = tcga_notes(student, "tp53", ["a"])
-    assert "runs/a/student comes from h0-mini" in note and "40 M of its tiles" in note
-    assert tcga_notes({"phikon": {}}, "mine", ["TCGA-AA-0001"])
-    assert not tcga_notes({"phikon": {}, "uni": {}}, "mine", ["P1"])
-    assert not tcga_notes({"uni": {}, "timm:test_vit": {}}, "tils", ["TCGA-AA-0001"])
+    ((note,),) = pretrained_on(student, "tp53", ["a"]).values()
+    assert "runs/a/student comes from h0-mini" in note and "40 M of TCGA's tiles" in note
+    assert list(pretrained_on({"phikon": {}}, "mine", ["TCGA-AA-0001"])) == ["phikon"]
+    assert list(pretrained_on({"phikon": {}, "gpfm": {}}, "bracs", ["1"])) == ["gpfm"]
+    assert not pretrained_on({"phikon": {}, "uni": {}}, "mine", ["P1"])
+    assert not pretrained_on({"uni": {}, "timm:test_vit": {}}, "tils", ["TCGA-AA-0001"])
 
 
 def test_the_mean_beside_the_class_token_leaves_registers_out(tiny, monkeypatch):
