@@ -43,6 +43,7 @@ class Training:
         self.done = 0  # steps
         self.best: dict = {}  # CKA: the best and its step, the one before training, the last
         self.unreadable = 0  # patches of this rank
+        self.waited = 0.0  # seconds, for patches
         self.ended = ""  # why, before the last step
         self.random: dict = {}
         self.config: dict = {}
@@ -174,6 +175,7 @@ class Training:
         Raises UserError where too many patches cannot be read.
         """
         batches, failures = [], []
+        start = time.monotonic()
         try:
             with signals.raising():
                 for _ in range(self.args.accumulate):
@@ -182,6 +184,7 @@ class Training:
                     batches.append((images, params))
         except Stopped:
             return []
+        self.waited += time.monotonic() - start
         if failures:
             self.note_unreadable(failures)
         if self.done == 0 and self.run.main:
@@ -274,6 +277,21 @@ class Training:
                     "unreadable": unreadable,
                     "ended": self.ended,
                 }
+            )
+
+    def tell_served(self, counts: dict[str, float]) -> None:
+        """What was read of slides at an address since the command was given, as `Link` counts it
+        on each rank, and how long its steps waited for patches."""
+        names = "bytes", "tiles", "hits"
+        found = gather_values([counts[name] for name in names] + [self.waited])
+        read, tiles, hits, waited = np.sum(found, 0)
+        if self.run.main:
+            idle = waited / self.world / self.progress.seconds
+            print(
+                f"slides read where they are: {read / 1e6:,.1f} MB fetched; "
+                f"{hits / max(1, tiles):.0%} of {tiles:,.0f} tiles were in the cache; "
+                f"the steps waited for patches {idle:.0%} of their time",
+                flush=True,
             )
 
     def tell_unreadable(self) -> int:
