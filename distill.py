@@ -112,8 +112,7 @@ def distill(args: Namespace) -> int:
             return tell_stopped(number, f"at step {training.done}")
         if run.main:
             finish(training, index, held)
-        if index.link.hosts:
-            training.tell_served(index.link.counts)
+        training.tell_served(index.link)
         return training.tell_unreadable()
 
 

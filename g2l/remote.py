@@ -150,13 +150,13 @@ class Link:
 
         if self.process:  # a fork has its parent's
             self.counts = defaultdict(float)
-        self.process = os.getpid()
         limits = urllib3.Timeout(connect=10, read=PATIENCE)
         # No thread waits for another's connection: each has at most one in hand.
         self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
         self.lock = threading.Lock()  # of the counts to which threads add
         self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
+        self.process = os.getpid()  # last: what failed is tried again
 
     def close(self) -> None:
         """Write what waits to be kept."""
@@ -448,10 +448,11 @@ class Cache:
         found = self.path.parent.glob(f"{stem}*.sqlite")
         old = sorted(found, key=lambda file: (len(file.name), file.name))
         self.file = old.pop() if old else self.path
-        if self.file == damaged:
-            print(f"note: {damaged} is damaged; its tiles are fetched anew", flush=True)
-            old.append(damaged)
-            number = int(damaged.stem.removeprefix(stem) or 0) + 1
+        emptied = self.file.exists() and not self.file.stat().st_size
+        if self.file == damaged or emptied:
+            print(f"note: {self.file} is damaged; its tiles are fetched anew", flush=True)
+            old.append(self.file)
+            number = int(self.file.stem.removeprefix(stem) or 0) + 1
             self.file = self.path.with_stem(f"{stem}{number}")
         for file in old:
             for end in ("", "-wal", "-shm"):
@@ -493,6 +494,8 @@ class Cache:
 
     def flush(self) -> None:
         """Write what waits; when there is no more room, nothing is kept from then on."""
+        if not self.waiting:
+            return
         rows = [(key, data + _check(key, data)) for key, data in self.waiting.items()]
         self.waiting.clear()
         try:

@@ -67,6 +67,7 @@ class Batches(torch.utils.data.Dataset):
         """What a process sends: arrays, which go through the pipe, not tensors; and what it has
         counted since the last time (see remote.Link)."""
         images, params, unreadable = item
+        self.index.link.close()
         counts = self.index.link.take_counts()
         return images.numpy(), [values.numpy() for values in params], unreadable, counts
 

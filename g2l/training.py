@@ -22,6 +22,7 @@ from g2l.progress import Progress
 from g2l.ranks import Signals, Stopped, any_rank, gather_values, rank_and_world
 from g2l.recipe import Step, StopRule, cosine, joined, projected
 from g2l.registry import verdict
+from g2l.remote import Link
 from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
 
@@ -279,11 +280,13 @@ class Training:
                 }
             )
 
-    def tell_served(self, counts: dict[str, float]) -> None:
-        """What was read of slides at an address since the command was given, as `Link` counts it
-        on each rank, and how long its steps waited for patches."""
+    def tell_served(self, link: Link) -> None:
+        """Say what was read of slides at an address, if there are any, since the command was given,
+        and how long its steps waited for patches."""
+        if not link.hosts:
+            return
         names = "bytes", "tiles", "hits"
-        found = gather_values([counts[name] for name in names] + [self.waited])
+        found = gather_values([link.counts[name] for name in names] + [self.waited])
         read, tiles, hits, waited = np.sum(found, 0)
         if self.run.main:
             idle = waited / self.world / self.progress.seconds

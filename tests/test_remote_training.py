@@ -89,8 +89,9 @@ def test_a_run_on_served_slides_equals_one_on_those_at_hand(
     assert fetched > 0.1 and tiles > 40
     assert distill.main(command(served.far, tmp_path, "again", "--workers", workers)) == 0
     same(unbroken, tmp_path / "again")
-    fetched, hits, _ = map(float, re.search(told, capsys.readouterr().out).groups())
-    assert fetched == 0 and hits == 100, "all was kept, also what other processes fetched"
+    more, hits, _ = map(float, re.search(told, capsys.readouterr().out).groups())
+    assert hits == 100, "all was kept, also what other processes fetched"
+    assert more < fetched, "only what lies ahead of the last step"
     assert distill.main(command(served.near, tmp_path, "near", "--max-steps", 2)) == 0
     assert "MB fetched" not in capsys.readouterr().out
 
