@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from g2l.arguments import Help
+from g2l.arguments import Gigabytes, Help
 from g2l.augment import BLUR_SIZE
 from g2l.devices import (
     MODEL_REMEDIES,
@@ -112,6 +112,7 @@ def distill(args: Namespace) -> int:
             return tell_stopped(number, f"at step {training.done}")
         if run.main:
             finish(training, index, held)
+        training.tell_served(index.link)
         return training.tell_unreadable()
 
 
@@ -281,7 +282,7 @@ FREE = {
             "folder that keeps what the teacher says of each sample for runs of another student or "
             "loss, but the same --seed, --crop and cohort; 3 GB for 10,000 steps of 96 patches",
         ),
-        ("--cache", 20.0, "GB of tiles kept on disk of slides tiled by tile.py --remote"),
+        ("--cache", Gigabytes(20), "GB of tiles kept on disk of slides tiled by tile.py --remote"),
         ("--max-unreadable", 0.01, "fraction of patches (10 at least) that may be unreadable"),
         ("--eval-every", 0, "steps between CKA measurements; 0: a tenth of the run, at most 500"),
         ("--checkpoint-minutes", 10.0, "between checkpoints; 0: none by time"),

@@ -19,6 +19,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if empty else super()._get_help_string(action)
 
 
+class Gigabytes(float):
+    """A number of GB, with or without its unit."""
+
+    def __new__(cls, text: float | str) -> Gigabytes:
+        return super().__new__(cls, str(text).upper().removesuffix("GB"))
+
+
 def positive(text: str, what: str = "a number above 0") -> float:
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) < math.inf:

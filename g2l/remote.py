@@ -14,7 +14,9 @@ import netrc
 import os
 import re
 import sqlite3
+import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,7 +139,8 @@ class Link:
         self.process = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "process": 0, "pool": None, "threads": None, "store": None}
+        own = dict.fromkeys(("pool", "threads", "store", "lock"))
+        return {**self.__dict__, "process": 0, **own}
 
     def connect(self) -> None:
         """Make what this process has not yet."""
@@ -145,17 +148,28 @@ class Link:
             return
         import urllib3
 
-        self.process = os.getpid()
+        if self.process:  # a fork has its parent's
+            self.counts = defaultdict(float)
         limits = urllib3.Timeout(connect=10, read=PATIENCE)
         # No thread waits for another's connection: each has at most one in hand.
         self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
+        self.lock = threading.Lock()  # of the counts to which threads add
         self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
+        self.process = os.getpid()  # last: what failed is tried again
 
     def close(self) -> None:
         """Write what waits to be kept."""
         if self.process == os.getpid() and self.store:
             self.store.flush()
+
+    def take_counts(self) -> dict[str, float]:
+        """What this process counted, which begins anew."""
+        if self.process != os.getpid():
+            return {}
+        with self.lock:
+            taken, self.counts = self.counts, defaultdict(float)
+        return taken
 
     def fetch(self, address: str, offset: int, count: int) -> tuple[bytes, int, str]:
         """(the bytes from `offset`, fewer only at the end; length of the whole; its ETag or "").
@@ -222,8 +236,9 @@ class Link:
         if len(data) != min(count, size - offset):
             raise ValueError(f"{len(data)} bytes where {min(count, size - offset)} should be")
         answer.release_conn()
-        self.counts["bytes"] += len(data)
-        self.counts["requests"] += 1
+        with self.lock:
+            self.counts["bytes"] += len(data)
+            self.counts["requests"] += 1
         return data, size, answer.headers.get("ETag", "")
 
     def version(self, address: str) -> tuple[int, str]:
@@ -406,29 +421,69 @@ class Cache:
     """Tiles on disk, in one SQLite file that many processes share and a kill leaves sound.
 
     It grows to `bound` bytes and then stays: patches are drawn at random, so what is there is worth
-    as much as what would take its place.
+    as much as what would take its place. Each tile lies there with its checksum. A damaged file is
+    given up for one of the next number, which all processes then take: SQLite forbids to put a new
+    one in the place of one that others have open.
     """
 
     def __init__(self, path: Path, bound: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.base = sqlite3.connect(path, timeout=60, isolation_level=None)
-        with locked(path.with_suffix(".lock")):
-            self.base.execute("PRAGMA journal_mode = WAL")
-        self.base.execute("PRAGMA synchronous = OFF")  # a kill harms nothing, decoding verifies
-        self.base.execute("CREATE TABLE IF NOT EXISTS tiles (key TEXT PRIMARY KEY, data BLOB)")
-        page = self.base.execute("PRAGMA page_size").fetchone()[0]
-        self.base.execute(f"PRAGMA max_page_count = {max(1, bound // page)}")
+        self.path = path
+        self.bound = bound
         self.waiting: dict[str, bytes] = {}
         self.full = False
+        self._connect()
+
+    def _connect(self, damaged: Path | None = None) -> None:
+        """Open the newest file, or one after that if it is the one that is damaged."""
+        try:
+            with locked(self.path.with_suffix(".lock")):
+                self._open(damaged)
+        except sqlite3.DatabaseError as error:
+            if damaged or isinstance(error, sqlite3.OperationalError):
+                raise UserError(f"{self.file} cannot keep tiles ({error})") from error
+            self._connect(self.file)
+
+    def _open(self, damaged: Path | None) -> None:
+        stem = self.path.stem
+        found = self.path.parent.glob(f"{stem}*.sqlite")
+        old = sorted(found, key=lambda file: (len(file.name), file.name))
+        self.file = old.pop() if old else self.path
+        emptied = self.file.exists() and not self.file.stat().st_size
+        if self.file == damaged or emptied:
+            print(f"note: {self.file} is damaged; its tiles are fetched anew", flush=True)
+            old.append(self.file)
+            number = int(self.file.stem.removeprefix(stem) or 0) + 1
+            self.file = self.path.with_stem(f"{stem}{number}")
+        for file in old:
+            for end in ("", "-wal", "-shm"):
+                Path(f"{file}{end}").unlink(missing_ok=True)
+        self.base = sqlite3.connect(self.file, timeout=60, isolation_level=None)
+        self.base.execute("PRAGMA journal_mode = WAL")
+        self.base.execute("PRAGMA synchronous = OFF")  # a kill harms nothing, checksums verify
+        self.base.execute("CREATE TABLE IF NOT EXISTS tiles (key TEXT PRIMARY KEY, data BLOB)")
+        page = self.base.execute("PRAGMA page_size").fetchone()[0]
+        self.base.execute(f"PRAGMA max_page_count = {max(1, self.bound // page)}")
+
+    def _look(self, what: str, key: str) -> Any:
+        """A value of a key's row, or None."""
+        try:
+            asked = self.base.execute(f"SELECT {what} FROM tiles WHERE key = ?", (key,))
+            return (asked.fetchone() or [None])[0]
+        except sqlite3.OperationalError:  # others write
+            return None
+        except sqlite3.DatabaseError:
+            self._connect(self.file)
+            return None
 
     def has(self, key: str) -> bool:
-        asked = "SELECT 1 FROM tiles WHERE key = ?"
-        return key in self.waiting or self.base.execute(asked, (key,)).fetchone() is not None
+        return key in self.waiting or self._look("1", key) is not None
 
     def get(self, key: str) -> bytes | None:
-        asked = "SELECT data FROM tiles WHERE key = ?"
-        found = self.base.execute(asked, (key,)).fetchone()
-        return found[0] if found else self.waiting.get(key)
+        """What was kept, unless it decayed."""
+        found = self._look("data", key)
+        if isinstance(found, bytes) and found[-4:] == _check(key, found[:-4]):
+            return found[:-4]
+        return self.waiting.get(key)
 
     def put(self, key: str, data: bytes) -> None:
         if self.full:
@@ -439,7 +494,9 @@ class Cache:
 
     def flush(self) -> None:
         """Write what waits; when there is no more room, nothing is kept from then on."""
-        rows = list(self.waiting.items())
+        if not self.waiting:
+            return
+        rows = [(key, data + _check(key, data)) for key, data in self.waiting.items()]
         self.waiting.clear()
         try:
             self.base.execute("BEGIN IMMEDIATE")
@@ -449,3 +506,10 @@ class Cache:
             if self.base.in_transaction:
                 self.base.execute("ROLLBACK")
             self.full = "full" in str(error)  # else others write: these are fetched once more
+        except sqlite3.DatabaseError:
+            self._connect(self.file)
+
+
+def _check(key: str, data: bytes) -> bytes:
+    """Four bytes that tell whether a tile is still what was kept under this key."""
+    return zlib.crc32(data, zlib.crc32(key.encode())).to_bytes(4, "big")

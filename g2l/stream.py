@@ -63,6 +63,14 @@ class Batches(torch.utils.data.Dataset):
         patch, slide = torch.tensor(drawn).T.contiguous()
         return images, params._replace(patch=patch, slide=slide), unreadable
 
+    def pack(self, item: tuple[Tensor, Params, list[str]]) -> tuple:
+        """What a process sends: arrays, which go through the pipe, not tensors; and what it has
+        counted since the last time (see remote.Link)."""
+        images, params, unreadable = item
+        self.index.link.close()
+        counts = self.index.link.take_counts()
+        return images.numpy(), [values.numpy() for values in params], unreadable, counts
+
     def _first(self, number: int) -> int:
         """The first sample of this rank's share of a micro-batch."""
         return (number * self.world + self.rank) * self.batch_size
@@ -100,18 +108,14 @@ def load(
             batches,
             sampler=numbers,
             generator=torch.Generator(),  # the seed it draws is not of the steps' stream
-            **options | {"collate_fn": _as_arrays},  # of one item, as there is no batch_size
+            **options | {"collate_fn": batches.pack},  # of one item, as there is no batch_size
         )
-        for images, params, unreadable in loader:
+        for images, params, unreadable, counts in loader:
+            for name, count in counts.items():
+                batches.index.link.counts[name] += count
             images = torch.from_numpy(images)
             params = Params(*map(torch.from_numpy, params))
             yield images.pin_memory() if pin else images, params, unreadable
-
-
-def _as_arrays(item) -> tuple:
-    """What a process sends: arrays, which go through the pipe, not tensors."""
-    images, params, unreadable = item
-    return images.numpy(), [values.numpy() for values in params], unreadable
 
 
 def hold_out(index, fraction: float, seed: int) -> np.ndarray:

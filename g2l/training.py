@@ -22,6 +22,7 @@ from g2l.progress import Progress
 from g2l.ranks import Signals, Stopped, any_rank, gather_values, rank_and_world
 from g2l.recipe import Step, StopRule, cosine, joined, projected
 from g2l.registry import verdict
+from g2l.remote import Link
 from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
 
@@ -43,6 +44,7 @@ class Training:
         self.done = 0  # steps
         self.best: dict = {}  # CKA: the best and its step, the one before training, the last
         self.unreadable = 0  # patches of this rank
+        self.waited = 0.0  # seconds, for patches
         self.ended = ""  # why, before the last step
         self.random: dict = {}
         self.config: dict = {}
@@ -174,6 +176,7 @@ class Training:
         Raises UserError where too many patches cannot be read.
         """
         batches, failures = [], []
+        start = time.monotonic()
         try:
             with signals.raising():
                 for _ in range(self.args.accumulate):
@@ -182,6 +185,7 @@ class Training:
                     batches.append((images, params))
         except Stopped:
             return []
+        self.waited += time.monotonic() - start
         if failures:
             self.note_unreadable(failures)
         if self.done == 0 and self.run.main:
@@ -274,6 +278,23 @@ class Training:
                     "unreadable": unreadable,
                     "ended": self.ended,
                 }
+            )
+
+    def tell_served(self, link: Link) -> None:
+        """Say what was read of slides at an address, if there are any, since the command was given,
+        and how long its steps waited for patches."""
+        if not link.hosts:
+            return
+        names = "bytes", "tiles", "hits"
+        found = gather_values([link.counts[name] for name in names] + [self.waited])
+        read, tiles, hits, waited = np.sum(found, 0)
+        if self.run.main:
+            idle = waited / self.world / self.progress.seconds
+            print(
+                f"slides read where they are: {read / 1e6:,.1f} MB fetched; "
+                f"{hits / max(1, tiles):.0%} of {tiles:,.0f} tiles were in the cache; "
+                f"the steps waited for patches {idle:.0%} of their time",
+                flush=True,
             )
 
     def tell_unreadable(self) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import threading
 import time
+from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -13,7 +14,7 @@ class Slides(BaseHTTPRequestHandler):
     """`files`: content by id or file name; `faults`: what happens to the next requests for data.
 
     A fault is a status, or "norange", "cut", "stall", "short", "shift", "long", or an address to
-    redirect to; one in `always` never ends.
+    redirect to; one in `always` never ends, nor does that of a file in `harmed`.
     """
 
     protocol_version = "HTTP/1.1"
@@ -35,7 +36,12 @@ class Slides(BaseHTTPRequestHandler):
         hits = []
         for key, (name, body) in self.server.files.items():
             hits.append(
-                {"file_id": key, "file_name": name, "file_size": len(body), "md5sum": "0" * 32}
+                {
+                    "file_id": key,
+                    "file_name": name,
+                    "file_size": len(body),
+                    "md5sum": md5(body).hexdigest(),
+                }
             )
         page = {"data": {"hits": hits, "pagination": {"total": len(hits)}}}
         self.reply(200, json.dumps(page).encode())
@@ -51,7 +57,11 @@ class Slides(BaseHTTPRequestHandler):
         if key not in server.files:
             return self.reply(404, b"")
         body = server.files[key][1]
-        fault = server.always or (server.faults.pop(0) if server.faults else None)
+        fault = (
+            server.harmed.get(key)
+            or server.always
+            or (server.faults.pop(0) if server.faults else None)
+        )
         if isinstance(fault, int):
             return self.reply(fault, b"", [("Retry-After", "0")])
         if isinstance(fault, str) and "://" in fault:
@@ -92,7 +102,7 @@ def serve(files):
     """A server of `files` ({id: (file name, bytes)}); its address is `.url`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slides)
     server.files, server.faults, server.always, server.seen = dict(files), [], None, []
-    server.etag, server.stall = '"one"', 1.0
+    server.etag, server.stall, server.harmed = '"one"', 1.0, {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:

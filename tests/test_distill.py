@@ -29,6 +29,7 @@ from training import (
     losses,
     same,
     start,
+    stopped_at,
     wait_for_step,
     write_cohort,
 )
@@ -38,7 +39,6 @@ from g2l.errors import PatchError
 from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.recipe import Step
-from g2l.runs import Run
 from g2l.stream import Heldout
 
 
@@ -166,20 +166,6 @@ def test_a_signal_before_the_first_step_is_heard_at_once(data, tmp_path, monkeyp
     assert distill.main(command(data, tmp_path, "r")) == 143
     assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the signals are given back"
-
-
-def stopped_at(step: int, arguments: list[str], monkeypatch) -> None:
-    """Run, and send SIGTERM when `step` has been logged."""
-    record = Run.log
-
-    def log_and_stop(self, lines):
-        record(self, lines)
-        if lines[-1]["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", log_and_stop)
-        assert distill.main(arguments) == 143
 
 
 @pytest.mark.slow

@@ -137,6 +137,16 @@ def test_the_gdc_by_name_and_what_needs_openslide(tmp_path, slides, capsys):
         assert [row["status"] for row in table.values()] == ["done", "skipped"]
         assert "--download-rest" in table[strips.stem]["reason"]
         assert not list((tmp_path / "slides").rglob("*.svs"))
+        assert command(tmp_path, "ucs", *flags, "--download-rest") == 0
+        table = rows(tmp_path, "ucs")
+        assert [row["status"] for row in table.values()] == ["done", "done"]
+        (path,) = (tmp_path / "slides").rglob("*.svs")
+        assert table[strips.stem]["path"] == str(path) and path.read_bytes() == files["id-1"][1]
+        index = PatchIndex(tmp_path / "tiles" / "ucs")
+        for start in index.starts:
+            assert index.read(int(start)).shape == (256, 256, 3)
+        server.seen.clear()
+        assert command(tmp_path, "ucs", *flags, "--download-rest") == 0 and not server.seen
 
 
 def test_an_s3_bucket_is_listed_and_read(tmp_path, slides, monkeypatch):

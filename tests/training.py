@@ -80,6 +80,23 @@ def fails(arguments: list[str], *parts: str, capsys) -> None:
     assert error.startswith("error: ") and all(part in error for part in parts), error
 
 
+def stopped_at(step: int, arguments: list[str], monkeypatch) -> None:
+    """Run, and send SIGTERM when `step` has been logged."""
+    import distill
+    from g2l.runs import Run
+
+    record = Run.log
+
+    def log_and_stop(self, lines):
+        record(self, lines)
+        if lines[-1]["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert distill.main(arguments) == 143
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, deepest last."""
     out = []
