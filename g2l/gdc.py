@@ -12,8 +12,6 @@ import json
 import os
 import re
 import time
-import urllib.error
-import urllib.parse
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -209,7 +207,6 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
 def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
     """Add to a .partial file of `have` bytes what the server sends; why it ended."""
     import http.client
-    import urllib.request
 
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:

@@ -33,6 +33,7 @@ from g2l.devices import default_workers, describe_device, pick_precision
 from g2l.errors import UserError
 from g2l.ranks import end_workers, quiet_worker, setup_distributed
 from g2l.recipe import Distiller, Step, build
+from g2l.remote import Link
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, load
 
@@ -46,8 +47,12 @@ class Synthetic:
 
     def __init__(self, patch_size: int):
         self.patch_size, self.counts = patch_size, np.array([1 << 20])
+        self.link = Link(())
         shape = (8, patch_size, patch_size, 3)
         self.patches = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+    def ahead(self, chosen) -> None:
+        """Nothing is fetched."""
 
     def draw(self, seed: int, n: int, by: str = "slide") -> int:
         return n % (1 << 20)
