@@ -103,6 +103,7 @@ def load(
     They come through pipes, not through shared memory, of which a container has little. Raises
     UserError as `ranks.loading` says.
     """
+    batches.index.link.close()  # what was measured on is kept, whatever happens
     with ranks.loading("patches", workers) as options:
         loader = torch.utils.data.DataLoader(
             batches,

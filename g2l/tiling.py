@@ -258,6 +258,8 @@ def is_finished(
     """
     if not row or row["status"] == "failed" or not job.settings.made(row, source):
         return False
+    if job.download_rest and row["status"] == "skipped" and is_remote(row["path"]):
+        return False  # perhaps only for want of a download
     if row["bytes"] != str(source.size) and (source.size or row["status"] == "skipped"):
         return False
     if not row["seals"]:  # a table from before there were any
