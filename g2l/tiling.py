@@ -258,8 +258,8 @@ def is_finished(
     """
     if not row or row["status"] == "failed" or not job.settings.made(row, source):
         return False
-    if job.download_rest and row["status"] == "skipped" and is_remote(row["path"]):
-        return False  # perhaps only for want of a download
+    if job.download_rest and _lacks_download(row):
+        return False
     if row["bytes"] != str(source.size) and (source.size or row["status"] == "skipped"):
         return False
     if not row["seals"]:  # a table from before there were any
@@ -268,6 +268,11 @@ def is_finished(
     if harmed and tell:
         print(f"note: {harmed} has changed or is lost; its slide is done anew", flush=True)
     return not harmed
+
+
+def _lacks_download(row: Mapping[str, str]) -> bool:
+    """Whether a slide may have been skipped only because it was read where it is."""
+    return row["status"] == "skipped" and is_remote(row["path"])
 
 
 def _harmed_file(source: CohortSlide, seals: list[str], job: Job) -> Path | None:
