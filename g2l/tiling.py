@@ -256,9 +256,7 @@ def is_finished(
     """Whether nothing is left to do for a slide: its row fits, and its files are those that were
     written (else a note can `tell` which is not); failed ones are tried again.
     """
-    if not row or row["status"] == "failed" or not job.settings.made(row, source):
-        return False
-    if job.download_rest and _lacks_download(row):
+    if not row or not _is_settled(row, source, job):
         return False
     if row["bytes"] != str(source.size) and (source.size or row["status"] == "skipped"):
         return False
@@ -270,9 +268,12 @@ def is_finished(
     return not harmed
 
 
-def _lacks_download(row: Mapping[str, str]) -> bool:
-    """Whether a slide may have been skipped only because it was read where it is."""
-    return row["status"] == "skipped" and is_remote(row["path"])
+def _is_settled(row: Mapping[str, str], source: CohortSlide, job: Job) -> bool:
+    """Whether a row is of these settings, and would be the same today."""
+    if row["status"] == "failed" or not job.settings.made(row, source):
+        return False
+    # one that was skipped may have been so only because it was read where it is
+    return not (job.download_rest and row["status"] == "skipped" and is_remote(row["path"]))
 
 
 def _harmed_file(source: CohortSlide, seals: list[str], job: Job) -> Path | None:
