@@ -59,6 +59,7 @@ from g2l.patches import PatchIndex
 from g2l.pathorob import shortcut_rows
 from g2l.pictures import is_drawn, save_figure
 from g2l.plism import compare, interval, load_plism, plism_slides, plism_table, summary
+from g2l.registry import pretrained_on
 from g2l.report import provenance
 from g2l.results import claim, record
 from g2l.robust import (
@@ -316,6 +317,8 @@ def study(args: argparse.Namespace, load: dict) -> int:
     lost = index.take({model: parts[0] for model, parts in arrays.items()})
     base = index.base()
     rows = [*index.measure(), *index.design()]
+    origins = {model: about["metadata"] for model, about in cards.items()}
+    known = pretrained_on(origins, found.name, found.groups)
     for model, about in cards.items():
         seen = len(np.unique(index.groups[leaked(found, about)]))
         row = {
@@ -323,6 +326,7 @@ def study(args: argparse.Namespace, load: dict) -> int:
             "metric": "seen",
             "value": seen,
             "patients": len(set(found.groups)),
+            "pretrained": known.get(model, []),
         }
         paper = paper_name(model, about["metadata"])
         rows.append(row | {"paper": paper, "fingerprint": about["fingerprint"]})

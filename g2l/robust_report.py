@@ -177,8 +177,11 @@ def index_table(held: Readings) -> str:
     names = []
     prints = []
     seen = []
+    known: list[str] = []
     for name, row in held.models.items():
-        names.append(name + " †" * bool(row["value"]))
+        met = row.get("pretrained", [])
+        known += met
+        names.append(name + " †" * bool(row["value"]) + " ‡" * bool(met))
         prints.append(row["fingerprint"][:8])
         if row["value"]:
             seen.append(f"{escaped(name)}: {row['value']} of {row['patients']}")
@@ -187,6 +190,8 @@ def index_table(held: Readings) -> str:
     if seen:
         of = ", ".join(seen)
         text += f"\n† was distilled on patients of this benchmark ({of}); they can be left out.\n"
+    if known:
+        text += f"\n‡ {escaped('; '.join(known))}.\n"
     return text
 
 

@@ -185,7 +185,9 @@ def fake(monkeypatch):
 
 
 @pytest.mark.slow
-def test_reading_is_honest(folder, fake, capsys):
+def test_reading_is_honest(folder, fake, capsys, monkeypatch):
+    met = {"place": ["place may know these slides"]}
+    monkeypatch.setattr(robustness, "pretrained_on", lambda *_: met)
     results = folder.parent / "results"
     arguments = (
         "--models",
@@ -203,6 +205,7 @@ def test_reading_is_honest(folder, fake, capsys):
     for reading in ("above chance", "below chance", "above place", "not clearly apart from run"):
         assert reading in out
     assert "run †" in out and "run: 1 of 9" in out
+    assert "place ‡" in out and "‡ place may know these slides" in out
     call(capsys, *arguments, "--per-class", 18, "--exclude-seen")
     text = (results / "table3.md").read_text()
     assert (
