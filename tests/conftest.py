@@ -3,6 +3,7 @@ a user does."""
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -129,3 +130,12 @@ def vit():
     from g2l.models import load_model
 
     return load_model("timm:test_vit", "random", input_size=64)
+
+
+@pytest.fixture
+def signals():
+    """Training installs handlers; give pytest its own back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

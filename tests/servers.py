@@ -10,15 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-class Slides(BaseHTTPRequestHandler):
-    """`files`: content by id or file name; `faults`: what happens to the next requests for data.
-
-    A fault is a status, or "norange", "cut", "stall", "short", "shift", "long", or an address to
-    redirect to; one in `always` never ends, nor does that of a file in `harmed`.
-    """
+class Answering(BaseHTTPRequestHandler):
+    """Replies, and keeps no log of requests."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
     def log_message(self, *_):
         pass
@@ -30,6 +25,16 @@ class Slides(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
+
+
+class Slides(Answering):
+    """`files`: content by id or file name; `faults`: what happens to the next requests for data.
+
+    A fault is a status, or "norange", "cut", "stall", "short", "shift", "long", or an address to
+    redirect to; one in `always` never ends, nor does that of a file in `harmed`.
+    """
+
+    disable_nagle_algorithm = True
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))

@@ -41,19 +41,12 @@ from g2l.patches import PatchIndex
 from g2l.recipe import Step
 from g2l.stream import Heldout
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_cohort(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Training installs handlers; give pytest its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tifffile
 from cohorts import rows
+from servers import Answering
 
 import tile
 from g2l.patches import PatchIndex
@@ -30,24 +31,12 @@ ANSWERS = {
 }
 
 
-class Gdc(BaseHTTPRequestHandler):
+class Gdc(Answering):
     """The part of the GDC's interface that is used, with faults to order: {id or "files": [fault,
     ...]}.
     """
 
-    protocol_version = "HTTP/1.1"
     slides, faults, changes, log = {}, {}, {}, []  # set anew by the fixture
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, body, headers=(), length=None):
-        self.send_response(status)
-        for key, value in headers:
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
 
     def fault(self, key):
         waiting = self.faults.get(key, [])

@@ -22,21 +22,13 @@ from g2l.stream import hold_out
 
 FORK = multiprocessing.get_context("fork")
 ROOM = 1 << 30
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
     monkeypatch.setattr("g2l.remote.PATIENCE", 0.3)
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Training installs handlers; give pytest its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
