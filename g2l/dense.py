@@ -23,7 +23,7 @@ from g2l.features import data_stamp, display
 from g2l.files import digest
 from g2l.models import Model
 from g2l.probe import linear_probe
-from g2l.protocols import cka_rows, recall, split
+from g2l.protocols import BLIND_DRAWS, BLIND_WIDTH, cka_rows, recall, split
 from g2l.results import Study, record, recorded
 from g2l.robust import draw_sample
 
@@ -32,8 +32,6 @@ IMAGES = 300  # of a benchmark, at most
 GRID = 16  # rows and columns of tokens, at most; finer ones are resampled
 PLACES = 12  # tokens of each image that are compared
 BATCH = 16  # images
-BLIND_DRAWS = 5
-BLIND_WIDTH = 8  # of random features
 
 
 def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> list[dict]:

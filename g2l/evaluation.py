@@ -27,6 +27,8 @@ from g2l.files import digest, safe
 from g2l.pictures import draw_benchmark
 from g2l.probe import linear_probe
 from g2l.protocols import (
+    BLIND_DRAWS,
+    BLIND_WIDTH,
     by_lot,
     cka_rows,
     macro_auc,
@@ -44,8 +46,6 @@ from g2l.slide_tables import bags_of
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
 PROTOCOL_VERSION = 4
-BLIND_DRAWS = 5  # of features that know nothing, for the chance level
-BLIND_WIDTH = 8
 BLIND_BAG = 64  # patches of a slide
 Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
 Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`

@@ -19,6 +19,8 @@ from torch import Tensor
 from g2l.errors import UserError
 
 EXACT = 2**24  # features (values) below which fp64 costs little
+BLIND_DRAWS = 5  # of features that know nothing, for the chance level
+BLIND_WIDTH = 8
 RESAMPLES = 1000  # of whole groups, for intervals
 FEW = 6  # groups: with five, even one model better in each is no evidence (sign test: 2 / 2^5)
 
