@@ -48,7 +48,7 @@ def operands(base, query, metric, unit):
     operands' own.
     """
     addition = unit if unit < TF32 else FP32_CUT
-    gamma = (base.shape[1] + 16) * addition + 2.02 * unit
+    gamma = (base.shape[1] + 24) * addition + 2.02 * unit
     sides = [base] if query is base else [base, query]
     if metric == "cosine":
         sides = [rounded(directions(x), unit) for x in sides]

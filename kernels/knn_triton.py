@@ -17,71 +17,65 @@ import triton.language as tl
 from torch.nn.functional import pad
 from triton.language import constexpr
 
-from kernels.bound import TF32, TINY, lower, operands
+from kernels.bound import TF32, TINY, lower, operands, rounded
 from kernels.dispatch import launching
 
 PROGRAMS = 264  # two for each multiprocessor of the largest device meant
 WORDS = 2**26  # int32 of bits and lists at a time
 SAMPLE = 16  # one row in so many of base for the bound
+EXTRA = 6  # columns of the product that hold halves of bounds and limits
+NEVER, EVERY = 2.0**60, 2.0**40  # a score, and a limit, beyond all that scaled rows have
 
 
 @triton.jit
 def screen_kernel(
-    query, base, half, limits, labels, groups, out, queries, rows, stride,
+    query, base, labels, groups, out, rows, stride,
     BOUND: constexpr, MASK: constexpr, QUERIES: constexpr, ROWS: constexpr,
     WIDTH: constexpr, LOOPED: constexpr,
 ):  # fmt: skip
-    """Of score = half - 2 q.b its least in each column of the tiles, or the bits of score <= limit.
+    """Of score = query . base its least in each column of the tiles, or the bits of score < 0.
 
-    query (queries, stride) is -2 times the operand. Rows are padded with zeros to a stride that is
-    a multiple of 16, so that loads are 16 bytes wide and asynchronous. Programs (queries, splits).
-    With BOUND out is fp32 (queries, splits, ROWS), else int32 (queries, tiles * ROWS / 32).
+    The tables (see _table) are padded to whole tiles, so that no load needs a mask. `rows` are
+    those of base, a multiple of ROWS. Programs (queries, splits). With BOUND out is fp32 (queries,
+    splits, ROWS), else int32 (queries, rows / 32).
     """
     WORDS: constexpr = ROWS // 32
     q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    real_q = q < queries
     d = tl.arange(0, WIDTH)
     lanes = tl.arange(0, ROWS)
-    at_q = query + q.to(tl.int64)[:, None] * stride
+    at_q = query + q.to(tl.int64)[:, None] * stride + d[None, :]
     if not LOOPED:
-        a = tl.load(at_q + d[None, :], mask=real_q[:, None] & (d[None, :] < stride), other=0.0)
+        a = tl.load(at_q)
     if MASK:
-        label_q = tl.load(labels + q, mask=real_q, other=0)
+        label_q = tl.load(labels + q)
     if BOUND:
         least = tl.full((QUERIES, ROWS), float("inf"), tl.float32)
     else:
-        limit = tl.load(limits + q, mask=real_q, other=float("-inf"))
         bit = tl.full((ROWS,), 1, tl.int32) << (lanes % 32)
-    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        words = out + q.to(tl.int64)[:, None] * (rows // 32) + tl.arange(0, WORDS)[None, :]
+    for tile in range(tl.program_id(1), rows // ROWS, tl.num_programs(1)):
         n = tile * ROWS + lanes
-        at_n = base + n.to(tl.int64)[None, :] * stride
+        at_n = base + n.to(tl.int64)[None, :] * stride + d[:, None]
+        if MASK:
+            label = tl.load(groups + n)
         score = tl.zeros((QUERIES, ROWS), tl.float32)
         if LOOPED:
             for first in range(0, stride, WIDTH):
-                e = first + d
-                x_mask = real_q[:, None] & (e[None, :] < stride)
-                x = tl.load(at_q + e[None, :], mask=x_mask, other=0.0)
-                y_mask = (n[None, :] < rows) & (e[:, None] < stride)
-                y = tl.load(at_n + e[:, None], mask=y_mask, other=0.0)
+                x = tl.load(at_q + first)
+                y = tl.load(at_n + first)
                 score = tl.dot(x, y, score, input_precision="tf32")
         else:
-            y_mask = (n[None, :] < rows) & (d[:, None] < stride)
-            y = tl.load(at_n + d[:, None], mask=y_mask, other=0.0)
-            score = tl.dot(a, y, score, input_precision="tf32")
-        score += tl.load(half + n, mask=n < rows, other=float("inf"))[None, :]
+            score = tl.dot(a, tl.load(at_n), score, input_precision="tf32")
         if MASK:
-            label = tl.load(groups + n, mask=n < rows, other=0)
             score = tl.where(label_q[:, None] == label[None, :], float("inf"), score)
         if BOUND:
             least = tl.minimum(least, score)
         else:
-            bits = tl.where(score <= limit[:, None], bit[None, :], 0)
-            words = tl.sum(tl.reshape(bits, (QUERIES, WORDS, 32)), 2)
-            at = q.to(tl.int64)[:, None] * (tl.cdiv(rows, ROWS) * WORDS) + tile * WORDS
-            tl.store(out + at + tl.arange(0, WORDS)[None, :], words, mask=real_q[:, None])
+            bits = (score.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
+            tl.store(words + tile * WORDS, tl.sum(tl.reshape(bits, (QUERIES, WORDS, 32)), 2))
     if BOUND:
         at = (q.to(tl.int64)[:, None] * tl.num_programs(1) + tl.program_id(1)) * ROWS
-        tl.store(out + at + lanes[None, :], least, mask=real_q[:, None])
+        tl.store(out + at + lanes[None, :], least)
 
 
 @triton.jit
@@ -109,19 +103,20 @@ def list_kernel(bits, candidates, listed, count, CAPACITY: constexpr, BLOCK: con
 
 @triton.jit
 def _distances(
-    query, base, q, index, real, width, COSINE: constexpr, BLOCK: constexpr,
+    query, base, q, index, real, width, stride, COSINE: constexpr, BLOCK: constexpr,
     WIDTH: constexpr,
 ):  # fmt: skip
-    """fp64 distances (squared, or twice the cosine's) of a query to base[index]; inf: not real."""
+    """fp64 distances (squared, or twice the cosine's) of a query to base[index]; inf: not real.
+
+    Beyond `width` there are zeros up to the stride, a multiple of 16: loads need no mask.
+    """
     total = tl.zeros((BLOCK,), tl.float64)
     norm = tl.zeros((BLOCK,), tl.float64)
     own = tl.zeros((1,), tl.float64)
     for first in range(0, width, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        inside = d[None, :] < width
-        a = tl.load(query + q * width + d[None, :], mask=inside, other=0.0).to(tl.float64)
-        at = base + index.to(tl.int64)[:, None] * width + d[None, :]
-        b = tl.load(at, mask=real[:, None] & inside, other=0.0).to(tl.float64)
+        a = tl.load(query + q * stride + d[None, :]).to(tl.float64)
+        b = tl.load(base + index.to(tl.int64)[:, None] * stride + d[None, :]).to(tl.float64)
         if COSINE:
             total += tl.sum(a * b, 1)
             norm += tl.sum(b * b, 1)
@@ -143,7 +138,7 @@ def _first(distance, index):
 
 @triton.jit
 def rescan_kernel(
-    query, base, labels, groups, candidates, listed, distances, indices, rows, width, k,
+    query, base, labels, groups, candidates, listed, distances, indices, rows, width, stride, k,
     COSINE: constexpr, CAPACITY: constexpr, KEEP: constexpr,
     BLOCK: constexpr, WIDTH: constexpr,
 ):  # fmt: skip
@@ -163,12 +158,12 @@ def rescan_kernel(
         i = start + tl.arange(0, BLOCK)
         real = i < count
         index = tl.load(candidates + q * CAPACITY + i, mask=real & (all_rows == 0), other=0)
-        index = tl.where(all_rows, i, index)
+        index = tl.where(all_rows, tl.minimum(i, rows - 1), index)
         if groups is not None:
             real = real & (tl.load(groups + index, mask=real, other=0) != tl.load(labels + q))
         elif labels is not None:
             real = real & (index != tl.load(labels + q))
-        distance = _distances(query, base, q, index, real, width, COSINE, BLOCK, WIDTH)
+        distance = _distances(query, base, q, index, real, width, stride, COSINE, BLOCK, WIDTH)
         better = start < count
         while better:
             least, chosen = _first(distance, index)
@@ -194,19 +189,20 @@ def rescan_kernel(
 
 
 def screen_config(width: int, device: str) -> dict:
-    """Tile and launch parameters on a device "hopper", "cuda" or "hip".
+    """Tile and launch parameters for a table of `width` columns on "hopper", "cuda" or "hip".
 
     Up to 64 columns the queries stay in registers or shared memory, and two programs fit on a
     multiprocessor, so that one multiplies while the other compares.
     """
     looped = width > 64
+    wide = {"hopper": 128 if looped else 64, "cuda": 32, "hip": 64}
     return {
         "QUERIES": 128 if device != "hip" else 64,
-        "ROWS": 32 if device == "cuda" else 64,
+        "ROWS": wide[device],
         "LOOPED": looped,
         "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 2 if device == "hip" else 3,
     }
 
 
@@ -249,66 +245,91 @@ def search(base, k, query, own, groups, labels, metric):
         both = torch.cat((groups.long(), labels.long())).unique(return_inverse=True)[1]
         groups, own = both.int().split((len(base), len(query)))
     q, b, squares_q, squares_b, gamma = operands(base, query, metric, TF32)
-    padding = (0, -base.shape[1] % 16)
-    q = pad(q * -2, padding)
-    b = pad(b, padding)
-    lower_b = lower(squares_b, gamma).float()
-    upper_b = lower(squares_b, -gamma).float()
+    width = q.shape[1]
+    config = screen_config(width + EXTRA, _kind(base.device))
+    tile = config["ROWS"]
+    ones = b.new_ones(len(b), 3)
+    sparse = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
+    upper = _pieces(lower(squares_b[::sparse], -gamma))
+    sample = _table(tile, config, b[::sparse], upper, ones[::sparse])
+    table = _table(tile, config, b, _pieces(lower(squares_b, gamma)), ones)
+    queries = _table(config["QUERIES"], config, q * -2, q.new_ones(len(q), 3))
+    queries[len(q) :] = 0
+    own = None if own is None else pad(own.int(), (0, len(queries) - len(q)))
+    few = None if groups is None else pad(groups[::sparse], (0, tile))
+    groups = None if groups is None else pad(groups, (0, tile))
     # What a score is below where the pair's distance is below the bound: both halves of the query.
     slack = squares_q * (4 * gamma) + 4 * TINY
-    base = base.contiguous()
-    query = query.contiguous()
-    config = screen_config(base.shape[1], _kind(base.device))
-    words = triton.cdiv(len(base), config["ROWS"]) * config["ROWS"] // 32
-    step = WORDS // (words + capacity(k))
+    wanted = k if groups is not None or own is None else k + 1
+    base, query = (pad(x, (0, -width % 16)) for x in (base, query))
+    step = WORDS // (len(table) // 32 + capacity(k)) // config["QUERIES"] * config["QUERIES"]
     found = []
     with launching(base):
         for start in range(0, len(query), step):
             part = slice(start, start + step)
-            own_part = None if own is None else own[part].int()
-            limit = _limits(q[part], b, upper_b, slack[part], own_part, groups, k, config)
-            bits = _bits(q[part], b, lower_b, limit, own_part, groups, config)
-            found.append(_rescan(query[part], base, bits, own_part, groups, k, metric))
+            labels = None if own is None else own[part]
+            least = _least(queries[part], sample, labels, few, wanted, config)
+            limit = (least[: len(slack[part])].double() + slack[part]).clamp_(max=EVERY)
+            limit += limit.abs() * (2 * gamma - 4.04 * TF32)  # the sum of a score holds it, too
+            above = torch.nextafter(limit.float(), torch.full_like(least[:1], EVERY))
+            queries[start : start + len(limit), width + 3 : width + 6] = -_pieces(above)
+            bits = _bits(queries[part], table, labels, groups, config)
+            found.append(_rescan(query[part], base, bits, labels, groups, width, k, metric))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _limits(q, b, half, slack, labels, groups, k, config):
-    """A score for each query (Q,) that is not below the score of any of its k nearest rows.
+def _pieces(x):
+    """Three TF32 numbers (N, 3) that add up to x (N,) in fp32."""
+    pieces = []
+    left = x.float()
+    for _ in range(3):
+        pieces.append(rounded(left, TF32))
+        left = left - pieces[-1]
+    return torch.stack(pieces, 1)
+
+
+def _table(rows, config, *columns):
+    """Columns side by side, with zeros up to a multiple of `rows` rows and of a step's columns.
+
+    A score is -2 q.b, and in three columns each, times 1, base's half of the bound and less the
+    query's limit. In rows that are added base's half is so large that nothing is below a limit.
+    """
+    x = torch.cat(columns, 1)
+    step = config["WIDTH"]
+    table = pad(x, (0, -x.shape[1] % step, 0, -len(x) % rows))
+    table[len(x) :, columns[0].shape[1]] = NEVER
+    return table
+
+
+def _least(q, sample, labels, groups, wanted, config):
+    """A score for each query (Q,) that is not below the score of any of its nearest rows.
 
     Parts of base are the columns of the tiles of a program: four for each row wanted, that few
     of the least lie in one. A query that is a row of base itself finds one row too many.
     """
-    wanted = k if groups is not None or labels is None else k + 1
-    step = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
-    groups = None if groups is None else groups[::step].contiguous()
     splits = triton.cdiv(4 * wanted, config["ROWS"])
     least = q.new_empty(len(q), splits * config["ROWS"])
-    sample = b[::step].contiguous()
-    half = half[::step].contiguous()
-    _screen(q, sample, half, None, labels, groups, least, splits, config)
-    bound = least.topk(wanted, dim=1, largest=False).values[:, -1]
-    limit = (bound.double() + slack).float()
-    above = torch.nextafter(limit, torch.full_like(limit, float("inf")))
-    return above.clamp_(max=torch.finfo(torch.float32).max)
+    _screen(q, sample, labels, groups, least, splits, config)
+    return least.topk(wanted, dim=1, largest=False).values[:, -1]
 
 
-def _bits(q, b, half, limit, labels, groups, config):
+def _bits(q, table, labels, groups, config):
     """A bit for each query and row of base: int32 (Q, words)."""
-    tiles = triton.cdiv(len(b), config["ROWS"])
-    bits = q.new_empty(len(q), tiles * config["ROWS"] // 32, dtype=torch.int32)
+    tiles = len(table) // config["ROWS"]
+    bits = q.new_empty(len(q), len(table) // 32, dtype=torch.int32)
     splits = max(1, min(tiles // 4, PROGRAMS * config["QUERIES"] // len(q)))
-    _screen(q, b, half, limit, labels, groups, bits, splits, config)
+    _screen(q, table, labels, groups, bits, splits, config)
     return bits
 
 
-def _screen(q, b, half, limit, labels, groups, out, splits, config):
-    screen_kernel[(triton.cdiv(len(q), config["QUERIES"]), splits)](
-        q, b, half, limit, labels, groups, out, len(q), len(b), q.shape[1],
-        BOUND=limit is None, MASK=groups is not None, **config,
+def _screen(q, table, labels, groups, out, splits, config):
+    screen_kernel[(len(q) // config["QUERIES"], splits)](
+        q, table, labels, groups, out, len(table), table.shape[1],
+        BOUND=out.dtype == torch.float32, MASK=groups is not None, **config,
     )  # fmt: skip
 
 
-def _rescan(query, base, bits, labels, groups, k, metric):
+def _rescan(query, base, bits, labels, groups, width, k, metric):
     count = len(query)
     candidates = bits.new_empty(count, capacity(k))
     listed = bits.new_empty(count)
@@ -317,6 +338,6 @@ def _rescan(query, base, bits, labels, groups, k, metric):
     indices = bits.new_empty(count, k, dtype=torch.int64)
     rescan_kernel[(count,)](
         query, base, labels, groups, candidates, listed, distances, indices,
-        len(base), base.shape[1], k, COSINE=metric == "cosine", **rescan_config(k),
+        len(base), width, base.shape[1], k, COSINE=metric == "cosine", **rescan_config(k),
     )  # fmt: skip
     return distances, indices, listed > capacity(k)
