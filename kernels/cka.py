@@ -117,27 +117,49 @@ def _wide(features):
     return torch.float64 if double else torch.float32
 
 
+def _in_triton(device, wide):
+    return wide == torch.float32 and use_triton(device)
+
+
 def _mean(x):
     """Column means in fp64, exact for a constant column, so that it is exactly 0 when centred."""
-    if use_triton(x.device) or x.dtype == torch.float64:
+    if x.device.type != "cpu" or x.dtype == torch.float64:
         return x.mean(0, dtype=torch.float64)
     first = x[0].float()  # fp32 sums of what differs from it are many times faster on a CPU
     sums = [(part - first).sum(0) for part in x.split(1024)]
     return torch.stack(sums).double().sum(0) / len(x) + first
 
 
-def _centre(x, out, norms, mean=None):
-    """out = x less its column means, norms = lengths of its rows; by Triton rounded to TF32."""
-    if out.dtype == torch.float32 and use_triton(x.device):
+def _means(sets, wide):
+    """What `_centre` takes off the columns: their means, for Triton the sums that they come from."""
+    if not _in_triton(sets[0].device, wide):
+        return [_mean(x) for x in sets]
+    from kernels.cka_triton import column_sums
+
+    return [column_sums(x) for x in sets]
+
+
+def _centre(x, begin, out, norms, mean):
+    """out = rows of x from `begin` less the column means, norms = lengths of its rows.
+
+    By Triton out is rounded to TF32, and its rows beyond those of x are zeros.
+    """
+    if _in_triton(x.device, out.dtype):
         import kernels.cka_triton as cka_triton
 
-        cka_triton.centre(x, _mean(x) if mean is None else mean, out, norms)
+        cka_triton.centre(x, begin, mean, out, norms)
         return
-    if mean is None:
-        torch.sub(x, x[0].to(out.dtype), out=out)
-        out -= out.mean(0)
-    else:
-        torch.sub(x, mean.to(out.dtype), out=out)
+    torch.sub(x[begin : begin + len(out)], mean.to(out.dtype), out=out)
+    torch.linalg.vector_norm(out, dim=1, out=norms)
+
+
+def _centre_whole(x, out, norms):
+    """The same for all rows of x, with fewer passes where PyTorch does it."""
+    if _in_triton(x.device, out.dtype):
+        _centre(x, 0, out, norms, _means([x], out.dtype)[0])
+        return
+    torch.sub(x, x[0].to(out.dtype), out=out)
+    out -= out.mean(0)
     torch.linalg.vector_norm(out, dim=1, out=norms)
 
 
@@ -175,30 +197,40 @@ def _by_features(sets, pairs, wide):
     for x in sets:
         columns.append(slice(width, width + x.shape[1]))
         width += x.shape[1]
-    means = [_mean(x) for x in sets]
+    means = _means(sets, wide)
     side = torch.empty(min(n, CHUNK_ROWS), width, dtype=wide, device=sets[0].device)
-    lengths = side.new_empty(len(sets), n)
     blocks = _blocks(columns, pairs, TILE if side.device.type == "cpu" else width)
     products = []
     for _, part, beside in blocks:
         shape = (part.stop - part.start, beside.stop - beside.start)
         products.append(side.new_empty(shape))
+    # Lengths of rows, then of the products' columns: together they come to the host in one copy.
+    numbers = side.new_empty(len(sets) * n + sum(product.shape[1] for product in products))
+    lengths = numbers[: len(sets) * n].view(len(sets), n)
     for begin in range(0, n, CHUNK_ROWS):
         z = side[: n - begin]
-        rows = slice(begin, begin + len(z))
         for k, x in enumerate(sets):
-            _centre(x[rows], z[:, columns[k]], lengths[k, rows], means[k])
+            norms = lengths[k, begin : begin + len(z)]
+            _centre(x, begin, z[:, columns[k]], norms, means[k])
         for product, (_, part, beside) in zip(products, blocks, strict=True):
             product.addmm_(z[:, part].T, z[:, beside], beta=int(begin > 0))
+    place = len(sets) * n
+    for product in products:
+        torch.linalg.vector_norm(product, dim=0, out=numbers[place : place + product.shape[1]])
+        place += product.shape[1]
+    found = _numpy(numbers)
     inner = np.zeros((len(sets), len(sets)))
     squares = np.empty(width)
-    for product, (i, part, beside) in zip(products, blocks, strict=True):
+    place = len(sets) * n
+    for i, part, beside in blocks:
+        end = place + beside.stop - beside.start
         squares[:] = 0
-        squares[beside] = _numpy(torch.linalg.vector_norm(product, dim=0)) ** 2
+        squares[beside] = found[place:end] ** 2
         squares[part.stop : columns[i].stop] *= 2  # and for what is below the diagonal of X^T X
         for j, own in enumerate(columns):
             inner[i, j] += squares[own].sum()
-    return inner, _numpy(lengths)
+        place = end
+    return inner, found[: len(sets) * n].reshape(len(sets), n)
 
 
 def _lots(sets):
@@ -215,7 +247,8 @@ def _lots(sets):
 
 
 def _gram_rows(n, sets):
-    return min(n, max(GRAM_ROWS, BLOCK_BYTES // (4 * n * sets)))
+    """A multiple of 32, as GPUs like it, or all."""
+    return min(n, max(GRAM_ROWS, BLOCK_BYTES // (4 * n * sets) // 32 * 32))
 
 
 def _by_grams(sets, wide):
@@ -229,28 +262,30 @@ def _by_grams(sets, wide):
     lengths = torch.empty(count, n, dtype=wide, device=sets[0].device)
     lots = _lots(sets)
     step = _gram_rows(n, count)
-    sizes = [sum(n * sets[i].shape[1] for i in lot) for lot in lots]
+    # A GPU multiplies matrices of odd sizes at a third of its speed; rows of zeros change no sum.
+    height = -(-n // 32) * 32 if _in_triton(lengths.device, wide) else n
+    sizes = [sum(height * sets[i].shape[1] for i in lot) for lot in lots]
     shared = lengths.new_empty(max(sizes) if step == n else 0)
-    buffer = lengths.new_empty(count * step * n)
+    buffer = lengths.new_empty(count * step * height)
     stacks = []
-    inner = np.zeros((count, count))
     for begin in range(0, n, step):
         rows = min(step, n - begin)
-        grams = buffer[: count * rows * (n - begin)].view(count, rows, n - begin)
+        grams = buffer[: count * rows * (height - begin)].view(count, rows, height - begin)
         for k, part in enumerate(grams.split([len(lot) for lot in lots])):
             if begin == 0:
                 size = sizes[k]
                 room = shared[:size] if step == n else lengths.new_empty(size)
-                stacks.append(room.view(len(lots[k]), n, -1))
+                stacks.append(room.view(len(lots[k]), height, -1))
                 for i, out in zip(lots[k], stacks[k], strict=True):
-                    _centre(sets[i], out, lengths[i])
+                    _centre_whole(sets[i], out, lengths[i])
             z = stacks[k]
             torch.bmm(z[:, begin : begin + rows], z[:, begin:].mT, out=part)
         grams[:, :, :rows].triu_(1)
         flat = grams.flatten(1)
-        inner += 2 * _numpy(flat @ flat.T)
+        product = flat @ flat.T
+        inner = product if begin == 0 else inner.double().add_(product)
     back = np.argsort(list(itertools.chain(*lots)))
-    return inner[np.ix_(back, back)], _numpy(lengths)
+    return 2 * _numpy(inner)[np.ix_(back, back)], _numpy(lengths)
 
 
 def _numpy(x):

@@ -455,8 +455,8 @@ def gradients_config(rows: int, operand: torch.dtype) -> dict:
 
 
 @functools.cache
-def tiled_config(operand: torch.dtype) -> dict:
-    """Of the sweeps and of the gradients of many rows."""
+def tiled_config(rows: int, operand: torch.dtype) -> dict:
+    """Of the sweeps and of the gradients of many rows; few of them need small tiles to share."""
     if operand == torch.float32:
         return {"ROWS": 128, "COLUMNS": 64, "STEP": 16, "num_warps": 4, "num_stages": 3}
     return {"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8, "num_stages": 3}
@@ -506,7 +506,7 @@ def _sweep(
     count,
     o,
 ):
-    config = tiled_config(o.operand)
+    config = tiled_config(count, o.operand)
     rows, features = teacher.shape
     sweep_kernel[(_tiles(rows, features, config),)](
         student, weight, teacher, columns, scale, shift, factor, out, partial,
@@ -520,7 +520,7 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     student = _dense(student)
     teacher = _dense(teacher)
     operand = weight.to(o.operand).contiguous()
-    tile_rows = tiled_config(o.operand)["ROWS"]
+    tile_rows = tiled_config(rows, o.operand)["ROWS"]
     tiles = _ceil(rows, tile_rows)
     slices = _ceil(features, SLICE)
     columns = _floats(student, 6, features)
@@ -561,10 +561,8 @@ def backward(
     dtype = weight.dtype
     gradient = first
     if not len(shares):
-        config, dtype = (
-            tiled_config(o.operand),
-            torch.float32,
-        )  # added up over the parts
+        config = tiled_config(rows, o.operand)
+        dtype = torch.float32  # added up over the parts
         part = max(PART_ROWS, _ceil(rows, PARTS))
         part = _ceil(part, config["ROWS"]) * config["ROWS"]
         operand = first if first.numel() else weight

@@ -90,7 +90,9 @@ def cka_configurations(kind: str):
     """Those of cka, alike for every kind of device; see configurations."""
     from kernels import cka_triton
 
-    yield "centre", "", cka_triton.centre_kernel, cka_triton.CONFIG, {"mean": "*fp64"}, False
+    yield "sums", "", cka_triton.sums_kernel, cka_triton.SUMS, {}, False
+    centre = {**cka_triton.CENTRE, "SHARES": cka_triton.SHARES}
+    yield "centre", "", cka_triton.centre_kernel, centre, {}, False
 
 
 def knn_configurations(kind: str):
@@ -152,7 +154,7 @@ def compiled(target: str, function, parameters: dict, types: dict) -> dict:
             signature[name] = types[name]
         else:
             whole = re.match(
-                r"rows|inner|features|width|count|stride|chunk|queries|k$|weight_programs", name
+                r"rows|height|inner|features|width|count|stride|chunk|k$|weight_programs", name
             )
             signature[name] = "*fp32" if not whole else "i32"
         if name.startswith("stride") and name[-1] in "kn" and name != "stride_wk":

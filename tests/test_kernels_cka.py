@@ -299,12 +299,21 @@ def launches(monkeypatch):
     monkeypatch.setenv("G2L_KERNELS", "triton")
     launched = []
 
-    def centre(x, mean, out, norms):
+    def column_sums(x):
+        launched.append("sums")
+        with _disable_current_modes():
+            return x.sum(0)
+
+    def centre(x, begin, sums, out, norms):
         launched.append("centre")
         with _disable_current_modes():
-            torch.sub(x, mean.to(out.dtype), out=out)
+            part = x[begin : begin + len(out)]
+            out[len(part) :] = 0
+            out = out[: len(part)]
+            torch.sub(part, sums / len(x), out=out)
             torch.linalg.vector_norm(out, dim=1, out=norms)
 
+    monkeypatch.setattr(cka_triton, "column_sums", column_sums)
     monkeypatch.setattr(cka_triton, "centre", centre)
     return launched
 
@@ -327,16 +336,21 @@ def test_triton_equals_the_formulas(monkeypatch, dtype, grams, pieces):
 def test_triton_centres_rounds_and_keeps_nan():
     from kernels import cka_triton
 
-    x = torch.randn(19, 300) * 7 + 100
-    out, norms = torch.empty(19, 310)[:, :300], torch.empty(19)
-    cka_triton.centre(x, x.mean(0, dtype=torch.float64), out, norms)
+    x = torch.randn(2100, 300) * 7 + 100
+    x[:, 7] = 0.1  # a constant column is exactly 0
+    out, norms = torch.empty(2100, 310)[:, :300], torch.empty(2100)
+    cka_triton.centre(x, 0, cka_triton.column_sums(x), out, norms)
+    assert (out[:, 7] == 0).all()
     exact = x.double() - x.double().mean(0)
     assert ((out - exact).abs() <= exact.abs() * 2.0**-11 + 1e-5).all()
     assert (out.contiguous().view(torch.int32) & 0x1FFF == 0).all()
     torch.testing.assert_close(norms, out.norm(dim=1))
     x.view(torch.int32)[3, 5] = 0x7FFFFFFF  # the NaN that a GPU computes
-    cka_triton.centre(x, torch.zeros(300, dtype=torch.float64), out, norms)
+    cka_triton.centre(x, 0, torch.zeros(cka_triton.SHARES, 300), out, norms)
     assert out[3, 5].isnan() and norms[3].isnan() and norms[2].isfinite()
+    later = torch.empty(2000, 300)  # rows from the hundredth on, less the means of all
+    cka_triton.centre(x, 100, torch.zeros(cka_triton.SHARES, 300), later, norms[100:])
+    assert torch.equal(later, out[100:])
 
 
 @interpreted
