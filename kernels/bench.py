@@ -297,18 +297,28 @@ def searches(device: torch.device) -> dict[str, Callable]:
     if not gpu:
         found["scikit-learn brute"] = sklearn_search
     with contextlib.suppress(ImportError, AttributeError):  # faiss may be without its GPU part
-        import faiss
-
-        resources = faiss.StandardGpuResources() if gpu else None
-
-        def faiss_search(base, query, k):
-            width = base.shape[1]
-            flat = faiss.GpuIndexFlatL2(resources, width) if gpu else faiss.IndexFlatL2(width)
-            flat.add(base.cpu().numpy())
-            return torch.from_numpy(flat.search(query.cpu().numpy(), k)[1]).to(device)
-
-        found["faiss flat"] = faiss_search
+        found["faiss flat"] = faiss_on_a_gpu() if gpu else faiss_on_a_cpu()
     return found
+
+
+def faiss_on_a_cpu() -> Callable:
+    import faiss
+
+    def search(base, query, k):
+        flat = faiss.IndexFlatL2(base.shape[1])
+        flat.add(base.numpy())
+        return torch.from_numpy(flat.search(query.numpy(), k)[1])
+
+    return search
+
+
+def faiss_on_a_gpu() -> Callable:
+    """Its brute force on tensors where they are, with resources made once."""
+    import faiss
+    import faiss.contrib.torch_utils  # teaches it what a tensor is
+
+    resources = faiss.StandardGpuResources()
+    return lambda base, query, k: faiss.knn_gpu(resources, query, base, k)[1]
 
 
 def neighbours(search, base, k):

@@ -131,7 +131,7 @@ def _mean(x):
 
 
 def _means(sets, wide):
-    """What `_centre` takes off the columns: their means, for Triton the sums that they come from."""
+    """What `_centre` takes off columns: their means, for Triton the sums that they come from."""
     if not _in_triton(sets[0].device, wide):
         return [_mean(x) for x in sets]
     from kernels.cka_triton import column_sums
@@ -268,6 +268,7 @@ def _by_grams(sets, wide):
     shared = lengths.new_empty(max(sizes) if step == n else 0)
     buffer = lengths.new_empty(count * step * height)
     stacks = []
+    inner = lengths.new_empty(())
     for begin in range(0, n, step):
         rows = min(step, n - begin)
         grams = buffer[: count * rows * (height - begin)].view(count, rows, height - begin)

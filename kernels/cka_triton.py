@@ -1,7 +1,7 @@
 """Triton kernels that prepare features for TF32 products; imported on first use on a GPU.
 
 One pass over a feature set adds up its columns; a second takes off their means, rounds to TF32 to
-nearest (where tensor cores would cut) and leaves the lengths of the rounded rows behind. See cka.py.
+nearest (where tensor cores would cut) and leaves the lengths of the rounded rows. See cka.py.
 """
 
 import torch
@@ -11,9 +11,9 @@ from triton.language import constexpr
 
 from kernels.dispatch import launching
 
-SHARES = 8  # of the rows, whose sums are apart
-SUMS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
-CENTRE = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+SHARES = 16  # of the rows, whose sums are apart
+SUMS = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8}
+CENTRE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 
 
 @triton.jit

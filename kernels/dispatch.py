@@ -30,6 +30,16 @@ def launching(x: Tensor):
 
 
 @functools.cache
+def device_kind(device: torch.device) -> str:
+    """By what launch parameters are chosen: "hopper", "hip" (AMD) or "cuda"."""
+    if torch.version.hip is not None:
+        return "hip"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return "hopper"
+    return "cuda"
+
+
+@functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -113,6 +113,7 @@ def _check_groups(base, query, groups, query_groups):
 
 # --- what both paths share ---------------------------------------------------------------------
 
+FEW = 8192
 UNRESOLVED = 2.0**-960  # below it squares of fp64 numbers of about 1 underflow
 MIX = 0x2545F4914F6CDD1D  # odd, so that products with its powers modulo 2^64 lose no bit
 
@@ -363,7 +364,8 @@ def _search(
     own = None
     if query is None and groups is None:
         own = torch.arange(len(base), device=base.device)
-    kept = _first_copies(base, groups, k + 1)
+    few = base.is_cuda and len(base) <= FEW  # of which all are soon compared where lists overflow
+    kept = None if few else _first_copies(base, groups, k + 1)
     if kept is not None:
         base = base[kept]
         groups = None if groups is None else groups[kept]

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch.nn.functional import pad
 from triton.language import constexpr
 
-from kernels.bound import TF32, TINY, lower, operands, rounded
-from kernels.dispatch import launching
+from kernels.bound import FP32, TF32, TINY, lower, operands
+from kernels.dispatch import device_kind, launching
 
 PROGRAMS = 264  # two for each multiprocessor of the largest device meant
-WORDS = 2**26  # int32 of bits and lists at a time
-SAMPLE = 16  # one row in so many of base for the bound
+WORDS = 2**27  # int32 of bits and lists at a time
+SAMPLE = 8  # one row in so many of base for the bound
 EXTRA = 6  # columns of the product that hold halves of bounds and limits
 NEVER, EVERY = 2.0**60, 2.0**40  # a score, and a limit, beyond all that scaled rows have
 
@@ -201,7 +201,7 @@ def screen_config(width: int, device: str) -> dict:
         "ROWS": wide[device],
         "LOOPED": looped,
         "WIDTH": 32 if looped else max(16, triton.next_power_of_2(width)),
-        "num_warps": 8,
+        "num_warps": 4 if device == "hopper" and not looped else 8,
         "num_stages": 2 if device == "hip" else 3,
     }
 
@@ -212,27 +212,19 @@ def rescan_config(k: int) -> dict:
     return {
         "KEEP": keep,
         "CAPACITY": capacity(k),
-        "BLOCK": 64,
-        "WIDTH": 4,
+        "BLOCK": 32,
+        "WIDTH": 16,
         "num_warps": 1,
     }
 
 
 def list_config(k: int) -> dict:
-    return {"CAPACITY": capacity(k), "BLOCK": 512, "num_warps": 4}
+    return {"CAPACITY": capacity(k), "BLOCK": 256, "num_warps": 1}
 
 
 def capacity(k: int) -> int:
     """Rows of base that a query's list can hold."""
     return 2048 if k <= 24 else 4096
-
-
-def _kind(device):
-    if torch.version.hip is not None:
-        return "hip"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return "hopper"
-    return "cuda"
 
 
 def search(base, k, query, own, groups, labels, metric):
@@ -246,21 +238,22 @@ def search(base, k, query, own, groups, labels, metric):
         groups, own = both.int().split((len(base), len(query)))
     q, b, squares_q, squares_b, gamma = operands(base, query, metric, TF32)
     width = q.shape[1]
-    config = screen_config(width + EXTRA, _kind(base.device))
+    config = screen_config(width + EXTRA, device_kind(base.device))
     tile = config["ROWS"]
-    ones = b.new_ones(len(b), 3)
     sparse = max(1, min(SAMPLE if k <= 24 else SAMPLE // 2, len(b) // 2048))
-    upper = _pieces(lower(squares_b[::sparse], -gamma))
-    sample = _table(tile, config, b[::sparse], upper, ones[::sparse])
-    table = _table(tile, config, b, _pieces(lower(squares_b, gamma)), ones)
+    ones = b.new_ones(len(b), 3)
+    halves = _pieces(torch.cat((lower(squares_b, gamma), lower(squares_b, -gamma))).float())
+    table = _table(tile, config, b, halves[: len(b)], ones)
+    sample = _table(tile, config, b[::sparse], halves[len(b) :: sparse], ones[::sparse])
     queries = _table(config["QUERIES"], config, q * -2, q.new_ones(len(q), 3))
     queries[len(q) :] = 0
-    own = None if own is None else pad(own.int(), (0, len(queries) - len(q)))
     few = None if groups is None else pad(groups[::sparse], (0, tile))
     groups = None if groups is None else pad(groups, (0, tile))
     # What a score is below where the pair's distance is below the bound: both halves of the query.
-    slack = squares_q * (4 * gamma) + 4 * TINY
+    slack = (squares_q * (4.001 * gamma) + 5 * TINY).float()
+    relative = 2 * (gamma - 2.02 * TF32) + FP32  # the sum of a score holds the limit, too
     wanted = k if groups is not None or own is None else k + 1
+    own = None if own is None else pad(own.int(), (0, len(queries) - len(q)))
     base, query = (pad(x, (0, -width % 16)) for x in (base, query))
     step = WORDS // (len(table) // 32 + capacity(k)) // config["QUERIES"] * config["QUERIES"]
     found = []
@@ -268,24 +261,22 @@ def search(base, k, query, own, groups, labels, metric):
         for start in range(0, len(query), step):
             part = slice(start, start + step)
             labels = None if own is None else own[part]
-            least = _least(queries[part], sample, labels, few, wanted, config)
-            limit = (least[: len(slack[part])].double() + slack[part]).clamp_(max=EVERY)
-            limit += limit.abs() * (2 * gamma - 4.04 * TF32)  # the sum of a score holds it, too
-            above = torch.nextafter(limit.float(), torch.full_like(least[:1], EVERY))
-            queries[start : start + len(limit), width + 3 : width + 6] = -_pieces(above)
+            limit = _least(queries[part], sample, labels, few, wanted, config)[: len(slack[part])]
+            limit += slack[part]
+            limit += limit.abs() * relative
+            less = _pieces(limit.clamp_(max=EVERY).neg_())
+            queries[start : start + len(less), width + 3 : width + EXTRA] = less
             bits = _bits(queries[part], table, labels, groups, config)
             found.append(_rescan(query[part], base, bits, labels, groups, width, k, metric))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _pieces(x):
-    """Three TF32 numbers (N, 3) that add up to x (N,) in fp32."""
-    pieces = []
-    left = x.float()
-    for _ in range(3):
-        pieces.append(rounded(left, TF32))
-        left = left - pieces[-1]
-    return torch.stack(pieces, 1)
+    """Three TF32 numbers (N, 3) that add up to x (N,): of its 24 bits 11, 11 and what is left."""
+    first = (x.view(torch.int32) & -0x2000).view(torch.float32)
+    rest = x - first
+    second = (rest.view(torch.int32) & -0x2000).view(torch.float32)
+    return torch.stack((first, second, rest - second), 1)
 
 
 def _table(rows, config, *columns):

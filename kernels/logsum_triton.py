@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from kernels.dispatch import launching
+from kernels.dispatch import device_kind, launching
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -28,7 +28,7 @@ _TYPES = {
     torch.float16: tl.float16,
 }
 SHARE = 384  # features that one program of few rows takes into the student's gradient
-SLICE = 32  # columns of a tile that go through its epilogue at a time, to save registers
+SLICE = 16  # columns of a tile that go through its epilogue at a time, to save registers
 BLOCK = {
     "TILES": 256,
     "COLUMNS": 16,
@@ -455,11 +455,22 @@ def gradients_config(rows: int, operand: torch.dtype) -> dict:
 
 
 @functools.cache
-def tiled_config(rows: int, operand: torch.dtype) -> dict:
-    """Of the sweeps and of the gradients of many rows; few of them need small tiles to share."""
+def tiled_config(rows: int, operand: torch.dtype, kind: str) -> dict:
+    """Of the sweeps and of the gradients of many rows; up to 2,048 need small tiles, to be enough.
+
+    On a Hopper two programs of four warps share a multiprocessor: one multiplies meanwhile.
+    """
     if operand == torch.float32:
         return {"ROWS": 128, "COLUMNS": 64, "STEP": 16, "num_warps": 4, "num_stages": 3}
+    if rows <= 2048:
+        return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+    if kind == "hopper":
+        return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
     return {"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8, "num_stages": 3}
+
+
+def _tiled_config(rows, o, student):
+    return tiled_config(rows, o.operand, device_kind(student.device))
 
 
 def fused_forward(student, weight, teacher, scale, shift, o):
@@ -506,7 +517,7 @@ def _sweep(
     count,
     o,
 ):
-    config = tiled_config(count, o.operand)
+    config = _tiled_config(count, o, student)
     rows, features = teacher.shape
     sweep_kernel[(_tiles(rows, features, config),)](
         student, weight, teacher, columns, scale, shift, factor, out, partial,
@@ -520,7 +531,7 @@ def tiled_forward(student, weight, teacher, scale, shift, o):
     student = _dense(student)
     teacher = _dense(teacher)
     operand = weight.to(o.operand).contiguous()
-    tile_rows = tiled_config(rows, o.operand)["ROWS"]
+    tile_rows = _tiled_config(rows, o, student)["ROWS"]
     tiles = _ceil(rows, tile_rows)
     slices = _ceil(features, SLICE)
     columns = _floats(student, 6, features)
@@ -561,7 +572,7 @@ def backward(
     dtype = weight.dtype
     gradient = first
     if not len(shares):
-        config = tiled_config(rows, o.operand)
+        config = _tiled_config(rows, o, student)
         dtype = torch.float32  # added up over the parts
         part = max(PART_ROWS, _ceil(rows, PARTS))
         part = _ceil(part, config["ROWS"]) * config["ROWS"]

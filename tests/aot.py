@@ -62,7 +62,7 @@ def logsum_configurations(kind: str):
                 if kernel == "fused_forward" or rows <= 64:
                     found.append((kernel, label, few | config, types))
         # many rows: weight and gradient have the type of the products, d_weight is added up in fp32
-        many = common | logsum.tiled_config(operand) | {"SHARES": 0}
+        many = common | logsum.tiled_config(8192, operand, kind) | {"SHARES": 0}
         types = types | {x: f"*{name}" for x in ("weight", "grad_y", "out")} | {"d_weight": "*fp32"}
         found.append(("gradients", f"{case}, many rows", many, types))
         if len(sizes) == 2:

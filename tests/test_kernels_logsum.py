@@ -526,7 +526,7 @@ def test_statistics_of_token_rows_are_merged_side_by_side():
     from kernels.logsum_triton import BLOCK, tiled_config
 
     for operand in (torch.bfloat16, torch.float16, torch.float32):
-        assert BLOCK["TILES"] * tiled_config(operand)["ROWS"] >= 16448
+        assert BLOCK["TILES"] * tiled_config(16448, operand, "hopper")["ROWS"] >= 16448
 
 
 # --- the Triton kernels, interpreted --------------------------------------------------------------
@@ -579,7 +579,7 @@ def test_triton(
     monkeypatch.setattr(logsum_triton, "PART_ROWS", 1)  # several parts, the last one ragged
     small = {"ROWS": 16, "COLUMNS": 32, "STEP": 16}
     config = logsum_triton.tiled_config
-    monkeypatch.setattr(logsum_triton, "tiled_config", lambda operand: config(operand) | small)
+    monkeypatch.setattr(logsum_triton, "tiled_config", lambda *args: config(*args) | small)
     monkeypatch.setitem(logsum_triton.BLOCK, "TILES", 4)  # several blocks of row tiles
     student, weight = torch.randn(rows, inner), torch.randn(inner, features)
     teacher = torch.randn(rows, features)
