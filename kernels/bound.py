@@ -44,8 +44,8 @@ def operands(base, query, metric, unit):
     For TF32 the rows are scaled, else taken as they are; then they are centred (or, for cosine, of
     length 1). `unit` is the rounding unit of the product's operands. For any order of summation the
     computed |q - b|^2 is off by at most gamma (|q| + |b|)^2 <= 2 gamma (|q|^2 + |b|^2), and TINY
-    for what is lost below fp32's range. gamma collects D additions, those of halves and limits, a few
-    more roundings and the operands' own.
+    for what is lost below fp32's range. gamma collects D additions, those of halves and limits, a
+    few more roundings and the operands' own.
     """
     addition = unit if unit < TF32 else FP32_CUT
     gamma = (base.shape[1] + 24) * addition + 2.02 * unit

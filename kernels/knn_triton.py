@@ -191,11 +191,11 @@ def rescan_kernel(
 def screen_config(width: int, device: str) -> dict:
     """Tile and launch parameters for a table of `width` columns on "hopper", "cuda" or "hip".
 
-    Up to 64 columns the queries stay in registers or shared memory, and two programs fit on a
+    Up to 64 columns the queries stay in registers or shared memory. Up to 128 two programs fit on a
     multiprocessor, so that one multiplies while the other compares.
     """
     looped = width > 64
-    wide = {"hopper": 128 if looped else 64, "cuda": 32, "hip": 64}
+    wide = {"hopper": 64 if width <= 128 else 128, "cuda": 32, "hip": 64}
     return {
         "QUERIES": 128 if device != "hip" else 64,
         "ROWS": wide[device],

@@ -65,13 +65,15 @@ def logsum_configurations(kind: str):
         many = common | logsum.tiled_config(8192, operand, kind) | {"SHARES": 0}
         types = types | {x: f"*{name}" for x in ("weight", "grad_y", "out")} | {"d_weight": "*fp32"}
         found.append(("gradients", f"{case}, many rows", many, types))
+        few = common | logsum.tiled_config(2048, operand, kind) | both | {"STAGE": "gradient"}
+        found.append(("sweep", f"{case}, gradient, 2,048 rows", few, types))
         if len(sizes) == 2:
             found.append(("sweep", f"{case}, gradient", many | both | {"STAGE": "gradient"}, types))
         else:
             linear = common | affine | {"stride_wi": 1} | logsum.fused_forward_config(32, operand)
             del linear["stride_wf"]
             found.append(("fused_forward", f"{case}, affine, nn.Linear's layout", linear, types))
-            flags = many | affine | {"STAGE": "gradient"}
+            flags = many | affine | {"STAGE": "gradient", "SLICE": logsum.SLICE // 2}
             found.append(("sweep", f"{case}, gradient, affine", flags, types))
             for stage in ("moments", "loss"):
                 flags = many | both | {"STAGE": stage}
@@ -102,11 +104,12 @@ def knn_configurations(kind: str):
     types = {x: "*i32" for x in ("labels", "groups", "bits", "candidates", "listed")}
     types |= {"distances": "*fp64", "indices": "*i64"}
     for bound, label in ((True, "bound"), (False, "bits")):
-        for width in (16, 32, 64, 1536):
-            parameters = {**knn_triton.screen_config(width, kind), "BOUND": bound, "MASK": True}
+        for columns in (16, 32, 64, 128, 1536):  # of a table
+            parameters = {**knn_triton.screen_config(columns, kind), "BOUND": bound, "MASK": True}
+            widest = columns - knn_triton.EXTRA
             yield (
                 "screen",
-                f"{label}, D {'> 64' if width > 64 else f'<= {width}'}",
+                f"{label}, D {'<= ' if columns <= 128 else ''}{widest}",
                 knn_triton.screen_kernel,
                 parameters,
                 types | {"out": "*fp32" if bound else "*i32"},

@@ -60,7 +60,7 @@ def test_compiles_within_the_device(target, kernels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["bits, D > 64", "bf16, rows bf16, weight fp32, gradient"])
+@pytest.mark.parametrize("label", ["bits, D 1530", "bf16, rows bf16, weight fp32, gradient"])
 def test_operands_are_loaded_16_bytes_at_a_time(label):
     found = [one for one in aot.configurations("sm_90") if one[1] == label]
     (_, _, function, parameters, types, _) = found[0]
@@ -80,16 +80,17 @@ SHARED = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024}
 def test_the_screen_is_pipelined_and_two_programs_fit(target, mask):
     made = 0
     for _, label, function, parameters, types, _ in wanted(target, ("screen",)):
-        if "> 64" in label:
+        if "<=" not in label:
             continue
         result = aot.compiled(target, function, {**parameters, "MASK": mask}, types)
         code = result["code"]
         assert re.search(r"cp\.async\.(ca|cg|bulk)", code), label
-        assert len(re.findall(r"wgmma\.wait_group", code)) == (target == "sm_90"), label
+        steps = 1 + parameters["LOOPED"]  # a wait in the loop over columns, and one at its end
+        assert len(re.findall(r"wgmma\.wait_group", code)) == steps * (target == "sm_90"), label
         assert 2 * result["registers"] * result["warps"] * 32 <= 65536, label
         assert 2 * (result["shared"] + 1024) <= SHARED[target], label
         made += 1
-    assert made == 6
+    assert made == 8
 
 
 @pytest.mark.slow
