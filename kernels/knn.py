@@ -213,7 +213,7 @@ class _Screen:
         self.least = self.table.new_empty(self.height, self.width // SET)
 
     def best(self, rows, count):
-        """The `count` rows of base with the least bounds for each query of a block.
+        """The `count` rows of base with the least bounds for each query of a slice.
 
         -> rows (R, count), clipped to those there are, bounds in ascending order, and the bounds'
         largest errors.
@@ -231,10 +231,10 @@ class _Screen:
         return columns, bound + self.half_q[rows, None], error
 
     def _block(self, rows):
-        """Scores (R, width) and their sets' minima (R, width / SET) of query rows (R,)."""
+        """Scores (R, width) and their sets' minima (R, width / SET) of a slice of queries."""
         probe = self.probe[rows]
-        scores = self.scores[: len(rows)]
-        least = self.least[: len(rows)]
+        scores = self.scores[: len(probe)]
+        least = self.least[: len(probe)]
         for start in range(0, self.width, self.panel):
             score = scores[:, start : start + self.panel]
             part = self.table[start : start + self.panel]
@@ -293,7 +293,8 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
     indices = query.new_empty(queries, k, dtype=torch.int64)
     redone = query.new_empty(queries, dtype=torch.bool)
     screen = _Screen(base, query, own, groups, labels, metric)
-    for rows in torch.arange(queries, device=base.device).split(screen.height):
+    for start in range(0, queries, screen.height):
+        rows = slice(start, start + screen.height)
         columns, bound, error = screen.best(rows, k + SPARE)
         distance = bound[:, :k].double()
         index = columns[:, :k].clone()
@@ -304,7 +305,7 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
         sure = settled.all(1) & (not exactly)
         again = (~sure).nonzero().squeeze(1)
         if len(again):
-            exact = _differences(base, query, rows[again], columns[again], metric)
+            exact = _differences(base, query, start + again, columns[again], metric)
             exact = exact.masked_fill_(bound[again].isinf(), inf)
             columns, order = columns[again].sort(dim=1)
             exact = exact.gather(1, order)
