@@ -205,32 +205,35 @@ def _by_features(sets, pairs, wide):
         shape = (part.stop - part.start, beside.stop - beside.start)
         products.append(side.new_empty(shape))
     # Lengths of rows, then of the products' columns: together they come to the host in one copy.
-    numbers = side.new_empty(len(sets) * n + sum(product.shape[1] for product in products))
-    lengths = numbers[: len(sets) * n].view(len(sets), n)
+    rows = len(sets) * n
+    found = sum(product.shape[1] for product in products)
+    numbers = side.new_empty(rows + found)
+    lengths = numbers[:rows].view(len(sets), n)
     for begin in range(0, n, CHUNK_ROWS):
         z = side[: n - begin]
         for k, x in enumerate(sets):
-            norms = lengths[k, begin : begin + len(z)]
-            _centre(x, begin, z[:, columns[k]], norms, means[k])
+            own = lengths[k, begin : begin + len(z)]
+            _centre(x, begin, z[:, columns[k]], own, means[k])
         for product, (_, part, beside) in zip(products, blocks, strict=True):
             product.addmm_(z[:, part].T, z[:, beside], beta=int(begin > 0))
-    place = len(sets) * n
+    end = rows
     for product in products:
-        torch.linalg.vector_norm(product, dim=0, out=numbers[place : place + product.shape[1]])
-        place += product.shape[1]
-    found = _numpy(numbers)
+        place = end
+        end += product.shape[1]
+        torch.linalg.vector_norm(product, dim=0, out=numbers[place:end])
+    norms = _numpy(numbers)
     inner = np.zeros((len(sets), len(sets)))
     squares = np.empty(width)
-    place = len(sets) * n
+    end = rows
     for i, part, beside in blocks:
-        end = place + beside.stop - beside.start
+        place = end
+        end += beside.stop - beside.start
         squares[:] = 0
-        squares[beside] = found[place:end] ** 2
+        squares[beside] = norms[place:end] ** 2
         squares[part.stop : columns[i].stop] *= 2  # and for what is below the diagonal of X^T X
         for j, own in enumerate(columns):
             inner[i, j] += squares[own].sum()
-        place = end
-    return inner, found[: len(sets) * n].reshape(len(sets), n)
+    return inner, norms[:rows].reshape(len(sets), n)
 
 
 def _lots(sets):

@@ -123,6 +123,8 @@ def _first_copies(base, groups, copies):
 
     Rows are told apart by a polynomial of their bits modulo 2^64, and those with one key compared.
     """
+    if base.is_cuda and len(base) <= FEW:
+        return None  # copies fill a list, and then all rows are compared, which costs less
     sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     integers = sizes[base.element_size()]
     powers = torch.full((base.shape[1],), MIX, device=base.device).cumprod(0)
@@ -365,8 +367,7 @@ def _search(
     own = None
     if query is None and groups is None:
         own = torch.arange(len(base), device=base.device)
-    few = base.is_cuda and len(base) <= FEW  # of which all are soon compared where lists overflow
-    kept = None if few else _first_copies(base, groups, k + 1)
+    kept = _first_copies(base, groups, k + 1)
     if kept is not None:
         base = base[kept]
         groups = None if groups is None else groups[kept]

@@ -255,7 +255,8 @@ def search(base, k, query, own, groups, labels, metric):
     wanted = k if groups is not None or own is None else k + 1
     own = None if own is None else pad(own.int(), (0, len(queries) - len(q)))
     base, query = (pad(x, (0, -width % 16)) for x in (base, query))
-    step = WORDS // (len(table) // 32 + capacity(k)) // config["QUERIES"] * config["QUERIES"]
+    step = config["QUERIES"]
+    step *= max(1, WORDS // (len(table) // 32 + capacity(k)) // step)
     found = []
     with launching(base):
         for start in range(0, len(query), step):
