@@ -76,6 +76,7 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "cancer": "name one with --cancer",
     "own": "or run without --download, which takes it as it is",
     "rest": "--download-rest downloads it",
+    "later": "the same command goes on from here later",
     "settings": "tile all slides of a folder alike, or give these another --cancer NAME",
     "table": "mend it, or remove it and run tile.py, which tiles its slides anew",
 }

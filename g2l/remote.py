@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import netrc
 import os
 import re
 import sqlite3
@@ -22,12 +21,12 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from g2l.cohort import CohortSlide, name_slides
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.files import digest, locked, read_text
-from g2l.gdc import pause
+from g2l.network import Client
 from g2l.slides import SUFFIXES
 
 Span = tuple[int, int]  # offset and bytes
@@ -35,8 +34,6 @@ CONNECTIONS = 16  # of one process
 GAP = 1 << 14  # bytes between two spans that are fetched with them rather than asked for apart
 MOST = 4 << 20  # bytes of one request
 BLOCK = 1 << 16  # bytes that are fetched at least while a slide is opened
-TRIES = 5
-PATIENCE = 20.0  # seconds without a byte
 
 
 def is_remote(place: object) -> bool:
@@ -88,14 +85,6 @@ def addresses_below(address: str) -> list[str]:
     return [f"s3://{bucket}/{key}" for key in keys if key.lower().endswith(SUFFIXES)]
 
 
-def _credentials(host: str | None) -> str:
-    """user:password of a host in ~/.netrc; "" where it has none."""
-    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
-        if found := netrc.netrc().authenticators(host or ""):
-            return f"{found[0]}:{found[2]}"
-    return ""
-
-
 def read_addresses(path: Path) -> list[str]:
     """The addresses in a file, one a line; UserError for what is none."""
     lines = read_text(path).splitlines()
@@ -139,20 +128,16 @@ class Link:
         self.process = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        own = dict.fromkeys(("pool", "threads", "store", "lock"))
+        own = dict.fromkeys(("client", "threads", "store", "lock"))
         return {**self.__dict__, "process": 0, **own}
 
     def connect(self) -> None:
         """Make what this process has not yet."""
         if self.process == os.getpid():
             return
-        import urllib3
-
         if self.process:  # a fork has its parent's
             self.counts = defaultdict(float)
-        limits = urllib3.Timeout(connect=10, read=PATIENCE)
-        # No thread waits for another's connection: each has at most one in hand.
-        self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
+        self.client = Client(self.hosts, CONNECTIONS)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
         self.lock = threading.Lock()  # of the counts to which threads add
         self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
@@ -174,60 +159,18 @@ class Link:
     def fetch(self, address: str, offset: int, count: int) -> tuple[bytes, int, str]:
         """(the bytes from `offset`, fewer only at the end; length of the whole; its ETag or "").
 
-        What may pass is tried again, later each time. UserError with the reason when it cannot be
-        had: no PatchError, which would say that the slide is damaged there.
+        UserError with the reason when it cannot be had: no PatchError, which would say that the
+        slide is damaged there.
         """
-        import urllib3
-
         self.connect()
-        for attempt in range(TRIES):
-            wait = ""
-            try:
-                answer = self._ask(url_of(address), offset, count)
-                with contextlib.closing(answer):
-                    status = answer.status
-                    if status == 206:
-                        return self._checked(answer, offset, count)
-                    wait = answer.headers.get("Retry-After", "")
-                reason = f"the server answers {status}"
-                if status == 200:
-                    reason = "the server has no ranges of bytes"
-                if status in (401, 403):
-                    reason += ": no credential, or one that has expired"
-                if status < 500 and status not in (408, 429):
-                    break
-            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                reason = f"no answer ({error})"
-            if attempt < TRIES - 1:
-                pause(attempt - 1, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
-        raise UserError(f"{address.partition('?')[0]}: {reason}")
-
-    def _ask(self, url: str, offset: int, count: int) -> Any:
-        """The answer to a request for a range, after redirects to hosts that are listed."""
-        import urllib3
-
-        for _ in range(5):
-            host = urlsplit(url)
-            headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
-            headers["Accept-Encoding"] = "identity"
-            if known := _credentials(host.hostname):
-                headers |= urllib3.make_headers(basic_auth=known)
-            answer = self.pool.request(
-                "GET", url, headers=headers, redirect=False, preload_content=False
-            )
-            if answer.status not in (301, 302, 303, 307, 308):
-                return answer
-            answer.close()
-            further = urljoin(url, answer.headers.get("Location", ""))
-            target = urlsplit(further)
-            safe = target.scheme == host.scheme or target.scheme == "https"
-            if not safe or target.netloc not in {*self.hosts, host.netloc}:
-                raise UserError(f"{host.netloc} redirects to {target.netloc}, which is not listed")
-            url = further
-        raise UserError(f"{urlsplit(url).netloc} redirects without end")
+        headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
+        take = functools.partial(self._checked, offset=offset, count=count)
+        return self.client.ask(url_of(address), headers, take)
 
     def _checked(self, answer: Any, offset: int, count: int) -> tuple[bytes, int, str]:
         """The content of an answer; ValueError where it is not what it should be."""
+        if answer.status != 206:
+            raise UserError("the server has no ranges of bytes")
         span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
         if not span or int(span[1]) != offset:
             raise ValueError("another range than was asked for")

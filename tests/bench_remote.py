@@ -4,12 +4,12 @@
     python tests/bench_remote.py [--slides 48] [--workers 8] [--batches 200] [--data DIR]
 
 A server on this machine answers each request after 50 ms and sends 400 Mbit/s in all, to every
-connection its share. Slides are drawn (JPEG tiles of 256 px), tiled by `tile.py --remote`, and read
-by `stream.load` in the order of distill.py: without a cache, into an empty one, out of the full one,
-and the same patches from the slides on disk. Slides are so large that hardly a patch is drawn twice.
-Prints patches a second, bytes read, hits, the share of the loaders' time that they waited for the
-link, and CPU seconds of the loaders and of the server, which shares their cores. Given a folder,
-slides and coordinates are kept there for the next time.
+connection its share. Slides are drawn (JPEG tiles of 256 px), tiled by `tile.py --remote`, and
+read by `stream.load` in the order of distill.py: without a cache, into an empty one, out of the
+full one, and the same patches from the slides on disk. Slides are so large that hardly a patch is
+drawn twice. Prints patches a second, bytes read, hits, the share of the loaders' time that they
+waited for the link, and CPU time of the loaders and of the server, which shares their cores. Given
+a folder, slides and coordinates are kept there for the next time.
 """
 
 import argparse

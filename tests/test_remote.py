@@ -21,8 +21,8 @@ FLAGS = "--workers", "1", "--assume-mpp", "0.25"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
-    monkeypatch.setattr("g2l.remote.PATIENCE", 0.3)
+    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
 
 
 @pytest.fixture(scope="module")

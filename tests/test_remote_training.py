@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("signals")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
-    monkeypatch.setattr("g2l.remote.PATIENCE", 0.3)
+    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
 
 
 @pytest.fixture(scope="module")
