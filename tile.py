@@ -81,10 +81,10 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "table": "mend it, or remove it and run tile.py, which tiles its slides anew",
 }
 
-
 GDC = "the GDC"
 RUN = 960_000  # patches of a training run: 10,000 steps of 96
-PATCH = 10e3, 40e3  # bytes of a patch, from and to
+PATCH = 10e3, 40e3  # bytes of a patch that is a tile, from and to
+FIRST = 3e6  # bytes of a slide's directory and of the tiles that show whether it is sound
 
 
 def plain_name(text: str) -> str:
@@ -384,8 +384,7 @@ def choose(
     held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
     strategy = args.strategy or ("diagnostic" if args.download or args.remote == GDC else "both")
     chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
-    fewer = len(chosen) < args.max_slides
-    note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
+    note = f" (fewer than --max-slides {args.max_slides})" * (len(chosen) < args.max_slides)
     held_out = sum(reason.mend == "exclude" for reason in left_out.values())
     print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
     if args.exclude and not held_out:
@@ -459,15 +458,15 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
 
 
 def tell_plan(todo: list[CohortSlide]) -> None:
-    """Say what is read of slides that stay where they are, now and in training."""
+    """Estimate what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
-    whole = sum(sizes) / 1e9
-    now = sum(min(size, 5e6 + size / 16) for size in sizes) / 1e9
+    now = sum(min(size, FIRST + size / 16) for size in sizes) / 1e9
     least, most = (RUN * size / 1e9 for size in PATCH)
     print(
-        f"to read where they are: {len(sizes)} slides of {whole:.2f} GB in all: now up to about "
-        f"{now:.2f} GB, then in a training run of {RUN:,} patches {least:.0f} to {most:.0f} GB "
-        "(less where they are few: none is fetched twice while --cache of distill.py holds it)",
+        f"to read where they are: {len(sizes)} slides of {sum(sizes) / 1e9:,.3f} GB in all; "
+        f"estimated: now {now:,.3f} GB, then in a training run of {RUN:,} patches {least:.0f} to "
+        f"{most:.0f} GB, up to four times that where a slide's tiles are not the patches (less "
+        "where slides are few: none is fetched twice while --cache of distill.py holds it)",
     )
 
 
