@@ -464,9 +464,9 @@ def tell_plan(todo: list[CohortSlide]) -> None:
     least, most = (RUN * size / 1e9 for size in PATCH)
     print(
         f"to read where they are: {len(sizes)} slides of {sum(sizes) / 1e9:,.3f} GB in all; "
-        f"estimated: now {now:,.3f} GB, then in a training run of {RUN:,} patches {least:.0f} to "
-        f"{most:.0f} GB, up to four times that where a slide's tiles are not the patches (less "
-        "where slides are few: none is fetched twice while --cache of distill.py holds it)",
+        f"estimated: now {now:,.3f} GB, then {least:.0f} to {most:.0f} GB in a training run of "
+        f"{RUN:,} patches, up to four times that where tiles are not the patches (less where "
+        "slides are few: distill.py fetches no tile twice while --cache holds it)",
     )
 
 
@@ -499,9 +499,10 @@ def update_rows(
             row = rows.setdefault(name, {"slide": name})
             row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
     for slide in slides:
-        if slide.name in rows:
-            place = place_of(slide, job)
-            rows[slide.name] |= {"patient": slide.patient, "path": place}
+        if row := rows.get(slide.name):
+            row["patient"] = slide.patient
+            if job.link or slide.path.is_file():
+                row["path"] = place_of(slide, job)
     changed = [row for name, row in rows.items() if row != known.get(name)]
     if changed:
         write_rows(job.folder, changed)

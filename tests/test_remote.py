@@ -145,11 +145,11 @@ def test_the_proxy_of_the_environment_is_taken(slides, monkeypatch):
         monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:word@"))
         place = "http://slides.invalid/x/a.svs"
         assert Link([place]).fetch(place, 3, 9)[0] == slides["a.svs"][3:12]
-        assert server.seen[0][2]["Proxy-Authorization"].startswith("Basic ")
+        assert server.seen[0][2]["proxy-authorization"].startswith("Basic ")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         place = f"{server.url}/x/a.svs"
         assert Link([place]).fetch(place, 3, 9)[0] == slides["a.svs"][3:12]
-        assert "Proxy-Authorization" not in server.seen[1][2]
+        assert "proxy-authorization" not in server.seen[1][2]
 
 
 def test_a_server_that_fails_while_tiling_fails_the_slide_and_loses_nothing(far, capsys):
@@ -162,7 +162,7 @@ def test_a_server_that_fails_while_tiling_fails_the_slide_and_loses_nothing(far,
 
 def test_the_gdc_by_name_and_what_needs_openslide(tmp_path, slides, capsys):
     strips = tmp_path / "TCGA-N5-A4R1-01Z-00-DX1.svs"
-    write_slide(strips, section(1024, 1024), missing=(5, 6, 7))
+    write_slide(strips, section(1024, 1024), mpp=None, missing=(5, 6, 7))
     files = {
         "id-0": ("TCGA-N5-A4R0-01Z-00-DX1.svs", slides["a.svs"]),
         "id-1": (strips.name, strips.read_bytes()),
@@ -217,7 +217,7 @@ def test_what_needs_openslide_is_downloaded_and_what_has_no_tissue_is_remembered
         assert "OpenSlide" in table["strips"]["reason"] and "tissue" in table["blank"]["reason"]
         server.sent.clear()
         assert tiled(tmp_path, server, "--download-rest") == 0
-        assert {name for name, sent in server.sent.items() if sent > 1} == {"strips.svs"}
+        assert server.sent["blank.svs"] == 1, "it is asked for its version only"
         table = rows(tmp_path, "far")
         (path,) = (tmp_path / "slides").rglob("*.svs")
         assert table["strips"]["path"] == str(path) and table["strips"]["status"] == "done"
@@ -232,8 +232,9 @@ def test_what_needs_openslide_is_downloaded_and_what_has_no_tissue_is_remembered
 
 
 def test_the_plan_is_an_estimate_that_holds_within_a_factor_of_two(tmp_path, slides, capsys):
-    """Of slides of more than a megabyte; where tiles are not the patches, eight in training."""
-    image = cut_out(np.tile(stained(2048, 2048), (3, 3, 1)))
+    """Of slides of more than a megabyte; below 6,400 px a thumbnail takes all of them. In training
+    eight, where tiles are not the patches."""
+    image = cut_out(np.tile(stained(2048, 2048), (4, 4, 1)))
     large = write_slide(tmp_path / "large.svs", image, mpp=None).read_bytes()
     files = {name: body for name, body in slides.items() if len(body) > 1e6} | {"large.svs": large}
     planned = {name: min(len(body), tile.FIRST + len(body) / 16) for name, body in files.items()}
