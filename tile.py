@@ -548,10 +548,9 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
 def tell_slide(progress: Progress, row: dict) -> None:
     """One line for one slide."""
     what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
-    warned = f" ({row['warnings']})" if row.get("warnings") else ""
+    what += f" ({row['warnings']})" if row.get("warnings") else ""
     progress.step()
-    place = f"[{progress.done}/{progress.total}]"
-    progress.note(f"{place} {row['slide']}: {row['status']}, {what}{warned}")
+    progress.note(f"[{progress.done}/{progress.total}] {row['slide']}: {row['status']}, {what}")
 
 
 def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:
