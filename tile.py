@@ -499,10 +499,10 @@ def update_rows(
             row = rows.setdefault(name, {"slide": name})
             row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
     for slide in slides:
-        if row := rows.get(slide.name):
-            row["patient"] = slide.patient
+        if found := rows.get(slide.name):
+            found["patient"] = slide.patient
             if job.link or slide.path.is_file():
-                row["path"] = place_of(slide, job)
+                found["path"] = place_of(slide, job)
     changed = [row for name, row in rows.items() if row != known.get(name)]
     if changed:
         write_rows(job.folder, changed)

@@ -163,7 +163,7 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
 def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
     """Add to a .partial file of `have` bytes what the server sends; why it ended."""
     headers = {"Range": f"bytes={have}-"} if have else {}
-    save = functools.partial(_save, partial=partial, have=have, size=size, report=report)
+    save = functools.partial(_save, partial, have, size, report)
     try:
         return Client().ask(url, headers, save, tries=TRIES)
     except UserError as error:
@@ -173,7 +173,7 @@ def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int]
     return "the connection ended early"
 
 
-def _save(answer: Any, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
+def _save(partial: Path, have: int, size: int, report: Callable[[int], None], answer: Any) -> str:
     """Write an answer to the .partial file as it comes; why it ended."""
     from urllib3.exceptions import HTTPError
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import netrc
-import re
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -35,7 +34,7 @@ class Client:
     def __init__(self, hosts: Collection[str] = (), connections: int = 1):
         self.hosts = hosts
         self.connections = connections
-        self.routes: dict[str, tuple[Any, dict[str, str]]] = {}
+        self.pools: dict[str, Any] = {}
 
     def ask(
         self,
@@ -69,21 +68,21 @@ class Client:
             except (HTTPError, ValueError) as error:
                 reason = f"no answer ({error})"
             if attempt < tries - 1:
-                pause(attempt, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
+                pause(attempt, int(wait[:9]) if wait.isdecimal() else 0)
         raise UserError(f"{url.partition('?')[0]}: {reason}")
 
     def _send(self, url: str, headers: dict[str, str], body: bytes | None) -> Any:
         """The answer to a request, unread, after redirects."""
         for _ in range(5):
             host = urlsplit(url)
-            if host.netloc not in self.routes:
-                self.routes[host.netloc] = self._route(host)
-            pool, own = self.routes[host.netloc]
+            if host.netloc not in self.pools:
+                self.pools[host.netloc] = self._pool(host)
+            pool = self.pools[host.netloc]
             answer = pool.request(
                 "POST" if body else "GET",
                 url,
                 body=body,
-                headers={"Accept-Encoding": "identity"} | own | headers,
+                headers=pool.headers | headers,
                 redirect=False,
                 preload_content=False,
             )
@@ -98,22 +97,22 @@ class Client:
             url = further
         raise UserError(f"{urlsplit(url).netloc} redirects without end")
 
-    def _route(self, host: SplitResult) -> tuple[Any, dict[str, str]]:
-        """Connections by which a host is reached, and the headers that it wants."""
+    def _pool(self, host: SplitResult) -> Any:
+        """Connections to a host, with the headers that it wants."""
         import urllib.request  # slow to import
 
         import urllib3
 
+        own = urllib3.make_headers(basic_auth=_credentials(host.hostname))
         options: dict[str, Any] = {"maxsize": self.connections, "retries": False}
+        options["headers"] = own | {"Accept-Encoding": "identity"}
         options["timeout"] = urllib3.Timeout(connect=10, read=PATIENCE)
         proxy = urllib.request.getproxies().get(host.scheme)
-        if proxy and not urllib.request.proxy_bypass(host.netloc):
-            auth = urllib3.util.parse_url(proxy).auth
-            options["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=auth)
-            pool: Any = urllib3.ProxyManager(proxy, **options)
-        else:
-            pool = urllib3.PoolManager(**options)
-        return pool, urllib3.make_headers(basic_auth=_credentials(host.hostname))
+        if not proxy or urllib.request.proxy_bypass(host.netloc):
+            return urllib3.PoolManager(**options)
+        auth = urllib3.util.parse_url(proxy).auth
+        options["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=auth)
+        return urllib3.ProxyManager(proxy, **options)
 
 
 def _credentials(host: str | None) -> str | None:

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,11 +41,6 @@ def is_remote(place: object) -> bool:
     return re.match("(https?|s3)://", str(place)) is not None
 
 
-def address_of(place: str) -> str:
-    """A place if it is an address, else ""."""
-    return place if is_remote(place) else ""
-
-
 @functools.cache
 def _s3() -> Any:
     """The client that signs, with the credentials that AWS's own tools find, if there are any."""
@@ -55,9 +50,8 @@ def _s3() -> Any:
     session = botocore.session.get_session()
     known = session.get_credentials() is not None
     version = "s3v4" if known else botocore.UNSIGNED
-    region = session.get_config_variable("region") or "us-east-1"
     config = botocore.config.Config(signature_version=version)
-    return session.create_client("s3", region_name=region, config=config)
+    return session.create_client("s3", config=config)
 
 
 @functools.lru_cache(4096)
@@ -99,14 +93,14 @@ def slides_at(addresses: list[str], folder: Path, names: Collection[str] = ()) -
     """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
     server answers. Given `names`, only the files called so."""
     link = Link(addresses)
+    link.connect()
     every = [one for address in addresses for one in addresses_below(address)]
     slides = {}
-    with ThreadPoolExecutor(CONNECTIONS) as threads:
-        for address, (size, etag) in zip(every, threads.map(link.version, every), strict=True):
-            file = Path(unquote(urlsplit(address).path)).name
-            path = folder / digest(address) / file
-            if not names or file in names:
-                slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
+    for address, (size, etag) in zip(every, link.threads.map(link.version, every), strict=True):
+        file = Path(unquote(urlsplit(address).path)).name
+        path = folder / digest(address) / file
+        if not names or file in names:
+            slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
     for name, path in name_slides(slides).items():
         slides[path].name = name
     return list(slides.values())
@@ -116,15 +110,15 @@ class Link:
     """Connections to servers and the tiles kept on disk; each process makes its own when it needs
     them.
 
-    A redirect is followed only to a host of `addresses`. `counts`: bytes and requests of servers,
-    tiles asked for, hits among them, seconds waited.
+    A redirect is followed only to a host of `addresses`. `counts`: bytes fetched, tiles asked for,
+    hits of the cache among them.
     """
 
     def __init__(self, addresses: Iterable[str], cache: Path | None = None, bound: int = 0):
         self.hosts = {urlsplit(url_of(f"{address}_")).netloc for address in addresses}
         self.cache = cache
         self.bound = bound
-        self.counts: dict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
         self.process = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,7 +130,7 @@ class Link:
         if self.process == os.getpid():
             return
         if self.process:  # a fork has its parent's
-            self.counts = defaultdict(float)
+            self.counts = Counter()
         self.client = Client(self.hosts, CONNECTIONS)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
         self.lock = threading.Lock()  # of the counts to which threads add
@@ -148,12 +142,12 @@ class Link:
         if self.process == os.getpid() and self.store:
             self.store.flush()
 
-    def take_counts(self) -> dict[str, float]:
+    def take_counts(self) -> Counter[str]:
         """What this process counted, which begins anew."""
         if self.process != os.getpid():
-            return {}
+            return Counter()
         with self.lock:
-            taken, self.counts = self.counts, defaultdict(float)
+            taken, self.counts = self.counts, Counter()
         return taken
 
     def fetch(self, address: str, offset: int, count: int) -> tuple[bytes, int, str]:
@@ -164,10 +158,10 @@ class Link:
         """
         self.connect()
         headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
-        take = functools.partial(self._checked, offset=offset, count=count)
+        take = functools.partial(self._checked, offset, count)
         return self.client.ask(url_of(address), headers, take)
 
-    def _checked(self, answer: Any, offset: int, count: int) -> tuple[bytes, int, str]:
+    def _checked(self, offset: int, count: int, answer: Any) -> tuple[bytes, int, str]:
         """The content of an answer; ValueError where it is not what it should be."""
         if answer.status != 206:
             raise UserError("the server has no ranges of bytes")
@@ -175,13 +169,13 @@ class Link:
         if not span or int(span[1]) != offset:
             raise ValueError("another range than was asked for")
         size = int(span[3])
+        whole = min(count, size - offset)
         data = answer.read(count + 1)
-        if len(data) != min(count, size - offset):
-            raise ValueError(f"{len(data)} bytes where {min(count, size - offset)} should be")
+        if len(data) != whole:
+            raise ValueError(f"{len(data)} bytes where {whole} should be")
         answer.release_conn()
         with self.lock:
             self.counts["bytes"] += len(data)
-            self.counts["requests"] += 1
         return data, size, answer.headers.get("ETag", "")
 
     def version(self, address: str) -> tuple[int, str]:
@@ -261,12 +255,8 @@ class RemoteFile:
                 found = decode(known)
                 counts["hits"] += 1
                 return found
-        start = time.monotonic()
         future, first = self.coming.pop((offset, count), (None, offset))
-        try:
-            data = future.result() if future else self._fetch(offset, count)
-        finally:
-            counts["waited"] += time.monotonic() - start
+        data = future.result() if future else self._fetch(offset, count)
         data = data[offset - first :][:count]
         found = decode(data)
         if store:
@@ -340,11 +330,8 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.place
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.file.size}
+        base = 0, self.place, self.file.size
         self.place = base[whence] + offset
         return self.place
 

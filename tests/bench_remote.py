@@ -22,7 +22,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from synthetic import cut_out, stained, write_slide
 
 import tile
+from g2l import remote
 from g2l.patches import PatchIndex
+from g2l.remote import RemoteFile
 from g2l.stream import Batches, load
 
 
@@ -72,13 +76,42 @@ async def serve(folder, latency, rate, port):
     await server.serve_forever()
 
 
+class Timed:
+    """The time that the thread which reads patches waits for the link, and its requests."""
+
+    def __init__(self):
+        self.waited, self.requests = 0.0, 0
+        result, fetch, inner = Future.result, RemoteFile._fetch, remote.Link.fetch
+        Future.result = lambda *args: self.wait(result, *args)
+        RemoteFile._fetch = lambda *args: self.wait(fetch, *args)
+        remote.Link.fetch = lambda *args: self.count(inner, *args)
+
+    def wait(self, work, *args):
+        if threading.current_thread() is not threading.main_thread():
+            return work(*args)
+        start = time.monotonic()
+        try:
+            return work(*args)
+        finally:
+            self.waited += time.monotonic() - start
+
+    def count(self, work, *args):
+        self.requests += 1
+        return work(*args)
+
+
 class Counted(Batches):
     """Batches whose list of unreadable patches ends with what the link counted."""
 
+    timed = None
+
     def __getitem__(self, number):
-        start = time.monotonic()
+        Counted.timed = Counted.timed or Timed()  # in this process
+        start, waited, requests = time.monotonic(), self.timed.waited, self.timed.requests
         images, params, unreadable = super().__getitem__(number)
         counts = dict(self.index.link.counts) | {"seconds": time.monotonic() - start}
+        counts["waited"] = self.timed.waited - waited
+        counts["requests"] = self.timed.requests - requests
         self.index.link.counts.clear()
         return images, params, [*unreadable, json.dumps(counts)]
 

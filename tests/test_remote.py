@@ -231,6 +231,7 @@ def test_what_needs_openslide_is_downloaded_and_what_has_no_tissue_is_remembered
             assert set(server.sent.values()) == {1}, "each is asked for its version only"
 
 
+@pytest.mark.slow
 def test_the_plan_is_an_estimate_that_holds_within_a_factor_of_two(tmp_path, slides, capsys):
     """Of slides of more than a megabyte; below 6,400 px a thumbnail takes all of them. In training
     eight, where tiles are not the patches."""
