@@ -73,7 +73,7 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "sample": "see --max-slides and --seed",
     "manifest": "--manifest takes a GDC manifest (tabs) or a CSV with slide[,mpp][,patient]",
     "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
-    "cancer": "name one with --cancer",
+    "cancer": "name one with --cancer, or give --remote your own addresses",
     "own": "or run without --download, which takes it as it is",
     "rest": "--download-rest downloads it",
     "later": "the same command goes on from here later",
@@ -115,9 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
         download,
         "--remote URL-LIST",
         "read no slide whole, only the tiles that are needed, now and in training: of a TCGA "
-        "project at the GDC or, given a file, at the addresses in it, one a line (https:// or "
-        "s3://, which with a / at its end stands for all slides below; with the credentials that "
-        "AWS's tools find or a ~/.netrc, else without)",
+        "project at the GDC or, given an address or a file, at the addresses in it, one a line "
+        "(https:// or s3://, which with a / at its end stands for all slides below; with the "
+        "credentials that AWS's tools find or a ~/.netrc, else without)",
         nargs="?",
         const=GDC,
     )
@@ -337,7 +337,7 @@ def job_of(args: argparse.Namespace) -> Job:
 
 def addresses_of(args: argparse.Namespace) -> list[str]:
     """What --remote names."""
-    return [args.gdc_url] if args.remote == GDC else read_addresses(Path(args.remote))
+    return [args.gdc_url] if args.remote == GDC else read_addresses(args.remote)
 
 
 def slides_folder(args: argparse.Namespace) -> Path:

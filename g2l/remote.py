@@ -79,13 +79,15 @@ def addresses_below(address: str) -> list[str]:
     return [f"s3://{bucket}/{key}" for key in keys if key.lower().endswith(SUFFIXES)]
 
 
-def read_addresses(path: Path) -> list[str]:
-    """The addresses in a file, one a line; UserError for what is none."""
-    lines = read_text(path).splitlines()
+def read_addresses(place: str) -> list[str]:
+    """An address, or those in a file, one a line; UserError for what is none."""
+    if not is_remote(place) and not os.path.isfile(place):
+        raise UserError(f"{place}: no address, and no file of addresses")
+    lines = [place] if is_remote(place) else read_text(Path(place)).splitlines()
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     for line in found or [""]:
         if not is_remote(line):
-            raise UserError(f"{path}: {line!r} is no http(s):// or s3:// address")
+            raise UserError(f"{place}: {line!r} is no http(s):// or s3:// address")
     return found
 
 

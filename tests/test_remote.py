@@ -294,3 +294,11 @@ def test_addresses_must_be_addresses(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("ftp://host/a.svs\n")
     assert command(tmp_path, "far", "--remote", tmp_path / "list.txt") == 1
     assert "no http(s):// or s3:// address" in capsys.readouterr().err
+    assert command(tmp_path, "far", "--remote", tmp_path / "other.txt") == 1
+    assert "no address, and no file of addresses" in capsys.readouterr().err
+
+
+def test_one_address_will_do(tmp_path, slides):
+    with serve({"a.svs": ("a.svs", slides["a.svs"])}) as server:
+        assert command(tmp_path, "far", "--remote", f"{server.url}/x/a.svs?signed=yes") == 0
+    assert list(rows(tmp_path, "far")) == ["a"]
