@@ -82,8 +82,6 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
 }
 
 GDC = "the GDC"
-RUN = 960_000  # patches of a training run: 10,000 steps of 96
-PATCH = 10e3, 40e3  # bytes of a patch that is a tile, from and to
 FIRST = 3e6  # bytes of a slide's directory and of the tiles that show whether it is sound
 
 
@@ -461,12 +459,11 @@ def tell_plan(todo: list[CohortSlide]) -> None:
     """Estimate what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
     now = sum(min(size, FIRST + size / 16) for size in sizes) / 1e9
-    least, most = (RUN * size / 1e9 for size in PATCH)
     print(
         f"to read where they are: {len(sizes)} slides of {sum(sizes) / 1e9:,.3f} GB in all; "
-        f"estimated: now {now:,.3f} GB, then {least:.0f} to {most:.0f} GB in a training run of "
-        f"{RUN:,} patches, up to four times that where tiles are not the patches (less where "
-        "slides are few: distill.py fetches no tile twice while --cache holds it)",
+        f"estimated: now {now:,.3f} GB, then 10 to 40 GB in a training run of 10,000 steps of 96 "
+        "patches, up to four times that where tiles are not the patches (less where slides are "
+        "few: distill.py fetches no tile twice while --cache holds it)",
     )
 
 

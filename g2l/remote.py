@@ -200,6 +200,7 @@ class RemoteFile:
     def __init__(self, link: Link, address: str, size: int, etag: str):
         self.link = link
         self.address = address
+        self.name = address.partition("?")[0]  # without what signs it
         self.size = size
         self.etag = etag
         self.facts: dict[str, int | str] = {"slide_bytes": size, "slide_etag": etag}
@@ -209,8 +210,7 @@ class RemoteFile:
     def _fetch(self, offset: int, count: int) -> bytes:
         data, size, etag = self.link.fetch(self.address, offset, count)
         if size != self.size or (etag and self.etag and etag != self.etag):
-            address = self.address.partition("?")[0]
-            raise UserError(f"{address} changed since it was tiled; run tile.py on it again")
+            raise UserError(f"{self.name} changed since it was tiled; run tile.py on it again")
         if len(data) != count:
             raise PatchError("it lies beyond the end of the file, which is cut short or damaged")
         return data
@@ -221,7 +221,7 @@ class RemoteFile:
         return self.twin or self.link.store
 
     def _key(self, offset: int) -> str:
-        return f"{self.address.partition('?')[0]} {self.size} {self.etag} {offset}"
+        return f"{self.name} {self.size} {self.etag} {offset}"
 
     def ahead(self, spans: Iterable[Span]) -> None:
         """Begin to fetch what is not at hand, neighbours together."""

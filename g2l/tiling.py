@@ -163,7 +163,6 @@ def tile_there_or_here(
     """Tile a slide at its address, or at hand, where it may have to be fetched first (see
     tile_one)."""
     if job.link and is_remote(row["path"]):
-        before = job.link.counts["bytes"]
         try:
             with contextlib.closing(job.link.open(slide.address)) as file:
                 return tile_one(slide, job, row, file)
@@ -174,7 +173,7 @@ def tile_there_or_here(
                 row["settings"] += REST
                 raise
         finally:
-            tell(job.link.counts["bytes"] - before)
+            tell(job.link.take_counts()["bytes"])
     if slide.address and (job.download or job.download_rest):
         if slide.path.is_file():
             check_own(slide)
