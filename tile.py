@@ -73,17 +73,16 @@ REMEDIES = {  # what mends an error, by its key; added to messages and to the re
     "sample": "see --max-slides and --seed",
     "manifest": "--manifest takes a GDC manifest (tabs) or a CSV with slide[,mpp][,patient]",
     "slides": "name their folder with --slides, or fetch those of a TCGA project with --download",
-    "cancer": "name one with --cancer",
+    "cancer": "name one with --cancer, or give --remote your own addresses",
     "own": "or run without --download, which takes it as it is",
     "rest": "--download-rest downloads it",
+    "later": "the same command goes on from here later",
     "settings": "tile all slides of a folder alike, or give these another --cancer NAME",
     "table": "mend it, or remove it and run tile.py, which tiles its slides anew",
 }
 
-
 GDC = "the GDC"
-RUN = 960_000  # patches of a training run: 10,000 steps of 96
-PATCH = 10e3, 40e3  # bytes of a patch, from and to
+FIRST = 3e6  # bytes of a slide's directory and of the tiles that show whether it is sound
 
 
 def plain_name(text: str) -> str:
@@ -114,9 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
         download,
         "--remote URL-LIST",
         "read no slide whole, only the tiles that are needed, now and in training: of a TCGA "
-        "project at the GDC or, given a file, at the addresses in it, one a line (https:// or "
-        "s3://, which with a / at its end stands for all slides below; with the credentials that "
-        "AWS's tools find or a ~/.netrc, else without)",
+        "project at the GDC or, given an address or a file, at the addresses in it, one a line "
+        "(https:// or s3://, which with a / at its end stands for all slides below; with the "
+        "credentials that AWS's tools find or a ~/.netrc, else without)",
         nargs="?",
         const=GDC,
     )
@@ -336,7 +335,7 @@ def job_of(args: argparse.Namespace) -> Job:
 
 def addresses_of(args: argparse.Namespace) -> list[str]:
     """What --remote names."""
-    return [args.gdc_url] if args.remote == GDC else read_addresses(Path(args.remote))
+    return [args.gdc_url] if args.remote == GDC else read_addresses(args.remote)
 
 
 def slides_folder(args: argparse.Namespace) -> Path:
@@ -383,8 +382,7 @@ def choose(
     held = read_patients(args.exclude, slides + earlier) if args.exclude else set()
     strategy = args.strategy or ("diagnostic" if args.download or args.remote == GDC else "both")
     chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
-    fewer = len(chosen) < args.max_slides
-    note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
+    note = f" (fewer than --max-slides {args.max_slides})" * (len(chosen) < args.max_slides)
     held_out = sum(reason.mend == "exclude" for reason in left_out.values())
     print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
     if args.exclude and not held_out:
@@ -458,15 +456,14 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
 
 
 def tell_plan(todo: list[CohortSlide]) -> None:
-    """Say what is read of slides that stay where they are, now and in training."""
+    """Estimate what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
-    whole = sum(sizes) / 1e9
-    now = sum(min(size, 5e6 + size / 16) for size in sizes) / 1e9
-    least, most = (RUN * size / 1e9 for size in PATCH)
+    now = sum(min(size, FIRST + size / 16) for size in sizes) / 1e9
     print(
-        f"to read where they are: {len(sizes)} slides of {whole:.2f} GB in all: now up to about "
-        f"{now:.2f} GB, then in a training run of {RUN:,} patches {least:.0f} to {most:.0f} GB "
-        "(less where they are few: none is fetched twice while --cache of distill.py holds it)",
+        f"to read where they are: {len(sizes)} slides of {sum(sizes) / 1e9:,.3f} GB in all; "
+        f"estimated: now {now:,.3f} GB, then 10 to 40 GB in a training run of 10,000 steps of 96 "
+        "patches, up to four times that where tiles are not the patches (less where slides are "
+        "few: distill.py fetches no tile twice while --cache holds it)",
     )
 
 
@@ -499,9 +496,10 @@ def update_rows(
             row = rows.setdefault(name, {"slide": name})
             row |= {"status": "skipped", "reason": reason_of(error), "patches": "0", "settings": ""}
     for slide in slides:
-        if slide.name in rows:
-            place = place_of(slide, job)
-            rows[slide.name] |= {"patient": slide.patient, "path": place}
+        if found := rows.get(slide.name):
+            found["patient"] = slide.patient
+            if job.link or slide.path.is_file():
+                found["path"] = place_of(slide, job)
     changed = [row for name, row in rows.items() if row != known.get(name)]
     if changed:
         write_rows(job.folder, changed)
@@ -547,10 +545,9 @@ def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[Coho
 def tell_slide(progress: Progress, row: dict) -> None:
     """One line for one slide."""
     what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
-    warned = f" ({row['warnings']})" if row.get("warnings") else ""
+    what += f" ({row['warnings']})" if row.get("warnings") else ""
     progress.step()
-    place = f"[{progress.done}/{progress.total}]"
-    progress.note(f"{place} {row['slide']}: {row['status']}, {what}{warned}")
+    progress.note(f"[{progress.done}/{progress.total}] {row['slide']}: {row['status']}, {what}")
 
 
 def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:

@@ -6,21 +6,23 @@ is verified.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from g2l.cohort import TCGA, CohortSlide, name_slides
-from g2l.errors import UserError, disk_full
+from g2l.errors import UserError
 from g2l.files import size_of
+from g2l.network import Client, pause
 from g2l.slides import SUFFIXES
 
 MOST_SLIDES = 100_000  # the GDC has 30,000 in all
+TRIES = 8  # a minute in all
 MOST_BYTES = 64 << 20  # of one answer; a page of 2,000 slides is 0.4 MB
 
 
@@ -70,17 +72,26 @@ def ask_gdc(
 
 def _all_pages(url: str, query: dict) -> list[dict]:
     """The hits of every page. Raises ValueError, KeyError or TypeError for what is no such list."""
+    client = Client()
     hits: list[dict] = []
     while True:
         body = json.dumps(query | {"from": len(hits)}).encode()
-        with ask(url, {"Content-Type": "application/json"}, body) as reply:
-            data = json.load(reply)["data"]
+        answer = client.ask(url, {"Content-Type": "application/json"}, _whole, body, TRIES)
+        data = json.loads(answer)["data"]
         hits += data["hits"]
         total = int(data["pagination"]["total"])
         if max(total, len(hits)) > MOST_SLIDES:
             raise ValueError(f"{total} slides")
         if len(hits) >= total or not data["hits"]:
             return hits
+
+
+def _whole(answer: Any) -> bytes:
+    """All of an answer; UserError where it is too much."""
+    text = answer.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise UserError(f"the GDC: an answer of more than {MOST_BYTES >> 20} MB")
+    return text
 
 
 def _as_slide(hit: dict, folder: Path, url: str) -> CohortSlide | None:
@@ -101,61 +112,6 @@ def _as_slide(hit: dict, folder: Path, url: str) -> CohortSlide | None:
     address = f"{url.rstrip('/')}/data/{key}"
     path = folder / key / name
     return CohortSlide(name, path, id=key, size=int(size), md5=md5, address=address)
-
-
-RETRY_SECONDS = 1.0  # first pause before another try; doubles each time
-
-
-def pause(attempt: int, least: float = 0) -> None:
-    """Wait before another try: 1, 2, 4 ... 60 s, or what the server asks for up to 5 minutes."""
-    time.sleep(max(min(2.0**attempt, 60), min(least, 300)) * RETRY_SECONDS)
-
-
-def _opener():
-    """What opens a URL and follows a redirect to the same host only."""
-    import urllib.request  # slow to import
-
-    class SameHost(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, req, fp, code, msg, headers, newurl):
-            if urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
-                return None  # its status then is the answer
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    return urllib.request.build_opener(SameHost)
-
-
-def ask(url: str, headers: dict, data: bytes | None = None, tries: int = 7):
-    """Open a URL; what may pass (429, 5xx, no connection) is tried again, later each time.
-
-    The answer to a question (`data`) is read whole, so that a broken one is asked again.
-    """
-    import http.client
-    import urllib.request
-
-    request = urllib.request.Request(url, data, headers)
-    opener = _opener()
-    for attempt in range(tries):
-        wait = ""
-        try:
-            answer = opener.open(request, timeout=60)
-            if data is None:
-                return answer
-            text = answer.read(MOST_BYTES + 1)
-            if len(text) > MOST_BYTES:
-                raise UserError(f"{url}: an answer of more than {MOST_BYTES >> 20} MB")
-            if len(text) < int(answer.headers.get("Content-Length", 0)):
-                raise http.client.IncompleteRead(text)
-            return io.BytesIO(text)
-        except urllib.error.HTTPError as error:
-            reason = f"the server answers {error.code} {error.reason}"
-            wait = error.headers.get("Retry-After", "")
-            if error.code < 500 and error.code != 429:
-                break
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"no connection ({error})"
-        if attempt < tries - 1:
-            pause(attempt, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
-    raise UserError(f"{url}: {reason}; the same command goes on from here later")
 
 
 def downloaded_mark(path: Path) -> Path:
@@ -201,28 +157,33 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
         failures = 0 if before < now < source.size else failures + 1
         pause(failures)
     why = f"not fetched after {failures} tries: {reason}"
-    raise UserError(f"{url}: {why}; the same command goes on from here later")
+    raise UserError(f"{url.partition('?')[0]}: {why}", "later")
 
 
 def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:
     """Add to a .partial file of `have` bytes what the server sends; why it ended."""
-    import http.client
-
     headers = {"Range": f"bytes={have}-"} if have else {}
+    save = functools.partial(_save, partial, have, size, report)
     try:
-        with ask(url, headers) as answer:
-            span = answer.headers.get("Content-Range", "")
-            goes_on = answer.status == 206 and have and span.startswith(f"bytes {have}-")
-            with open(partial, "ab" if goes_on else "wb") as file:
-                while file.tell() <= size and (chunk := answer.read(1 << 20)):
-                    file.write(chunk)
-                    report(len(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        if disk_full(error):
-            raise
-        return f"the connection was lost ({error})"
+        return Client().ask(url, headers, save, tries=TRIES)
     except UserError as error:
-        if not have or " 416 " not in str(error):
+        if not have or "answers 416" not in str(error):
             raise
         partial.unlink()  # what is there cannot be gone on with: from the beginning
+    return "the connection ended early"
+
+
+def _save(partial: Path, have: int, size: int, report: Callable[[int], None], answer: Any) -> str:
+    """Write an answer to the .partial file as it comes; why it ended."""
+    from urllib3.exceptions import HTTPError
+
+    span = answer.headers.get("Content-Range", "")
+    goes_on = answer.status == 206 and have and span.startswith(f"bytes {have}-")
+    with open(partial, "ab" if goes_on else "wb") as file:
+        try:
+            while file.tell() <= size and (chunk := answer.read1(1 << 20)):
+                file.write(chunk)
+                report(len(chunk))
+        except HTTPError as error:
+            return f"the connection was lost ({error})"
     return "the connection ended early"

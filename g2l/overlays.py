@@ -99,11 +99,13 @@ def write_contact_sheet(folder: Path) -> None:
         top = row * 150 + 4
         count = int(index.counts[slide])
         draw.text((4, top), f"{index.slides[slide]}   {count:,} patches", fill="black")
-        picks = np.random.default_rng(slide).permutation(count)[:10].tolist()
-        for column, pick in enumerate(sorted(picks)):
+        picks = np.random.default_rng(slide).permutation(count)[:10]
+        numbers = np.sort(index.starts[slide] + picks).tolist()
+        index.ahead(numbers)
+        for column, number in enumerate(numbers):
             # An empty place shows what cannot be read; the slide's row tells of it.
             with contextlib.suppress(PatchError):
-                patch = Image.fromarray(index.read(int(index.starts[slide]) + pick))
+                patch = Image.fromarray(index.read(number))
                 patch = patch.resize((128, 128), Image.Resampling.LANCZOS)
                 sheet.paste(patch, (column * 132 + 4, top + 14))
     with atomic(folder / "contact.jpg") as temporary:

@@ -27,7 +27,7 @@ from g2l.errors import PatchError, UserError
 from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.readers import TILE_PX
-from g2l.remote import Link, address_of
+from g2l.remote import Link, is_remote
 from g2l.rows import read_rows
 from g2l.slides import Slide
 from g2l.tiff import Codec, LocalFile, Recent, assemble, cover, read_bytes
@@ -254,10 +254,10 @@ class PatchIndex:
     read at an address `cache` bytes of tiles at most are kept in the folder. Only slides.csv is
     read at first (1,000 rows for 10 million patches). Rows of coordinates are read one by one: no
     process holds them, the system's cache of the files serves all workers. The files of the last
-    `handles` slides stay open, fewer
-    where the system allows fewer; patches that are in a shard or are pixels of compressed tiles are
-    read without opening the slide, others by Slide, of which 16 stay open. Safe to pickle, to fork
-    and to use in data-loader workers; not to be shared between threads.
+    `handles` slides stay open, fewer where the system allows fewer; patches that are in a shard or
+    are pixels of compressed tiles are read without opening the slide, others by Slide, of which 16
+    stay open. Safe to pickle, to fork and to use in data-loader workers; not to be shared between
+    threads.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class PatchIndex:
         self.counts = np.array([int(row["patches"]) for row in rows], np.int64)
         self._ends = np.cumsum(self.counts)
         self.starts = self._ends - self.counts
-        self._addresses = [address_of(row["path"]) for row in rows]
+        self._addresses = [row["path"] * is_remote(row["path"]) for row in rows]
         self.link = Link(filter(None, self._addresses), self.folder / "cache.sqlite", cache)
         self._paths = [Path(row["path"]) for row in rows]
         self._copied = slides is not None  # copies have another time
@@ -380,17 +380,13 @@ class PatchIndex:
             with contextlib.suppress(FileNotFoundError):
                 if not handle.layout.columns:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
-                elif self._addresses[number]:
-                    handle.file = self._at_address(number, handle.layout)
+                elif address := self._addresses[number]:
+                    handle.file = self.link.open(address, *(handle.layout.slide or ()))
                 else:
                     path = self._slide_file(number, handle.layout)
                 handle.file = handle.file or LocalFile(path)
         self.close(keep=self.handles)
         return handle
-
-    def _at_address(self, number: int, layout: _Layout) -> Any:
-        """The slide where it is served, which must be the one that was tiled."""
-        return self.link.open(self._addresses[number], *(layout.slide or ()))
 
     def _slide_file(self, number: int, layout: _Layout) -> Path:
         """The slide, if it is the one that was tiled."""

@@ -10,24 +10,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import netrc
 import os
 import re
 import sqlite3
 import threading
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from g2l.cohort import CohortSlide, name_slides
 from g2l.errors import PatchError, SkippedSlide, UserError
 from g2l.files import digest, locked, read_text
-from g2l.gdc import pause
+from g2l.network import Client
 from g2l.slides import SUFFIXES
 
 Span = tuple[int, int]  # offset and bytes
@@ -35,18 +34,11 @@ CONNECTIONS = 16  # of one process
 GAP = 1 << 14  # bytes between two spans that are fetched with them rather than asked for apart
 MOST = 4 << 20  # bytes of one request
 BLOCK = 1 << 16  # bytes that are fetched at least while a slide is opened
-TRIES = 5
-PATIENCE = 20.0  # seconds without a byte
 
 
 def is_remote(place: object) -> bool:
     """Whether a place is an address."""
     return re.match("(https?|s3)://", str(place)) is not None
-
-
-def address_of(place: str) -> str:
-    """A place if it is an address, else ""."""
-    return place if is_remote(place) else ""
 
 
 @functools.cache
@@ -58,9 +50,8 @@ def _s3() -> Any:
     session = botocore.session.get_session()
     known = session.get_credentials() is not None
     version = "s3v4" if known else botocore.UNSIGNED
-    region = session.get_config_variable("region") or "us-east-1"
     config = botocore.config.Config(signature_version=version)
-    return session.create_client("s3", region_name=region, config=config)
+    return session.create_client("s3", config=config)
 
 
 @functools.lru_cache(4096)
@@ -88,21 +79,15 @@ def addresses_below(address: str) -> list[str]:
     return [f"s3://{bucket}/{key}" for key in keys if key.lower().endswith(SUFFIXES)]
 
 
-def _credentials(host: str | None) -> str:
-    """user:password of a host in ~/.netrc; "" where it has none."""
-    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
-        if found := netrc.netrc().authenticators(host or ""):
-            return f"{found[0]}:{found[2]}"
-    return ""
-
-
-def read_addresses(path: Path) -> list[str]:
-    """The addresses in a file, one a line; UserError for what is none."""
-    lines = read_text(path).splitlines()
+def read_addresses(place: str) -> list[str]:
+    """An address, or those in a file, one a line; UserError for what is none."""
+    if not is_remote(place) and not os.path.isfile(place):
+        raise UserError(f"{place}: no address, and no file of addresses")
+    lines = [place] if is_remote(place) else read_text(Path(place)).splitlines()
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     for line in found or [""]:
         if not is_remote(line):
-            raise UserError(f"{path}: {line!r} is no http(s):// or s3:// address")
+            raise UserError(f"{place}: {line!r} is no http(s):// or s3:// address")
     return found
 
 
@@ -110,14 +95,14 @@ def slides_at(addresses: list[str], folder: Path, names: Collection[str] = ()) -
     """The slides at addresses, to become <folder>/<hash>/<file name>; with length and ETag, if the
     server answers. Given `names`, only the files called so."""
     link = Link(addresses)
+    link.connect()
     every = [one for address in addresses for one in addresses_below(address)]
     slides = {}
-    with ThreadPoolExecutor(CONNECTIONS) as threads:
-        for address, (size, etag) in zip(every, threads.map(link.version, every), strict=True):
-            file = Path(unquote(urlsplit(address).path)).name
-            path = folder / digest(address) / file
-            if not names or file in names:
-                slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
+    for address, (size, etag) in zip(every, link.threads.map(link.version, every), strict=True):
+        file = Path(unquote(urlsplit(address).path)).name
+        path = folder / digest(address) / file
+        if not names or file in names:
+            slides[path] = CohortSlide(file, path, size=size, md5=etag, address=address)
     for name, path in name_slides(slides).items():
         slides[path].name = name
     return list(slides.values())
@@ -127,32 +112,28 @@ class Link:
     """Connections to servers and the tiles kept on disk; each process makes its own when it needs
     them.
 
-    A redirect is followed only to a host of `addresses`. `counts`: bytes and requests of servers,
-    tiles asked for, hits among them, seconds waited.
+    A redirect is followed only to a host of `addresses`. `counts`: bytes fetched, tiles asked for,
+    hits of the cache among them.
     """
 
     def __init__(self, addresses: Iterable[str], cache: Path | None = None, bound: int = 0):
         self.hosts = {urlsplit(url_of(f"{address}_")).netloc for address in addresses}
         self.cache = cache
         self.bound = bound
-        self.counts: dict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
         self.process = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        own = dict.fromkeys(("pool", "threads", "store", "lock"))
+        own = dict.fromkeys(("client", "threads", "store", "lock"))
         return {**self.__dict__, "process": 0, **own}
 
     def connect(self) -> None:
         """Make what this process has not yet."""
         if self.process == os.getpid():
             return
-        import urllib3
-
         if self.process:  # a fork has its parent's
-            self.counts = defaultdict(float)
-        limits = urllib3.Timeout(connect=10, read=PATIENCE)
-        # No thread waits for another's connection: each has at most one in hand.
-        self.pool: Any = urllib3.PoolManager(maxsize=CONNECTIONS, timeout=limits, retries=False)
+            self.counts = Counter()
+        self.client = Client(self.hosts, CONNECTIONS)
         self.threads = ThreadPoolExecutor(CONNECTIONS)
         self.lock = threading.Lock()  # of the counts to which threads add
         self.store = Cache(self.cache, self.bound) if self.cache and self.bound else None
@@ -163,82 +144,40 @@ class Link:
         if self.process == os.getpid() and self.store:
             self.store.flush()
 
-    def take_counts(self) -> dict[str, float]:
+    def take_counts(self) -> Counter[str]:
         """What this process counted, which begins anew."""
         if self.process != os.getpid():
-            return {}
+            return Counter()
         with self.lock:
-            taken, self.counts = self.counts, defaultdict(float)
+            taken, self.counts = self.counts, Counter()
         return taken
 
     def fetch(self, address: str, offset: int, count: int) -> tuple[bytes, int, str]:
         """(the bytes from `offset`, fewer only at the end; length of the whole; its ETag or "").
 
-        What may pass is tried again, later each time. UserError with the reason when it cannot be
-        had: no PatchError, which would say that the slide is damaged there.
+        UserError with the reason when it cannot be had: no PatchError, which would say that the
+        slide is damaged there.
         """
-        import urllib3
-
         self.connect()
-        for attempt in range(TRIES):
-            wait = ""
-            try:
-                answer = self._ask(url_of(address), offset, count)
-                with contextlib.closing(answer):
-                    status = answer.status
-                    if status == 206:
-                        return self._checked(answer, offset, count)
-                    wait = answer.headers.get("Retry-After", "")
-                reason = f"the server answers {status}"
-                if status == 200:
-                    reason = "the server has no ranges of bytes"
-                if status in (401, 403):
-                    reason += ": no credential, or one that has expired"
-                if status < 500 and status not in (408, 429):
-                    break
-            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                reason = f"no answer ({error})"
-            if attempt < TRIES - 1:
-                pause(attempt - 1, int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
-        raise UserError(f"{address.partition('?')[0]}: {reason}")
+        headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
+        take = functools.partial(self._checked, offset, count)
+        return self.client.ask(url_of(address), headers, take)
 
-    def _ask(self, url: str, offset: int, count: int) -> Any:
-        """The answer to a request for a range, after redirects to hosts that are listed."""
-        import urllib3
-
-        for _ in range(5):
-            host = urlsplit(url)
-            headers = {"Range": f"bytes={offset}-{offset + count - 1}"}
-            headers["Accept-Encoding"] = "identity"
-            if known := _credentials(host.hostname):
-                headers |= urllib3.make_headers(basic_auth=known)
-            answer = self.pool.request(
-                "GET", url, headers=headers, redirect=False, preload_content=False
-            )
-            if answer.status not in (301, 302, 303, 307, 308):
-                return answer
-            answer.close()
-            further = urljoin(url, answer.headers.get("Location", ""))
-            target = urlsplit(further)
-            safe = target.scheme == host.scheme or target.scheme == "https"
-            if not safe or target.netloc not in {*self.hosts, host.netloc}:
-                raise UserError(f"{host.netloc} redirects to {target.netloc}, which is not listed")
-            url = further
-        raise UserError(f"{urlsplit(url).netloc} redirects without end")
-
-    def _checked(self, answer: Any, offset: int, count: int) -> tuple[bytes, int, str]:
+    def _checked(self, offset: int, count: int, answer: Any) -> tuple[bytes, int, str]:
         """The content of an answer; ValueError where it is not what it should be."""
+        if answer.status != 206:
+            raise UserError("the server has no ranges of bytes")
         span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
         if not span or int(span[1]) != offset:
             raise ValueError("another range than was asked for")
         size = int(span[3])
+        whole = min(count, size - offset)
         data = answer.read(count + 1)
-        if len(data) != min(count, size - offset):
-            raise ValueError(f"{len(data)} bytes where {min(count, size - offset)} should be")
+        if len(data) != whole:
+            raise ValueError(f"{len(data)} bytes where {whole} should be")
         answer.release_conn()
         with self.lock:
             self.counts["bytes"] += len(data)
-            self.counts["requests"] += 1
         return data, size, answer.headers.get("ETag", "")
 
     def version(self, address: str) -> tuple[int, str]:
@@ -261,6 +200,7 @@ class RemoteFile:
     def __init__(self, link: Link, address: str, size: int, etag: str):
         self.link = link
         self.address = address
+        self.name = address.partition("?")[0]  # without what signs it
         self.size = size
         self.etag = etag
         self.facts: dict[str, int | str] = {"slide_bytes": size, "slide_etag": etag}
@@ -270,8 +210,7 @@ class RemoteFile:
     def _fetch(self, offset: int, count: int) -> bytes:
         data, size, etag = self.link.fetch(self.address, offset, count)
         if size != self.size or (etag and self.etag and etag != self.etag):
-            address = self.address.partition("?")[0]
-            raise UserError(f"{address} changed since it was tiled; run tile.py on it again")
+            raise UserError(f"{self.name} changed since it was tiled; run tile.py on it again")
         if len(data) != count:
             raise PatchError("it lies beyond the end of the file, which is cut short or damaged")
         return data
@@ -282,7 +221,7 @@ class RemoteFile:
         return self.twin or self.link.store
 
     def _key(self, offset: int) -> str:
-        return f"{self.address.partition('?')[0]} {self.size} {self.etag} {offset}"
+        return f"{self.name} {self.size} {self.etag} {offset}"
 
     def ahead(self, spans: Iterable[Span]) -> None:
         """Begin to fetch what is not at hand, neighbours together."""
@@ -318,12 +257,8 @@ class RemoteFile:
                 found = decode(known)
                 counts["hits"] += 1
                 return found
-        start = time.monotonic()
         future, first = self.coming.pop((offset, count), (None, offset))
-        try:
-            data = future.result() if future else self._fetch(offset, count)
-        finally:
-            counts["waited"] += time.monotonic() - start
+        data = future.result() if future else self._fetch(offset, count)
         data = data[offset - first :][:count]
         found = decode(data)
         if store:
@@ -397,11 +332,8 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.place
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.file.size}
+        base = 0, self.place, self.file.size
         self.place = base[whence] + offset
         return self.place
 

@@ -112,8 +112,7 @@ def load(
             **options | {"collate_fn": batches.pack},  # of one item, as there is no batch_size
         )
         for images, params, unreadable, counts in loader:
-            for name, count in counts.items():
-                batches.index.link.counts[name] += count
+            batches.index.link.counts.update(counts)
             images = torch.from_numpy(images)
             params = Params(*map(torch.from_numpy, params))
             yield images.pin_memory() if pin else images, params, unreadable

@@ -223,8 +223,6 @@ def read_bytes(file: int, offset: int, count: int) -> bytes:
 class LocalFile:
     """An open slide or shard, read by spans; remote.RemoteFile has the same names."""
 
-    twin = None
-
     def __init__(self, path: Path):
         self.handle = os.open(path, os.O_RDONLY)
         found = os.fstat(self.handle)

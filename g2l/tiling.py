@@ -30,6 +30,7 @@ from g2l.rows import one_line
 from g2l.slides import Slide
 from g2l.tissue import find_mask
 
+REST = "-rest"  # ends the settings of a slide that was skipped because it is not at hand
 MOST_READ = 100e6  # bytes of a remote slide in which its tissue is found
 
 
@@ -162,15 +163,17 @@ def tile_there_or_here(
     """Tile a slide at its address, or at hand, where it may have to be fetched first (see
     tile_one)."""
     if job.link and is_remote(row["path"]):
-        before = job.link.counts["bytes"]
         try:
             with contextlib.closing(job.link.open(slide.address)) as file:
                 return tile_one(slide, job, row, file)
         except SkippedSlide as error:
-            if error.mend != "rest" or not job.download_rest:
+            if error.mend != "rest":
+                raise
+            if not job.download_rest:
+                row["settings"] += REST
                 raise
         finally:
-            tell(job.link.counts["bytes"] - before)
+            tell(job.link.take_counts()["bytes"])
     if slide.address and (job.download or job.download_rest):
         if slide.path.is_file():
             check_own(slide)
@@ -272,8 +275,10 @@ def _is_settled(row: Mapping[str, str], source: CohortSlide, job: Job) -> bool:
     """Whether a row is of these settings, and would be the same today."""
     if row["status"] == "failed" or not job.settings.made(row, source):
         return False
-    # one that was skipped may have been so only because it was read where it is
-    return not (job.download_rest and row["status"] == "skipped" and is_remote(row["path"]))
+    if not is_remote(row["path"]):
+        return True
+    # it may be wanted at hand now
+    return job.link is not None and not (job.download_rest and row["settings"].endswith(REST))
 
 
 def _harmed_file(source: CohortSlide, seals: list[str], job: Job) -> Path | None:

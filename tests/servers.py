@@ -5,6 +5,7 @@ import contextlib
 import json
 import threading
 import time
+from collections import Counter
 from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -31,7 +32,8 @@ class Slides(Answering):
     """`files`: content by id or file name; `faults`: what happens to the next requests for data.
 
     A fault is a status, or "norange", "cut", "stall", "short", "shift", "long", or an address to
-    redirect to; one in `always` never ends, nor does that of a file in `harmed`.
+    redirect to; one in `always` never ends, nor does that of a file in `harmed`. Where there is an
+    `auth`, requests need that header. `sent`: bytes by file.
     """
 
     disable_nagle_algorithm = True
@@ -59,6 +61,8 @@ class Slides(Answering):
             return self.list_bucket(query["prefix"][0])
         key = unquote(where.path).rpartition("/")[2]
         server.seen.append((key, self.headers.get("Range"), dict(self.headers)))
+        if server.auth and self.headers.get("Authorization") != server.auth:
+            return self.reply(401, b"")
         if key not in server.files:
             return self.reply(404, b"")
         body = server.files[key][1]
@@ -74,6 +78,7 @@ class Slides(Answering):
         if fault == "stall":
             time.sleep(server.stall)
         if fault == "norange" or not self.headers.get("Range"):
+            server.sent[key] += len(body)
             return self.reply(200, body)
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         part = body[first : last + 1]
@@ -83,9 +88,12 @@ class Slides(Answering):
         length = len(part)
         if fault == "short":
             part, length = part[:-1], length - 1
+        if fault == "long":
+            part, length = part + b"!", length + 1
         if fault == "cut":
             part = part[: len(part) // 2]
             self.close_connection = True
+        server.sent[key] += len(part)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.reply(206, part, headers, length)
 
@@ -108,6 +116,7 @@ def serve(files):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slides)
     server.files, server.faults, server.always, server.seen = dict(files), [], None, []
     server.etag, server.stall, server.harmed = '"one"', 1.0, {}
+    server.auth, server.sent = "", Counter()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:

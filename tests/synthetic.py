@@ -25,7 +25,12 @@ def stained(height, width, seed=0):
 
 def section(height, width, seed=0):
     """A stained ellipse on a bright background."""
-    image = stained(height, width, seed)
+    return cut_out(stained(height, width, seed))
+
+
+def cut_out(image):
+    """An image that is left as an ellipse on a bright background."""
+    height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width]
     outside = ((x - width / 2) / (0.42 * width)) ** 2 + (
         (y - height / 2) / (0.42 * height)

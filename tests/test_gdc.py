@@ -104,7 +104,7 @@ def gdc(sound, monkeypatch):
     md5 = hashlib.md5(sound).hexdigest()
     Gdc.slides = {f"uuid-{n}": (f"TCGA-N5-A4R{n}-01Z-00-DX1.{n}.svs", sound, md5) for n in range(4)}
     Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
-    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"

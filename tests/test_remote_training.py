@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHARED, torchrun
 from servers import serve
 from training import command, fails, same, stopped_at, write_cohort
 
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("signals")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("g2l.gdc.RETRY_SECONDS", 0.001)
-    monkeypatch.setattr("g2l.remote.PATIENCE", 0.3)
+    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,45 @@ def test_a_run_on_served_slides_equals_one_on_those_at_hand(
     assert more < fetched, "only what lies ahead of the last step"
     assert distill.main(command(served.near, tmp_path, "near", "--max-steps", 2)) == 0
     assert "MB fetched" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_on_one_cache_equal_two_on_slides_at_hand(served, tmp_path):
+    def ranks(data, name):
+        done = torchrun(2, "distill.py", *command(data, tmp_path, name, "--workers", 2))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "damaged" not in done.stdout + done.stderr
+        return re.search("([0-9]+)% of ([0-9]+) tiles were in the cache", done.stdout)
+
+    assert not ranks(served.near, "near")
+    assert int(ranks(served.far, "far")[2]) > 80
+    same(tmp_path / "near", tmp_path / "far")
+    assert int(ranks(served.far, "again")[1]) == 100, "all was kept, whichever rank fetched it"
+    same(tmp_path / "near", tmp_path / "again")
+    sound = patches(served.folder, 0)
+    assert np.array_equal(patches(served.folder), sound)
+    assert [path.name for path in served.folder.glob("cache*.sqlite")] == ["cache.sqlite"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED, reason="no real slides at hand")
+def test_real_slides_that_are_served_give_the_same_student(tmp_path):
+    near = tmp_path / "slides" / "near"
+    near.mkdir(parents=True)
+    files = {}
+    for path in (SHARED / "slides").glob("*.svs"):
+        files[path.name] = path.name, path.read_bytes()
+        (near / path.name).write_bytes(path.read_bytes())
+    flags = ["--data", str(tmp_path), "--mpp", "0.42", "--assume-mpp", "0.42"]
+    short = "--max-steps", 3, "--workers", 0
+    with serve(files) as server:
+        (tmp_path / "list.txt").write_text("".join(f"{server.url}/{name}\n" for name in files))
+        for name, more in (("near", []), ("far", ["--remote", str(tmp_path / "list.txt")])):
+            assert tile.main(["--cancer", name, *flags, *more]) == 0
+            arguments = command(tmp_path, tmp_path, name, "--cancer", name, *short)
+            assert distill.main(arguments) == 0
+    same(tmp_path / "near", tmp_path / "far")
+    assert len(PatchIndex(tmp_path / "tiles" / "far").slides) == 2
 
 
 @pytest.mark.slow
