@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from g2l.arguments import Help, whole
+from g2l.arguments import Help, flag
 from g2l.errors import UserError, exit_status
 from g2l.files import atomic, write_text
 from g2l.progress import Progress
@@ -577,12 +577,11 @@ def demo(folder: Path, max_steps: int, count: int) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
-    where = "everything is written below it"
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help=where)
+    flag(parser, "--folder DIR", "everything is written below it", Path("demo"))
     steps = "steps of distillation; with more, the student becomes better"
-    parser.add_argument("--max-steps", type=whole, default=150, help=steps)
+    flag(parser, "--max-steps N", steps, 150)
     people = "slides to distil on, and patients to judge by, of each of four centres"
-    parser.add_argument("--patients", type=whole, default=4, help=people)
+    flag(parser, "--patients N", people, 4)
     return parser
 
 

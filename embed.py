@@ -34,7 +34,7 @@ import torch
 import torch.fx.experimental.optimization
 
 from g2l import heatmap
-from g2l.arguments import Help, whole
+from g2l.arguments import Help, count, flag, whole
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -504,47 +504,41 @@ def place(text: str) -> tuple[int, int]:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of embed.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    what = parser.add_argument_group("what")
-    what.add_argument("--cancer", required=True, help="cohort: the name given to tile.py")
-    models = (
-        "registry names, timm:NAME, or folders such as runs/NAME/student; patches are read once"
+    add = functools.partial(flag, parser.add_argument_group("what"))
+    add("--cancer NAME", "cohort: the name given to tile.py", required=True)
+    add(
+        "--models NAME",
+        "registry names, timm:NAME, or folders such as runs/NAME/student; patches are read once",
+        nargs="+",
+        required=True,
     )
-    what.add_argument("--models", "--model", nargs="+", required=True, metavar="NAME", help=models)
     other = "say what this model would have cost, measured here, such as h-optimus-0"
-    what.add_argument("--compare", metavar="NAME", help=other)
-    what.add_argument("--data", type=Path, default=Path("data"), help="folder that tile.py filled")
-    moved = "folder of the slides, where they are not where tile.py found them"
-    what.add_argument("--slides", type=Path, help=moved)
+    add("--compare NAME", other)
+    add("--data DIR", "folder that tile.py filled", Path("data"))
+    add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
     out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
-    pt = "pt_files/<slide>.pt too, for CLAM, eva and TransMIL"
-    out.add_argument("--pt", action="store_true", help=pt)
+    flag(out, "--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
     mean = "one vector a slide too, in features_<model>_mean.h5"
     out.add_argument("--slide", choices=["mean"], help=mean)
     half = "half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32"
     out.add_argument("--precision-out", choices=["fp32", "fp16"], default="fp32", help=half)
     stamp = "features_<model>_stamp/<slide>.h5 too, as STAMP reads it"
     out.add_argument("--format", choices=["stamp"], help=stamp)
-    redo = "make features anew that came from other weights, preprocessing or patches"
-    out.add_argument("--redo", action="store_true", help=redo)
+    flag(out, "--redo", "make features anew that came from other weights, preprocessing or patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
-    slide = "a slide's patches in colours: their features' principal components, or"
-    see.add_argument("--heatmap", metavar="SLIDE", help=slide)
-    query = "how like each is to the patch at this pixel of level 0, or"
-    see.add_argument("--query", type=place, metavar="X,Y", help=query)
-    scores = "values of your own: a table slide,x,y,value"
-    see.add_argument("--scores", type=Path, metavar="FILE", help=scores)
+    add = functools.partial(flag, see)
+    shown = "a slide's patches in colours: their features' principal components, or"
+    add("--heatmap SLIDE", shown)
+    add("--query X,Y", "how like each is to the patch at this pixel of level 0, or", type=place)
+    add("--scores FILE", "values of your own: a table slide,x,y,value")
     similar = "so many typical patches, with their nearest in the cohort"
-    see.add_argument("--similar", type=whole, nargs="?", const=8, metavar="N", help=similar)
-    running = parser.add_argument_group("running")
-    side = "side of the network's input in pixels, if not the published one"
-    running.add_argument("--input-size", type=whole, metavar="PX", help=side)
-    batch = "patches a forward pass; default: by device and memory"
-    running.add_argument("--batch-size", type=whole, metavar="N", help=batch)
+    add("--similar N", similar, nargs="?", const=8)
+    add = functools.partial(flag, parser.add_argument_group("running"))
+    add("--input-size PX", "side of the network's input in pixels, if not the published one")
+    add("--batch-size N", "patches a forward pass; default: by device and memory")
     readers = "processes that read patches, per rank, up to 4; default: 4 for a GPU"
-    running.add_argument(
-        "--workers", type=functools.partial(whole, least=0), metavar="N", help=readers
-    )
+    add("--workers N", readers, type=count)
     return parser
 
 

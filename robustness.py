@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import Help, add_running_arguments, directory, share, whole
+from g2l.arguments import Help, add_running_arguments, count, flag
 from g2l.benchmarks import Benchmark, leaked
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
@@ -511,64 +511,69 @@ def plism(args: argparse.Namespace, load: dict) -> int:
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
-    count = partial(whole, least=0)
-    add = parser.add_argument_group("sampling").add_argument
-    add("--per-class", type=count, default=40, help="patches of each class; 0 takes all")
+    add = partial(flag, parser.add_argument_group("sampling"))
+    add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
+    add("--per-center", "so many of each class and centre instead")
+    add("--samples N", "number of seeded samples, which show the spread", 5)
+    add("--seed N", "seed of the first sample", 0, type=count)
     add(
-        "--per-center",
-        action="store_true",
-        help="so many of each class and centre instead",
+        "--exclude-seen",
+        "leave out patients that a student was distilled on; otherwise the table marks it",
     )
-    shown = "number of seeded samples, which show the spread"
-    add("--samples", type=whole, default=5, help=shown)
-    add("--seed", type=count, default=0, help="seed of the first sample")
-    seen = "leave out patients that a student was distilled on; otherwise the table marks it"
-    add("--exclude-seen", action="store_true", help=seen)
+    add("--patch-size PX", "TIGER: side of a patch, px of 0.5 µm", 224)
+    add("--min-fraction SHARE", "TIGER: how much of a patch its class must cover", 0.75)
+    add = partial(flag, parser.add_argument_group("index"))
     add(
-        "--patch-size",
-        type=whole,
-        default=224,
-        help="TIGER: side of a patch, px of 0.5 µm",
+        "--include-same-slide",
+        "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
+        "counts of both class and centre",
     )
-    covered = "TIGER: how much of a patch its class must cover"
-    add("--min-fraction", type=share, default=0.75, help=covered)
-    add = parser.add_argument_group("index").add_argument
-    same = "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
-    same += "counts of both class and centre"
-    add("--include-same-slide", action="store_true", help=same)
-    scale = "compare features as they are instead of L2-normalised"
-    add("--raw", action="store_true", help=scale)
+    add("--raw", "compare features as they are instead of L2-normalised")
 
 
 def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
     title = "shifts of stain and scanner, instead of the index"
-    add = parser.add_argument_group(title).add_argument
-    kinds = f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
-    kinds += "folder of images will do"
-    add("--perturb", nargs="+", choices=list(SHIFTS), metavar="KIND", help=kinds)
-    steps = "strengths of the change; a range is tried if none is given: "
-    steps += "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
-    add("--strengths", nargs="+", type=float, metavar="S", help=steps)
-    add("--cancer", help="patches of DATA/tiles/CANCER, as tile.py made them")
-    many = "number of patches to follow, or of PLISM's tiles of each slide"
-    add("--patches", type=whole, default=200, help=many)
+    add = partial(flag, parser.add_argument_group(title))
+    add(
+        "--perturb KIND",
+        f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
+        "folder of images will do",
+        nargs="+",
+        choices=list(SHIFTS),
+    )
+    steps = "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
+    add(
+        "--strengths S",
+        f"strengths of the change; a range is tried if none is given: {steps}",
+        nargs="+",
+        type=float,
+    )
+    add("--cancer NAME", "patches of DATA/tiles/CANCER, as tile.py made them")
+    add("--patches N", "number of patches to follow, or of PLISM's tiles of each slide", 200)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    models = "models to compare: registry names, timm:NAME, folders such as runs/NAME/student; all "
-    models += "at hand if not given"
-    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=models)
+    flag(
+        parser,
+        "--models NAME",
+        "models to compare: registry names, timm:NAME, folders such as runs/NAME/student; all at "
+        "hand if not given",
+        [],
+        nargs="+",
+    )
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    folder = "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's "
-    folder += "wsirois, PathoROB's metadata and images, or the h5 of owkin/plism-dataset (whose "
-    folder += "tiles are found again); default: DATA/benchmarks/tiger"
-    where.add_argument("--benchmark", type=directory, metavar="DIR", help=folder)
-    data = "folder that holds benchmarks/ and tiles/"
-    where.add_argument("--data", type=Path, default=Path("data"), help=data)
+    flag(
+        where,
+        "--benchmark DIR",
+        "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's wsirois, "
+        "PathoROB's metadata and images, or the h5 of owkin/plism-dataset (whose tiles are found "
+        "again); default: DATA/benchmarks/tiger",
+    )
+    flag(where, "--data DIR", "folder that holds benchmarks/ and tiles/", Path("data"))
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))

@@ -30,7 +30,7 @@ from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, flag, positive, whole
+from g2l.arguments import Help, count, flag, positive, whole
 from g2l.cohort import (
     CohortSlide,
     find_slides,
@@ -104,14 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_cohort_arguments(parser.add_argument_group("cohort"))
     add_grid_arguments(parser.add_argument_group("magnification"))
     add_patch_arguments(parser)
-    download = parser.add_argument_group("slides that are served")
-    flag(
-        download,
+    add = functools.partial(flag, parser.add_argument_group("slides that are served"))
+    add(
         "--download",
         "fetch the slides of a TCGA project, as many at a time as there are --workers",
     )
-    flag(
-        download,
+    add(
         "--remote URL-LIST",
         "read no slide whole, only the tiles that are needed, now and in training: of a TCGA "
         "project at the GDC or, given a file, at the addresses in it, one a line (https:// or "
@@ -120,15 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=GDC,
     )
-    flag(download, "--download-rest", "with --remote, download the slides that cannot be read so")
-    flag(download, "--yes", "download without asking")
-    flag(
-        download,
+    add("--download-rest", "with --remote, download the slides that cannot be read so")
+    add("--yes", "download without asking")
+    add(
         "--discard-slides",
         "delete each downloaded slide once its patches are saved or it is skipped (needs "
         "--download and --save-patches)",
     )
-    flag(download, "--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
+    add("--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
     flag(
         parser.add_argument_group("work"),
         "--workers N",
@@ -140,21 +137,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_cohort_arguments(group) -> None:
     """Which slides."""
-    flag(
-        group,
+    add = functools.partial(flag, group)
+    add(
         "--cancer NAME",
         "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
         type=plain_name,
         required=True,
     )
-    flag(group, "--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
-    flag(
-        group,
+    add("--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
+    add(
         "--slides DIR",
         "the folder of the slides, flat or nested (default: DATA/slides/NAME)",
     )
-    flag(
-        group,
+    add(
         "--manifest FILE",
         "take only the slides that this file names: a GDC manifest, or a CSV with the columns "
         "slide[,mpp][,patient]. Without a patient there, a slide's name tells whose it is: its "
@@ -167,48 +162,42 @@ def add_cohort_arguments(group) -> None:
         help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
         "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
     )
-    flag(
-        group,
+    add(
         "--exclude FILE",
         "hold out the patients that this file names (a slide or patient per line, or a CSV), for "
         "example those of a benchmark",
     )
-    flag(
-        group,
+    add(
         "--max-slides N",
         "take a random sample of at most N slides; 0 takes all",
         1000,
-        type=functools.partial(whole, least=0),
+        type=count,
     )
-    flag(group, "--seed N", "another seed draws another sample", 0, type=int)
+    add("--seed N", "another seed draws another sample", 0, type=int)
 
 
 def add_grid_arguments(group) -> None:
     """How patches lie on a slide."""
-    flag(
-        group,
+    add = functools.partial(flag, group)
+    add(
         "--mpp UM",
         "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
         "40x, 0.5 is 20x, 1 is 10x)",
         0.25,
     )
     side = functools.partial(whole, least=16, most=4096)
-    flag(group, "--patch-size PX", "side of a patch", 256, type=side)
-    overlap = functools.partial(whole, least=0)
-    flag(group, "--overlap PX", "how far neighbouring patches overlap", 0, type=overlap)
-    flag(
-        group,
+    add("--patch-size PX", "side of a patch", 256, type=side)
+    add("--overlap PX", "how far neighbouring patches overlap", 0, type=count)
+    add(
         "--resample",
         "rescale slides of another magnification instead of skipping them (a coarser slide gains "
         "no detail)",
     )
-    flag(
-        group,
+    add(
         "--enlarge",
         "with --resample, also take slides that are more than 1.5 times coarser",
     )
-    flag(
-        group,
+    add(
         "--assume-mpp UM",
         "µm per pixel of slides that do not state it (default: skip them)",
     )
@@ -216,36 +205,31 @@ def add_grid_arguments(group) -> None:
 
 def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
     """Which patches are kept, and what is written of them."""
-    group = parser.add_argument_group("tissue and quality of a patch")
-    flag(group, "--min-tissue SHARE", "least share of tissue", 0.5)
-    flag(
-        group,
+    add = functools.partial(flag, parser.add_argument_group("tissue and quality of a patch"))
+    add("--min-tissue SHARE", "least share of tissue", 0.5)
+    add(
         "--max-pen SHARE",
         "largest share of ink; use 1 for stains other than H&E, whose colours look like ink",
         0.1,
     )
-    flag(
-        group,
+    add(
         "--max-blur PX",
         "most blur, as the sigma of a Gaussian in patch pixels (measured up to 6, so 6 keeps all)",
         3.5,
         type=positive,
     )
-    flag(
-        group,
+    add(
         "--masks DIR",
         "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
         "slide that is not 0 in tissue",
     )
-    group = parser.add_argument_group("patches on disk")
-    flag(
-        group,
+    add = functools.partial(flag, parser.add_argument_group("patches on disk"))
+    add(
         "--save-patches",
         "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "
         "40 kB for a patch of 256 px)",
     )
-    flag(
-        group,
+    add(
         "--jpeg-quality Q",
         "quality of the patches that have to be encoded anew",
         90,

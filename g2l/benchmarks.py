@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l.arguments import whole
+from g2l.arguments import flag
 from g2l.cohort import patient_of
 from g2l.errors import UserError
 from g2l.files import files_below, read_json, read_table
@@ -89,21 +89,24 @@ class Choices:
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Choices; `choices_of` reads them."""
-    group = parser.add_argument_group("slides and regions of benchmarks")
+    add = functools.partial(flag, parser.add_argument_group("slides and regions of benchmarks"))
     tiled = "take the patches of slides, and features by embed.py, from these cohorts of tile.py"
-    group.add_argument("--cancer", nargs="+", default=[], metavar="NAME", help=tiled)
+    add("--cancer NAME", tiled, [], nargs="+")
     own = "your own slides, in --cancer: slide_id,label[,patient] or patient,label"
-    group.add_argument("--slides-table", nargs="+", default=[], type=Path, metavar="FILE", help=own)
-    draw = (
+    add("--slides-table FILE", own, [], nargs="+")
+    add(
+        "--draw N",
         "a random sample of so many slides (the paper: 511 for tp53), without the patients of "
-        "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done"
+        "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done",
+        0,
     )
-    group.add_argument("--draw", type=whole, default=0, metavar="N", help=draw)
-    group.add_argument("--seed", type=int, default=0, help="of --draw")
-    side = "side of the patches that regions (bracs, breakhis) are cut into"
-    group.add_argument("--region-size", type=whole, default=REGION, metavar="PX", help=side)
-    doubtful = "keep patient 13412 of breakhis, labelled DC and LC: all 7,909 images"
-    group.add_argument("--keep-13412", action="store_true", help=doubtful)
+    add("--seed N", "of --draw", 0, type=int)
+    add(
+        "--region-size PX",
+        "side of the patches that regions (bracs, breakhis) are cut into",
+        REGION,
+    )
+    add("--keep-13412", "keep patient 13412 of breakhis, labelled DC and LC: all 7,909 images")
 
 
 def choices_of(

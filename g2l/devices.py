@@ -100,8 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
     )
-    device = "cpu, cuda or cuda:1; auto takes a GPU if there is one"
-    group.add_argument("--device", default="auto", help=device)
+    flag(group, "--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
     group.add_argument(
         "--precision",
         default="auto",

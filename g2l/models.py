@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from g2l.arguments import Help, whole
+from g2l.arguments import Help, flag
 from g2l.card import card, check_card, is_student
 from g2l.devices import (
     MODEL_REMEDIES,
@@ -586,17 +586,16 @@ def build_parser() -> argparse.ArgumentParser:
     names = "a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student"
     parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     act = parser.add_argument_group("what to do; without names and flags, the registry is printed")
-    act.add_argument(
-        "--check",
-        metavar="WEIGHTS",
-        help="does this file or folder hold the weights of NAME? Without NAME: of which models? "
+    flag(
+        act,
+        "--check WEIGHTS",
+        "does this file or folder hold the weights of NAME? Without NAME: of which models? "
         "Of a student's folder: do its model card, weights and config.json agree?",
     )
-    act.add_argument("--speed", nargs="*", metavar="NAME", help="measure images a second and MFU")
-    side = "side of the input in pixels, if not the published one"
-    act.add_argument("--input-size", type=whole, metavar="PX", help=side)
+    flag(act, "--speed NAME", "measure images a second and MFU", nargs="*")
+    flag(act, "--input-size PX", "side of the input in pixels, if not the published one")
     batch = "images a forward pass of --speed; default: 4 on a CPU, on a GPU as many as fit"
-    act.add_argument("--batch-size", type=whole, metavar="N", help=batch)
+    flag(act, "--batch-size N", batch)
     add_model_arguments(parser)
     return parser
 
