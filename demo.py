@@ -452,7 +452,7 @@ def run(command: str) -> float:
 
     script, *arguments = shlex.split(command)
     path = script if Path.cwd() == ROOT else str(ROOT / script)
-    print(f"\n$ python {shlex.join([path, *arguments])}", flush=True)
+    print(f"\n$ python {shlex.join([path, *arguments])}")
     start = time.monotonic()
     status = run_child([sys.executable, path, *arguments])
     if status:

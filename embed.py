@@ -13,8 +13,6 @@ or threads of its own, `report` and `export` write the table and what other tool
 makes the pictures.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -303,10 +301,7 @@ def report(
     write_text(folder.with_name(f"{folder.name}.csv"), text.getvalue())
     if args.slide or args.pt or args.format:
         export(folder, done, args)
-    print(
-        f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB",
-        flush=True,
-    )
+    print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
     return lost
 
 
@@ -438,7 +433,7 @@ def embed(
     for todo, names in streams.items():
         if rank_and_world()[0] == 0:
             count = f"{len(todo)} of {len(index.slides)} slides to do"
-            print(f"{', '.join(names)}: {count}", flush=True)
+            print(f"{', '.join(names)}: {count}")
         together = [models[name] for name in names]
         found = stream(index, together, [targets[name] for name in names], list(todo), args)
         told += found[0]

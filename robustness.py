@@ -24,8 +24,6 @@ record, show. `perturb` tells the other one: change patches step by step and see
 features go. `plism` takes changes that were not computed: tiles stained and scanned anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

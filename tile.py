@@ -12,8 +12,6 @@ Read on as it runs: the flags, then `run`, which finds the slides, chooses, down
 worker processes and sums up.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -270,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
         update_rows(job, slides, left_out, known)
         for slide in finished:
             discard(slide, job, known[slide.name])  # left by a run that was killed
-    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
+    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}")
     start = len(todo) * rank // world  # each rank begins elsewhere
     busy = work_through(todo[start:] + todo[:start], job, workers)
     if rank:
@@ -332,7 +330,7 @@ def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
-        print(f"note: {one_line(note)}", flush=True)
+        print(f"note: {one_line(note)}")
     return slides
 
 
@@ -370,9 +368,9 @@ def choose(
     fewer = len(chosen) < args.max_slides
     note = f" (fewer than --max-slides {args.max_slides})" if fewer else ""
     held_out = sum(reason.mend == "exclude" for reason in left_out.values())
-    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
+    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}")
     if args.exclude and not held_out:
-        print(f"note: {args.exclude}: none of its patients is in this cohort", flush=True)
+        print(f"note: {args.exclude}: none of its patients is in this cohort")
     if not chosen:
         raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
     return chosen, left_out | settle_earlier(earlier, slides, held, known, job)
@@ -426,8 +424,7 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     kept = f"; at most {need / 1e9:.2f} GB are kept at a time" if args.discard_slides else ""
     print(
         f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder} "
-        f"({free / 1e9:.1f} GB free{kept})",
-        flush=True,
+        f"({free / 1e9:.1f} GB free{kept})"
     )
     if need > free:
         raise UserError(

@@ -10,7 +10,6 @@ import argparse
 import functools
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from g2l.arguments import flag
 from g2l.cohort import patient_of
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import files_below, read_json, read_table
 from g2l.images import IMAGE_SUFFIXES, REGION, ImageFiles, ImageSource, Rows, read_mask
 from g2l.slides import slide_name
@@ -183,10 +182,9 @@ def files_of(table: Path, ids: list[str]) -> list[Path]:
     there = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
     extra = [p for p in there if p not in known]
     if extra:
-        print(
+        warn(
             f"{folder}: {len(extra)} images have no line in labels.csv and are left out, first "
-            f"{extra[0].name}",
-            file=sys.stderr,
+            f"{extra[0].name}"
         )
     return files
 

@@ -5,8 +5,6 @@ manifest names (`local_slides`), and last the choice: patients held out, kind of
 sample (`select`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -7,8 +7,6 @@ features go through the same code. What is held of one model is at most IMAGES *
 half precision: 240 MB of 1,536 numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,13 +6,10 @@ benchmark, valid for the key of weights, preprocessing and images only. `card` k
 of a model, so that a run with nothing new loads no network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
 import shutil
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +22,7 @@ from torch import nn
 
 from g2l.benchmarks import Benchmark
 from g2l.embeddings import preprocessing_of
-from g2l.errors import PatchError, UserError, of_the_machine
+from g2l.errors import PatchError, UserError, of_the_machine, warn
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
 from g2l.progress import Progress
@@ -176,7 +173,7 @@ class Forward:
             raise UserError(why, mend="one image") from None
         self.batch_size = (self.batch_size + 1) // 2
         text = f"{name}: out of memory on {self.device}, batch size now {self.batch_size}"
-        print(text, file=sys.stderr)
+        warn(text)
 
 
 def extract_features(
@@ -461,10 +458,7 @@ def features(
     errors = held["errors"] if fresh else []
     if not fresh or array is None:
         if rank == 0:
-            print(
-                f"{display(name)} on {benchmark.name}: {len(benchmark)} images",
-                file=sys.stderr,
-            )
+            warn(f"{display(name)} on {benchmark.name}: {len(benchmark)} images")
         array = extract_features(
             loaded_model(name, weights, tuple(sorted(options.items()))),
             benchmark.images,
@@ -504,12 +498,9 @@ def _refuse_broken(
     many = f"{len(lost)} of {len(array)}"
     if errors and told:
         partly = len(named) - len(lost)
-        print(
-            f"{benchmark.name}: {many} unreadable, {partly} partly, first:",
-            file=sys.stderr,
-        )
+        warn(f"{benchmark.name}: {many} unreadable, {partly} partly, first:")
         for i, why in errors[:5]:
-            print(f"  {ids[i]}: {why}", file=sys.stderr)
+            warn(f"  {ids[i]}: {why}")
     broken = sorted(set(lost) - set(named))
     if broken:
         raise UserError(
@@ -537,7 +528,7 @@ def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
     except FileNotFoundError:
         return None, {}
     except (SafetensorError, KeyError, ValueError) as error:
-        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        warn(f"{path}: damaged ({error}), made again")
         return None, {}
 
 
@@ -556,10 +547,9 @@ def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
         else:
             missing.append(f"{name} (huggingface.co/{entry.hub})")
     if missing:
-        print(
+        warn(
             "models whose weights are not here (fetch, or give --weights NAME=FILE): "
-            + ", ".join(missing),
-            file=sys.stderr,
+            + ", ".join(missing)
         )
     students = sorted(runs.glob("*/student"))
     return here + [str(path) for path in students if (path / "model.safetensors").is_file()]
@@ -589,11 +579,10 @@ def check_names(models: Sequence[str]) -> None:
 def report_failures(failures: Sequence[str], lost: dict[str, int]) -> int:
     """Say what is missing, of each benchmark how many images; the exit status."""
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        warn(f"error: {failure}")
     for name, missing in lost.items():
-        print(
+        warn(
             f"{name}: {missing} images could not be read and were left out, "
-            "which the exit status tells too",
-            file=sys.stderr,
+            "which the exit status tells too"
         )
     return int(bool(failures or lost))

@@ -3,8 +3,6 @@
 First writing (`atomic`, `locked`), then reading, then names and digests.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv
@@ -18,14 +16,13 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISDIR
 from typing import IO
 
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 
 LOCK_WAIT = 60.0  # seconds; what is done under a lock takes a fraction of one
 
@@ -119,11 +116,9 @@ def _free(file: IO, folder: Path) -> bool:
 
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    print(
+    warn(
         f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
-        "processes work there at once",
-        file=sys.stderr,
-        flush=True,
+        "processes work there at once"
     )
 
 
@@ -226,7 +221,7 @@ def files_below(root: Path) -> list[Path]:
 def _unreadable(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         why = f"left out, cannot be read ({error.strerror})"
-        print(f"note: {error.filename}: {why}", file=sys.stderr, flush=True)
+        warn(f"note: {error.filename}: {why}")
 
 
 def safe(name: str) -> str:

@@ -5,8 +5,6 @@
 makes a page of typical patches and their like in the whole cohort.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -536,7 +536,7 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
         given = weights[name] or (None if Path(name).exists() else "random")
         model = load_model(name, given, input_size=args.input_size, **options)
         cells = speed(model, args.batch_size)
-        print(name.ljust(width), *(cell.rjust(11) for cell in cells), flush=True)
+        print(name.ljust(width), *(cell.rjust(11) for cell in cells))
     print(
         "MFU: share of the ceiling, the TFLOP/s measured for a large matrix product in the same "
         "precision; preprocessing and reading are not counted"

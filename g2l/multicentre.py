@@ -7,7 +7,6 @@ Most of the room is TIGER: regions of slides with masks of tissue classes, cut i
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, load_folder
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import files_below, read_table, read_text, separator
 from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, class_shares, read_mask
 
@@ -173,7 +172,7 @@ def tell_passed(folder: Path, names: list[str], why: str) -> None:
     """Say which regions were passed over."""
     if names:
         text = f"{len(names)} regions {why} and were passed over, first {names[0]}"
-        print(f"{folder}: {text}", file=sys.stderr)
+        warn(f"{folder}: {text}")
 
 
 PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")

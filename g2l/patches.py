@@ -4,8 +4,6 @@
 `PatchIndex` reads any patch of a whole cohort at random, from many processes at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

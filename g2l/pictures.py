@@ -6,9 +6,6 @@ picture carries the key of what it shows, so that one which is missing or shows 
 drawn again.
 """
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
+from g2l.errors import warn
 from g2l.features import display
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
@@ -102,7 +100,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
             scores[benchmark.name] = np.array([mean[key] for key in keys])
     if not scores:
         text = "no benchmark has all models, so there is nothing to compare"
-        print(f"figure1.png: {text}", file=sys.stderr)
+        warn(f"figure1.png: {text}")
         return
     name = on if on in scores else next(iter(scores))
     if on == "mean":

@@ -67,14 +67,14 @@ class Progress:
             self.said = now
             rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
             line = f"{self.unit} {self.done:,} of {self.total:,}, {rate} a second, {self.left} left"
-            print(f"{line}; {text}" if text else line, file=sys.stderr, flush=True)
+            print(f"{line}; {text}" if text else line, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """A line of its own, on standard output, without breaking the bar."""
         if self.bar is not None:
             self.bar.write(text)
         elif self.shown:
-            print(text, flush=True)
+            print(text)
 
     def close(self) -> None:
         """Leave the terminal's line as it stands."""

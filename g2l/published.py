@@ -5,8 +5,6 @@ and the user's choices, finds the files by their names, and gives the rows (id, 
 `make_benchmark`; it may return several benchmarks.
 """
 
-from __future__ import annotations
-
 import configparser
 import functools
 import itertools

@@ -5,8 +5,6 @@ results (folder) and the settings shown. `means` gathers the rows of metrics.jso
 tables of them, and `write_report` puts these beside what one must know to read them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

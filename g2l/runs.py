@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import atomic, digest, locked, write_text
 from g2l.models import Model
 from g2l.patches import PatchIndex
@@ -83,11 +83,7 @@ class Run:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         reason = str(why).splitlines()[0]
-        print(
-            f"{path}: damaged ({reason}); set aside as {aside.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"{path}: damaged ({reason}); set aside as {aside.name}")
 
     def config(self) -> dict:
         """What config.json of an earlier start says; {} if there is none that can be read."""
@@ -196,7 +192,7 @@ class Run:
             self.refuse_changes(config["identity"], identity)
         if finished and not done:
             text = f"{', '.join(lost)}: missing or damaged; exported again"
-            print(text, file=sys.stderr, flush=True)
+            warn(text)
         return done
 
     def load(self, identity: dict) -> dict | None:

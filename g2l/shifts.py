@@ -4,8 +4,6 @@
 after.
 """
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

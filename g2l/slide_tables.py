@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark, Choices, make_benchmark, told
 from g2l.cohort import patient_of
-from g2l.errors import SkippedSlide, UserError, explain
+from g2l.errors import SkippedSlide, UserError, explain, warn
 from g2l.files import digest, read_table, stamp, write_text
 from g2l.grid import choose_size
 from g2l.images import MPP, PATCH, ImageSource, SlidePatches, open_slide
@@ -253,7 +252,7 @@ def slide_benchmark(
         rows, note = drawn(name, rows, choices)
         notes.append(note)
     if notes and not int(os.environ.get("RANK", 0)):
-        print(f"{name}: {'; '.join(notes)}", file=sys.stderr)
+        warn(f"{name}: {'; '.join(notes)}")
     items = [slides[slide][1] for slide, _, _ in rows]
     images = TiledSlides(items) if tiled else SlidePatches(items)
     benchmark = make_benchmark(name, "slide", images, rows, classes, root, notes)

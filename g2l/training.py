@@ -64,7 +64,7 @@ class Training:
         self.unreadable = state["unreadable"][self.rank]
         self.random = state["random"][self.rank]
         if self.run.main:
-            print(f"going on from step {self.done} of {self.run.folder}", flush=True)
+            print(f"going on from step {self.done} of {self.run.folder}")
 
     def begin(self, index: PatchIndex, held: np.ndarray) -> None:
         """On rank 0: look at the room on the disk, write config.json, draw the patches held out."""
@@ -104,8 +104,7 @@ class Training:
             f"{run.folder}: {' and '.join(names)} into "
             f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
             f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
-            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
-            flush=True,
+            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second"
         )
 
     @property
@@ -293,8 +292,7 @@ class Training:
             print(
                 f"slides read where they are: {read / 1e6:,.1f} MB fetched; "
                 f"{hits / max(1, tiles):.0%} of {tiles:,.0f} tiles were in the cache; "
-                f"the steps waited for patches {idle:.0%} of their time",
-                flush=True,
+                f"the steps waited for patches {idle:.0%} of their time"
             )
 
     def tell_unreadable(self) -> int:

@@ -1,7 +1,5 @@
 """The texts of an Excel workbook, by the standard library alone: a zip file of XML."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
