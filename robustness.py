@@ -24,10 +24,10 @@ record, show. `perturb` tells the other one: change patches step by step and see
 features go. `plism` takes changes that were not computed: tiles stained and scanned anew.
 """
 
-import argparse
 import dataclasses
 import itertools
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class IndexStudy:
     features `x` is theirs.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Namespace):
         folder = folder_of(args)
         self.args = args
         found, slides = load_multicentre(folder, args.patch_size, args.min_fraction)
@@ -296,12 +296,12 @@ class IndexStudy:
         return list(draws)
 
 
-def folder_of(args: argparse.Namespace) -> Path:
+def folder_of(args: Namespace) -> Path:
     """Where the patches lie: TIGER's place unless another is named."""
     return args.benchmark or args.data / "benchmarks" / "tiger"
 
 
-def study(args: argparse.Namespace, load: dict) -> int:
+def study(args: Namespace, load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
     found = index.benchmark
@@ -350,7 +350,7 @@ def study(args: argparse.Namespace, load: dict) -> int:
 
 
 def gather(
-    parts: list[Benchmark], args: argparse.Namespace, load: dict
+    parts: list[Benchmark], args: Namespace, load: dict
 ) -> tuple[dict, dict, list[str]] | None:
     """Features (n, dim) of each part by model, cards of the models, and what failed.
 
@@ -376,7 +376,7 @@ def gather(
     return (x, cards, failures) if rank == 0 else None
 
 
-def some_patches(args: argparse.Namespace) -> Benchmark:
+def some_patches(args: Namespace) -> Benchmark:
     """`--patches` seeded patches of a cohort, of a benchmark, or of a folder with only images."""
     if args.cancer:
         index = PatchIndex(args.data / "tiles" / args.cancer)
@@ -411,7 +411,7 @@ def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
 
 
-def perturb(args: argparse.Namespace, load: dict) -> int:
+def perturb(args: Namespace, load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
     name = patches.name
@@ -471,7 +471,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
     return found
 
 
-def plism(args: argparse.Namespace, load: dict) -> int:
+def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
     gathered = gather(parts, args, load)
@@ -507,7 +507,7 @@ def plism(args: argparse.Namespace, load: dict) -> int:
     return report_failures(failures, {} if fine.all() else {"plism": int((~fine).sum())})
 
 
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+def add_index_arguments(parser: ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
     add = partial(flag, parser.add_argument_group("sampling"))
     add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
@@ -529,7 +529,7 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", "compare features as they are instead of L2-normalised")
 
 
-def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shift_arguments(parser: ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
     title = "shifts of stain and scanner, instead of the index"
     add = partial(flag, parser.add_argument_group(title))
@@ -551,9 +551,9 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patches N", "number of patches to follow, or of PLISM's tiles of each slide", 200)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     flag(
         parser,
         "--models NAME",
@@ -580,7 +580,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Name the models, then measure the index or follow the shifts; the exit status."""
     from g2l.weights import parse_weights
 
@@ -599,7 +599,7 @@ def run(args: argparse.Namespace) -> int:
     return (plism if plism_slides(folder_of(args)) else study)(args, load)
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse flags that do not go together."""
     if args.strengths:
         if len(args.perturb or ()) != 1:

@@ -12,7 +12,6 @@ Read on as it runs: the flags, then `run`, which finds the slides, chooses, down
 worker processes and sums up.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -21,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +31,7 @@ from PIL import Image
 from g2l.arguments import Help, count, flag, positive, whole
 from g2l.cohort import (
     CohortSlide,
+    Slides,
     find_slides,
     local_slides,
     read_manifest,
@@ -87,13 +88,13 @@ PATCH = 10e3, 40e3  # bytes of a patch, from and to
 def plain_name(text: str) -> str:
     """A flag's name that becomes a folder's."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a plain name such as brca")
+        raise ArgumentTypeError(f"{text!r}: expected a plain name such as brca")
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The flags, in the order in which a user meets their questions."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tile.py",
         description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
         "Run the same command again at any time: it does only what is missing.",
@@ -201,7 +202,7 @@ def add_grid_arguments(group) -> None:
     )
 
 
-def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_patch_arguments(parser: ArgumentParser) -> None:
     """Which patches are kept, and what is written of them."""
     add = functools.partial(flag, parser.add_argument_group("tissue and quality of a patch"))
     add("--min-tissue SHARE", "least share of tissue", 0.5)
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_status(functools.partial(run, args), REMEDIES)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """From flags to slides.csv; 1 where a slide failed or the download was declined."""
     check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -252,8 +253,8 @@ def run(args: argparse.Namespace) -> int:
     known = read_rows(job.folder, damaged)
     slides = list_served(args, job) if job.download or job.link else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo: list[CohortSlide] = []
-    finished: list[CohortSlide] = []
+    todo: Slides = []
+    finished: Slides = []
     for slide in chosen:
         done = is_finished(slide, known.get(slide.name), job, tell=True)
         (finished if done else todo).append(slide)
@@ -278,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
     return summarize(chosen, job)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Complain about flags that do not go together."""
     if args.overlap >= args.patch_size:
         raise UserError(f"--overlap {args.overlap}: not less than --patch-size {args.patch_size}")
@@ -294,7 +295,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {path}: no such file or folder")
 
 
-def check_remote(args: argparse.Namespace) -> None:
+def check_remote(args: Namespace) -> None:
     """Complain about flags that do not go with slides read where they are."""
     if args.remote and (args.download or args.save_patches):
         raise UserError("--remote: without --download and --save-patches, which read slides whole")
@@ -302,7 +303,7 @@ def check_remote(args: argparse.Namespace) -> None:
         raise UserError("--download-rest: only with --remote")
 
 
-def job_of(args: argparse.Namespace) -> Job:
+def job_of(args: Namespace) -> Job:
     """The flags that concern single slides; each field of Limits is a flag of the same name."""
     names = [field.name for field in dataclasses.fields(Limits)]
     settings = Settings(
@@ -316,17 +317,17 @@ def job_of(args: argparse.Namespace) -> Job:
     return Job(folder, settings, args.download, args.discard_slides, link, args.download_rest)
 
 
-def addresses_of(args: argparse.Namespace) -> list[str]:
+def addresses_of(args: Namespace) -> list[str]:
     """What --remote names."""
     return [args.gdc_url] if args.remote == GDC else read_addresses(Path(args.remote))
 
 
-def slides_folder(args: argparse.Namespace) -> Path:
+def slides_folder(args: Namespace) -> Path:
     """Where the slides lie or will lie."""
     return args.slides or args.data / "slides" / args.cancer
 
 
-def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
+def list_folder(args: Namespace) -> Slides:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
@@ -334,7 +335,7 @@ def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
     return slides
 
 
-def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
+def list_served(args: Namespace, job: Job) -> Slides:
     """The slides at the GDC or at addresses, at the places of those that are here already."""
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
@@ -357,8 +358,8 @@ def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
 
 
 def choose(
-    args: argparse.Namespace, slides: list[CohortSlide], known: Rows, job: Job
-) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+    args: Namespace, slides: Slides, known: Rows, job: Job
+) -> tuple[Slides, dict[str, SkippedSlide]]:
     """(the slides to tile, why others are left out by name), of earlier runs too; tells of them."""
     names = {slide.name for slide in slides}
     earlier = [slide_of(row) for name, row in known.items() if name not in names]
@@ -377,7 +378,7 @@ def choose(
 
 
 def settle_earlier(
-    earlier: list[CohortSlide], slides: list[CohortSlide], held: set[str], known: Rows, job: Job
+    earlier: Slides, slides: Slides, held: set[str], known: Rows, job: Job
 ) -> dict[str, SkippedSlide]:
     """Why slides of earlier runs are wanted no longer, by name; tells of those that stay.
 
@@ -412,7 +413,7 @@ def cpu_share() -> int:
     return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int) -> bool:
+def confirm_plan(todo: Slides, args: Namespace, workers: int) -> bool:
     """Show what will be downloaded and whether it fits; True to go on."""
     sizes = sorted((slide.size for slide in todo if not slide.path.is_file()), reverse=True)
     if not sizes:
@@ -438,7 +439,7 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def tell_plan(todo: list[CohortSlide]) -> None:
+def tell_plan(todo: Slides) -> None:
     """Say what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
     whole = sum(sizes) / 1e9
@@ -461,7 +462,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
             print(f"note: {fault}: damaged; what is lost is made anew (copy: {table}.damaged)")
 
 
-def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
+def write_manifest(folder: Path, slides: Slides) -> None:
     """manifest.txt, the slides used, as the GDC's client reads it."""
     text = "id\tfilename\tmd5\tsize\tstate\n"
     for slide in slides:
@@ -470,9 +471,7 @@ def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
     write_text(folder / "manifest.txt", text)
 
 
-def update_rows(
-    job: Job, slides: list[CohortSlide], left_out: dict[str, SkippedSlide], known: Rows
-) -> None:
+def update_rows(job: Job, slides: Slides, left_out: dict[str, SkippedSlide], known: Rows) -> None:
     """Rows that the choice changes: of slides left out, or of another patient or place now."""
     rows = {name: dict(row) for name, row in known.items()}
     for name, error in left_out.items():
@@ -494,7 +493,7 @@ def reason_of(error: BaseException) -> str:
     return one_line(told or type(error).__name__)
 
 
-def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
+def work_through(slides: Slides, job: Job, workers: int) -> Slides:
     """Do all slides in worker processes; returns those that other processes have in hand.
 
     A slide whose reader takes the process down (some damaged files do) is recorded as failed.
@@ -601,7 +600,7 @@ def renew_contact_sheet(folder: Path) -> None:
         os.utime(sheet, ns=(now, now))
 
 
-def summarize(slides: list[CohortSlide], job: Job) -> int:
+def summarize(slides: Slides, job: Job) -> int:
     """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
     rows = [every[slide.name] for slide in slides]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from g2l.arguments import flag
 from g2l.cohort import patient_of
@@ -36,7 +37,7 @@ class Benchmark:
     level: str  # "patch", "region" or "slide"
     images: Sequence  # an ImageSource; its `files` (optional) are watched for changes
     ids: list[str]
-    labels: np.ndarray  # (N,) int64 into `classes`
+    labels: ndarray  # (N,) int64 into `classes`
     classes: list[str]
     groups: list[str]  # patient, or the best proxy: never on both sides of a split
     centers: list[str] | None = None
@@ -47,14 +48,14 @@ class Benchmark:
     unit: str = ""  # what a group is: patient, slide, ...
     mpp: str = ""  # µm per pixel, where it is not the published one
     slides: Sequence = ()  # each as tile.py has cut it, where it has
-    survival: np.ndarray | None = None  # (N, 2): time followed, and whether the event came
+    survival: ndarray | None = None  # (N, 2): time followed, and whether the event came
     # Fingerprint of the images, taken at first use; a copy with other images begins without one.
     stamp: str = field(default="", init=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, keep: np.ndarray) -> Benchmark:
+    def subset(self, keep: ndarray) -> Benchmark:
         """The rows where the boolean mask `keep` (N,) holds; classes stay as they are."""
         rows = np.flatnonzero(keep)
         return replace(
@@ -243,7 +244,7 @@ def cohort_of(about: dict) -> set[str]:
     return names - {""}
 
 
-def leaked(benchmark: Benchmark, about: dict) -> np.ndarray:
+def leaked(benchmark: Benchmark, about: dict) -> ndarray:
     """Rows (N,) of patients or slides that were in the cohort of a student (its card).
 
     Compared are the group, its patient by tile.py's rule, and the names along the image's path. Of

@@ -73,6 +73,9 @@ class CohortSlide:
         return self.name
 
 
+Slides = list[CohortSlide]
+
+
 def slide_of(row: dict[str, str]) -> CohortSlide:
     """A slide of an earlier run by its row, whatever patient it was taken for."""
     path = Path(row["path"])
@@ -139,7 +142,7 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
     return names
 
 
-def read_manifest(path: Path) -> list[CohortSlide]:
+def read_manifest(path: Path) -> Slides:
     """What a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient] names.
 
     The path is as it stands there. Raises UserError where the file is neither.
@@ -184,7 +187,7 @@ def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     )
 
 
-def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[CohortSlide], list[str]]:
+def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Slides, list[str]]:
     """(the slides in a folder, or those that the manifest names; what a user should know of them).
 
     A link to another slide of the folder is left out; copies count as one patient's. Raises
@@ -212,9 +215,7 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[Cohor
     return slides, notes + join_copies(slides)
 
 
-def _named_slides(
-    folder: Path, at_hand: list[Path], manifest: Path
-) -> tuple[list[CohortSlide], list[str]]:
+def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Slides, list[str]]:
     """(slides that a manifest names, names that are not at hand)."""
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
@@ -254,14 +255,14 @@ def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
     return called
 
 
-def join_copies(slides: list[CohortSlide]) -> list[str]:
+def join_copies(slides: Slides) -> list[str]:
     """Make slides of the same content one patient's, so that none is held out of a set that has
     another; tells which.
 
     A patient that a manifest states stays.
     """
     sizes = Counter(slide.size for slide in slides)
-    groups: dict[str, list[CohortSlide]] = defaultdict(list)
+    groups: dict[str, Slides] = defaultdict(list)
     for slide in slides:
         if slide.size and sizes[slide.size] > 1:
             groups[_fingerprint(slide.path)].append(slide)
@@ -301,12 +302,12 @@ def _fingerprint(path: Path) -> str:
 
 
 def select(
-    slides: list[CohortSlide],
+    slides: Slides,
     held: set[str],
     strategy: str = "both",
     limit: int = 0,
     seed: int = 0,
-) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+) -> tuple[Slides, dict[str, SkippedSlide]]:
     """(slides chosen, reason of each other by name): patients held out, kind of section, then a
     sample of `limit`.
 
@@ -338,7 +339,7 @@ PATIENT_COLUMNS = (
 ).split()
 
 
-def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
+def read_patients(path: Path, slides: Slides) -> set[str]:
     """Patients named in a file: one slide or patient a line, or a table with a column slide,
     patient or the like.
 

@@ -13,12 +13,14 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy import ndarray
+from torch import Tensor, nn
 
 from g2l.benchmarks import Benchmark
 from g2l.embeddings import preprocessing_of
@@ -43,10 +45,11 @@ AHEAD = 2  # batches that are prepared before they are needed, at most
 SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
-Row = tuple[np.ndarray, Problems]  # the embedding of an item
-Batch = tuple[list[int], np.ndarray, list[tuple[int, Problems]]]
+Row = tuple[ndarray, Problems]  # the embedding of an item
+Batch = tuple[list[int], ndarray, list[tuple[int, Problems]]]
 
 
+@dataclass(eq=False)
 class ImageReader(torch.utils.data.IterableDataset):
     """Reads items of a source in a loading process and yields them as batches ready for a network.
 
@@ -56,28 +59,19 @@ class ImageReader(torch.utils.data.IterableDataset):
     never held as a whole.
     """
 
-    def __init__(
-        self,
-        source: Sequence,
-        todo: list[int],
-        geometry: Callable,
-        size: int,
-        batch_size: int,
-    ):
-        super().__init__()
-        self.source = source
-        self.todo = todo
-        self.geometry = geometry
-        self.none = torch.empty(0, 3, size, size, dtype=torch.uint8)
-        self.batch_size = batch_size
+    source: Sequence
+    todo: list[int]
+    geometry: Callable
+    size: int
+    batch_size: int
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
-        ended: list[tuple[int, Problems]]
+        none = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         items = []
-        images = [self.none]
-        ended = []
+        images = [none]
+        ended: list[tuple[int, Problems]] = []
         for i in mine:
             problems: Problems = []
             for image in self._read(i, problems):
@@ -86,24 +80,22 @@ class ImageReader(torch.utils.data.IterableDataset):
                 if len(items) == self.batch_size:
                     yield items, torch.cat(images).numpy(), ended
                     items = []
-                    images = [self.none]
+                    images = [none]
                     ended = []
             ended.append((i, problems))
         if ended:
             yield items, torch.cat(images).numpy(), ended
 
-    def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
+    def _read(self, i: int, problems: Problems) -> Iterator[Tensor]:
         """The readable images of item i, as the network takes them; what is not goes to
         `problems`."""
         try:
             item = self.source[i]
-            single = isinstance(item, np.ndarray) and item.ndim != 4
+            single = isinstance(item, ndarray) and item.ndim != 4
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            if of_the_machine(error) or of_the_machine(error.__cause__):
-                raise
-            problems.append(str(error) or type(error).__name__)
+            _note(error, problems)
             return
         if not count:
             problems.append("holds no images")
@@ -121,7 +113,7 @@ def _note(error: Exception, problems: Problems) -> None:
     problems.append(str(error) or type(error).__name__)
 
 
-def _planes(image: np.ndarray) -> torch.Tensor:
+def _planes(image: ndarray) -> Tensor:
     """uint8 (H, W, 3) -> (1, 3, H, W); ValueError for anything else."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         kind = f"{image.dtype} {image.shape}"
@@ -129,16 +121,16 @@ def _planes(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
 
 
+@dataclass(eq=False)
 class Forward:
     """Batches of uint8 images through a model; the batch size is halved where memory runs out."""
 
-    def __init__(self, model: Model, batch_size: int, device: torch.device):
-        self.model = model
-        self.batch_size = batch_size
-        self.device = device
-        self.used: deque[torch.Tensor] = deque()  # memory of earlier batches
+    model: Model
+    batch_size: int
+    device: torch.device
+    used: deque[Tensor] = field(default_factory=deque)  # memory of earlier batches
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
         """uint8 (m, 3, S, S) -> normalised (m, 3, S, S) on the device.
 
         It is overwritten when more than `AHEAD` others have been prepared.
@@ -150,7 +142,7 @@ class Forward:
         self.used.append(x)
         return x
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Prepared (m, 3, S, S) -> (m, dim), queued on the device."""
         parts = []
         start = 0
@@ -184,9 +176,8 @@ def extract_features(
     workers: int = 0,
     cache: Path | None = None,
     key: str = "",
-    progress: str = "text",
     errors: list | None = None,
-) -> np.ndarray:
+) -> ndarray:
     """Embeddings of every item of `source`, in order: float32 (N, dim), on every rank.
 
     source: source[i] is one RGB image, uint8 (H, W, 3), or a sequence of such (array (n, H, W, 3),
@@ -200,7 +191,6 @@ def extract_features(
     count only if
         weights, preprocessing, N and `key` (the caller's, for the data) are the same. The caller
         deletes the folder once it has saved the result.
-    progress: "text" shows a bar on a terminal and plain lines elsewhere, on rank 0; "none" nothing.
     errors: receives (i, message) for whatever could not be read, sorted by i. Unreadable is what
     raises
         PatchError, OSError or ValueError, or is no RGB image. Such a row is NaN; of a sequence,
@@ -217,9 +207,8 @@ def extract_features(
     done = agree(set(rows))
     todo = [i for i in range(len(source)) if i not in done][rank::world]
     if todo:
-        shown = rank == 0 and progress != "none"
-        computed = _embed(model, source, todo, batch_size, workers)
-        with Progress(len(source), "image", len(done), shown=shown) as bar:
+        computed = _embed(_computed(model, source, todo, batch_size, workers), model.dim)
+        with Progress(len(source), "image", len(done), shown=rank == 0) as bar:
             for i, row in _kept(computed, cache, mark):
                 rows[i] = row
                 bar.step(world)  # other ranks are taken to be as fast
@@ -243,26 +232,18 @@ def _kept(
         _keep_rows(cache, mark, fresh)
 
 
-def _embed(
-    model: Model,
-    source: Sequence,
-    todo: list[int],
-    batch_size: int | None,
-    workers: int,
-) -> Iterator[tuple[int, Row]]:
-    """Every item of `todo`, as its last image comes out of the network: the mean of its images."""
-    sums: dict[int, np.ndarray] = {}
+def _embed(computed: Iterator, dim: int) -> Iterator[tuple[int, Row]]:
+    """Every item, as its last image comes out of the network: the mean (dim,) of its images."""
+    sums: dict[int, ndarray] = {}
     counts: Counter[int] = Counter()
-    queued = _computed(model, source, todo, batch_size, workers)
-    for items, features, ended in one_behind(queued):
+    for items, features, ended in one_behind(computed):
         for i, row in zip(items, features.double().cpu().numpy(), strict=True):
             sums[i] = sums.get(i, 0) + row
             counts[i] += 1
         for i, problems in ended:
-            row = np.full(model.dim, np.nan, np.float32)  # where nothing could be read
-            if i in sums:
-                row = (sums.pop(i) / counts[i]).astype(np.float32)
-            yield i, (row, problems)
+            nothing = np.full(dim, np.nan)  # could be read
+            mean = sums.pop(i, nothing) / max(counts[i], 1)
+            yield i, (mean.astype(np.float32), problems)
 
 
 def _computed(
@@ -271,7 +252,7 @@ def _computed(
     todo: list[int],
     batch_size: int | None,
     workers: int,
-) -> Iterator[tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]]:
+) -> Iterator[tuple]:
     """The reader's batches with features, queued on the device, in place of images."""
     device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
@@ -295,7 +276,7 @@ def one_behind(items: Iterator) -> Iterator:
         yield held
 
 
-def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:
+def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> ndarray:
     """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
     out = np.zeros((count, dim), np.float32)
     found = []
@@ -389,8 +370,8 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         "ms_per_image": timed or milliseconds(model),
         "preprocessing": preprocessing_of(model),
     }
-    for field in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
-        known[field] = getattr(model, field)
+    for name in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
+        known[name] = getattr(model, name)
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
 
@@ -435,7 +416,7 @@ def features(
     max_unreadable: float = 0.01,
     together: bool = True,
     **options: Any,
-) -> np.ndarray:
+) -> ndarray:
     """Embeddings (N, dim) float32 of one model on one benchmark, extracted once and then read from
     `results`.
 
@@ -471,8 +452,7 @@ def features(
     _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
     if not fresh and rank == 0:
         held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
-        for field in ("ids", "groups", "classes"):
-            held[field] = getattr(benchmark, field)
+        held |= {"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes}
         names = np.frombuffer(json.dumps(held).encode(), np.uint8)
         arrays = {"features": array, "labels": benchmark.labels, "names": names}
         with atomic(path) as temporary:
@@ -483,7 +463,7 @@ def features(
 
 
 def _refuse_broken(
-    array: np.ndarray,
+    array: ndarray,
     errors: list,
     model: str,
     benchmark: Benchmark,
@@ -516,7 +496,7 @@ def _refuse_broken(
         )
 
 
-def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
+def load_cached(path: Path) -> tuple[ndarray | None, dict]:
     """Features and what is written beside them; (None, {}) if there is no such file or it is
     damaged."""
     from safetensors import SafetensorError

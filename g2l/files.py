@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from stat import S_ISDIR
 from typing import IO
@@ -134,6 +134,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all; what a file name holds that is no UTF-8 stays as it is."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_table(path: Path, rows: Iterable[Iterable]) -> None:
+    """Write rows, of which the first names the columns, as a CSV file."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def read_text(path: Path, errors: str = "strict") -> str:

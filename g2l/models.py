@@ -10,7 +10,6 @@ fills it with weights, and gives a `Model`: that network with its own preprocess
 definition of the embedding. `save_student` writes one as a folder that timm and `load_model` read.
 """
 
-import argparse
 import contextlib
 import difflib
 import functools
@@ -21,6 +20,7 @@ import math
 import sys
 import time
 import zlib
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -523,7 +523,7 @@ def save_student(
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
-def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
+def show_speed(names: Sequence[str], args: Namespace) -> None:
     """Print one line per model as it is measured. Weights are random unless given: they do not
     change the time."""
     weights = parse_weights(args.weights, names)
@@ -543,7 +543,7 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
     )
 
 
-def check_nameless(path: str, args: argparse.Namespace) -> None:
+def check_nameless(path: str, args: Namespace) -> None:
     """Say which models a weight file fits; of a student's folder, that its parts agree."""
     if is_student(Path(path)):
         check_card(Path(path))
@@ -555,7 +555,7 @@ def check_nameless(path: str, args: argparse.Namespace) -> None:
     print(f"{path}: fits {' and '.join(fits)}")
 
 
-def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None:
+def check_weights(name: str, path: str | None, args: Namespace) -> None:
     """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not."""
     start = time.perf_counter()
     if path is None and (known := find(name)):
@@ -574,15 +574,13 @@ def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None
     )
 
 
-class _Help(Help, argparse.RawDescriptionHelpFormatter):
+class _Help(Help, RawDescriptionHelpFormatter):
     """Shared help, with the docstring's own lines."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Arguments of `python -m g2l.models`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m g2l.models", description=__doc__, formatter_class=_Help
-    )
+    parser = ArgumentParser(prog="python -m g2l.models", description=__doc__, formatter_class=_Help)
     names = "a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student"
     parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     act = parser.add_argument_group("what to do; without names and flags, the registry is printed")
@@ -603,7 +601,7 @@ def build_parser() -> argparse.ArgumentParser:
 REMEDIES = MODEL_REMEDIES | {"registry": "`python -m g2l.models` lists it"}
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Measure, check, or print the registry; the exit status."""
     if args.speed is not None:
         show_speed(args.speed + args.names or list(REGISTRY), args)

@@ -21,11 +21,13 @@ from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, Choices, inside, make_benchmark, told
 from g2l.errors import UserError
-from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
+from g2l.files import aligned, digest, files_below, read_json, read_table, stamp, write_text
 from g2l.images import ImageFiles, ImageSource, Regions, Squares, class_shares, open_slide
 from g2l.multicentre import load_multicentre, tiger_source
 from g2l.slide_tables import Labels, followed, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
+
+Maps = dict[str, list[Path]]  # of each image, by its stem
 
 
 def find_files(root: Path, pattern: str, what: str) -> list[Path]:
@@ -200,7 +202,7 @@ def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
 def grid_benchmark(
     name: str,
     images: Sequence[Path],
-    masks: dict[str, list[Path]],
+    masks: Maps,
     shares_of: Callable[[Path, list[Path]], ndarray],
     classes: list[str],
     group: Callable[[Path], str],
@@ -268,9 +270,7 @@ def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> nda
     return majority(drawn, values)
 
 
-def with_masks(
-    found: list[Benchmark], maps: dict[str, list[Path]], values: dict[int, int]
-) -> list[Benchmark]:
+def with_masks(found: list[Benchmark], maps: Maps, values: dict[int, int]) -> list[Benchmark]:
     """The same squares of cores, each with the map of its classes."""
     squares: Any = found[0].images
 
@@ -307,7 +307,7 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     for f in found:
         expert = re.search(r"Maps\d+_T", str(f.relative_to(root)), re.I)
         votes.setdefault((f.name, expert[0].lower() if expert else str(f.parent)), f)
-    maps: dict[str, list[Path]] = {}
+    maps: Maps = {}
     for f in votes.values():
         maps.setdefault(f.stem.split("_classimg")[0], []).append(f)
     notes = ["majority of the experts who drew; value 0 of a map is no vote"]
@@ -322,7 +322,7 @@ def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
     as its users do.
     """
     cores = find_files(root, "ZT*.jpg", "cores named ZT111_4_A_1_1.jpg")
-    maps: dict[str, list[Path]] = {}
+    maps: Maps = {}
     for f in find_files(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png"):
         maps.setdefault(f.stem.split("_", 1)[1], [f])
     shares = functools.partial(gleason_shares, values=VALUES_ZURICH)
@@ -381,7 +381,7 @@ def aggc_shares(slide: Path, masks: list[Path]) -> ndarray:
 def load_aggc(root: Path, choices: Choices) -> list[Benchmark]:
     """AGGC 2022, subsets 1 and 2, grouped by slide; subset 3 is the same tissue on six scanners."""
     slides = find_files(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")
-    masks: dict[str, list[Path]] = {}
+    masks: Maps = {}
     for f in find_files(root, "*_Mask.tif", "masks, in SubsetN_Train_annotation"):
         if first_part(f) in AGGC:
             masks.setdefault(f.parent.name, []).append(f)
@@ -542,12 +542,7 @@ def list_benchmarks(data: Path) -> str:
         about |= SECTIONS[name]
         texts = [about[column] for column in COLUMNS]
         rows.append([cell.replace("DATA", str(data)).replace("\n", " ") for cell in texts])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def at_hand(data: Path, name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 import kernels
@@ -36,7 +37,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     index: PatchIndex
-    held: np.ndarray  # bool (slides,)
+    held: ndarray  # bool (slides,)
     seed: int
     batch_size: int
     crop: int
@@ -82,7 +83,7 @@ class Batches(torch.utils.data.Dataset):
             if not self.held[self.index.locate(i)[0]]:
                 yield i
 
-    def _read(self, n: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+    def _read(self, n: int, unreadable: list[str]) -> tuple[ndarray, int]:
         """The patch of sample n and its number; `unreadable` gets texts of those that were not."""
         for i in itertools.islice(self._candidates(n), ATTEMPTS):
             try:
@@ -119,7 +120,7 @@ def load(
             yield images.pin_memory() if pin else images, params, unreadable
 
 
-def hold_out(index, fraction: float, seed: int) -> np.ndarray:
+def hold_out(index, fraction: float, seed: int) -> ndarray:
     """bool (slides,): the slides of a seeded `fraction` of the patients.
 
     At least 2 patients of 8 or more, 1 of 4, none of fewer.
@@ -134,7 +135,7 @@ def hold_out(index, fraction: float, seed: int) -> np.ndarray:
 
 def open_cohort(
     folder: Path, slides: str, fraction: float, most: int, seed: int, cache: int = 0
-) -> tuple[PatchIndex, np.ndarray]:
+) -> tuple[PatchIndex, ndarray]:
     """The patches, and bool (slides,): which slides are held out (see `hold_out`).
 
     With `most`, training keeps so many slides; a larger number adds to those of a smaller one.
@@ -152,7 +153,7 @@ def open_cohort(
 
 def read_centres(
     index: PatchIndex, chosen: list[int], crop: int
-) -> tuple[dict[int, np.ndarray], list[str]]:
+) -> tuple[dict[int, ndarray], list[str]]:
     """The patches by number, centre-cropped to (crop, crop, 3), and texts of those that cannot be
     read."""
     margin = (index.patch_size - crop) // 2
@@ -190,7 +191,7 @@ class Heldout:
     def __init__(
         self,
         index,
-        held: np.ndarray,
+        held: ndarray,
         count: int,
         crop: int,
         seed: int,
