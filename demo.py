@@ -562,10 +562,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     flag(parser, "--folder DIR", "everything is written below it", Path("demo"))
-    steps = "steps of distillation; with more, the student becomes better"
-    flag(parser, "--max-steps N", steps, 150)
-    people = "slides to distil on, and patients to judge by, of each of four centres"
-    flag(parser, "--patients N", people, 4)
+    flag(
+        parser, "--max-steps N", "steps of distillation; with more, the student becomes better", 150
+    )
+    flag(
+        parser,
+        "--patients N",
+        "slides to distil on, and patients to judge by, of each of four centres",
+        4,
+    )
     return parser
 
 

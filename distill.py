@@ -317,8 +317,13 @@ def build_parser() -> ArgumentParser:
     add_flags(parser, RECIPE)
     add_model_arguments(parser)
     add_flags(parser, FREE)
-    every = "a run for each combination of such values, then a table and a picture of them all"
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,...", help=every)
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=A,B,...",
+        help="a run for each combination of such values, then a table and a picture of them all",
+    )
     return parser
 
 
@@ -346,8 +351,7 @@ def check(args: Namespace) -> None:
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
-            text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
-            raise UserError(text)
+            raise UserError(f"{flag_of(name)} {value}: expected a number of at least {least}{why}")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     weights = args.teacher_weight

@@ -489,33 +489,46 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         required=True,
     )
-    other = "say what this model would have cost, measured here, such as h-optimus-0"
-    add("--compare NAME", other)
+    add("--compare NAME", "say what this model would have cost, measured here, such as h-optimus-0")
     add("--data DIR", "folder that tile.py filled", Path("data"))
     add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
     out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
     flag(out, "--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
-    mean = "one vector a slide too, in features_<model>_mean.h5"
-    out.add_argument("--slide", choices=["mean"], help=mean)
-    half = "half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32"
-    out.add_argument("--precision-out", choices=["fp32", "fp16"], default="fp32", help=half)
-    stamp = "features_<model>_stamp/<slide>.h5 too, as STAMP reads it"
-    out.add_argument("--format", choices=["stamp"], help=stamp)
+    out.add_argument(
+        "--slide", choices=["mean"], help="one vector a slide too, in features_<model>_mean.h5"
+    )
+    out.add_argument(
+        "--precision-out",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
+    )
+    out.add_argument(
+        "--format",
+        choices=["stamp"],
+        help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
+    )
     flag(out, "--redo", "make features anew that came from other weights, preprocessing or patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
-    shown = "a slide's patches in colours: their features' principal components, or"
-    add("--heatmap SLIDE", shown)
+    add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")
     add("--query X,Y", "how like each is to the patch at this pixel of level 0, or", type=place)
     add("--scores FILE", "values of your own: a table slide,x,y,value")
-    similar = "so many typical patches, with their nearest in the cohort"
-    add("--similar N", similar, nargs="?", const=8)
+    add(
+        "--similar N",
+        "so many typical patches, with their nearest in the cohort",
+        nargs="?",
+        const=8,
+    )
     add = functools.partial(flag, parser.add_argument_group("running"))
     add("--input-size PX", "side of the network's input in pixels, if not the published one")
     add("--batch-size N", "patches a forward pass; default: by device and memory")
-    readers = "processes that read patches, per rank, up to 4; default: 4 for a GPU"
-    add("--workers N", readers, type=count)
+    add(
+        "--workers N",
+        "processes that read patches, per rank, up to 4; default: 4 for a GPU",
+        type=count,
+    )
     return parser
 
 

@@ -170,8 +170,10 @@ class IndexStudy:
         self.at = used.cumsum() - 1
         if used.all():
             return found
-        own = f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"
-        return dataclasses.replace(found.subset(used), source=own)
+        return dataclasses.replace(
+            found.subset(used),
+            source=f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}",
+        )
 
     def take(self, arrays: dict[str, ndarray]) -> int:
         """Take each model's features of what was drawn; how many patches were unreadable.
@@ -531,8 +533,9 @@ def add_index_arguments(parser: ArgumentParser) -> None:
 
 def add_shift_arguments(parser: ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
-    title = "shifts of stain and scanner, instead of the index"
-    add = partial(flag, parser.add_argument_group(title))
+    add = partial(
+        flag, parser.add_argument_group("shifts of stain and scanner, instead of the index")
+    )
     add(
         "--perturb KIND",
         f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
@@ -575,8 +578,9 @@ def build_parser() -> ArgumentParser:
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
-    layout = "layout of the embedding map"
-    run.add_argument("--map", default="tsne", choices=["tsne", "pca"], help=layout)
+    run.add_argument(
+        "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"
+    )
     return parser
 
 

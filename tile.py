@@ -607,8 +607,9 @@ def summarize(slides: Slides, job: Job) -> int:
     done = [row for row in rows if row["status"] == "done"]
     for row, slide in zip(rows, slides, strict=True):
         if row["status"] == "done" and not job.settings.made(row, slide):
-            text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
-            raise UserError(text, "settings")
+            raise UserError(
+                f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile", "settings"
+            )
     write_clam_list(job.folder)
     if done:
         renew_contact_sheet(job.folder)

@@ -90,10 +90,18 @@ class Choices:
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Choices; `choices_of` reads them."""
     add = functools.partial(flag, parser.add_argument_group("slides and regions of benchmarks"))
-    tiled = "take the patches of slides, and features by embed.py, from these cohorts of tile.py"
-    add("--cancer NAME", tiled, [], nargs="+")
-    own = "your own slides, in --cancer: slide_id,label[,patient] or patient,label"
-    add("--slides-table FILE", own, [], nargs="+")
+    add(
+        "--cancer NAME",
+        "take the patches of slides, and features by embed.py, from these cohorts of tile.py",
+        [],
+        nargs="+",
+    )
+    add(
+        "--slides-table FILE",
+        "your own slides, in --cancer: slide_id,label[,patient] or patient,label",
+        [],
+        nargs="+",
+    )
     add(
         "--draw N",
         "a random sample of so many slides (the paper: 511 for tp53), without the patients of "
@@ -145,8 +153,12 @@ def load_folder(folder: Path) -> Benchmark:
             f"{table}: not found (in {folder}: {inside(folder)}); a benchmark folder holds images "
             "and a labels.csv with the columns image,label,group and, for robustness.py, center"
         )
-    why = " -- group is the patient, so that none is on both sides of a split"
-    rows = read_table(table, ("image", "label", "group"), ("center", "mask"), why)
+    rows = read_table(
+        table,
+        ("image", "label", "group"),
+        ("center", "mask"),
+        " -- group is the patient, so that none is on both sides of a split",
+    )
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
     name = folder.resolve().name

@@ -161,11 +161,11 @@ class Forward:
     def _halve(self) -> None:
         name = self.model.name
         if self.batch_size == 1:
-            why = f"{name}: not enough memory on {self.device} for one image"
-            raise UserError(why, mend="one image") from None
+            raise UserError(
+                f"{name}: not enough memory on {self.device} for one image", mend="one image"
+            ) from None
         self.batch_size = (self.batch_size + 1) // 2
-        text = f"{name}: out of memory on {self.device}, batch size now {self.batch_size}"
-        warn(text)
+        warn(f"{name}: out of memory on {self.device}, batch size now {self.batch_size}")
 
 
 def extract_features(
@@ -430,8 +430,12 @@ def features(
     rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
-    file = f"{safe(benchmark.source or benchmark.name)}.safetensors"
-    path = Path(results) / "features" / safe(display(name)) / file
+    path = (
+        Path(results)
+        / "features"
+        / safe(display(name))
+        / f"{safe(benchmark.source or benchmark.name)}.safetensors"
+    )
     array, held = load_cached(path)
     fresh = array is not None and held.get("key") == key
     if together:  # all extract or none does, whatever each saw on disk

@@ -394,8 +394,9 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
         except RuntimeError as error:
             if not hub:
                 raise
-            text = f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}"
-            raise UserError(text, "weights") from None
+            raise UserError(
+                f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}", "weights"
+            ) from None
 
 
 def _randomize(net: Network, name: str) -> None:
@@ -581,8 +582,12 @@ class _Help(Help, RawDescriptionHelpFormatter):
 def build_parser() -> ArgumentParser:
     """Arguments of `python -m g2l.models`."""
     parser = ArgumentParser(prog="python -m g2l.models", description=__doc__, formatter_class=_Help)
-    names = "a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student",
+    )
     act = parser.add_argument_group("what to do; without names and flags, the registry is printed")
     flag(
         act,
@@ -592,8 +597,11 @@ def build_parser() -> ArgumentParser:
     )
     flag(act, "--speed NAME", "measure images a second and MFU", nargs="*")
     flag(act, "--input-size PX", "side of the input in pixels, if not the published one")
-    batch = "images a forward pass of --speed; default: 4 on a CPU, on a GPU as many as fit"
-    flag(act, "--batch-size N", batch)
+    flag(
+        act,
+        "--batch-size N",
+        "images a forward pass of --speed; default: 4 on a CPU, on a GPU as many as fit",
+    )
     add_model_arguments(parser)
     return parser
 

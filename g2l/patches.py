@@ -416,8 +416,9 @@ class PatchIndex:
                     self.handles = max(1, len(self._open) // 2)
                     self.close(keep=len(self._open) // 2)
                     continue
-                text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
-                raise PatchError(text) from error
+                raise PatchError(
+                    f"{self.slides[number]}: patch at {place} cannot be read: {error}"
+                ) from error
 
     def ahead(self, numbers: Iterable[int]) -> None:
         """Begin to fetch what these patches need, where their slides are at an address.

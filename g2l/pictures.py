@@ -263,10 +263,11 @@ def draw_gallery(
             frame = "the query's class" if labels[i] == labels[row] else "another class"
             line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))
         lines.append(line)
-    title = (
-        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds"
+    return draw_sheet(
+        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds",
+        FRAMES,
+        lines,
     )
-    return draw_sheet(title, FRAMES, lines)
 
 
 def worth_seeing(

@@ -107,8 +107,9 @@ def load_bracs(root: Path, choices: Choices) -> list[Benchmark]:
     """BRACS, regions of interest of seven lesions, grouped by patient as BRACS.xlsx says, else by
     slide.
     """
-    what = "RoIs named BRACS_WSI_CLASS_N.png, in train, val and test"
-    found = find_files(root, "BRACS_*.png", what)
+    found = find_files(
+        root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png, in train, val and test"
+    )
     found = [f for f in found if f.parents[1].name in ("train", "val", "test")]
     # the server also holds previous versions of the same images: the latest comes last
     found.sort(key=lambda f: "latest_version" in f.parts)
@@ -165,8 +166,11 @@ def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
                     files.append(f)
                     rows.append((f.name, breakhis_class(task, match), match[3]))
             images = Regions(files, choices.region_size)
-            name = f"breakhis-{task}-{zoom}x"
-            result.append(make_benchmark(name, "region", images, rows, classes, root, notes))
+            result.append(
+                make_benchmark(
+                    f"breakhis-{task}-{zoom}x", "region", images, rows, classes, root, notes
+                )
+            )
             result[-1].source = f"breakhis-{zoom}x"  # both tasks share the images
     return result or [make_benchmark("breakhis", "region", [], [], [], root)]
 
@@ -326,8 +330,9 @@ def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
     for f in find_files(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png"):
         maps.setdefault(f.stem.split("_", 1)[1], [f])
     shares = functools.partial(gleason_shares, values=VALUES_ZURICH)
-    name = "gleason-arvaniti"
-    found = grid_benchmark(name, cores, maps, shares, GLEASON, stem, [], root, choices)
+    found = grid_benchmark(
+        "gleason-arvaniti", cores, maps, shares, GLEASON, stem, [], root, choices
+    )
     return with_masks(found, maps, VALUES_ZURICH)
 
 
@@ -560,8 +565,7 @@ def load_published(name: str, choices: Choices) -> list[Benchmark]:
     for benchmark in loaded:
         group = benchmark.unit or about["group"]
         mpp = benchmark.mpp or about["µm per pixel"]
-        design = f"groups are {group}s; µm per pixel: {mpp}"
-        benchmark.notes[:0] = [count, design]
+        benchmark.notes[:0] = [count, f"groups are {group}s; µm per pixel: {mpp}"]
     return loaded
 
 

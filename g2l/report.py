@@ -40,8 +40,7 @@ def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
 
 def escaped(text: str) -> str:
     """Text from outside, such as a class's name, as itself: no Markdown, no HTML, one line."""
-    markup = r"[\\`*<|]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])"
-    return re.sub(markup, r"\\\g<0>", one_line(text))
+    return re.sub(r"[\\`*<|]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
 
 
 def markdown(head: str | list[str], rows: Sequence[Sequence[str]]) -> str:
@@ -224,11 +223,11 @@ class Tables:
                 ]
                 rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
-            head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
                 "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 "
                 "resamplings of whole groups; for CKA by the jackknife. Fewer than "
-                f"{FEW} groups allow none.\n\n" + markdown(head, rows)
+                f"{FEW} groups allow none.\n\n"
+                + markdown("benchmark\tmodel\tother\tmeasure\tdifference\treading", rows)
             )
         return "\n\n".join(text)
 

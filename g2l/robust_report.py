@@ -220,13 +220,14 @@ def behind(held: Readings) -> str:
         cells += [held.show(m, name) for m in ("probe_class", "probe_center")]
         index = held.values("index", name, k=held.k).mean()
         rows.append([name, two(index / held.blind), *cells])
-    head = "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre"
     return (
         f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy "
         f"of the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
         "should be found; the centre is found as far as the features hold it. Chance is what "
         "random features score in the same way, mean ± standard deviation of several draws.\n\n"
-        + markdown(head, rows)
+        + markdown(
+            "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre", rows
+        )
     )
 
 
@@ -261,7 +262,6 @@ def shortcuts(held: Readings) -> str:
         for row in held.of("drop", model=name) if name != "chance" else ():
             cells[2] += f" [{two(row['low'])}, {two(row['high'])}]"
         rows.append([name, *cells, held.show("clusters", name)])
-    head = "model\tbalanced\tconfounded\tperformance drop\tclustering score"
     return (
         "### Where class and centre go together\n\nPathoROB's other measures, on two classes in "
         f"two centres at a time: mean of up to {QUARTETS} such quartets of {LEAST} patches a cell "
@@ -271,7 +271,7 @@ def shortcuts(held: Readings) -> str:
         "drop*: what is lost on the way, relative, with its 95 % interval over the patients "
         "judged; what knows nothing has nothing to lose. *Clustering score*: agreement of k-means "
         "with the class less that with the centre, 1 at best, 0 by chance.\n\n"
-        + markdown(head, rows)
+        + markdown("model\tbalanced\tconfounded\tperformance drop\tclustering score", rows)
     )
 
 
@@ -283,8 +283,9 @@ def one_by_one(held: Readings, field: str, title: str) -> str:
     for kind in (row[field] for row in held.of(metric, model="chance")):
         shown = [held.show(metric, name, **{field: kind}) for name in names]
         rows.append([kind, *shown])
-    text = f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n"
-    return text + markdown([title, *names], rows)
+    return f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n" + markdown(
+        [title, *names], rows
+    )
 
 
 def patches_table(held: Readings) -> str:
@@ -325,8 +326,9 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
 
 def plain(text: str) -> str:
     """Markdown for a terminal: without markup, cells of tables 18 characters apart."""
-    markup = r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ "
-    return re.sub(markup, r"\1", text.replace(" | ", "\t")).expandtabs(18)
+    return re.sub(
+        r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ ", r"\1", text.replace(" | ", "\t")
+    ).expandtabs(18)
 
 
 def draw_index(title: str, counts: dict[str, list[ndarray]]):
@@ -406,8 +408,13 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
         line = []
         for j, frame in zip([i, *rows[i]], ["query", *frames], strict=True):
             if j >= 0:
-                caption = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
-                line.append((benchmark.images[int(sample[j])], caption, frame))
+                line.append(
+                    (
+                        benchmark.images[int(sample[j])],
+                        f"{benchmark.classes[labels[j]]}\n{centers[j]}",
+                        frame,
+                    )
+                )
         lines.append(line)
     title = f"{name}: neighbours that share the centre but not the tissue"
     if not lines:

@@ -156,8 +156,9 @@ class Run:
             RuntimeError,
         ) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
-            text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
-            raise UserError(text, "room") from None
+            raise UserError(
+                f"{self.folder}: checkpoint of step {state['step']} not written ({why})", "room"
+            ) from None
 
     def changes(self, old: dict, new: dict) -> str:
         """What a run was begun with and has otherwise now."""
@@ -191,8 +192,7 @@ class Run:
         if config and (done or any(map(Path.exists, self.checkpoints))):
             self.refuse_changes(config["identity"], identity)
         if finished and not done:
-            text = f"{', '.join(lost)}: missing or damaged; exported again"
-            warn(text)
+            warn(f"{', '.join(lost)}: missing or damaged; exported again")
         return done
 
     def load(self, identity: dict) -> dict | None:
@@ -227,8 +227,10 @@ class Run:
                 why = f"{type(error).__name__}: {error}"
             self.set_aside(path, why)
         if list(self.folder.glob("checkpoint*.damaged")):
-            text = f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew"
-            raise UserError(text, "name")
+            raise UserError(
+                f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew",
+                "name",
+            )
         return None
 
     def draw_loss(self) -> None:

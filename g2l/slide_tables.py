@@ -291,8 +291,9 @@ def drawn(name: str, rows: list[tuple], choices: Choices) -> tuple[list[tuple], 
     path = choices.results / f"{name}-drawn.csv"
     write_table(path, [("slide_id", "label", "patient"), *sorted(kept)])
     held = f"{len(rows) - len(free)} of patients that a student has seen held out"
-    note = f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
-    return [row for row in rows if row in kept], note
+    return [
+        row for row in rows if row in kept
+    ], f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
 
 
 def load_slides_table(table: Path, choices: Choices) -> Benchmark:

@@ -364,8 +364,9 @@ class Slide:
         try:
             return self.area(x, y, size, size, out, out)
         except PatchError as error:
-            text = f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
-            raise PatchError(text) from error
+            raise PatchError(
+                f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
+            ) from error
 
     def thumbnail(self, max_side: int) -> NDArray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""

@@ -208,8 +208,9 @@ class Heldout:
         if len(patches) < 4:
             problem = unreadable[-1] if unreadable else "their patients have no more"
             mend = "moved" if unreadable else "held out"
-            text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
-            raise UserError(text, mend)
+            raise UserError(
+                f"only {len(patches)} of {count} held-out patches can be read: {problem}", mend
+            )
         stacked = np.stack(list(patches.values()))
         self.images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
         self.patients = [str(index.patient[index.locate(i)[0]]) for i in patches]
