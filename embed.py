@@ -246,7 +246,7 @@ def stream(
     shared = {piece.slide for piece in set(every) - set(mine)}
     pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
     numbers = numbers_of(index, pieces)
-    device = next(models[0].parameters()).device
+    device = models[0].device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
     workers = default_workers(args.workers, device)
     batches = read_batches(index, numbers, size, min(workers, MOST_READERS))

@@ -146,7 +146,6 @@ def load_folder(folder: Path) -> Benchmark:
     Images and masks are paths relative to the folder; group is the patient (or slide), whose images
     stay on one side of every split. Raises UserError naming file and line.
     """
-    folder = Path(folder)
     table = folder / "labels.csv"
     if not table.is_file():
         raise UserError(

@@ -95,14 +95,13 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
 
     A token is of the class that covers at least half of it, as the network sees the image.
     """
-    device = next(model.parameters()).device
     kept = []
     kinds = []
     for first in range(0, len(sample), BATCH):
         numbers = range(first, min(first + BATCH, len(sample)))
         images = [sample.images[i] for i in numbers]
         seen = [model.geometry(planes(image)) for image in images]
-        x = model.normalize(torch.cat(seen).to(device))
+        x = model.normalize(torch.cat(seen).to(model.device))
         with torch.inference_mode(), model.autocast(x):
             cells = model.grid(model.net.forward_features(x)).float()
         size = [min(GRID, side) for side in cells.shape[2:]]

@@ -254,14 +254,13 @@ def _computed(
     workers: int,
 ) -> Iterator[tuple]:
     """The reader's batches with features, queued on the device, in place of images."""
-    device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
-    forward = Forward(model, batch_size, device)
+    forward = Forward(model, batch_size, model.device)
     reader = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
     with torch.inference_mode(), loading("images", workers) as options:
         for items, batch, ended in torch.utils.data.DataLoader(reader, **options):
             images = torch.from_numpy(batch)
-            images = images.pin_memory() if device.type == "cuda" else images
+            images = images.pin_memory() if model.device.type == "cuda" else images
             yield items, forward(forward.prepare(images)), ended
 
 
@@ -350,7 +349,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     options = {key: value for key, value in options.items() if value is not None}
     how = sorted(options.items(), key=str), CARD_VERSION
     key = digest(name, weights, how, [stamp(path) for path in _local_files(name, weights)])
-    path = Path(results) / "features" / safe(display(name)) / "model.json"
+    path = results / "features" / safe(display(name)) / "model.json"
     known = read_json(path)
     if known.get("key") == key:
         return known
@@ -430,12 +429,8 @@ def features(
     rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
     key = feature_key(about, benchmark)
-    path = (
-        Path(results)
-        / "features"
-        / safe(display(name))
-        / f"{safe(benchmark.source or benchmark.name)}.safetensors"
-    )
+    file = f"{safe(benchmark.source or benchmark.name)}.safetensors"
+    path = results / "features" / safe(display(name)) / file
     array, held = load_cached(path)
     fresh = array is not None and held.get("key") == key
     if together:  # all extract or none does, whatever each saw on disk

@@ -107,6 +107,11 @@ class Model(nn.Module):
                 module.to(dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @property
     def geometry(self) -> Callable[[Tensor], Tensor]:
         """This model's `resize_and_crop`, which can be sent to a worker process as the model need
         not be."""

@@ -118,7 +118,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
     axes[0, 0].set_ylabel(f"kNN accuracy, {name}, with 95 % interval over folds")
     handles = axes[0, 1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=1 + (len(heights) > 3))
-    save_figure(figure, Path(study.results) / "figure1.png")
+    save_figure(figure, study.results / "figure1.png")
 
 
 def with_margins(scores: ndarray) -> tuple[ndarray, ndarray]:
@@ -170,7 +170,7 @@ def draw_benchmark(
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
-    folder = Path(study.results) / "pictures"
+    folder = study.results / "pictures"
     mean = means(study.rows)
     draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
     for kind, draw in draws.items():

@@ -168,35 +168,25 @@ class Distiller(nn.Module):
         return total
 
     def _term(self, kind: str, student: Said, teacher: Said, number: int) -> Tensor:
-        """One term of the loss to teacher `number`."""
+        """One term of the loss to teacher `number`, fp32."""
         if kind == "relation":
             return relation(student.whole, teacher.whole)
         if kind == "patch-cosine" and self.patch_projector is not None:
             projector = self.patch_projector.split(self.cells, 1)[number]
             return _plain_cosine(student.rows("patch"), projector, teacher.rows("patch"))
-        tokens = self.args.tokens
+        args = self.args
+        rows = student.rows(args.tokens)  # (R, Ds)
+        wanted = teacher.rows(args.tokens)  # (R, Dt)
         projector = self.projector.split(self.widths, 1)[number]
         affine = []
         for part in (self.scale, self.shift):
             affine.append(None if part is None else part.split(self.widths)[number])
-        return self._of_rows(kind, student.rows(tokens), teacher.rows(tokens), projector, *affine)
-
-    def _of_rows(
-        self,
-        kind: str,
-        student: Tensor,
-        teacher: Tensor,
-        projector: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
-        """Rows of the student (R, Ds) and of a teacher (R, Dt) -> one of LOSSES, fp32."""
-        args = self.args
+        scale, shift = affine
         if kind == "logsum":
             return kernels.log_sum_loss(
-                student,
+                rows,
                 projector,
-                teacher,
+                wanted,
                 alpha=args.alpha,
                 normalize=args.normalize,
                 reduction=args.reduction,
@@ -204,9 +194,9 @@ class Distiller(nn.Module):
                 shift=shift,
                 group=self.group,
             )
-        with torch.autocast(student.device.type, enabled=False):
-            s = student.float() @ projector
-            t = teacher.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            s = rows.float() @ projector
+            t = wanted.float()
             if args.normalize != "none":
                 s = F.batch_norm(s, None, None, scale, shift, training=True, eps=1e-4)
             if args.normalize == "both":
@@ -325,7 +315,7 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
     A backward pass is counted as two forward. Raises UserError where tokens cannot be compared.
     """
     models = [student, *teachers]
-    device = next(student.parameters()).device
+    device = student.device
     student.eval()
     flops = 2 * flops_per_image(student) + sum(map(flops_per_image, models))
     sample = torch.zeros(1, 3, args.crop, args.crop, device=device)

@@ -7,7 +7,6 @@ tables of them, and `write_report` puts these beside what one must know to read 
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -348,8 +347,8 @@ def write_tables(study: Study) -> str:
     two = tables.table2()
     made = provenance(study.device_used)
     if one:
-        write_text(Path(study.results) / "table1.md", one + made)
-    write_text(Path(study.results) / "table2.md", two + made)
+        write_text(study.results / "table1.md", one + made)
+    write_text(study.results / "table2.md", two + made)
     return f"{one}\n\n{two}{made}"
 
 
@@ -372,7 +371,7 @@ def role(name: str, study: Study) -> str:
 
 def write_report(study: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    results = Path(study.results)
+    results = study.results
     for folder in (results, results / "pictures"):
         clear_stale(folder)
     text = ["# Evaluation"]
@@ -434,5 +433,5 @@ def picture_links(study: Study, benchmark: str) -> str:
     return "\n".join(
         f"![{kind} of {escaped(benchmark)}](pictures/{name}.png)"
         for kind, name in names
-        if (Path(study.results) / "pictures" / f"{name}.png").is_file()
+        if (study.results / "pictures" / f"{name}.png").is_file()
     )

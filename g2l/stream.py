@@ -173,11 +173,10 @@ def read_centres(
 def embeddings_of(model: Model, images: Tensor, batch: int) -> Tensor:
     """float32 (N, dim) of uint8 images (N, 3, S, S), in eval mode, `batch` at a time."""
     training = model.training
-    device = next(model.parameters()).device
     model.eval()
     parts = []
     for part in images.split(batch):
-        parts.append(model(model.normalize(part.to(device))).float())
+        parts.append(model(model.normalize(part.to(model.device))).float())
     model.train(training)
     return torch.cat(parts)
 
