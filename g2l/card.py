@@ -97,11 +97,6 @@ def card(config: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_student(folder: Path) -> bool:
-    """Whether a folder holds a student of ours."""
-    return folder.is_dir() and "g2l" in read_json(folder / "config.json")
-
-
 def check_card(folder: Path) -> None:
     """Raise UserError where a student's README.md, weights and config.json do not agree.
 

@@ -398,12 +398,6 @@ def display(name: str) -> str:
     return path.name.replace("student", path.parent.name) if own else name
 
 
-def feature_key(about: dict, benchmark: Benchmark) -> str:
-    """What the features of a model (its card) on a benchmark depend on: weights, preprocessing,
-    images."""
-    return digest(about["fingerprint"], data_stamp(benchmark))
-
-
 def features(
     name: str,
     benchmark: Benchmark,
@@ -428,7 +422,7 @@ def features(
 
     rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
-    key = feature_key(about, benchmark)
+    key = digest(about["fingerprint"], data_stamp(benchmark))  # weights, preprocessing, images
     file = f"{safe(benchmark.source or benchmark.name)}.safetensors"
     path = results / "features" / safe(display(name)) / file
     array, held = load_cached(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ REGION = 224  # px, side of the patches of a region
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
+@dataclass(eq=False)
 class ImageSource(Sequence[Any]):
     """Images, or stacks of patches, made when asked for: `make` of each item.
 
@@ -29,17 +31,10 @@ class ImageSource(Sequence[Any]):
     are cut.
     """
 
-    def __init__(
-        self,
-        items: Sequence | ndarray,
-        make: Callable[[Any], Any],
-        files: Sequence[Path] = (),
-        rule: str = "",
-    ):
-        self.items = items
-        self.make = make
-        self.files = list(files)
-        self.rule = rule
+    items: Sequence | ndarray
+    make: Callable[[Any], Any]
+    files: Sequence[Path] = ()
+    rule: str = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -82,10 +77,7 @@ class Squares(ImageSource):
     """
 
     def __init__(
-        self,
-        squares: Sequence[tuple[Path, int, int]],
-        size: int,
-        side: int | None = None,
+        self, squares: Sequence[tuple[Path, int, int]], size: int, side: int | None = None
     ):
         self.items = squares
         self.files = [file for file, _, _ in squares]

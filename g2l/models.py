@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from g2l.arguments import Help, flag
-from g2l.card import card, check_card, is_student
+from g2l.card import card, check_card
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -38,7 +38,7 @@ from g2l.devices import (
     model_options,
 )
 from g2l.errors import UserError, exit_status
-from g2l.files import atomic, write_text
+from g2l.files import atomic, read_json, write_text
 from g2l.registry import NOTES, REGISTRY, find, table
 from g2l.speed import COLUMNS, speed
 from g2l.weights import (
@@ -164,7 +164,7 @@ class Model(nn.Module):
         if self.embedding != "cls+mean":
             with self.autocast(x):
                 return self.net(x)
-        return self.embed(Model.tokens(self, x))
+        return self.embed(self.tokens(x))
 
     def embed(self, features: Tensor) -> Tensor:
         """What the network's `forward_features` gives -> embedding (B, dim)."""
@@ -346,9 +346,8 @@ def load_model(
     if model.crop_mode not in ("center", "squash"):
         raise UserError(f"{plan.name}: its crop mode {model.crop_mode!r} is not supported")
     model = model.to(device).eval()
-    if compile:  # each at first use
+    if compile:  # at first use
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-        model.tokens = torch.compile(model.tokens)  # type: ignore[method-assign]
         model.compiled = True
     return model
 
@@ -551,7 +550,7 @@ def show_speed(names: Sequence[str], args: Namespace) -> None:
 
 def check_nameless(path: str, args: Namespace) -> None:
     """Say which models a weight file fits; of a student's folder, that its parts agree."""
-    if is_student(Path(path)):
+    if Path(path).is_dir() and "g2l" in read_json(Path(path) / "config.json"):
         check_card(Path(path))
         check_weights(path, None, args)
         return

@@ -326,8 +326,6 @@ class PatchIndex:
         first, second = np.random.Philox(key=seed, counter=n).random_raw(2).tolist()
         if by == "patch":
             return first * len(self) >> 64
-        if by != "slide":
-            raise ValueError(f'by must be "slide" or "patch", not {by!r}')
         slide = first * len(self.slides) >> 64
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
 
@@ -360,9 +358,12 @@ class PatchIndex:
         known = self._layouts.get(number)
         if known and known.version == version:
             return known
-        layout = _read_layout(path, version, int(self.counts[number]))
-        self._layouts[number] = layout
-        return layout
+        try:
+            with open_h5(path, "r") as file:
+                self._layouts[number] = _layout_of(file, version, int(self.counts[number]))
+        except DAMAGE as error:
+            raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
+        return self._layouts[number]
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
@@ -379,16 +380,14 @@ class PatchIndex:
                 if not handle.layout.columns:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
                 elif self._addresses[number]:
-                    handle.file = self._at_address(number, handle.layout)
+                    # It must be the one that was tiled.
+                    tiled = handle.layout.slide or ()
+                    handle.file = self.link.open(self._addresses[number], *tiled)
                 else:
                     path = self._slide_file(number, handle.layout)
                 handle.file = handle.file or LocalFile(path)
         self.close(keep=self.handles)
         return handle
-
-    def _at_address(self, number: int, layout: _Layout) -> Any:
-        """The slide where it is served, which must be the one that was tiled."""
-        return self.link.open(self._addresses[number], *(layout.slide or ()))
 
     def _slide_file(self, number: int, layout: _Layout) -> Path:
         """The slide, if it is the one that was tiled."""
@@ -528,16 +527,8 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
     return found
 
 
-def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
-    """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
-    try:
-        with open_h5(path, "r") as file:
-            return _layout_of(file, version, count)
-    except DAMAGE as error:
-        raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
-
-
 def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
+    """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
     coords = file.get("coords")
     held = coords.shape[0] if coords is not None and coords.shape else 0
     if held != count:

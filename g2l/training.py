@@ -8,6 +8,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
 
 
+@dataclass(eq=False)
 class Training:
     """A run under way: what changes from step to step, and what is done with it.
 
@@ -34,18 +36,23 @@ class Training:
     `done`, `best`, `unreadable` and `ended` beside models, optimizer and stop rule.
     """
 
-    def __init__(self, args: Namespace, run: Run, step: Step, identity: dict, peak: float):
-        self.args, self.run, self.step = args, run, step
-        self.identity, self.peak = identity, peak
+    args: Namespace
+    run: Run
+    step: Step
+    identity: dict
+    peak: float
+    done: int = 0  # steps
+    best: dict = field(default_factory=dict)  # CKA: best and its step, before training, last
+    unreadable: int = 0  # patches of this rank
+    waited: float = 0.0  # seconds, for patches
+    ended: str = ""  # why, before the last step
+
+    def __post_init__(self):
+        args = self.args
         self.rank, self.world = rank_and_world()
         self.stop = StopRule(args.stop, args.stop_window, args.stop_patience, args.stop_min_steps)
-        self.readings = Readings(step.device, self.world)
+        self.readings = Readings(self.step.device, self.world)
         self.images = self.world * args.accumulate * args.batch_size  # of a step, on all ranks
-        self.done = 0  # steps
-        self.best: dict = {}  # CKA: the best and its step, the one before training, the last
-        self.unreadable = 0  # patches of this rank
-        self.waited = 0.0  # seconds, for patches
-        self.ended = ""  # why, before the last step
         self.random: dict = {}
         self.config: dict = {}
         self.progress = Progress(args.max_steps, "step", shown=False)
