@@ -310,10 +310,7 @@ def study(args: Namespace, load: dict) -> int:
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
-    gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
-    if gathered is None:
-        return 0
-    arrays, cards, failures = gathered
+    arrays, cards, failures = gather([index.draw(np.flatnonzero(unseen))], args, load)
     lost = index.take({model: parts[0] for model, parts in arrays.items()})
     base = index.base()
     rows = [*index.measure(), *index.design()]
@@ -351,12 +348,10 @@ def study(args: Namespace, load: dict) -> int:
     return report_failures(failures, {found.name: lost} if lost else {})
 
 
-def gather(
-    parts: list[Benchmark], args: Namespace, load: dict
-) -> tuple[dict, dict, list[str]] | None:
+def gather(parts: list[Benchmark], args: Namespace, load: dict) -> tuple[dict, dict, list[str]]:
     """Features (n, dim) of each part by model, cards of the models, and what failed.
 
-    Under torchrun all ranks share the images, then one goes on alone: None on the others.
+    Under torchrun all ranks share the images, then the others end and rank 0 goes on alone.
     """
     from g2l.ranks import leave_distributed, setup_distributed
 
@@ -375,7 +370,9 @@ def gather(
     if not x:
         raise UserError("; ".join(failures))
     leave_distributed()
-    return (x, cards, failures) if rank == 0 else None
+    if rank:
+        sys.exit()
+    return x, cards, failures
 
 
 def some_patches(args: Namespace) -> Benchmark:
@@ -425,10 +422,7 @@ def perturb(args: Namespace, load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, _, failures = gathered
+    x, _, failures = gather(parts, args, load)
     fine = readable(itertools.chain(*x.values()))
     found = follow(x, steps, fine)
     count = int(fine.sum())
@@ -476,10 +470,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
 def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, _, failures = gathered
+    x, _, failures = gather(parts, args, load)
     fine = readable(itertools.chain(*x.values()))
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)

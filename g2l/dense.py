@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
 from g2l.features import data_stamp, display
 from g2l.files import digest
-from g2l.models import Model
+from g2l.models import Model, resized
 from g2l.probe import linear_probe
 from g2l.protocols import BLIND_DRAWS, BLIND_WIDTH, cka_rows, recall, split
 from g2l.results import Study, record, recorded
@@ -121,14 +120,6 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
 def planes(image: ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-
-
-def resized(cells: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """Tokens (B, C, h, w) on another grid."""
-    if list(cells.shape[2:]) == list(size):
-        return cells
-    smooth = mode == "bilinear"
-    return F.interpolate(cells.float(), list(size), mode=mode, antialias=smooth)
 
 
 def classes_of(mask: ndarray, model: Model, size: Sequence[int]) -> ndarray:

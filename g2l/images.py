@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 
 from g2l.errors import UserError
 
@@ -48,7 +49,7 @@ class Rows(ImageSource):
 
     def __init__(self, source: Sequence, rows: ndarray):
         files = getattr(source, "files", ())  # a source that is no files is known by its ids alone
-        files = [files[i] for i in rows] if files else ()
+        files = [files[i] for i in rows] if files else []
         super().__init__(rows, source.__getitem__, files, getattr(source, "rule", ""))
 
 
@@ -132,8 +133,6 @@ def read_image(file: Path, side: int = 1) -> ndarray:
     Sides below `side` px are padded to it: what is missing repeats the edge, half on each end.
     Raises OSError for anything else.
     """
-    from PIL import Image
-
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would turn nearly all of it white
@@ -156,8 +155,6 @@ def read_mask(file: Path) -> ndarray:
     """Classes (H, W) of a mask's pixels: its values, of which 0 is no class (-1); UserError for
     what cannot be read or has more than one channel.
     """
-    from PIL import Image
-
     try:
         with Image.open(file) as image:
             mask = np.asarray(image).astype(np.int64)

@@ -244,6 +244,14 @@ def resize_and_crop(
     return F.center_crop(images, [size, size])
 
 
+def resized(cells: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Tokens (B, C, h, w) on another grid."""
+    if list(cells.shape[2:]) == list(size):
+        return cells
+    smooth = mode == "bilinear"
+    return nn.functional.interpolate(cells.float(), list(size), mode=mode, antialias=smooth)
+
+
 @dataclass
 class Blueprint:
     """What a name stands for: which network, how it sees images, where its weights are."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
 
 from g2l.benchmarks import Benchmark, load_folder
 from g2l.errors import UserError, warn
@@ -65,8 +66,6 @@ class Region:
 
     def mask(self) -> ndarray | None:
         """Class values (H, W) of the region's pixels; None where image or mask cannot be used."""
-        from PIL import Image
-
         path = self.path.parent.parent / "masks" / self.path.name
         try:
             with Image.open(self.path) as region, Image.open(path) as image:

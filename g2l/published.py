@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
 
 from g2l.benchmarks import Benchmark, Choices, inside, make_benchmark, told
 from g2l.errors import UserError
@@ -27,6 +28,7 @@ from g2l.multicentre import load_multicentre, tiger_source
 from g2l.slide_tables import Labels, followed, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
 
+Found = list[Benchmark]
 Maps = dict[str, list[Path]]  # of each image, by its stem
 
 
@@ -38,7 +40,7 @@ def find_files(root: Path, pattern: str, what: str) -> list[Path]:
     return hits
 
 
-def load_tils(root: Path, choices: Choices) -> list[Benchmark]:
+def load_tils(root: Path, choices: Choices) -> Found:
     """TCGA-TILs, its breast part by the table, grouped by patient."""
     table = find_files(root, "images-tcga-tils-metadata.csv", "the table of TCGA-TILs.tar.gz")[0]
     # by study, so the folder `pancancer` of links is never entered
@@ -56,7 +58,7 @@ def load_tils(root: Path, choices: Choices) -> list[Benchmark]:
 TP53_WORDS = {"wt": "WT", "0": "WT", "mut": "MUT", "1": "MUT"}
 
 
-def load_tp53(root: Path, choices: Choices) -> list[Benchmark]:
+def load_tp53(root: Path, choices: Choices) -> Found:
     """Whole slides of TCGA-BRCA with the mutation of TP53, grouped by patient.
 
     Slides without a label are not the same as wild type: nobody sequenced them.
@@ -72,7 +74,7 @@ def load_tp53(root: Path, choices: Choices) -> list[Benchmark]:
     return [slide_benchmark("tp53", labels, files, ["WT", "MUT"], root, choices)]
 
 
-def load_idc(root: Path, choices: Choices) -> list[Benchmark]:
+def load_idc(root: Path, choices: Choices) -> Found:
     """Invasive ductal carcinoma, 50 px patches, grouped by patient."""
     files: dict[str, Path] = {}
     found = find_files(root, "*_class[01].png", "patches named PATIENT_idx5_xX_yY_classC.png")
@@ -103,7 +105,7 @@ def bracs_patients(root: Path) -> dict[str, str]:
     return patients
 
 
-def load_bracs(root: Path, choices: Choices) -> list[Benchmark]:
+def load_bracs(root: Path, choices: Choices) -> Found:
     """BRACS, regions of interest of seven lesions, grouped by patient as BRACS.xlsx says, else by
     slide.
     """
@@ -140,7 +142,7 @@ def breakhis_files(root: Path) -> list[tuple[Path, re.Match]]:
     return list(files.values())
 
 
-def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
+def load_breakhis(root: Path, choices: Choices) -> Found:
     """BreaKHis, two and eight classes at four magnifications, grouped by case: eight benchmarks.
 
     Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so
@@ -213,7 +215,7 @@ def grid_benchmark(
     notes: list[str],
     root: Path,
     choices: Choices,
-) -> list[Benchmark]:
+) -> Found:
     """Squares of SIDE px of which one class covers at least half.
 
     masks: of each image, by its stem. shares_of(image, its masks) gives the share (classes, rows,
@@ -261,8 +263,6 @@ def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndar
 
 def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> ndarray:
     """Classes (H, W) of a core by its experts' maps, -1 for none."""
-    from PIL import Image
-
     with Image.open(core) as image:
         size = image.size
     drawn = []
@@ -274,7 +274,7 @@ def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> nda
     return majority(drawn, values)
 
 
-def with_masks(found: list[Benchmark], maps: Maps, values: dict[int, int]) -> list[Benchmark]:
+def with_masks(found: Found, maps: Maps, values: dict[int, int]) -> Found:
     """The same squares of cores, each with the map of its classes."""
     squares: Any = found[0].images
 
@@ -298,7 +298,7 @@ def first_part(file: Path) -> str:
     return file.stem.split("_")[0]
 
 
-def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
+def load_gleason(root: Path, choices: Choices) -> Found:
     """Gleason2019: its training cores, as the masks of the others were never public.
 
     An expert whose folder is there twice votes once.
@@ -321,7 +321,7 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     return with_masks(grid_benchmark("gleason", cores, maps, shares, *about), maps, VALUES_2019)
 
 
-def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
+def load_arvaniti(root: Path, choices: Choices) -> Found:
     """Arvaniti et al. 2018, a patient a core; of the two pathologists (mask1_, mask2_) the first,
     as its users do.
     """
@@ -383,7 +383,7 @@ def aggc_shares(slide: Path, masks: list[Path]) -> ndarray:
     return shares
 
 
-def load_aggc(root: Path, choices: Choices) -> list[Benchmark]:
+def load_aggc(root: Path, choices: Choices) -> Found:
     """AGGC 2022, subsets 1 and 2, grouped by slide; subset 3 is the same tissue on six scanners."""
     slides = find_files(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")
     masks: Maps = {}
@@ -396,7 +396,7 @@ def load_aggc(root: Path, choices: Choices) -> list[Benchmark]:
 CHIMERA = {"0": "no recurrence", "1": "recurrence"}
 
 
-def load_chimera(root: Path, choices: Choices) -> list[Benchmark]:
+def load_chimera(root: Path, choices: Choices) -> Found:
     """CHIMERA, task 1: recurrence of prostate cancer from whole slides, grouped by patient."""
     labels = Labels("patient")
     for f in find_files(root, "*.json", "clinical_data/PID.json"):
@@ -556,7 +556,7 @@ def at_hand(data: Path, name: str) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def load_published(name: str, choices: Choices) -> list[Benchmark]:
+def load_published(name: str, choices: Choices) -> Found:
     """A published benchmark; notes say how much of it is there, and what it is."""
     about = SECTIONS[name]
     loaded = PUBLISHED[name](choices.data / "benchmarks" / name, choices)
@@ -571,11 +571,11 @@ def load_published(name: str, choices: Choices) -> list[Benchmark]:
 
 def load_benchmarks(
     folders: Sequence[Path], names: Sequence[str], choices: Choices
-) -> tuple[list[Benchmark], list[UserError]]:
+) -> tuple[Found, list[UserError]]:
     """The user's own benchmarks and the published ones, and an error for each that was passed
     over.
     """
-    found: list[Benchmark] = []
+    found: Found = []
     failed = []
     wanted: list[Any] = [*folders, *choices.slides_table, *names]
     for what in wanted:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import kernels
 from g2l.augment import Params, augment
 from g2l.errors import UserError
-from g2l.models import Model, Network
+from g2l.models import Model, Network, resized
 from g2l.patches import PatchIndex
 from g2l.ranks import agree, rank_and_world
 from g2l.registry import PLUS
@@ -113,8 +113,8 @@ def look(
         pooled = net.forward_head(features, pre_logits=True)
     whole = pooled if args.tokens == "all" else model.embed(features)
     cells = model.grid(features)
-    if grid and cells.shape[2:] != grid:
-        cells = F.interpolate(cells.float(), grid, mode="bilinear", antialias=True)
+    if grid:
+        cells = resized(cells, grid)
     return Said(whole, cells.flatten(2).transpose(1, 2))
 
 

@@ -8,6 +8,8 @@ import io
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from g2l.colours import optical_density
 
@@ -49,16 +51,12 @@ def shift(
     """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification
     changed; same shape.
     """
-    from PIL import Image
-
     if kind == "stain":
         amounts = optical_density(image) @ np.linalg.inv(STAINS)
         changed = 256 * np.exp(-amounts * (1 + strength, 1 / (1 + strength), 1) @ STAINS) - 1
     elif kind == "brightness":
         changed = image * (1.0 + strength)
     elif kind == "blur":
-        from scipy.ndimage import gaussian_filter
-
         changed = gaussian_filter(image.astype(np.float32), (strength, strength, 0), mode="nearest")
     elif kind == "jpeg":
         buffer = io.BytesIO()
@@ -71,8 +69,6 @@ def shift(
 
 def rescale(image: ndarray, strength: float) -> ndarray:
     """An image at another magnification: its middle enlarged, or all shrunk, mirrored around."""
-    from PIL import Image
-
     height, width = image.shape[:2]
     inner = min(1, 1 / strength)
     outer = min(1, strength)
