@@ -28,7 +28,7 @@ import dataclasses
 import itertools
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -175,13 +175,12 @@ class IndexStudy:
             source=f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}",
         )
 
-    def take(self, arrays: dict[str, ndarray]) -> int:
-        """Take each model's features of what was drawn; how many patches were unreadable.
+    def take(self, arrays: dict[str, ndarray], fine: ndarray) -> None:
+        """Take each model's features of what was drawn, and of the samples those that are `fine`.
 
         Raises UserError where a sample leaves the index nothing to choose between.
         """
         self.x = arrays
-        fine = readable(arrays.values())
         self.samples = [sample[fine[self.at[sample]]] for sample in self.samples]
         for sample in self.samples:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
@@ -193,7 +192,6 @@ class IndexStudy:
                 raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
-        return int((~fine).sum())
 
     def base(self) -> dict:
         """What all rows share, with keys of what was read and of the patches drawn as proof."""
@@ -310,23 +308,23 @@ def study(args: Namespace, load: dict) -> int:
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
-    arrays, cards, failures = gather([index.draw(np.flatnonzero(unseen))], args, load)
-    lost = index.take({model: parts[0] for model, parts in arrays.items()})
+    arrays, fine, cards, failures = gather([index.draw(np.flatnonzero(unseen))], args, load)
+    index.take({model: parts[0] for model, parts in arrays.items()}, fine)
     base = index.base()
     rows = [*index.measure(), *index.design()]
     origins = {model: about["metadata"] for model, about in cards.items()}
     known = pretrained_on(origins, found.name, found.groups)
     for model, about in cards.items():
-        seen = len(np.unique(index.groups[leaked(found, about)]))
         row = {
             "model": model,
             "metric": "seen",
-            "value": seen,
+            "value": len(np.unique(index.groups[leaked(found, about)])),
             "patients": len(set(found.groups)),
             "pretrained": known.get(model, []),
+            "paper": paper_name(model, about["metadata"]),
+            "fingerprint": about["fingerprint"],
         }
-        paper = paper_name(model, about["metadata"])
-        rows.append(row | {"paper": paper, "fingerprint": about["fingerprint"]})
+        rows.append(row)
     weights = {model: about["fingerprint"] for model, about in cards.items()}
     shown = digest(base, weights, args.map)
     files = []
@@ -345,11 +343,14 @@ def study(args: Namespace, load: dict) -> int:
     made = provenance(pick_device(args.device))
     write_text(args.results / "table3.md", table3(held) + made)
     print(f"table: {args.results / 'table3.md'}")
-    return report_failures(failures, {found.name: lost} if lost else {})
+    return report_failures(failures, {found.name: int((~fine).sum())})
 
 
-def gather(parts: list[Benchmark], args: Namespace, load: dict) -> tuple[dict, dict, list[str]]:
-    """Features (n, dim) of each part by model, cards of the models, and what failed.
+def gather(
+    parts: list[Benchmark], args: Namespace, load: dict
+) -> tuple[dict, ndarray, dict, list[str]]:
+    """Features (n, dim) of each part by model, rows (n,) that all models could read in all parts,
+    cards of the models, and what failed.
 
     Under torchrun all ranks share the images, then the others end and rank 0 goes on alone.
     """
@@ -372,7 +373,8 @@ def gather(parts: list[Benchmark], args: Namespace, load: dict) -> tuple[dict, d
     leave_distributed()
     if rank:
         sys.exit()
-    return x, cards, failures
+    fine = np.all([np.isfinite(array).all(1) for read in x.values() for array in read], 0)
+    return x, fine, cards, failures
 
 
 def some_patches(args: Namespace) -> Benchmark:
@@ -384,15 +386,10 @@ def some_patches(args: Namespace) -> Benchmark:
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
         files: list[Path] = []
         table = read_rows(index.folder)
-        for (
-            slide,
-            _,
-        ) in places:  # another slide, file of coordinates or shard: other patches
-            files += [
-                index.folder / "patches" / f"{slide}_patches.h5",
-                Path(table[slide]["path"]),
-            ]
-            files.append(index.folder / "shards" / f"{slide}.tar")
+        for slide, _ in places:  # another slide, file of coordinates or shard: other patches
+            coordinates = index.folder / "patches" / f"{slide}_patches.h5"
+            shard = index.folder / "shards" / f"{slide}.tar"
+            files += [coordinates, Path(table[slide]["path"]), shard]
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
     benchmark, _ = load_multicentre(folder_of(args), args.patch_size, args.min_fraction, bare=True)
@@ -422,8 +419,7 @@ def perturb(args: Namespace, load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    x, _, failures = gather(parts, args, load)
-    fine = readable(itertools.chain(*x.values()))
+    x, fine, _, failures = gather(parts, args, load)
     found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
@@ -445,12 +441,7 @@ def perturb(args: Namespace, load: dict) -> int:
         for kind, strengths in steps.items():
             save_figure(draw_shift(kind, strengths, image, found), out / f"{kind}.png")
         print(f"curves: {out}/*.png")
-    return report_failures(failures, {} if fine.all() else {name: int((~fine).sum())})
-
-
-def readable(arrays: Iterable[ndarray]) -> ndarray:
-    """Rows (n,) that are finite in all features (n, D)."""
-    return np.all([np.isfinite(array).all(1) for array in arrays], 0)
+    return report_failures(failures, {name: int((~fine).sum())})
 
 
 def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -> dict:
@@ -470,8 +461,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
 def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
-    x, _, failures = gather(parts, args, load)
-    fine = readable(itertools.chain(*x.values()))
+    x, fine, _, failures = gather(parts, args, load)
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)
     width = (len(fine), BLIND_WIDTH)
@@ -497,7 +487,7 @@ def plism(args: Namespace, load: dict) -> int:
     out = args.results / "robustness" / "plism.md"
     write_text(out, text + provenance(pick_device(args.device)))
     print(plain(text) + f"\ntable: {out}")
-    return report_failures(failures, {} if fine.all() else {"plism": int((~fine).sum())})
+    return report_failures(failures, {"plism": int((~fine).sum())})
 
 
 def add_index_arguments(parser: ArgumentParser) -> None:

@@ -554,8 +554,9 @@ def report_failures(failures: Sequence[str], lost: dict[str, int]) -> int:
     for failure in failures:
         warn(f"error: {failure}")
     for name, missing in lost.items():
-        warn(
-            f"{name}: {missing} images could not be read and were left out, "
-            "which the exit status tells too"
-        )
-    return int(bool(failures or lost))
+        if missing:
+            warn(
+                f"{name}: {missing} images could not be read and were left out, "
+                "which the exit status tells too"
+            )
+    return int(bool(failures) or any(lost.values()))
