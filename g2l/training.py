@@ -63,11 +63,9 @@ class Training:
         self.step.distiller.load_state_dict(state["distiller"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.stop.load_state_dict(state["stop"])
-        self.done, self.best, self.ended = (
-            state["step"],
-            state["best"],
-            state["ended"],
-        )
+        self.done = state["step"]
+        self.best = state["best"]
+        self.ended = state["ended"]
         self.unreadable = state["unreadable"][self.rank]
         self.random = state["random"][self.rank]
         if self.run.main:
@@ -84,14 +82,15 @@ class Training:
             "slides": len(index.slides),
             "patches": len(index),
             "patients": index.patients,
+            "held out": [index.slides[i] for i in np.flatnonzero(held)],
         }
-        cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
         self.config = {
             "arguments": vars(args),
             "identity": self.identity,
             "device": device,
+            **describe_setting(),
+            "cohort": cohort,
         }
-        self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
@@ -233,14 +232,12 @@ class Training:
                 "loss": loss,
                 "lr": lr,
                 "weight_decay": weight_decay,
-            }
-            row |= {
                 "grad_norm": norm,
                 "spread": spread,
                 "above_mean": self.stop.count,
+                "images_per_second": round(rate * self.images, 2),
+                "mfu": round(rate / self.peak, 4),
             }
-            row["images_per_second"] = round(rate * self.images, 2)
-            row["mfu"] = round(rate / self.peak, 4)
             lines.append(row)
         if self.run.main and lines:
             self.run.log(lines)
@@ -317,32 +314,37 @@ class Training:
         where that is asked for."""
         args, run, best = self.args, self.run, self.best
         student = self.step.distiller.student
-        metadata = {"teacher": joined(args.teacher), "student": args.student}
-        metadata |= {"cancer": args.cancer, "loss": joined(args.loss)}
-        metadata |= {"run": run.folder.name, "steps": self.done}
-        metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
-        metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
-        facts = {name: self.config[name] for name in TOLD}
-        facts |= {"licences": [verdict(name) for name in args.teacher]}
-        facts |= {"patches": len(index), "cohort": self.identity["cohort"]}
-        facts |= {
+        metadata = {
+            "teacher": joined(args.teacher),
+            "student": args.student,
+            "cancer": args.cancer,
+            "loss": joined(args.loss),
+            "steps": self.done,
+            "patients": list(index.patients),
+            "slides": list(index.slides),
+            "cka_before": best["before"],
+            "cka_after": best["last"],
+        }
+        facts = {
+            **{name: self.config[name] for name in TOLD},
+            "licences": [verdict(name) for name in args.teacher],
+            "patches": len(index),
+            "cohort": self.identity["cohort"],
             "tiles": self.identity["settings of tile.py"],
             "measure": self.heldout.name,
+            "curve": list(zip(*column(run.folder, "cka"), strict=True)),
+            **self.heldout.proof(student),
         }
-        facts |= {"curve": list(zip(*column(run.folder, "cka"), strict=True))}
-        facts |= self.heldout.proof(student)
-        because = self.ended or "last step"
-        finished = {"step": self.done, "because": because, "best": best}
+        finished = {"step": self.done, "because": self.ended or "last step", "best": best}
         nets = [student]
         if args.keep_projector:
             # Standardised over patches that were trained on.
-            count = 4 * args.eval_patches
-            seen = Heldout(index, ~held, count, args.crop, args.seed, [], args.batch_size)
+            more = 4 * args.eval_patches, args.crop, args.seed
+            seen = Heldout(index, ~held, *more, [], args.batch_size)
             nets.append(projected(self.step.distiller, seen.images, args.batch_size))
         try:
             for name, net in zip(run.exports, nets, strict=True):
-                run_name = name.replace("student", run.folder.name)
-                about = metadata | {"run": run_name}
+                about = metadata | {"run": name.replace("student", run.folder.name)}
                 save_student(net, run.folder / name, metadata=about, facts=facts)
                 finished[name] = checksums(run.folder / name)
             run.write_config({**self.config, "finished": finished})
