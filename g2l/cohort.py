@@ -24,6 +24,7 @@ TCGA = (
     "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso "
     "ov paad pcpg prad read sarc skcm stad tgct thca thym ucec ucs uvm"
 ).split()
+Names = set[str]  # of slides or patients
 
 
 def patient_of(name: str) -> str:
@@ -55,14 +56,14 @@ class CohortSlide:
     md5: str = ""  # or the ETag of an address
     address: str = ""  # where it can be had
     stated: str = ""  # its patient, where the manifest says
-    kin: set[str] = field(default_factory=set)  # patients of its copies
+    kin: Names = field(default_factory=set)  # patients of its copies
 
     @property
     def patient(self) -> str:
         return self.stated or patient_of(self.name)
 
     @property
-    def patients(self) -> set[str]:
+    def patients(self) -> Names:
         """Whose it is, as stated, else by its name, or by the file's where another has the same:
         held out if any is.
         """
@@ -246,9 +247,9 @@ def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Sl
     return list(slides.values()), missing
 
 
-def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
+def _calls(named: dict[str, Path]) -> dict[str, Names]:
     """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
-    called: dict[str, set[str]] = defaultdict(set)
+    called: dict[str, Names] = defaultdict(set)
     for name, path in named.items():
         for key in (os.path.abspath(path), name, path.name, slide_name(path)):
             called[key].add(name)
@@ -303,7 +304,7 @@ def _fingerprint(path: Path) -> str:
 
 def select(
     slides: Slides,
-    held: set[str],
+    held: Names,
     strategy: str = "both",
     limit: int = 0,
     seed: int = 0,
@@ -339,15 +340,15 @@ PATIENT_COLUMNS = (
 ).split()
 
 
-def read_patients(path: Path, slides: Slides) -> set[str]:
+def read_patients(path: Path, slides: Slides) -> Names:
     """Patients named in a file: one slide or patient a line, or a table with a column slide,
     patient or the like.
 
     What names one of `slides` whose patient was stated, or this patient, stands for the patient
     stated.
     """
-    whole: set[str] = set()
-    stated: dict[str, set[str]] = defaultdict(set)
+    whole: Names = set()
+    stated: dict[str, Names] = defaultdict(set)
     for slide in slides:
         whole |= {slide.name, slide.stated, slide.path.name}
         for key in (slide.stated, slide.name, slide_name(slide.path)):
@@ -359,7 +360,7 @@ def read_patients(path: Path, slides: Slides) -> set[str]:
     return patients
 
 
-def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
+def _cells_of_patients(lines: list[str], whole: Names) -> Names:
     """What stands in the columns of slides and patients, or in the first where none has a heading;
     a line that is one of the names `whole` is not cut.
     """

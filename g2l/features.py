@@ -46,6 +46,8 @@ SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
 Row = tuple[ndarray, Problems]  # the embedding of an item
+Rows = dict[int, Row]  # by item
+Computed = Iterator[tuple[int, Row]]  # item and row
 Batch = tuple[list[int], ndarray, list[tuple[int, Problems]]]
 
 
@@ -215,11 +217,9 @@ def extract_features(
     return _gathered(rows, len(source), model.dim, errors)
 
 
-def _kept(
-    computed: Iterator[tuple[int, Row]], cache: Path | None, mark: str
-) -> Iterator[tuple[int, Row]]:
+def _kept(computed: Computed, cache: Path | None, mark: str) -> Computed:
     """The same, written down now and then, if there is a folder for them."""
-    fresh: dict[int, Row] = {}
+    fresh: Rows = {}
     due = time.monotonic() + SAVE_SECONDS
     for i, row in computed:
         fresh[i] = row
@@ -232,7 +232,7 @@ def _kept(
         _keep_rows(cache, mark, fresh)
 
 
-def _embed(computed: Iterator, dim: int) -> Iterator[tuple[int, Row]]:
+def _embed(computed: Iterator, dim: int) -> Computed:
     """Every item, as its last image comes out of the network: the mean (dim,) of its images."""
     sums: dict[int, ndarray] = {}
     counts: Counter[int] = Counter()
@@ -275,7 +275,7 @@ def one_behind(items: Iterator) -> Iterator:
         yield held
 
 
-def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> ndarray:
+def _gathered(rows: Rows, count: int, dim: int, errors: list | None) -> ndarray:
     """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
     out = np.zeros((count, dim), np.float32)
     found = []
@@ -293,11 +293,11 @@ def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -
     return out
 
 
-def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
+def _kept_rows(folder: Path, mark: str) -> Rows:
     """Rows that an earlier call kept; other weights' or data's and damaged ones are passed over."""
     from safetensors import SafetensorError, safe_open
 
-    rows: dict[int, Row] = {}
+    rows: Rows = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
         with contextlib.suppress(SafetensorError), safe_open(path, "numpy") as file:
             about = file.metadata() or {}
@@ -310,7 +310,7 @@ def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
     return rows
 
 
-def _keep_rows(folder: Path, mark: str, rows: dict[int, Row]) -> None:
+def _keep_rows(folder: Path, mark: str, rows: Rows) -> None:
     """Write finished rows, from which a killed extraction goes on."""
     from safetensors.numpy import save_file
 

@@ -21,6 +21,7 @@ from g2l.errors import UserError, warn
 from g2l.files import files_below, read_table, read_text, separator
 from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, class_shares, read_mask
 
+Sited = tuple[Benchmark, list[str]]  # patches, and the slide of each
 TIGER_CLASSES = {
     1: "invasive tumour",
     3: "in-situ tumour",
@@ -101,7 +102,7 @@ def tiger_regions(folder: Path) -> list[Region]:
     return regions
 
 
-def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark, list[str]]:
+def load_tiger(folder: Path, size: int, min_fraction: float) -> Sited:
     """Patches of TIGER's five tissue classes, and the slide of each, from `wsirois` as it unpacks.
 
     Region images are cut into a grid of `size` px (0.5 µm each); a patch belongs to the class that
@@ -183,7 +184,7 @@ def is_pathorob(table: Path) -> bool:
     return set(PATHOROB) <= {name.strip() for name in head.split(separator(head))}
 
 
-def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
+def load_pathorob(folder: Path, table: Path) -> Sited:
     """Patches that PathoROB's metadata list, and the slide of each; in several subsets they count
     once.
 
@@ -222,9 +223,7 @@ def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
     return found, slides
 
 
-def load_multicentre(
-    folder: Path, size: int, min_fraction: float, bare: bool = False
-) -> tuple[Benchmark, list[str]]:
+def load_multicentre(folder: Path, size: int, min_fraction: float, bare: bool = False) -> Sited:
     """Whichever form lies in the folder (labels.csv, PathoROB, TIGER), and the slide of each patch.
 
     Without a column `slide` in labels.csv the group stands for it: that excludes more, never less.

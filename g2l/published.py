@@ -29,6 +29,7 @@ from g2l.slide_tables import Labels, followed, load_slides_table, read_labels, s
 from g2l.workbook import read_sheets
 
 Found = list[Benchmark]
+Values = dict[int, int]  # class by value of a mask
 Maps = dict[str, list[Path]]  # of each image, by its stem
 
 
@@ -192,7 +193,7 @@ VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
 VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ignored
 
 
-def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
+def majority(maps: Sequence[ndarray], values: Values) -> ndarray:
     """Class map (H, W) on which most of the experts who drew agree.
 
     It is -1 where none drew or two classes tie.
@@ -256,12 +257,12 @@ def grid_benchmark(
     return [make_benchmark(name, "patch", cut, rows, classes, root, notes)]
 
 
-def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndarray:
+def gleason_shares(core: Path, maps: list[Path], values: Values) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
     return class_shares(gleason_map(core, maps, values), SIDE, range(4))
 
 
-def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> ndarray:
+def gleason_map(core: Path, maps: Sequence[Path], values: Values) -> ndarray:
     """Classes (H, W) of a core by its experts' maps, -1 for none."""
     with Image.open(core) as image:
         size = image.size
@@ -274,7 +275,7 @@ def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> nda
     return majority(drawn, values)
 
 
-def with_masks(found: Found, maps: Maps, values: dict[int, int]) -> Found:
+def with_masks(found: Found, maps: Maps, values: Values) -> Found:
     """The same squares of cores, each with the map of its classes."""
     squares: Any = found[0].images
 

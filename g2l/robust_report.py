@@ -450,10 +450,10 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.66), w_pad=0.1)
     strip = figure.add_axes((0.03, 0.72, 0.94, 0.22))
     shown = [image if s == nothing else shift(image, kind, s) for s in steps]
-    middles = np.arange(len(steps))
     height, width = image.shape[:2]
-    strip.imshow(np.hstack(shown), extent=(-0.5, middles[-1] + 0.5, 0, height / width))
-    strip.vlines(middles - 0.5, 0, height / width, "white", linewidth=4)
+    middles = width * (np.arange(len(steps)) + 0.5)
+    strip.imshow(np.hstack(shown))
+    strip.vlines(middles - width / 2, 0, height, "white", linewidth=4)
     strip.set(xticks=middles, xticklabels=map("{:g}".format, steps), yticks=[])
     strip.spines[:].set_visible(False)
     strip.set_title(f"{kind}: one patch, and how far the features of all go")

@@ -23,6 +23,7 @@ from g2l.models import Model
 from g2l.patches import PatchIndex
 
 ORDERS = 20  # of which the chance of CKA is the mean
+Item = tuple[Tensor, Params, list[str]]  # see Batches
 ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
@@ -45,7 +46,7 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     world: int = 1
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
+    def __getitem__(self, number: int) -> Item:
         first = self._first(number)
         worker = torch.utils.data.get_worker_info()
         coming = self._first(number + (worker.num_workers if worker else 1))
@@ -64,7 +65,7 @@ class Batches(torch.utils.data.Dataset):
         patch, slide = torch.tensor(drawn).T.contiguous()
         return images, params._replace(patch=patch, slide=slide), unreadable
 
-    def pack(self, item: tuple[Tensor, Params, list[str]]) -> tuple:
+    def pack(self, item: Item) -> tuple:
         """What a process sends: arrays, which go through the pipe, not tensors; and what it has
         counted since the last time (see remote.Link)."""
         images, params, unreadable = item
@@ -96,9 +97,7 @@ class Batches(torch.utils.data.Dataset):
         return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), i
 
 
-def load(
-    batches: Batches, numbers: range, workers: int, pin: bool
-) -> Iterator[tuple[Tensor, Params, list[str]]]:
+def load(batches: Batches, numbers: range, workers: int, pin: bool) -> Iterator[Item]:
     """Items `numbers` of `batches`, read ahead by `workers` processes; `pin`: in pinned memory.
 
     They come through pipes, not through shared memory, of which a container has little. Raises
