@@ -1,12 +1,10 @@
 """Where images come from: files, squares of slides, whole slides; each read when asked for."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -14,9 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from g2l.errors import UserError
-
-if TYPE_CHECKING:
-    from g2l.slides import Slide
+from g2l.grid import tile_slide
+from g2l.slides import Slide
 
 PATCH = 256  # px, side of the tissue patches of a slide
 MPP = 0.25  # and their micrometres per pixel
@@ -106,8 +103,6 @@ class SlidePatches(ImageSource):
 
 def tissue_of(file: Path) -> Squares:
     """The tissue patches of a slide; OSError for one without."""
-    from g2l.grid import tile_slide
-
     with open_slide(file) as slide:
         try:
             tiling = tile_slide(slide, mpp=MPP, patch_size=PATCH)
@@ -119,8 +114,6 @@ def tissue_of(file: Path) -> Squares:
 
 def open_slide(file: Path) -> Slide:
     """The slide in a file; OSError for what cannot be opened, so that it counts as unreadable."""
-    from g2l.slides import Slide
-
     try:
         return Slide(file)
     except UserError as error:
