@@ -433,8 +433,7 @@ def embed(
     problems: Problems = {}
     for todo, names in streams.items():
         if rank_and_world()[0] == 0:
-            count = f"{len(todo)} of {len(index.slides)} slides to do"
-            print(f"{', '.join(names)}: {count}")
+            print(f"{', '.join(names)}: {len(todo)} of {len(index.slides)} slides to do")
         together = [models[name] for name in names]
         found = stream(index, together, [targets[name] for name in names], list(todo), args)
         told += found[0]

@@ -491,8 +491,12 @@ def plism(args: Namespace, load: dict) -> int:
     for one, other in itertools.combinations(list(draws)[:-1], 2):
         gains[one, other] = interval(draws[one] - draws[other], blocks)
     pieces = len(np.unique(blocks))
-    about = f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
-    text = plism_table(found, gains, f"{about}{kinds.shape[1]} pairs of slides.")
+    text = plism_table(
+        found,
+        gains,
+        f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
+        f"{kinds.shape[1]} pairs of slides.",
+    )
     out = args.results / "robustness" / "plism.md"
     write_text(out, text + provenance(pick_device(args.device)))
     print(plain(text) + f"\ntable: {out}")

@@ -396,8 +396,11 @@ def settle_earlier(
             stay.append(slide.name)
             size, mpp = int(row["patch_size"]), float(row["target_mpp"])
             if (size, mpp) != (limits.patch_size, limits.mpp):
-                what = f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px"
-                raise UserError(f"{job.folder}: {what}", "settings")
+                raise UserError(
+                    f"{job.folder}: "
+                    f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px",
+                    "settings",
+                )
     if stay:
         names = ", ".join(stay[:5]) + ", ..." * (len(stay) > 5)
         print(
@@ -529,8 +532,9 @@ def tell_slide(progress: Progress, row: dict) -> None:
     what = f"{int(row['patches']):,} patches" if row["status"] == "done" else row["reason"]
     warned = f" ({row['warnings']})" if row.get("warnings") else ""
     progress.step()
-    place = f"[{progress.done}/{progress.total}]"
-    progress.note(f"{place} {row['slide']}: {row['status']}, {what}{warned}")
+    progress.note(
+        f"[{progress.done}/{progress.total}] {row['slide']}: {row['status']}, {what}{warned}"
+    )
 
 
 def do_slide(job: Job, slide: CohortSlide, tell) -> dict | None:

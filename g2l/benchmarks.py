@@ -242,8 +242,10 @@ def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> l
     """The patient of each group; UserError for one that has none."""
     lost = sorted(set(groups) - set(patients))
     if lost:
-        text = f"{root}: its table of patients has no patient for {len(lost)} groups"
-        raise UserError(f"{text}, first {lost[0]}; add them")
+        raise UserError(
+            f"{root}: its table of patients has no patient for {len(lost)} groups"
+            f", first {lost[0]}; add them"
+        )
     return [patients[group] for group in groups]
 
 

@@ -204,8 +204,9 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Slides, li
     if manifest:
         slides, missing = _named_slides(folder, at_hand, manifest)
         if missing:
-            count = f"{len(missing)} slides of {manifest} are not in {folder}"
-            notes.append(f"{count} (first: {missing[0]})")
+            notes.append(
+                f"{len(missing)} slides of {manifest} are not in {folder} (first: {missing[0]})"
+            )
     elif at_hand:
         named = name_slides(at_hand)
         slides = [CohortSlide(name, path, size=size_of(path)) for name, path in named.items()]
@@ -234,16 +235,21 @@ def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Sl
         keys = (os.path.abspath(row.path), row.path.name, slide_name(row.path))
         found = sorted(next((called[key] for key in keys if key in called), ()))
         if len(found) > 1:
-            many = f"{len(found)} slides are called so: {', '.join(found)}"
-            raise UserError(f"{manifest}: {row.name}: {many}; name one of them, or its path")
+            raise UserError(
+                f"{manifest}: {row.name}: "
+                f"{len(found)} slides are called so: {', '.join(found)}"
+                "; name one of them, or its path"
+            )
         for name in found:
             size = row.size or size_of(named[name])
             slides[name] = dataclasses.replace(row, name=name, path=named[name], size=size)
         if not found:
             missing.append(row.name)
     if not slides:
-        count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
-        raise UserError(f"{manifest}: {count}", "slides")
+        raise UserError(
+            f"{manifest}: none of its {len(missing)} slides is in {folder}, first {missing[0]}",
+            "slides",
+        )
     return list(slides.values()), missing
 
 

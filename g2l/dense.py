@@ -111,8 +111,10 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
         for i, image in zip(numbers, images, strict=True):
             mask = sample.masks[i]
             if mask.shape != image.shape[:2]:
-                sizes = f"{mask.shape} px, its image {image.shape[:2]}"
-                raise UserError(f"{sample.name}: the mask of {sample.ids[i]} has {sizes}")
+                raise UserError(
+                    f"{sample.name}: the mask of {sample.ids[i]} has "
+                    f"{mask.shape} px, its image {image.shape[:2]}"
+                )
             kinds.append(classes_of(mask, model, size))
     return torch.cat(kept), np.stack(kinds) if kinds else None
 

@@ -118,8 +118,7 @@ def _note(error: Exception, problems: Problems) -> None:
 def _planes(image: ndarray) -> Tensor:
     """uint8 (H, W, 3) -> (1, 3, H, W); ValueError for anything else."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}"
-        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {kind}")
+        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}")
     return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
 
 

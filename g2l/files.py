@@ -37,8 +37,9 @@ def atomic(path: str | os.PathLike):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}"
-    temporary = path.with_name(f".{hidden_stem(path)}.{own}")
+    temporary = path.with_name(
+        f".{hidden_stem(path)}.{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}"
+    )
     try:
         yield temporary
         os.replace(temporary, path)
@@ -237,8 +238,7 @@ def files_below(root: Path) -> list[Path]:
 
 def _unreadable(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        why = f"left out, cannot be read ({error.strerror})"
-        warn(f"note: {error.filename}: {why}")
+        warn(f"note: {error.filename}: left out, cannot be read ({error.strerror})")
 
 
 def safe(name: str) -> str:

@@ -171,8 +171,7 @@ def region_classes(path: Path) -> ndarray:
 def tell_passed(folder: Path, names: list[str], why: str) -> None:
     """Say which regions were passed over."""
     if names:
-        text = f"{len(names)} regions {why} and were passed over, first {names[0]}"
-        warn(f"{folder}: {text}")
+        warn(f"{folder}: {len(names)} regions {why} and were passed over, first {names[0]}")
 
 
 PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")

@@ -99,8 +99,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
         if all(key in mean for key in keys):
             scores[benchmark.name] = np.array([mean[key] for key in keys])
     if not scores:
-        text = "no benchmark has all models, so there is nothing to compare"
-        warn(f"figure1.png: {text}")
+        warn("figure1.png: no benchmark has all models, so there is nothing to compare")
         return
     name = on if on in scores else next(iter(scores))
     if on == "mean":

@@ -155,8 +155,9 @@ def load_breakhis(root: Path, choices: Choices) -> Found:
         named = [(f, match) for f, match in named if f not in doubtful]
     zooms = sorted({match[5] for _, match in named}, key=int)
     fate = "kept" if choices.keep_13412 else "left out"
-    why = f"{fate} (labelled DC and LC; all magnifications)"
-    notes = [f"{len(doubtful)} images of patient 13412 {why}"]
+    notes = [
+        f"{len(doubtful)} images of patient 13412 {fate} (labelled DC and LC; all magnifications)"
+    ]
     if len(zooms) < 4:
         notes.append(f"only {', '.join(zooms)}X at hand")
     result = []

@@ -327,8 +327,11 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
         if said.patches is not None:
             cells.append(said.patches.shape[-1])
             if args.tokens == "all" and cells[-1] != said.whole.shape[-1]:
-                text = f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
-                raise UserError(f"{text} and its patch tokens {cells[-1]}", "tokens")
+                raise UserError(
+                    f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
+                    f" and its patch tokens {cells[-1]}",
+                    "tokens",
+                )
         widths.append(said.rows(args.tokens).shape[-1])
     distiller = Distiller(student, widths[0], widths[1:], args, cells).to(device)
     if cells:

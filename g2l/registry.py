@@ -113,8 +113,10 @@ def pretrained_on(
             known = find(origin)
             if known and collection in REGISTRY[known].pretrained_on:
                 of = "" if origin == name else f" comes from {known}, which"
-                how = f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
-                notes.setdefault(name, []).append(f"{name}{of} may know these slides: {how}")
+                notes.setdefault(name, []).append(
+                    f"{name}{of} may know these slides: "
+                    f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
+                )
     return notes
 
 

@@ -136,8 +136,11 @@ def section(held: Readings) -> str:
     files = [file for row in held.of("pictures") for file in row["files"]]
     parts += ["### Pictures\n"][: len(files)]
     for file in files:
-        what = f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
-        parts.append(f"![{what}](robustness/{safe(held.benchmark)}/{file})\n")
+        parts.append(
+            "!["
+            f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
+            f"](robustness/{safe(held.benchmark)}/{file})\n"
+        )
     parts.append(patches_table(held))
     return "\n".join(parts) + "\n"
 
@@ -347,8 +350,9 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
         axis.grid()
     axes[0, 1].set_ylim(0, 1)
     axes[0, 0].legend()
-    what = "tissue against centre among nearest neighbours (shaded: range of samples)"
-    figure.suptitle(f"{title}: {what}")
+    figure.suptitle(
+        f"{title}: tissue against centre among nearest neighbours (shaded: range of samples)"
+    )
     return figure
 
 

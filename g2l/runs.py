@@ -172,8 +172,11 @@ class Run:
     def refuse_changes(self, old: dict, new: dict) -> None:
         """Raise UserError naming whatever differs between a run's beginning and now."""
         if changed := self.changes(old, new):
-            text = f"{self.folder} was begun otherwise: {changed}"
-            raise UserError(f"{text}. Give what it was begun with to go on", "name")
+            raise UserError(
+                f"{self.folder} was begun otherwise: {changed}"
+                ". Give what it was begun with to go on",
+                "name",
+            )
 
     def finished(self, identity: dict) -> int:
         """The last step of an earlier start whose student is whole; 0 where it is to be made.

@@ -124,8 +124,9 @@ class Slide:
             height = min(height, math.ceil(self.height / factor))
             self.levels.append(Level(width, height, factor, number, tiles))
         else:
-            text = f"level {number} ({width} x {height} px) left out: not the whole slide"
-            self.notes.append(f"{text} at one scale")
+            self.notes.append(
+                f"level {number} ({width} x {height} px) left out: not the whole slide at one scale"
+            )
 
     def _open_tiles(self) -> None:
         """Find the compressed tiles of a TIFF.

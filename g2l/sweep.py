@@ -33,8 +33,10 @@ def trials(specs: Sequence[str], known: Collection[str]) -> list[Trial]:
         name = name.replace("-", "_")
         values = text.split(",")
         if name not in known or name in axes or "" in values:
-            wanted = f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
-            raise UserError(f"sweep {spec}: expected {wanted}")
+            raise UserError(
+                f"sweep {spec}: expected "
+                f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
+            )
         axes[name] = values
     found = itertools.product(*axes.values())
     return [dict(zip(axes, values, strict=True)) for values in found]

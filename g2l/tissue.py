@@ -229,8 +229,10 @@ def read_mask(path: Path, shape: Size, scale: float, origin: Size = (0, 0)) -> N
     height, width = values.shape
     aspect = width / height * shape[0] / shape[1]
     if abs(aspect - 1) > 0.02 + 2 / min(*values.shape, *shape):
-        text = f"{path}: {width} x {height} px, another aspect than the slide's"
-        raise UserError(f"{text}; a mask covers the whole slide")
+        raise UserError(
+            f"{path}: {width} x {height} px, another aspect than the slide's"
+            "; a mask covers the whole slide"
+        )
     least = values.max() / 2 if lossy else 0
     tissue = Image.fromarray(values > least)
     return np.asarray(tissue.resize(shape[::-1], Image.Resampling.NEAREST))

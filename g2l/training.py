@@ -208,10 +208,11 @@ class Training:
         self.unreadable += len(failures)
         drawn = (self.done + 1) * self.args.accumulate * self.args.batch_size
         if self.unreadable > max(10, self.args.max_unreadable * drawn):
-            text = (
+            raise UserError(
                 f"{self.unreadable} of {drawn} patches could not be read, the last: {failures[-1]}"
+                f"; {path} has all",
+                "unreadable",
             )
-            raise UserError(f"{text}; {path} has all", "unreadable")
 
     def collect(self, everything: bool = False) -> None:
         """Take the numbers that have arrived: guard, ask the stop rule, log.
@@ -251,8 +252,11 @@ class Training:
             return
         result = self.heldout.measure(self.step.distiller.student)
         if result["spread"] < 1e-6:
-            text = f"step {self.done}: the student gives the same features for every patch"
-            raise UserError(f"{text}, so there is nothing to learn from", "constant")
+            raise UserError(
+                f"step {self.done}: the student gives the same features for every patch"
+                ", so there is nothing to learn from",
+                "constant",
+            )
         cka = result["cka"]
         if cka > self.best.get("cka", -math.inf):
             self.best |= {"cka": cka, "step": self.done}
