@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,10 @@ class Centre:
     blue)."""
 
     name: str
-    haematoxylin: tuple[float, float, float]
-    eosin: tuple[float, float, float]
-    strength: tuple[float, float]  # of the two stains
-    white: tuple[int, int, int]  # the scanner's background
+    haematoxylin: list[float]
+    eosin: list[float]
+    strength: list[float]  # of the two stains
+    white: list[int]  # the scanner's background
     blur: float  # px, optics
     noise: float  # grey levels, sensor
     quality: int  # JPEG
@@ -59,60 +60,56 @@ class Centre:
     vendor: str  # "aperio" or "generic": decides the file's metadata
 
 
-CENTRES = (
-    Centre(
-        "Arden",
-        (0.62, 0.71, 0.30),
-        (0.10, 0.92, 0.28),
-        (1.00, 1.00),
-        (243, 242, 244),
-        0.5,
-        1.5,
-        90,
-        0.4990,
-        256,
-        "aperio",
-    ),
-    Centre(
-        "Birch",
-        (0.74, 0.62, 0.22),
-        (0.06, 0.72, 0.42),
-        (1.25, 0.80),
-        (236, 238, 233),
-        0.9,
-        2.5,
-        80,
-        0.5034,
-        240,
-        "aperio",
-    ),
-    Centre(
-        "Cedar",
-        (0.50, 0.78, 0.46),
-        (0.18, 0.98, 0.16),
-        (0.85, 1.25),
-        (249, 246, 240),
-        0.4,
-        1.0,
-        92,
-        0.4942,
-        256,
-        "generic",
-    ),
-    Centre(
-        "Delta",
-        (0.66, 0.60, 0.42),
-        (0.22, 0.80, 0.40),
-        (1.05, 0.70),
-        (228, 226, 236),
-        1.2,
-        3.5,
-        70,
-        0.5021,
-        512,
-        "generic",
-    ),
-)
+HOSPITALS = """
+[Arden]
+haematoxylin = [0.62, 0.71, 0.30]
+eosin = [0.10, 0.92, 0.28]
+strength = [1.00, 1.00]
+white = [243, 242, 244]
+blur = 0.5
+noise = 1.5
+quality = 90
+mpp = 0.4990
+tile = 256
+vendor = "aperio"
+
+[Birch]
+haematoxylin = [0.74, 0.62, 0.22]
+eosin = [0.06, 0.72, 0.42]
+strength = [1.25, 0.80]
+white = [236, 238, 233]
+blur = 0.9
+noise = 2.5
+quality = 80
+mpp = 0.5034
+tile = 240
+vendor = "aperio"
+
+[Cedar]
+haematoxylin = [0.50, 0.78, 0.46]
+eosin = [0.18, 0.98, 0.16]
+strength = [0.85, 1.25]
+white = [249, 246, 240]
+blur = 0.4
+noise = 1.0
+quality = 92
+mpp = 0.4942
+tile = 256
+vendor = "generic"
+
+[Delta]
+haematoxylin = [0.66, 0.60, 0.42]
+eosin = [0.22, 0.80, 0.40]
+strength = [1.05, 0.70]
+white = [228, 226, 236]
+blur = 1.2
+noise = 3.5
+quality = 70
+mpp = 0.5021
+tile = 512
+vendor = "generic"
+"""
+CENTRES = [Centre(name, **facts) for name, facts in tomllib.loads(HOSPITALS).items()]
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> ndarray:

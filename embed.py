@@ -275,9 +275,9 @@ def report(
 ) -> int:
     """When all ranks have written: the table of a model's features, what other readers want, and
     pictures; patches and slides lost."""
-    for target in targets.values():  # slides of several ranks, or several runs
-        if target.state() != "done":
-            target.finish()
+    for features in targets.values():  # slides of several ranks, or several runs
+        if features.state() != "done":
+            features.finish()
     folder = index.folder / f"features_{name}"
     for place in (folder, folder / ".parts"):
         clear_stale(place)

@@ -418,7 +418,7 @@ def perturb(args: Namespace, load: dict) -> int:
         raise UserError(
             f"{name}: {len(patches)} patches; three are needed to tell self from others"
         )
-    steps = {kind: sorted(args.strengths or SHIFTS[kind][3]) for kind in args.perturb}
+    steps = {kind: sorted(args.strengths or SHIFTS[kind]["tried"]) for kind in args.perturb}
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
@@ -458,7 +458,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
     found = {}
     for name, (still, *moved) in x.items():
         for kind, strengths in steps.items():
-            found[name, kind, SHIFTS[kind][1]] = displacement(still[fine], still[fine])
+            found[name, kind, SHIFTS[kind]["nothing"]] = displacement(still[fine], still[fine])
             for s in strengths:
                 found[name, kind, s] = displacement(still[fine], moved.pop(0)[fine])
     return found
@@ -537,7 +537,7 @@ def add_shift_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         choices=list(SHIFTS),
     )
-    steps = "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
+    steps = "; ".join(f"{kind}: {facts['meaning']}" for kind, facts in SHIFTS.items())
     add(
         "--strengths S",
         f"strengths of the change; a range is tried if none is given: {steps}",
@@ -602,7 +602,7 @@ def check(parser: ArgumentParser, args: Namespace) -> None:
     if args.strengths:
         if len(args.perturb or ()) != 1:
             parser.error("--strengths goes with exactly one kind of --perturb")
-        low, high = SHIFTS[args.perturb[0]][2]
+        low, high = SHIFTS[args.perturb[0]]["range"]
         if min(args.strengths) < low or max(args.strengths) > high:
             parser.error(f"--strengths of {args.perturb[0]} lie between {low} and {high}")
     if args.cancer and not args.perturb:

@@ -23,7 +23,7 @@ class Progress:
     interval: float = 15
     shown: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.bar = None
         self.start = self.said = time.monotonic()
         self.recent = deque([(self.start, self.done)], maxlen=50)

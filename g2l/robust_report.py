@@ -323,7 +323,7 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
             values = [found[model, kind, s] for s in strengths]
             rows.append([model, *(f"{v['distance']:.2f} ({v['first']:.0%})" for v in values)])
         head = ["model", *map("{:g}".format, strengths)]
-        text += f"## {kind}: {SHIFTS[kind][0]}\n\n{markdown(head, rows)}\n"
+        text += f"## {kind}: {SHIFTS[kind]['meaning']}\n\n{markdown(head, rows)}\n"
     return text
 
 
@@ -431,7 +431,7 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
 
     found: `displacement` by (model, kind, strength), the strength that changes nothing among them.
     """
-    meaning, nothing, *_ = SHIFTS[kind]
+    nothing = SHIFTS[kind]["nothing"]
     steps = sorted({*strengths, nothing})
     figure, axes = canvas(1, 3, 4.2, 4.6)
     labels = {
@@ -447,7 +447,7 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
             if metric == "cosine":
                 others = found[name, kind, nothing]["others"]
                 axis.axhline(others, color=line.get_color(), ls=":", lw=1)
-        axis.set(xlabel=meaning, ylabel=label)
+        axis.set(xlabel=SHIFTS[kind]["meaning"], ylabel=label)
         axis.grid()
     axes[0, 2].set_ylim(-0.02, 1.02)
     axes[0, 1].legend()

@@ -47,7 +47,7 @@ class Training:
     waited: float = 0.0  # seconds, for patches
     ended: str = ""  # why, before the last step
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         args = self.args
         self.rank, self.world = rank_and_world()
         self.stop = StopRule(args.stop, args.stop_window, args.stop_patience, args.stop_min_steps)
