@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,6 +271,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
 
 
+@dataclass
 class StopRule:
     """The paper's: the loss exceeded the mean of the last `window` more than `patience` times.
 
@@ -277,13 +279,15 @@ class StopRule:
     before `minimum` steps.
     """
 
-    def __init__(self, kind: str, window: int = 100, patience: int = 10, minimum: int = 0):
-        self.kind = kind
-        self.patience = patience
-        self.minimum = minimum
-        self.recent: deque[float] = deque(maxlen=window)
-        self.count = 0
-        self.steps = 0
+    kind: str
+    window: int
+    patience: int
+    minimum: int
+    count: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.window)
 
     def update(self, loss: float) -> bool:
         """Take the next step's loss; True when training should end."""

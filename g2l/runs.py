@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from g2l.rows import read_rows
 VERSION = 2
 
 
+@dataclass(eq=False)
 class Run:
     """runs/NAME: one writer at a time.
 
@@ -44,23 +46,19 @@ class Run:
     Raises UserError where another process trains this run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        main: bool,
-        words: Mapping[str, str] | None = None,
-        exports: Sequence[str] = ("student",),
-    ):
-        self.folder = folder
-        self.exports = exports
-        self.main = main
-        self.words = words or {}
-        self.board: Any = None  # TensorBoard's writer
-        older = [folder / f"checkpoint.{i}.pt" for i in range(1, keep)]
+    folder: Path
+    keep: int
+    main: bool
+    words: Mapping[str, str]
+    exports: Sequence[str]
+    board: Any = None  # TensorBoard's writer
+
+    def __post_init__(self) -> None:
+        folder = self.folder
+        older = [folder / f"checkpoint.{i}.pt" for i in range(1, self.keep)]
         self.checkpoints = [folder / "checkpoint.pt", *older]
         self.lock = contextlib.ExitStack()
-        if not main:
+        if not self.main:
             return
         if not self.lock.enter_context(locked(folder / ".lock", wait=False)):
             raise UserError(f"{folder}: another process trains this run; wait for it", "name")
