@@ -28,7 +28,7 @@ MODEL_REMEDIES = {
 }
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """The device named, or for "auto" this process's GPU if there is one, else the CPU."""
     import torch
 

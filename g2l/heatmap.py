@@ -93,7 +93,7 @@ def paint(
     side: int,
     values: ndarray,
     title: str,
-    query: int | None = None,
+    query: int | None,
 ):
     """A figure: the slide, and beside it its patches in colours through which tissue is seen.
 

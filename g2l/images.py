@@ -167,7 +167,7 @@ def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
     return np.stack([(squares == value).mean((1, 3)) for value in values])
 
 
-def cut_up(file: Path, side: int = REGION) -> ndarray:
+def cut_up(file: Path, side: int) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)
     top, left = (n % side // 2 for n in image.shape[:2])

@@ -86,7 +86,7 @@ def is_drawn(path: Path, key: str) -> bool:
         return False
 
 
-def draw_figure1(study: Study, on: str = "tp53") -> None:
+def draw_figure1(study: Study, on: str) -> None:
     """figure1.png: kNN accuracy with its 95 % interval against parameters and time per image.
 
     on: the benchmark; the first that every model has if it was not measured, "mean" for all of
@@ -163,7 +163,7 @@ def draw_benchmark(
     benchmark: Benchmark,
     predictions: dict[str, dict],
     study: Study,
-    key: str = "",
+    key: str,
 ) -> None:
     """Below results/pictures: confusion and CKA matrices of all models, and a gallery for each.
 

@@ -32,7 +32,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def setup_distributed(
-    device: str | torch.device = "auto",
+    device: str | torch.device,
 ) -> tuple[int, int, torch.device]:
     """Join the job that torchrun started, once: (rank, world size, this rank's device)."""
     device = pick_device(device)

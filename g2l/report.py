@@ -108,7 +108,7 @@ class Tables:
             return None, None
         return np.mean([self.mean[key][:2] for key in keys], 0).tolist()
 
-    def body(self, names: Sequence[str], models: list[str], cell: Callable, paper: str = ""):
+    def body(self, names: Sequence[str], models: list[str], cell: Callable, paper: str):
         """Label, benchmarks and ranked cells of each row.
 
         cell(benchmarks, model) gives value and text; `paper` names the paper's measure beside it.

@@ -399,7 +399,7 @@ class Readings:
             arrived.record()
         self.sent.append((values, arrived))
 
-    def receive(self, everything: bool = False) -> list[list[float]]:
+    def receive(self, everything: bool) -> list[list[float]]:
         """Rows of numbers that have arrived, oldest first; with `everything` all are waited for."""
         rows = []
         while len(self.sent) > (0 if everything else self.lag):

@@ -214,7 +214,7 @@ class Training:
                 "unreadable",
             )
 
-    def collect(self, everything: bool = False) -> None:
+    def collect(self, everything: bool) -> None:
         """Take the numbers that have arrived: guard, ask the stop rule, log.
 
         Raises UserError where loss or gradient is no number.
