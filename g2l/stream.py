@@ -196,12 +196,11 @@ class Heldout:
         teachers: Sequence[Model],
         batch: int,
     ):
-        counts = np.asarray(index.counts)
-        starts = np.cumsum(counts) - counts
-        slides = np.flatnonzero((held if held.any() else ~held) & (counts > 0))
+        slides = np.flatnonzero(held if held.any() else ~held)
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
-        chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
+        numbers = index.starts[drawn] + rng.integers(index.counts[drawn])
+        chosen = list(dict.fromkeys(numbers.tolist()))[:count]
         patches, unreadable = read_centres(index, chosen, crop)
         if len(patches) < 4:
             problem = unreadable[-1] if unreadable else "their patients have no more"
@@ -211,7 +210,7 @@ class Heldout:
             )
         stacked = np.stack(list(patches.values()))
         self.images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        self.patients = [str(index.patient[index.locate(i)[0]]) for i in patches]
+        self.patients = [index.patient[index.locate(i)[0]] for i in patches]
         self.batch = batch
         self.name = "held-out CKA" if held.any() else "CKA on training slides"
         self.teachers = [self.features(teacher) for teacher in teachers]
