@@ -237,10 +237,7 @@ def grid_benchmark(
         for file in drawn:
             try:
                 shares = shares_of(file, drawn[file])
-            except (
-                OSError,
-                SyntaxError,
-            ) as error:  # the latter is Pillow's word for a damaged PNG
+            except (OSError, SyntaxError) as error:  # the latter is Pillow's word for a damaged PNG
                 notes.append(f"{file.name} left out: {error}")
                 continue
             for r, c in np.argwhere((shares >= 0.5).sum(0) == 1).tolist():
@@ -361,13 +358,7 @@ def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
                 below, right = np.nonzero(pixels)
                 np.add.at(count, ((y + below) // side, (x + right) // side), 1)
     # tifffile's words for a damaged file
-    except (
-        tifffile.TiffFileError,
-        IndexError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except (tifffile.TiffFileError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise OSError(f"{mask}: damaged ({error})") from error
     return count[: size[0] // side, : size[1] // side] / side**2
 

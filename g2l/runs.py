@@ -149,10 +149,7 @@ class Run:
                 for older, newer in pairwise(reversed(self.checkpoints)):
                     if newer.exists():
                         os.replace(newer, older)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch reports a failed write as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
             raise UserError(
                 f"{self.folder}: checkpoint of step {state['step']} not written ({why})", "room"

@@ -21,12 +21,7 @@ def read_sheets(path: Path) -> list[list[Row]]:
                 if name.startswith("xl/worksheets/sheet"):
                     sheet = ElementTree.fromstring(book.read(name))
                     sheets.append([row_of(row, strings) for row in sheet.findall(".//{*}row")])
-    except (
-        zipfile.BadZipFile,
-        ElementTree.ParseError,
-        ValueError,
-        IndexError,
-    ) as error:
+    except (zipfile.BadZipFile, ElementTree.ParseError, ValueError, IndexError) as error:
         raise UserError(f"{path}: no Excel workbook ({error})") from error
     return sheets
 
