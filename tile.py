@@ -251,7 +251,7 @@ def run(args: Namespace) -> int:
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
-    slides = list_served(args, job) if job.download or job.link else list_folder(args)
+    slides = list_served(args) if job.download or job.link else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
     todo: Slides = []
     finished: Slides = []
@@ -335,7 +335,7 @@ def list_folder(args: Namespace) -> Slides:
     return slides
 
 
-def list_served(args: Namespace, job: Job) -> Slides:
+def list_served(args: Namespace) -> Slides:
     """The slides at the GDC or at addresses, at the places of those that are here already."""
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
