@@ -227,15 +227,21 @@ def make_benchmark(
     if table.is_file():
         lines = read_table(table, ("group", "patient"))
         patients = {row["group"]: row["patient"] for row in lines}
-    groups = [group for _, _, group in rows]
+    ids, kinds, groups = map(list, zip(*rows, strict=True))
     if patients:
         groups = patients_of(groups, patients, root)
-    labels = np.array([classes.index(label) for _, label, _ in rows], np.int64)
-    ids = [image for image, _, _ in rows]
-    made = Benchmark(name, level, images, ids, labels, classes, groups, notes=list(notes))
-    made.origin = str(root.resolve())
-    made.unit = "patient" if patients else ""
-    return made
+    return Benchmark(
+        name,
+        level,
+        images,
+        ids,
+        np.array([classes.index(kind) for kind in kinds], np.int64),
+        classes,
+        groups,
+        notes=list(notes),
+        origin=str(root.resolve()),
+        unit="patient" if patients else "",
+    )
 
 
 def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> list[str]:
