@@ -30,8 +30,8 @@ from PIL import Image
 
 from g2l.arguments import Help, count, flag, positive, whole
 from g2l.cohort import (
+    Cohort,
     CohortSlide,
-    Slides,
     find_slides,
     local_slides,
     read_manifest,
@@ -253,8 +253,8 @@ def run(args: Namespace) -> int:
     known = read_rows(job.folder, damaged)
     slides = list_served(args) if job.download or job.link else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo: Slides = []
-    finished: Slides = []
+    todo: Cohort = []
+    finished: Cohort = []
     for slide in chosen:
         done = is_finished(slide, known.get(slide.name), job, tell=True)
         (finished if done else todo).append(slide)
@@ -327,7 +327,7 @@ def slides_folder(args: Namespace) -> Path:
     return args.slides or args.data / "slides" / args.cancer
 
 
-def list_folder(args: Namespace) -> Slides:
+def list_folder(args: Namespace) -> Cohort:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
@@ -335,7 +335,7 @@ def list_folder(args: Namespace) -> Slides:
     return slides
 
 
-def list_served(args: Namespace) -> Slides:
+def list_served(args: Namespace) -> Cohort:
     """The slides at the GDC or at addresses, at the places of those that are here already."""
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
@@ -358,8 +358,8 @@ def list_served(args: Namespace) -> Slides:
 
 
 def choose(
-    args: Namespace, slides: Slides, known: Rows, job: Job
-) -> tuple[Slides, dict[str, SkippedSlide]]:
+    args: Namespace, slides: Cohort, known: Rows, job: Job
+) -> tuple[Cohort, dict[str, SkippedSlide]]:
     """(the slides to tile, why others are left out by name), of earlier runs too; tells of them."""
     names = {slide.name for slide in slides}
     earlier = [slide_of(row) for name, row in known.items() if name not in names]
@@ -378,7 +378,7 @@ def choose(
 
 
 def settle_earlier(
-    earlier: Slides, slides: Slides, held: set[str], known: Rows, job: Job
+    earlier: Cohort, slides: Cohort, held: set[str], known: Rows, job: Job
 ) -> dict[str, SkippedSlide]:
     """Why slides of earlier runs are wanted no longer, by name; tells of those that stay.
 
@@ -416,7 +416,7 @@ def cpu_share() -> int:
     return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def confirm_plan(todo: Slides, args: Namespace, workers: int) -> bool:
+def confirm_plan(todo: Cohort, args: Namespace, workers: int) -> bool:
     """Show what will be downloaded and whether it fits; True to go on."""
     sizes = sorted((slide.size for slide in todo if not slide.path.is_file()), reverse=True)
     if not sizes:
@@ -442,7 +442,7 @@ def confirm_plan(todo: Slides, args: Namespace, workers: int) -> bool:
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def tell_plan(todo: Slides) -> None:
+def tell_plan(todo: Cohort) -> None:
     """Say what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
     whole = sum(sizes) / 1e9
@@ -465,7 +465,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
             print(f"note: {fault}: damaged; what is lost is made anew (copy: {table}.damaged)")
 
 
-def write_manifest(folder: Path, slides: Slides) -> None:
+def write_manifest(folder: Path, slides: Cohort) -> None:
     """manifest.txt, the slides used, as the GDC's client reads it."""
     text = "id\tfilename\tmd5\tsize\tstate\n"
     for slide in slides:
@@ -474,7 +474,7 @@ def write_manifest(folder: Path, slides: Slides) -> None:
     write_text(folder / "manifest.txt", text)
 
 
-def update_rows(job: Job, slides: Slides, left_out: dict[str, SkippedSlide], known: Rows) -> None:
+def update_rows(job: Job, slides: Cohort, left_out: dict[str, SkippedSlide], known: Rows) -> None:
     """Rows that the choice changes: of slides left out, or of another patient or place now."""
     rows = {name: dict(row) for name, row in known.items()}
     for name, error in left_out.items():
@@ -496,7 +496,7 @@ def reason_of(error: BaseException) -> str:
     return one_line(told or type(error).__name__)
 
 
-def work_through(slides: Slides, job: Job, workers: int) -> Slides:
+def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
     """Do all slides in worker processes; returns those that other processes have in hand.
 
     A slide whose reader takes the process down (some damaged files do) is recorded as failed.
@@ -604,7 +604,7 @@ def renew_contact_sheet(folder: Path) -> None:
         os.utime(sheet, ns=(now, now))
 
 
-def summarize(slides: Slides, job: Job) -> int:
+def summarize(slides: Cohort, job: Job) -> int:
     """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
     rows = [every[slide.name] for slide in slides]

@@ -74,7 +74,7 @@ class CohortSlide:
         return self.name
 
 
-Slides = list[CohortSlide]
+Cohort = list[CohortSlide]
 
 
 def slide_of(row: dict[str, str]) -> CohortSlide:
@@ -143,7 +143,7 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
     return names
 
 
-def read_manifest(path: Path) -> Slides:
+def read_manifest(path: Path) -> Cohort:
     """What a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient] names.
 
     The path is as it stands there. Raises UserError where the file is neither.
@@ -188,7 +188,7 @@ def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     )
 
 
-def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Slides, list[str]]:
+def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Cohort, list[str]]:
     """(the slides in a folder, or those that the manifest names; what a user should know of them).
 
     A link to another slide of the folder is left out; copies count as one patient's. Raises
@@ -217,7 +217,7 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Slides, li
     return slides, notes + join_copies(slides)
 
 
-def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Slides, list[str]]:
+def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Cohort, list[str]]:
     """(slides that a manifest names, names that are not at hand)."""
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
@@ -262,14 +262,14 @@ def _calls(named: dict[str, Path]) -> dict[str, Names]:
     return called
 
 
-def join_copies(slides: Slides) -> list[str]:
+def join_copies(slides: Cohort) -> list[str]:
     """Make slides of the same content one patient's, so that none is held out of a set that has
     another; tells which.
 
     A patient that a manifest states stays.
     """
     sizes = Counter(slide.size for slide in slides)
-    groups: dict[str, Slides] = defaultdict(list)
+    groups: dict[str, Cohort] = defaultdict(list)
     for slide in slides:
         if slide.size and sizes[slide.size] > 1:
             groups[_fingerprint(slide.path)].append(slide)
@@ -309,12 +309,12 @@ def _fingerprint(path: Path) -> str:
 
 
 def select(
-    slides: Slides,
+    slides: Cohort,
     held: Names,
     strategy: str = "both",
     limit: int = 0,
     seed: int = 0,
-) -> tuple[Slides, dict[str, SkippedSlide]]:
+) -> tuple[Cohort, dict[str, SkippedSlide]]:
     """(slides chosen, reason of each other by name): patients held out, kind of section, then a
     sample of `limit`.
 
@@ -346,7 +346,7 @@ PATIENT_COLUMNS = (
 ).split()
 
 
-def read_patients(path: Path, slides: Slides) -> Names:
+def read_patients(path: Path, slides: Cohort) -> Names:
     """Patients named in a file: one slide or patient a line, or a table with a column slide,
     patient or the like.
 

@@ -46,7 +46,7 @@ SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
 Row = tuple[ndarray, Problems]  # the embedding of an item
-Rows = dict[int, Row]  # by item
+Embedded = dict[int, Row]  # by item
 Computed = Iterator[tuple[int, Row]]  # item and row
 Batch = tuple[list[int], ndarray, list[tuple[int, Problems]]]
 
@@ -218,7 +218,7 @@ def extract_features(
 
 def _kept(computed: Computed, cache: Path | None, mark: str) -> Computed:
     """The same, written down now and then, if there is a folder for them."""
-    fresh: Rows = {}
+    fresh: Embedded = {}
     due = time.monotonic() + SAVE_SECONDS
     for i, row in computed:
         fresh[i] = row
@@ -274,7 +274,7 @@ def one_behind(items: Iterator) -> Iterator:
         yield held
 
 
-def _gathered(rows: Rows, count: int, dim: int, errors: list | None) -> ndarray:
+def _gathered(rows: Embedded, count: int, dim: int, errors: list | None) -> ndarray:
     """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
     out = np.zeros((count, dim), np.float32)
     found = []
@@ -292,11 +292,11 @@ def _gathered(rows: Rows, count: int, dim: int, errors: list | None) -> ndarray:
     return out
 
 
-def _kept_rows(folder: Path, mark: str) -> Rows:
+def _kept_rows(folder: Path, mark: str) -> Embedded:
     """Rows that an earlier call kept; other weights' or data's and damaged ones are passed over."""
     from safetensors import SafetensorError, safe_open
 
-    rows: Rows = {}
+    rows: Embedded = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
         with contextlib.suppress(SafetensorError), safe_open(path, "numpy") as file:
             about = file.metadata() or {}
@@ -309,7 +309,7 @@ def _kept_rows(folder: Path, mark: str) -> Rows:
     return rows
 
 
-def _keep_rows(folder: Path, mark: str, rows: Rows) -> None:
+def _keep_rows(folder: Path, mark: str, rows: Embedded) -> None:
     """Write finished rows, from which a killed extraction goes on."""
     from safetensors.numpy import save_file
 
