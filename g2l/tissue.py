@@ -13,7 +13,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Size, Slide
@@ -44,6 +43,8 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     glow of eosin only colour. Tissue and holes in it smaller than `smallest` px are dropped and
     filled.
     """
+    from scipy import ndimage
+
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
     low = np.minimum.reduce(planes)  # several times the speed of image.min(axis=2)
     high = np.maximum.reduce(planes)
@@ -114,6 +115,8 @@ def _ink(
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
     2001): in any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
     """
+    from scipy import ndimage
+
     most = np.maximum(green, 1e-6)
     red_share = red / most
     blue_share = blue / most
@@ -145,6 +148,8 @@ def _grow(mask: NDArray, by: int) -> NDArray:
 
 def _without_specks(mask: NDArray, smallest: float) -> NDArray:
     """The mask without its connected areas of fewer than `smallest` pixels."""
+    from scipy import ndimage
+
     labels, _ = ndimage.label(mask)
     keep = np.bincount(labels.ravel()) >= smallest
     keep[0] = False
@@ -156,6 +161,8 @@ def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
 
     All in its pixels and not necessarily whole; beyond its edges it is 0.
     """
+    from scipy import ndimage
+
     total = values.cumsum(axis=0, dtype=float).cumsum(axis=1)
     total = np.pad(total, ((1, 0), (1, 0)))
     inside = np.zeros(len(places))
