@@ -558,7 +558,7 @@ def demo(folder: Path, max_steps: int, count: int) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
-    flag(parser, "--folder DIR", "everything is written below it", Path("demo"))
+    flag(parser, "--folder DIR", "everything is written below it", Path("demo"), type=Path)
     flag(
         parser, "--max-steps N", "steps of distillation; with more, the student becomes better", 150
     )
