@@ -16,18 +16,20 @@ import os
 import shlex
 import sys
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from g2l.arguments import Help, whole
+from g2l.arguments import Help, flag
 from g2l.errors import UserError, exit_status
-from g2l.files import atomic, write_text
+from g2l.files import aligned, atomic, write_text
 from g2l.progress import Progress
 
 ROOT = Path(__file__).resolve().parent
@@ -46,10 +48,10 @@ class Centre:
     blue)."""
 
     name: str
-    haematoxylin: tuple[float, float, float]
-    eosin: tuple[float, float, float]
-    strength: tuple[float, float]  # of the two stains
-    white: tuple[int, int, int]  # the scanner's background
+    haematoxylin: list[float]
+    eosin: list[float]
+    strength: list[float]  # of the two stains
+    white: list[int]  # the scanner's background
     blur: float  # px, optics
     noise: float  # grey levels, sensor
     quality: int  # JPEG
@@ -58,76 +60,71 @@ class Centre:
     vendor: str  # "aperio" or "generic": decides the file's metadata
 
 
-CENTRES = (
-    Centre(
-        "Arden",
-        (0.62, 0.71, 0.30),
-        (0.10, 0.92, 0.28),
-        (1.00, 1.00),
-        (243, 242, 244),
-        0.5,
-        1.5,
-        90,
-        0.4990,
-        256,
-        "aperio",
-    ),
-    Centre(
-        "Birch",
-        (0.74, 0.62, 0.22),
-        (0.06, 0.72, 0.42),
-        (1.25, 0.80),
-        (236, 238, 233),
-        0.9,
-        2.5,
-        80,
-        0.5034,
-        240,
-        "aperio",
-    ),
-    Centre(
-        "Cedar",
-        (0.50, 0.78, 0.46),
-        (0.18, 0.98, 0.16),
-        (0.85, 1.25),
-        (249, 246, 240),
-        0.4,
-        1.0,
-        92,
-        0.4942,
-        256,
-        "generic",
-    ),
-    Centre(
-        "Delta",
-        (0.66, 0.60, 0.42),
-        (0.22, 0.80, 0.40),
-        (1.05, 0.70),
-        (228, 226, 236),
-        1.2,
-        3.5,
-        70,
-        0.5021,
-        512,
-        "generic",
-    ),
-)
+HOSPITALS = """
+[Arden]
+haematoxylin = [0.62, 0.71, 0.30]
+eosin = [0.10, 0.92, 0.28]
+strength = [1.00, 1.00]
+white = [243, 242, 244]
+blur = 0.5
+noise = 1.5
+quality = 90
+mpp = 0.4990
+tile = 256
+vendor = "aperio"
+
+[Birch]
+haematoxylin = [0.74, 0.62, 0.22]
+eosin = [0.06, 0.72, 0.42]
+strength = [1.25, 0.80]
+white = [236, 238, 233]
+blur = 0.9
+noise = 2.5
+quality = 80
+mpp = 0.5034
+tile = 240
+vendor = "aperio"
+
+[Cedar]
+haematoxylin = [0.50, 0.78, 0.46]
+eosin = [0.18, 0.98, 0.16]
+strength = [0.85, 1.25]
+white = [249, 246, 240]
+blur = 0.4
+noise = 1.0
+quality = 92
+mpp = 0.4942
+tile = 256
+vendor = "generic"
+
+[Delta]
+haematoxylin = [0.66, 0.60, 0.42]
+eosin = [0.22, 0.80, 0.40]
+strength = [1.05, 0.70]
+white = [228, 226, 236]
+blur = 1.2
+noise = 3.5
+quality = 70
+mpp = 0.5021
+tile = 512
+vendor = "generic"
+"""
+CENTRES = [Centre(name, **facts) for name, facts in tomllib.loads(HOSPITALS).items()]
 
 
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> ndarray:
     """Gaussian noise, smooth over `scale` px, with mean 0 and standard deviation 1: drawn coarse,
     then enlarged."""
     step = max(1, int(scale / 3))
     coarse = rng.standard_normal((shape[0] // step + 4, shape[1] // step + 4)).astype(np.float32)
     coarse = ndimage.gaussian_filter(coarse, scale / step)
-    if step > 1:
-        size = coarse.shape[1] * step, coarse.shape[0] * step
-        coarse = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR))
+    size = coarse.shape[1] * step, coarse.shape[0] * step
+    coarse = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR))
     field = coarse[: shape[0], : shape[1]]
     return (field - field.mean()) / field.std()
 
 
-def tissue_map(rng: np.random.Generator, side: int) -> np.ndarray:
+def tissue_map(rng: np.random.Generator, side: int) -> ndarray:
     """(side, side) uint8: which tissue type lies where, `BACKGROUND` around an irregular piece of
     tissue."""
     shape = (side, side)
@@ -139,7 +136,7 @@ def tissue_map(rng: np.random.Generator, side: int) -> np.ndarray:
     return types
 
 
-def scatter(rng: np.random.Generator, where: np.ndarray, spacing: float) -> np.ndarray:
+def scatter(rng: np.random.Generator, where: ndarray, spacing: float) -> ndarray:
     """(n, 2) positions y, x, about `spacing` px apart, where the mask holds: a jittered grid."""
     rows, columns = (int(s / spacing) + 1 for s in where.shape)
     grid = np.indices((rows, columns)).reshape(2, -1).T
@@ -175,7 +172,7 @@ def nuclei(
     return stamps
 
 
-def stamp(canvas: np.ndarray, points: np.ndarray, stamps: list, weights: np.ndarray) -> None:
+def stamp(canvas: ndarray, points: ndarray, stamps: list, weights: ndarray) -> None:
     """Put a random one of `stamps` at each of `points`; where two overlap the darker wins."""
     for number, ((y, x), weight) in enumerate(zip(points, weights, strict=True)):
         item = stamps[number * 7919 % len(stamps)]
@@ -188,8 +185,8 @@ def stamp(canvas: np.ndarray, points: np.ndarray, stamps: list, weights: np.ndar
 
 
 def lay_ground(
-    rng: np.random.Generator, types: np.ndarray, x: np.ndarray, y: np.ndarray
-) -> tuple[np.ndarray, ...]:
+    rng: np.random.Generator, types: ndarray, x: ndarray, y: ndarray
+) -> tuple[ndarray, ...]:
     """Fibres in stroma (noise stretched along a slowly turning direction), cytoplasm, debris.
 
     Returns eosin, haematoxylin outside nuclei, and the fine and the broad noise that they share.
@@ -222,11 +219,11 @@ def lay_ground(
 
 def paint_ducts(
     rng: np.random.Generator,
-    in_situ: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    *ground: np.ndarray,
-) -> np.ndarray:
+    in_situ: ndarray,
+    x: ndarray,
+    y: ndarray,
+    *ground: ndarray,
+) -> ndarray:
     """In-situ tumour: round ducts packed with cells, a pale rim around each, stroma between.
 
     Paints over `ground`, which `lay_ground` laid; returns where ducts are packed, bool (H, W).
@@ -252,9 +249,7 @@ def paint_ducts(
     return packed
 
 
-def paint_nuclei(
-    rng: np.random.Generator, types: np.ndarray, packed: np.ndarray, size: float
-) -> np.ndarray:
+def paint_nuclei(rng: np.random.Generator, types: ndarray, packed: ndarray, size: float) -> ndarray:
     """Nuclei of every cell type: (H, W) amounts of haematoxylin; `size` is this patient's.
 
     Lengths in px of 0.5 µm: a lymphocyte is 7 µm across, a tumour nucleus 9 to 14.
@@ -278,9 +273,7 @@ def paint_nuclei(
     return chromatin
 
 
-def render(
-    rng: np.random.Generator, types: np.ndarray, centre: Centre
-) -> tuple[np.ndarray, np.ndarray]:
+def render(rng: np.random.Generator, types: ndarray, centre: Centre) -> tuple[ndarray, ndarray]:
     """An RGB image (H, W, 3) uint8 of tissue of these types, from one patient, as this centre
     stains and scans it; and where ducts are packed with cells, (H, W) bool."""
     shape = types.shape
@@ -345,7 +338,7 @@ def write_slide(job: tuple[Path, int, Centre, int]) -> Path:
     return path
 
 
-def covered(where: np.ndarray) -> np.ndarray:
+def covered(where: ndarray) -> ndarray:
     """Share of each square of 128 px, every 32 px, that a mask covers."""
     return ndimage.uniform_filter(where.astype(np.float32), 128)[64:-64:32, 64:-64:32]
 
@@ -395,8 +388,7 @@ def write_cohort(data: Path, count: int) -> None:
     benchmark = data / "benchmarks" / "demo"
     images = benchmark / "images"
     table = benchmark / "labels.csv"
-    for folder in (slides, images):
-        folder.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     drawn = []
     judged = []
     for patient, seed, centre in patients(1, count):
@@ -434,7 +426,6 @@ def write_teacher(path: Path) -> None:
     network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     # The source ends with the classifier, which is not wanted.
     network.load_state_dict(dict(zip(network.state_dict(), source.values(), strict=False)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         save_file(network.state_dict(), temporary)
 
@@ -452,7 +443,7 @@ def run(command: str) -> float:
 
     script, *arguments = shlex.split(command)
     path = script if Path.cwd() == ROOT else str(ROOT / script)
-    print(f"\n$ python {shlex.join([path, *arguments])}", flush=True)
+    print(f"\n$ python {shlex.join([path, *arguments])}")
     start = time.monotonic()
     status = run_child([sys.executable, path, *arguments])
     if status:
@@ -518,16 +509,6 @@ def summary(folder: Path) -> str:
     )
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """A table whose columns have one width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def demo(folder: Path, max_steps: int, count: int) -> int:
     """Cohort, then the five commands, then the screen."""
     start = time.monotonic()
@@ -577,12 +558,16 @@ def demo(folder: Path, max_steps: int, count: int) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of demo.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
-    where = "everything is written below it"
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help=where)
-    steps = "steps of distillation; with more, the student becomes better"
-    parser.add_argument("--max-steps", type=whole, default=150, help=steps)
-    people = "slides to distil on, and patients to judge by, of each of four centres"
-    parser.add_argument("--patients", type=whole, default=4, help=people)
+    flag(parser, "--folder DIR", "everything is written below it", Path("demo"), type=Path)
+    flag(
+        parser, "--max-steps N", "steps of distillation; with more, the student becomes better", 150
+    )
+    flag(
+        parser,
+        "--patients N",
+        "slides to distil on, and patients to judge by, of each of four centres",
+        4,
+    )
     return parser
 
 

@@ -125,14 +125,12 @@ def finish(training: Training, index: PatchIndex, held: np.ndarray) -> None:
         f"{training.ended or 'done'}: {training.heldout.name} to the teacher {best['before']:.4f} "
         f"before and {best['last']:.4f} after {training.done} steps\n"
         f"loss curve: {run.folder / 'loss.png'}; "
-        f"patches as the models see them: {run.folder / 'augmented.png'}\nstudent: {folder}",
-        flush=True,
+        f"patches as the models see them: {run.folder / 'augmented.png'}\nstudent: {folder}"
     )
     if best["last"] < best["before"]:
         print(
             "warning: the student is less like its teacher than before training; take more "
-            "--max-steps or a lower --alpha, and a cohort of the tissue that it is to judge",
-            flush=True,
+            "--max-steps or a lower --alpha, and a cohort of the tissue that it is to judge"
         )
 
 
@@ -180,8 +178,7 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         notes = "".join(map(licence_note, args.teacher))
         print(
             f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}{notes}",
-            flush=True,
+            f"slides of {len(index.patients)} patients; {kept}{notes}"
         )
     return index, held
 
@@ -320,8 +317,13 @@ def build_parser() -> ArgumentParser:
     add_flags(parser, RECIPE)
     add_model_arguments(parser)
     add_flags(parser, FREE)
-    every = "a run for each combination of such values, then a table and a picture of them all"
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,...", help=every)
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=A,B,...",
+        help="a run for each combination of such values, then a table and a picture of them all",
+    )
     return parser
 
 
@@ -349,8 +351,7 @@ def check(args: Namespace) -> None:
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
-            text = f"{flag_of(name)} {value}: expected a number of at least {least}{why}"
-            raise UserError(text)
+            raise UserError(f"{flag_of(name)} {value}: expected a number of at least {least}{why}")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     weights = args.teacher_weight
@@ -426,7 +427,7 @@ def sweep(args: Namespace, argv: list[str]) -> int:
         if status > 1:  # stopped
             return status
     if rank_and_world()[0] == 0:
-        print(f"sweep: {write_sweep(Path(args.runs), base, found)}", flush=True)
+        print(f"sweep: {write_sweep(Path(args.runs), base, found)}")
     return status
 
 
@@ -434,7 +435,7 @@ def tell_stopped(number: int, when: str) -> int:
     """Say, once, that a signal ended the run; the exit status."""
     if rank_and_world()[0] == 0:
         name = signal.Signals(number).name
-        print(f"stopped by {name} {when}; run the same command to go on", flush=True)
+        print(f"stopped by {name} {when}; run the same command to go on")
     return 128 + number
 
 

@@ -13,15 +13,11 @@ or threads of its own, `report` and `export` write the table and what other tool
 makes the pictures.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import csv
 import functools
-import io
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,9 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx.experimental.optimization
+from numpy import ndarray
 
 from g2l import heatmap
-from g2l.arguments import Help, whole
+from g2l.arguments import Help, count, flag, whole
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -54,7 +51,7 @@ from g2l.embeddings import (
 )
 from g2l.errors import UserError, exit_status
 from g2l.features import AHEAD, Forward, check_names, display, one_behind
-from g2l.files import clear_stale, safe, size_of, write_text
+from g2l.files import clear_stale, safe, size_of, write_table
 from g2l.models import Model, load_model
 from g2l.patches import PatchIndex
 from g2l.pictures import save_figure
@@ -78,8 +75,10 @@ REMEDIES = MODEL_REMEDIES | {
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
 MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
+Targets = dict[int, SlideFeatures]  # of a model, by the number of the slide
+Problems = dict[int, str]  # of a slide, why its first unreadable patch is
 Told = Any  # a Counter: patches, and seconds by what they went to
-Block = tuple[np.ndarray, np.ndarray]  # features (n, D) float32, and which patches were readable
+Block = tuple[ndarray, ndarray]  # features (n, D) float32, and which patches were readable
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def share_of(pieces: list[Piece], rank: int, world: int) -> list[Piece]:
     return [p for p, at in zip(pieces, middle, strict=True) if int(at * world / total) == rank]
 
 
-def numbers_of(index: PatchIndex, pieces: list[Piece]) -> np.ndarray:
+def numbers_of(index: PatchIndex, pieces: list[Piece]) -> ndarray:
     """The patches of pieces, one after another, by their numbers in the index."""
     spans = [np.arange(p.first, p.last) + index.starts[p.slide] for p in pieces]
     return np.concatenate([np.zeros(0, np.int64), *spans])
@@ -159,7 +158,7 @@ def targets_of(
     model: Model,
     places: dict[int, Coordinates],
     stored: str,
-) -> dict[int, SlideFeatures]:
+) -> Targets:
     """Where the features of each slide by a model belong, and what they must come from."""
     folder = index.folder / f"features_{name}"
     seen = preprocessing_of(model)
@@ -170,7 +169,7 @@ def targets_of(
     return targets
 
 
-def missing(targets: dict[int, SlideFeatures], redo: bool) -> list[int]:
+def missing(targets: Targets, redo: bool) -> list[int]:
     """Slides to do, the same on every rank; UserError where features were made from something
     else."""
     # Rank 0 looks, for all: a rank that comes late would see what others have done meanwhile.
@@ -218,7 +217,7 @@ def rows(
     batches: Iterator[Batch],
     forwards: list[Forward],
     told: Told,
-    problems: dict[int, str],
+    problems: Problems,
 ) -> Iterator[Block]:
     """What comes out of the networks; notes what could not be read of each slide, and progress."""
     shown = rank_and_world()[0] == 0
@@ -234,10 +233,10 @@ def rows(
 def stream(
     index: PatchIndex,
     models: list[Model],
-    targets: list[dict[int, SlideFeatures]],
+    targets: list[Targets],
     todo: list[int],
-    args: argparse.Namespace,
-) -> tuple[Told, dict[int, str]]:
+    args: Namespace,
+) -> tuple[Told, Problems]:
     """This rank's patches of the slides `todo` through the models.
 
     Returns what the time went to, and of each slide with unreadable patches why the first is.
@@ -247,14 +246,14 @@ def stream(
     shared = {piece.slide for piece in set(every) - set(mine)}
     pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
     numbers = numbers_of(index, pieces)
-    device = next(models[0].parameters()).device
+    device = models[0].device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
     workers = default_workers(args.workers, device)
     batches = read_batches(index, numbers, size, min(workers, MOST_READERS))
     forwards = [Forward(model, size, device) for model in models]
     ends = np.cumsum([model.dim for model in models])[:-1]
     told: Told = Counter(patches=len(numbers))
-    problems: dict[int, str] = {}
+    problems: Problems = {}
     jobs: deque[Future] = deque()
     start = time.monotonic()
     with ThreadPoolExecutor(1) as writer:
@@ -272,45 +271,42 @@ def stream(
 
 
 def report(
-    index: PatchIndex,
-    folder: Path,
-    targets: dict[int, SlideFeatures],
-    problems: dict[int, str],
-    args: argparse.Namespace,
+    index: PatchIndex, name: str, targets: Targets, problems: Problems, args: Namespace
 ) -> int:
-    """The table of a model's features, and what other readers want; patches and slides lost."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["slide", "patient", "status", "patches", "unreadable", "reason"])
-    table.writeheader()
+    """When all ranks have written: the table of a model's features, what other readers want, and
+    pictures; patches and slides lost."""
+    for features in targets.values():  # slides of several ranks, or several runs
+        if features.state() != "done":
+            features.finish()
+    folder = index.folder / f"features_{name}"
+    for place in (folder, folder / ".parts"):
+        clear_stale(place)
+    rows: list[list] = [["slide", "patient", "status", "patches", "unreadable", "reason"]]
     done = []
     lost = 0
-    size = 0
     for number, slide in enumerate(index.slides):
-        row = {"slide": slide, "patient": index.patient[number], "status": "failed"}
-        row["reason"] = problems.get(number, "")
+        patient = index.patient[number]
+        reason = problems.get(number, "")
         target = targets.get(number)
         if target and target.state() == "done":
             unreadable = target.unreadable()
-            row |= {"status": "done", "unreadable": str(unreadable)}
-            row["patches"] = str(target.count - unreadable)
-            done.append((target, index.patient[number]))
-            size += size_of(target.path)
+            rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
+            done.append((target, patient))
         else:
             unreadable = 1
-            row["reason"] = row["reason"] or "its coordinates cannot be read"
+            reason = reason or "its coordinates cannot be read"
+            rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
-        table.writerow(row)
-    write_text(folder.with_name(f"{folder.name}.csv"), text.getvalue())
+    write_table(folder.with_name(f"{folder.name}.csv"), rows)
     if args.slide or args.pt or args.format:
         export(folder, done, args)
-    print(
-        f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB",
-        flush=True,
-    )
+    size = sum(size_of(target.path) for target, _ in done)
+    print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
+    draw(index, name, targets, args)
     return lost
 
 
-def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: argparse.Namespace) -> None:
+def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
     """What the flags ask for beside the features of slides, given with their patients."""
     names = []
     means = []
@@ -327,7 +323,7 @@ def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: argparse.N
         write_means(folder.with_name(f"{folder.name}_mean.h5"), names, np.stack(means))
 
 
-def draw(index: PatchIndex, name: str, targets: dict[int, SlideFeatures], args) -> None:
+def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
     """The pictures that are asked for, below heatmaps/."""
     folder = index.folder / "heatmaps"
     slide = args.heatmap
@@ -382,7 +378,7 @@ def tell(parts: list[Told], seconds: float) -> None:
         print(f"{total['unreadable']} patches could not be read and were left out")
 
 
-def compare(args: argparse.Namespace, patches: int) -> None:
+def compare(args: Namespace, patches: int) -> None:
     """What another model would cost for all patches, by its speed here; any weights do."""
     name = args.compare
     weights = weights_of(args)[name]
@@ -396,12 +392,12 @@ def compare(args: argparse.Namespace, patches: int) -> None:
     )
 
 
-def weights_of(args: argparse.Namespace) -> dict[str, str | None]:
+def weights_of(args: Namespace) -> dict[str, str | None]:
     """Weights by model, of those to run and of the one to compare with."""
     return parse_weights(args.weights, [*args.models, *filter(None, [args.compare])])
 
 
-def load_models(args: argparse.Namespace) -> dict[str, Model]:
+def load_models(args: Namespace) -> dict[str, Model]:
     """The models to run, by the names of their folders."""
     check_names(args.models)
     weights = weights_of(args)
@@ -425,20 +421,19 @@ def fold(model: Model) -> Model:
 def embed(
     index: PatchIndex,
     models: dict[str, Model],
-    targets: dict[str, dict[int, SlideFeatures]],
-    args: argparse.Namespace,
-) -> tuple[Told, dict[int, str]]:
+    targets: dict[str, Targets],
+    args: Namespace,
+) -> tuple[Told, Problems]:
     """This rank's share of what each model lacks; returns what `stream` does, of all of it."""
     # Models that lack the same slides read each patch once.
     streams: dict[tuple[int, ...], list[str]] = {}
     for name in models:
         streams.setdefault(tuple(missing(targets[name], args.redo)), []).append(name)
     told: Told = Counter()
-    problems: dict[int, str] = {}
+    problems: Problems = {}
     for todo, names in streams.items():
         if rank_and_world()[0] == 0:
-            count = f"{len(todo)} of {len(index.slides)} slides to do"
-            print(f"{', '.join(names)}: {count}", flush=True)
+            print(f"{', '.join(names)}: {len(todo)} of {len(index.slides)} slides to do")
         together = [models[name] for name in names]
         found = stream(index, together, [targets[name] for name in names], list(todo), args)
         told += found[0]
@@ -446,7 +441,7 @@ def embed(
     return told, problems
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Embed what is missing; the exit status."""
     if args.pt and args.precision_out == "fp16":
         raise UserError("--pt with --precision-out fp16: CLAM, eva and TransMIL read fp32 only")
@@ -469,30 +464,11 @@ def run(args: argparse.Namespace) -> int:
         for _, others in parts:
             problems |= others
         for name in models:
-            lost += finish(index, name, targets[name], problems, args)
+            lost += report(index, name, targets[name], problems, args)
         if args.compare:
             compare(args, len(index))
     leave_distributed()
     return int(lost > 0)
-
-
-def finish(
-    index: PatchIndex,
-    name: str,
-    targets: dict[int, SlideFeatures],
-    problems: dict[int, str],
-    args: argparse.Namespace,
-) -> int:
-    """What is left to do of a model when all ranks have written; patches and slides lost."""
-    for target in targets.values():  # slides of several ranks, or several runs
-        if target.state() != "done":
-            target.finish()
-    folder = index.folder / f"features_{name}"
-    for place in (folder, folder / ".parts"):
-        clear_stale(place)
-    lost = report(index, folder, targets, problems, args)
-    draw(index, name, targets, args)
-    return lost
 
 
 def place(text: str) -> tuple[int, int]:
@@ -501,49 +477,56 @@ def place(text: str) -> tuple[int, int]:
     return whole(x, least=0), whole(y, least=0)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Arguments of embed.py."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    what = parser.add_argument_group("what")
-    what.add_argument("--cancer", required=True, help="cohort: the name given to tile.py")
-    models = (
-        "registry names, timm:NAME, or folders such as runs/NAME/student; patches are read once"
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    add = functools.partial(flag, parser.add_argument_group("what"))
+    add("--cancer NAME", "cohort: the name given to tile.py", required=True)
+    add(
+        "--models NAME",
+        "registry names, timm:NAME, or folders such as runs/NAME/student; patches are read once",
+        nargs="+",
+        required=True,
     )
-    what.add_argument("--models", "--model", nargs="+", required=True, metavar="NAME", help=models)
-    other = "say what this model would have cost, measured here, such as h-optimus-0"
-    what.add_argument("--compare", metavar="NAME", help=other)
-    what.add_argument("--data", type=Path, default=Path("data"), help="folder that tile.py filled")
-    moved = "folder of the slides, where they are not where tile.py found them"
-    what.add_argument("--slides", type=Path, help=moved)
+    add("--compare NAME", "say what this model would have cost, measured here, such as h-optimus-0")
+    add("--data DIR", "folder that tile.py filled", Path("data"))
+    add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
     out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
-    pt = "pt_files/<slide>.pt too, for CLAM, eva and TransMIL"
-    out.add_argument("--pt", action="store_true", help=pt)
-    mean = "one vector a slide too, in features_<model>_mean.h5"
-    out.add_argument("--slide", choices=["mean"], help=mean)
-    half = "half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32"
-    out.add_argument("--precision-out", choices=["fp32", "fp16"], default="fp32", help=half)
-    stamp = "features_<model>_stamp/<slide>.h5 too, as STAMP reads it"
-    out.add_argument("--format", choices=["stamp"], help=stamp)
-    redo = "make features anew that came from other weights, preprocessing or patches"
-    out.add_argument("--redo", action="store_true", help=redo)
+    flag(out, "--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
+    out.add_argument(
+        "--slide", choices=["mean"], help="one vector a slide too, in features_<model>_mean.h5"
+    )
+    out.add_argument(
+        "--precision-out",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
+    )
+    out.add_argument(
+        "--format",
+        choices=["stamp"],
+        help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
+    )
+    flag(out, "--redo", "make features anew that came from other weights, preprocessing or patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
-    slide = "a slide's patches in colours: their features' principal components, or"
-    see.add_argument("--heatmap", metavar="SLIDE", help=slide)
-    query = "how like each is to the patch at this pixel of level 0, or"
-    see.add_argument("--query", type=place, metavar="X,Y", help=query)
-    scores = "values of your own: a table slide,x,y,value"
-    see.add_argument("--scores", type=Path, metavar="FILE", help=scores)
-    similar = "so many typical patches, with their nearest in the cohort"
-    see.add_argument("--similar", type=whole, nargs="?", const=8, metavar="N", help=similar)
-    running = parser.add_argument_group("running")
-    side = "side of the network's input in pixels, if not the published one"
-    running.add_argument("--input-size", type=whole, metavar="PX", help=side)
-    batch = "patches a forward pass; default: by device and memory"
-    running.add_argument("--batch-size", type=whole, metavar="N", help=batch)
-    readers = "processes that read patches, per rank, up to 4; default: 4 for a GPU"
-    running.add_argument(
-        "--workers", type=functools.partial(whole, least=0), metavar="N", help=readers
+    add = functools.partial(flag, see)
+    add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")
+    add("--query X,Y", "how like each is to the patch at this pixel of level 0, or", type=place)
+    add("--scores FILE", "values of your own: a table slide,x,y,value")
+    add(
+        "--similar N",
+        "so many typical patches, with their nearest in the cohort",
+        nargs="?",
+        const=8,
+    )
+    add = functools.partial(flag, parser.add_argument_group("running"))
+    add("--input-size PX", "side of the network's input in pixels, if not the published one")
+    add("--batch-size N", "patches a forward pass; default: by device and memory")
+    add(
+        "--workers N",
+        "processes that read patches, per rank, up to 4; default: 4 for a GPU",
+        type=count,
     )
     return parser
 

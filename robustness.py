@@ -24,20 +24,18 @@ record, show. `perturb` tells the other one: change patches step by step and see
 features go. `plism` takes changes that were not computed: tiles stained and scanned anew.
 """
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import Help, add_running_arguments, directory, share, whole
+from g2l.arguments import Help, add_running_arguments, count, flag
 from g2l.benchmarks import Benchmark, leaked
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
@@ -115,7 +113,7 @@ class IndexStudy:
     features `x` is theirs.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Namespace):
         folder = folder_of(args)
         self.args = args
         found, slides = load_multicentre(folder, args.patch_size, args.min_fraction)
@@ -172,16 +170,17 @@ class IndexStudy:
         self.at = used.cumsum() - 1
         if used.all():
             return found
-        own = f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}"
-        return dataclasses.replace(found.subset(used), source=own)
+        return dataclasses.replace(
+            found.subset(used),
+            source=f"{found.name}-{args.per_class}{'-per-center' * args.per_center}-{args.seed}",
+        )
 
-    def take(self, arrays: dict[str, ndarray]) -> int:
-        """Take each model's features of what was drawn; how many patches were unreadable.
+    def take(self, arrays: dict[str, ndarray], fine: ndarray) -> None:
+        """Take each model's features of what was drawn, and of the samples those that are `fine`.
 
         Raises UserError where a sample leaves the index nothing to choose between.
         """
         self.x = arrays
-        fine = readable(arrays.values())
         self.samples = [sample[fine[self.at[sample]]] for sample in self.samples]
         for sample in self.samples:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
@@ -193,7 +192,6 @@ class IndexStudy:
                 raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
-        return int((~fine).sum())
 
     def base(self) -> dict:
         """What all rows share, with keys of what was read and of the patches drawn as proof."""
@@ -298,12 +296,12 @@ class IndexStudy:
         return list(draws)
 
 
-def folder_of(args: argparse.Namespace) -> Path:
+def folder_of(args: Namespace) -> Path:
     """Where the patches lie: TIGER's place unless another is named."""
     return args.benchmark or args.data / "benchmarks" / "tiger"
 
 
-def study(args: argparse.Namespace, load: dict) -> int:
+def study(args: Namespace, load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
     found = index.benchmark
@@ -313,23 +311,23 @@ def study(args: argparse.Namespace, load: dict) -> int:
     gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
     if gathered is None:
         return 0
-    arrays, cards, failures = gathered
-    lost = index.take({model: parts[0] for model, parts in arrays.items()})
+    arrays, fine, cards, failures = gathered
+    index.take({model: parts[0] for model, parts in arrays.items()}, fine)
     base = index.base()
     rows = [*index.measure(), *index.design()]
     origins = {model: about["metadata"] for model, about in cards.items()}
     known = pretrained_on(origins, found.name, found.groups)
     for model, about in cards.items():
-        seen = len(np.unique(index.groups[leaked(found, about)]))
         row = {
             "model": model,
             "metric": "seen",
-            "value": seen,
+            "value": len(np.unique(index.groups[leaked(found, about)])),
             "patients": len(set(found.groups)),
             "pretrained": known.get(model, []),
+            "paper": paper_name(model, about["metadata"]),
+            "fingerprint": about["fingerprint"],
         }
-        paper = paper_name(model, about["metadata"])
-        rows.append(row | {"paper": paper, "fingerprint": about["fingerprint"]})
+        rows.append(row)
     weights = {model: about["fingerprint"] for model, about in cards.items()}
     shown = digest(base, weights, args.map)
     files = []
@@ -348,13 +346,14 @@ def study(args: argparse.Namespace, load: dict) -> int:
     made = provenance(pick_device(args.device))
     write_text(args.results / "table3.md", table3(held) + made)
     print(f"table: {args.results / 'table3.md'}")
-    return report_failures(failures, {found.name: lost} if lost else {})
+    return report_failures(failures, {found.name: int((~fine).sum())})
 
 
 def gather(
-    parts: list[Benchmark], args: argparse.Namespace, load: dict
-) -> tuple[dict, dict, list[str]] | None:
-    """Features (n, dim) of each part by model, cards of the models, and what failed.
+    parts: list[Benchmark], args: Namespace, load: dict
+) -> tuple[dict, ndarray, dict, list[str]] | None:
+    """Features (n, dim) of each part by model, rows (n,) that all models could read in all parts,
+    cards of the models, and what failed.
 
     Under torchrun all ranks share the images, then one goes on alone: None on the others.
     """
@@ -375,10 +374,13 @@ def gather(
     if not x:
         raise UserError("; ".join(failures))
     leave_distributed()
-    return (x, cards, failures) if rank == 0 else None
+    if rank:
+        return None
+    fine = np.all([np.isfinite(array).all(1) for read in x.values() for array in read], 0)
+    return x, fine, cards, failures
 
 
-def some_patches(args: argparse.Namespace) -> Benchmark:
+def some_patches(args: Namespace) -> Benchmark:
     """`--patches` seeded patches of a cohort, of a benchmark, or of a folder with only images."""
     if args.cancer:
         index = PatchIndex(args.data / "tiles" / args.cancer)
@@ -387,15 +389,10 @@ def some_patches(args: argparse.Namespace) -> Benchmark:
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
         files: list[Path] = []
         table = read_rows(index.folder)
-        for (
-            slide,
-            _,
-        ) in places:  # another slide, file of coordinates or shard: other patches
-            files += [
-                index.folder / "patches" / f"{slide}_patches.h5",
-                Path(table[slide]["path"]),
-            ]
-            files.append(index.folder / "shards" / f"{slide}.tar")
+        for slide, _ in places:  # another slide, file of coordinates or shard: other patches
+            coordinates = index.folder / "patches" / f"{slide}_patches.h5"
+            shard = index.folder / "shards" / f"{slide}.tar"
+            files += [coordinates, Path(table[slide]["path"]), shard]
         images = ImageSource(rows, index.read, files)
         return unlabelled(args.cancer, images, [f"{slide} {row}" for slide, row in places])
     benchmark, _ = load_multicentre(folder_of(args), args.patch_size, args.min_fraction, bare=True)
@@ -413,7 +410,7 @@ def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
 
 
-def perturb(args: argparse.Namespace, load: dict) -> int:
+def perturb(args: Namespace, load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
     name = patches.name
@@ -421,15 +418,14 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
         raise UserError(
             f"{name}: {len(patches)} patches; three are needed to tell self from others"
         )
-    steps = {kind: sorted(args.strengths or SHIFTS[kind][3]) for kind in args.perturb}
+    steps = {kind: sorted(args.strengths or SHIFTS[kind]["tried"]) for kind in args.perturb}
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
     gathered = gather(parts, args, load)
     if gathered is None:
         return 0
-    x, _, failures = gathered
-    fine = readable(itertools.chain(*x.values()))
+    x, fine, _, failures = gathered
     found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
@@ -451,12 +447,7 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
         for kind, strengths in steps.items():
             save_figure(draw_shift(kind, strengths, image, found), out / f"{kind}.png")
         print(f"curves: {out}/*.png")
-    return report_failures(failures, {} if fine.all() else {name: int((~fine).sum())})
-
-
-def readable(arrays: Iterable[ndarray]) -> ndarray:
-    """Rows (n,) that are finite in all features (n, D)."""
-    return np.all([np.isfinite(array).all(1) for array in arrays], 0)
+    return report_failures(failures, {name: int((~fine).sum())})
 
 
 def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -> dict:
@@ -467,20 +458,19 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
     found = {}
     for name, (still, *moved) in x.items():
         for kind, strengths in steps.items():
-            found[name, kind, SHIFTS[kind][1]] = displacement(still[fine], still[fine])
+            found[name, kind, SHIFTS[kind]["nothing"]] = displacement(still[fine], still[fine])
             for s in strengths:
                 found[name, kind, s] = displacement(still[fine], moved.pop(0)[fine])
     return found
 
 
-def plism(args: argparse.Namespace, load: dict) -> int:
+def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
     gathered = gather(parts, args, load)
     if gathered is None:
         return 0
-    x, _, failures = gathered
-    fine = readable(itertools.chain(*x.values()))
+    x, fine, _, failures = gathered
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)
     width = (len(fine), BLIND_WIDTH)
@@ -501,83 +491,94 @@ def plism(args: argparse.Namespace, load: dict) -> int:
     for one, other in itertools.combinations(list(draws)[:-1], 2):
         gains[one, other] = interval(draws[one] - draws[other], blocks)
     pieces = len(np.unique(blocks))
-    about = f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
-    text = plism_table(found, gains, f"{about}{kinds.shape[1]} pairs of slides.")
+    text = plism_table(
+        found,
+        gains,
+        f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
+        f"{kinds.shape[1]} pairs of slides.",
+    )
     out = args.results / "robustness" / "plism.md"
     write_text(out, text + provenance(pick_device(args.device)))
     print(plain(text) + f"\ntable: {out}")
-    return report_failures(failures, {} if fine.all() else {"plism": int((~fine).sum())})
+    return report_failures(failures, {"plism": int((~fine).sum())})
 
 
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+def add_index_arguments(parser: ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
-    count = partial(whole, least=0)
-    add = parser.add_argument_group("sampling").add_argument
-    add("--per-class", type=count, default=40, help="patches of each class; 0 takes all")
+    add = partial(flag, parser.add_argument_group("sampling"))
+    add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
+    add("--per-center", "so many of each class and centre instead")
+    add("--samples N", "number of seeded samples, which show the spread", 5)
+    add("--seed N", "seed of the first sample", 0, type=count)
     add(
-        "--per-center",
-        action="store_true",
-        help="so many of each class and centre instead",
+        "--exclude-seen",
+        "leave out patients that a student was distilled on; otherwise the table marks it",
     )
-    shown = "number of seeded samples, which show the spread"
-    add("--samples", type=whole, default=5, help=shown)
-    add("--seed", type=count, default=0, help="seed of the first sample")
-    seen = "leave out patients that a student was distilled on; otherwise the table marks it"
-    add("--exclude-seen", action="store_true", help=seen)
+    add("--patch-size PX", "TIGER: side of a patch, px of 0.5 µm", 224)
+    add("--min-fraction SHARE", "TIGER: how much of a patch its class must cover", 0.75)
+    add = partial(flag, parser.add_argument_group("index"))
     add(
-        "--patch-size",
-        type=whole,
-        default=224,
-        help="TIGER: side of a patch, px of 0.5 µm",
+        "--include-same-slide",
+        "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
+        "counts of both class and centre",
     )
-    covered = "TIGER: how much of a patch its class must cover"
-    add("--min-fraction", type=share, default=0.75, help=covered)
-    add = parser.add_argument_group("index").add_argument
-    same = "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
-    same += "counts of both class and centre"
-    add("--include-same-slide", action="store_true", help=same)
-    scale = "compare features as they are instead of L2-normalised"
-    add("--raw", action="store_true", help=scale)
+    add("--raw", "compare features as they are instead of L2-normalised")
 
 
-def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shift_arguments(parser: ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
-    title = "shifts of stain and scanner, instead of the index"
-    add = parser.add_argument_group(title).add_argument
-    kinds = f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
-    kinds += "folder of images will do"
-    add("--perturb", nargs="+", choices=list(SHIFTS), metavar="KIND", help=kinds)
-    steps = "strengths of the change; a range is tried if none is given: "
-    steps += "; ".join(f"{kind}: {meaning}" for kind, (meaning, *_) in SHIFTS.items())
-    add("--strengths", nargs="+", type=float, metavar="S", help=steps)
-    add("--cancer", help="patches of DATA/tiles/CANCER, as tile.py made them")
-    many = "number of patches to follow, or of PLISM's tiles of each slide"
-    add("--patches", type=whole, default=200, help=many)
+    add = partial(
+        flag, parser.add_argument_group("shifts of stain and scanner, instead of the index")
+    )
+    add(
+        "--perturb KIND",
+        f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
+        "folder of images will do",
+        nargs="+",
+        choices=list(SHIFTS),
+    )
+    steps = "; ".join(f"{kind}: {facts['meaning']}" for kind, facts in SHIFTS.items())
+    add(
+        "--strengths S",
+        f"strengths of the change; a range is tried if none is given: {steps}",
+        nargs="+",
+        type=float,
+    )
+    add("--cancer NAME", "patches of DATA/tiles/CANCER, as tile.py made them")
+    add("--patches N", "number of patches to follow, or of PLISM's tiles of each slide", 200)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    models = "models to compare: registry names, timm:NAME, folders such as runs/NAME/student; all "
-    models += "at hand if not given"
-    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=models)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    flag(
+        parser,
+        "--models NAME",
+        "models to compare: registry names, timm:NAME, folders such as runs/NAME/student; all at "
+        "hand if not given",
+        [],
+        nargs="+",
+    )
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    folder = "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's "
-    folder += "wsirois, PathoROB's metadata and images, or the h5 of owkin/plism-dataset (whose "
-    folder += "tiles are found again); default: DATA/benchmarks/tiger"
-    where.add_argument("--benchmark", type=directory, metavar="DIR", help=folder)
-    data = "folder that holds benchmarks/ and tiles/"
-    where.add_argument("--data", type=Path, default=Path("data"), help=data)
+    flag(
+        where,
+        "--benchmark DIR",
+        "folder with labels.csv (image,label,group,center and perhaps slide), TIGER's wsirois, "
+        "PathoROB's metadata and images, or the h5 of owkin/plism-dataset (whose tiles are found "
+        "again); default: DATA/benchmarks/tiger",
+    )
+    flag(where, "--data DIR", "folder that holds benchmarks/ and tiles/", Path("data"))
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
-    layout = "layout of the embedding map"
-    run.add_argument("--map", default="tsne", choices=["tsne", "pca"], help=layout)
+    run.add_argument(
+        "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"
+    )
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Name the models, then measure the index or follow the shifts; the exit status."""
     from g2l.weights import parse_weights
 
@@ -596,12 +597,12 @@ def run(args: argparse.Namespace) -> int:
     return (plism if plism_slides(folder_of(args)) else study)(args, load)
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse flags that do not go together."""
     if args.strengths:
         if len(args.perturb or ()) != 1:
             parser.error("--strengths goes with exactly one kind of --perturb")
-        low, high = SHIFTS[args.perturb[0]][2]
+        low, high = SHIFTS[args.perturb[0]]["range"]
         if min(args.strengths) < low or max(args.strengths) > high:
             parser.error(f"--strengths of {args.perturb[0]} lie between {low} and {high}")
     if args.cancer and not args.perturb:

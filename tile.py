@@ -12,9 +12,6 @@ Read on as it runs: the flags, then `run`, which finds the slides, chooses, down
 worker processes and sums up.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -23,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,8 +28,9 @@ from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, flag, positive, whole
+from g2l.arguments import Help, count, flag, positive, whole
 from g2l.cohort import (
+    Cohort,
     CohortSlide,
     find_slides,
     local_slides,
@@ -88,13 +87,13 @@ FIRST = 3e6  # bytes of a slide's directory and of the tiles that show whether i
 def plain_name(text: str) -> str:
     """A flag's name that becomes a folder's."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a plain name such as brca")
+        raise ArgumentTypeError(f"{text!r}: expected a plain name such as brca")
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The flags, in the order in which a user meets their questions."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tile.py",
         description="Find the tissue on every slide of a cohort and lay a grid of patches on it. "
         "Run the same command again at any time: it does only what is missing.",
@@ -103,14 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_cohort_arguments(parser.add_argument_group("cohort"))
     add_grid_arguments(parser.add_argument_group("magnification"))
     add_patch_arguments(parser)
-    download = parser.add_argument_group("slides that are served")
-    flag(
-        download,
+    add = functools.partial(flag, parser.add_argument_group("slides that are served"))
+    add(
         "--download",
         "fetch the slides of a TCGA project, as many at a time as there are --workers",
     )
-    flag(
-        download,
+    add(
         "--remote URL-LIST",
         "read no slide whole, only the tiles that are needed, now and in training: of a TCGA "
         "project at the GDC or, given an address or a file, at the addresses in it, one a line "
@@ -119,15 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=GDC,
     )
-    flag(download, "--download-rest", "with --remote, download the slides that cannot be read so")
-    flag(download, "--yes", "download without asking")
-    flag(
-        download,
+    add("--download-rest", "with --remote, download the slides that cannot be read so")
+    add("--yes", "download without asking")
+    add(
         "--discard-slides",
         "delete each downloaded slide once its patches are saved or it is skipped (needs "
         "--download and --save-patches)",
     )
-    flag(download, "--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
+    add("--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
     flag(
         parser.add_argument_group("work"),
         "--workers N",
@@ -139,21 +135,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_cohort_arguments(group) -> None:
     """Which slides."""
-    flag(
-        group,
+    add = functools.partial(flag, group)
+    add(
         "--cancer NAME",
         "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
         type=plain_name,
         required=True,
     )
-    flag(group, "--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
-    flag(
-        group,
+    add("--data DIR", "the folder that holds slides/ and tiles/", Path("data"))
+    add(
         "--slides DIR",
         "the folder of the slides, flat or nested (default: DATA/slides/NAME)",
     )
-    flag(
-        group,
+    add(
         "--manifest FILE",
         "take only the slides that this file names: a GDC manifest, or a CSV with the columns "
         "slide[,mpp][,patient]. Without a patient there, a slide's name tells whose it is: its "
@@ -166,85 +160,74 @@ def add_cohort_arguments(group) -> None:
         help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
         "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
     )
-    flag(
-        group,
+    add(
         "--exclude FILE",
         "hold out the patients that this file names (a slide or patient per line, or a CSV), for "
         "example those of a benchmark",
     )
-    flag(
-        group,
+    add(
         "--max-slides N",
         "take a random sample of at most N slides; 0 takes all",
         1000,
-        type=functools.partial(whole, least=0),
+        type=count,
     )
-    flag(group, "--seed N", "another seed draws another sample", 0, type=int)
+    add("--seed N", "another seed draws another sample", 0, type=int)
 
 
 def add_grid_arguments(group) -> None:
     """How patches lie on a slide."""
-    flag(
-        group,
+    add = functools.partial(flag, group)
+    add(
         "--mpp UM",
         "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
         "40x, 0.5 is 20x, 1 is 10x)",
         0.25,
     )
     side = functools.partial(whole, least=16, most=4096)
-    flag(group, "--patch-size PX", "side of a patch", 256, type=side)
-    overlap = functools.partial(whole, least=0)
-    flag(group, "--overlap PX", "how far neighbouring patches overlap", 0, type=overlap)
-    flag(
-        group,
+    add("--patch-size PX", "side of a patch", 256, type=side)
+    add("--overlap PX", "how far neighbouring patches overlap", 0, type=count)
+    add(
         "--resample",
         "rescale slides of another magnification instead of skipping them (a coarser slide gains "
         "no detail)",
     )
-    flag(
-        group,
+    add(
         "--enlarge",
         "with --resample, also take slides that are more than 1.5 times coarser",
     )
-    flag(
-        group,
+    add(
         "--assume-mpp UM",
         "µm per pixel of slides that do not state it (default: skip them)",
     )
 
 
-def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_patch_arguments(parser: ArgumentParser) -> None:
     """Which patches are kept, and what is written of them."""
-    group = parser.add_argument_group("tissue and quality of a patch")
-    flag(group, "--min-tissue SHARE", "least share of tissue", 0.5)
-    flag(
-        group,
+    add = functools.partial(flag, parser.add_argument_group("tissue and quality of a patch"))
+    add("--min-tissue SHARE", "least share of tissue", 0.5)
+    add(
         "--max-pen SHARE",
         "largest share of ink; use 1 for stains other than H&E, whose colours look like ink",
         0.1,
     )
-    flag(
-        group,
+    add(
         "--max-blur PX",
         "most blur, as the sigma of a Gaussian in patch pixels (measured up to 6, so 6 keeps all)",
         3.5,
         type=positive,
     )
-    flag(
-        group,
+    add(
         "--masks DIR",
         "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
         "slide that is not 0 in tissue",
     )
-    group = parser.add_argument_group("patches on disk")
-    flag(
-        group,
+    add = functools.partial(flag, parser.add_argument_group("patches on disk"))
+    add(
         "--save-patches",
         "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "
         "40 kB for a patch of 256 px)",
     )
-    flag(
-        group,
+    add(
         "--jpeg-quality Q",
         "quality of the patches that have to be encoded anew",
         90,
@@ -260,17 +243,17 @@ def main(argv: list[str] | None = None) -> int:
         return exit_status(functools.partial(run, args), REMEDIES)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """From flags to slides.csv; 1 where a slide failed or the download was declined."""
     check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
-    slides = list_served(args, job) if job.download or job.link else list_folder(args)
+    slides = list_served(args) if job.download or job.link else list_folder(args)
     chosen, left_out = choose(args, slides, known, job)
-    todo: list[CohortSlide] = []
-    finished: list[CohortSlide] = []
+    todo: Cohort = []
+    finished: Cohort = []
     for slide in chosen:
         done = is_finished(slide, known.get(slide.name), job, tell=True)
         (finished if done else todo).append(slide)
@@ -285,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
         update_rows(job, slides, left_out, known)
         for slide in finished:
             discard(slide, job, known[slide.name])  # left by a run that was killed
-    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}", flush=True)
+    print(f"{len(finished)} slides are finished, {len(todo)} to do -> {job.folder}")
     start = len(todo) * rank // world  # each rank begins elsewhere
     busy = work_through(todo[start:] + todo[:start], job, workers)
     if rank:
@@ -295,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
     return summarize(chosen, job)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Complain about flags that do not go together."""
     if args.overlap >= args.patch_size:
         raise UserError(f"--overlap {args.overlap}: not less than --patch-size {args.patch_size}")
@@ -311,7 +294,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {path}: no such file or folder")
 
 
-def check_remote(args: argparse.Namespace) -> None:
+def check_remote(args: Namespace) -> None:
     """Complain about flags that do not go with slides read where they are."""
     if args.remote and (args.download or args.save_patches):
         raise UserError("--remote: without --download and --save-patches, which read slides whole")
@@ -319,7 +302,7 @@ def check_remote(args: argparse.Namespace) -> None:
         raise UserError("--download-rest: only with --remote")
 
 
-def job_of(args: argparse.Namespace) -> Job:
+def job_of(args: Namespace) -> Job:
     """The flags that concern single slides; each field of Limits is a flag of the same name."""
     names = [field.name for field in dataclasses.fields(Limits)]
     settings = Settings(
@@ -333,25 +316,25 @@ def job_of(args: argparse.Namespace) -> Job:
     return Job(folder, settings, args.download, args.discard_slides, link, args.download_rest)
 
 
-def addresses_of(args: argparse.Namespace) -> list[str]:
+def addresses_of(args: Namespace) -> list[str]:
     """What --remote names."""
     return [args.gdc_url] if args.remote == GDC else read_addresses(args.remote)
 
 
-def slides_folder(args: argparse.Namespace) -> Path:
+def slides_folder(args: Namespace) -> Path:
     """Where the slides lie or will lie."""
     return args.slides or args.data / "slides" / args.cancer
 
 
-def list_folder(args: argparse.Namespace) -> list[CohortSlide]:
+def list_folder(args: Namespace) -> Cohort:
     """The slides in the folder, or those that the manifest names."""
     slides, notes = local_slides(slides_folder(args), args.manifest)
     for note in notes:
-        print(f"note: {one_line(note)}", flush=True)
+        print(f"note: {one_line(note)}")
     return slides
 
 
-def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
+def list_served(args: Namespace) -> Cohort:
     """The slides at the GDC or at addresses, at the places of those that are here already."""
     folder = slides_folder(args)
     rows = read_manifest(args.manifest) if args.manifest else []
@@ -374,8 +357,8 @@ def list_served(args: argparse.Namespace, job: Job) -> list[CohortSlide]:
 
 
 def choose(
-    args: argparse.Namespace, slides: list[CohortSlide], known: Rows, job: Job
-) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+    args: Namespace, slides: Cohort, known: Rows, job: Job
+) -> tuple[Cohort, dict[str, SkippedSlide]]:
     """(the slides to tile, why others are left out by name), of earlier runs too; tells of them."""
     names = {slide.name for slide in slides}
     earlier = [slide_of(row) for name, row in known.items() if name not in names]
@@ -384,16 +367,16 @@ def choose(
     chosen, left_out = select(slides, held, strategy, args.max_slides, args.seed)
     note = f" (fewer than --max-slides {args.max_slides})" * (len(chosen) < args.max_slides)
     held_out = sum(reason.mend == "exclude" for reason in left_out.values())
-    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}", flush=True)
+    print(f"{len(slides)} slides, {held_out} held out, {len(chosen)} taken{note}")
     if args.exclude and not held_out:
-        print(f"note: {args.exclude}: none of its patients is in this cohort", flush=True)
+        print(f"note: {args.exclude}: none of its patients is in this cohort")
     if not chosen:
         raise UserError("no slide is left to tile; see --exclude, --strategy and --manifest")
     return chosen, left_out | settle_earlier(earlier, slides, held, known, job)
 
 
 def settle_earlier(
-    earlier: list[CohortSlide], slides: list[CohortSlide], held: set[str], known: Rows, job: Job
+    earlier: Cohort, slides: Cohort, held: set[str], known: Rows, job: Job
 ) -> dict[str, SkippedSlide]:
     """Why slides of earlier runs are wanted no longer, by name; tells of those that stay.
 
@@ -411,8 +394,11 @@ def settle_earlier(
             stay.append(slide.name)
             size, mpp = int(row["patch_size"]), float(row["target_mpp"])
             if (size, mpp) != (limits.patch_size, limits.mpp):
-                what = f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px"
-                raise UserError(f"{job.folder}: {what}", "settings")
+                raise UserError(
+                    f"{job.folder}: "
+                    f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px",
+                    "settings",
+                )
     if stay:
         names = ", ".join(stay[:5]) + ", ..." * (len(stay) > 5)
         print(
@@ -428,7 +414,7 @@ def cpu_share() -> int:
     return max(1, min(cpus, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int) -> bool:
+def confirm_plan(todo: Cohort, args: Namespace, workers: int) -> bool:
     """Show what will be downloaded and whether it fits; True to go on."""
     sizes = sorted((slide.size for slide in todo if not slide.path.is_file()), reverse=True)
     if not sizes:
@@ -440,8 +426,7 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     kept = f"; at most {need / 1e9:.2f} GB are kept at a time" if args.discard_slides else ""
     print(
         f"to download: {len(sizes)} slides, {total / 1e9:.2f} GB, to {folder} "
-        f"({free / 1e9:.1f} GB free{kept})",
-        flush=True,
+        f"({free / 1e9:.1f} GB free{kept})"
     )
     if need > free:
         raise UserError(
@@ -455,7 +440,7 @@ def confirm_plan(todo: list[CohortSlide], args: argparse.Namespace, workers: int
     return input("go on? [yes/no] ").strip().lower() in ("y", "yes")
 
 
-def tell_plan(todo: list[CohortSlide]) -> None:
+def tell_plan(todo: Cohort) -> None:
     """Estimate what is read of slides that stay where they are, now and in training."""
     sizes = [slide.size for slide in todo if not slide.path.is_file()]
     now = sum(min(size, FIRST + size / 16) for size in sizes) / 1e9
@@ -477,7 +462,7 @@ def set_aside(folder: Path, damaged: list[str]) -> None:
             print(f"note: {fault}: damaged; what is lost is made anew (copy: {table}.damaged)")
 
 
-def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
+def write_manifest(folder: Path, slides: Cohort) -> None:
     """manifest.txt, the slides used, as the GDC's client reads it."""
     text = "id\tfilename\tmd5\tsize\tstate\n"
     for slide in slides:
@@ -486,9 +471,7 @@ def write_manifest(folder: Path, slides: list[CohortSlide]) -> None:
     write_text(folder / "manifest.txt", text)
 
 
-def update_rows(
-    job: Job, slides: list[CohortSlide], left_out: dict[str, SkippedSlide], known: Rows
-) -> None:
+def update_rows(job: Job, slides: Cohort, left_out: dict[str, SkippedSlide], known: Rows) -> None:
     """Rows that the choice changes: of slides left out, or of another patient or place now."""
     rows = {name: dict(row) for name, row in known.items()}
     for name, error in left_out.items():
@@ -511,7 +494,7 @@ def reason_of(error: BaseException) -> str:
     return one_line(told or type(error).__name__)
 
 
-def work_through(slides: list[CohortSlide], job: Job, workers: int) -> list[CohortSlide]:
+def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
     """Do all slides in worker processes; returns those that other processes have in hand.
 
     A slide whose reader takes the process down (some damaged files do) is recorded as failed.
@@ -617,15 +600,16 @@ def renew_contact_sheet(folder: Path) -> None:
         os.utime(sheet, ns=(now, now))
 
 
-def summarize(slides: list[CohortSlide], job: Job) -> int:
+def summarize(slides: Cohort, job: Job) -> int:
     """What shows the whole cohort, the slides that failed, the last line; the exit status."""
     every = read_rows(job.folder)
     rows = [every[slide.name] for slide in slides]
     done = [row for row in rows if row["status"] == "done"]
     for row, slide in zip(rows, slides, strict=True):
         if row["status"] == "done" and not job.settings.made(row, slide):
-            text = f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile"
-            raise UserError(text, "settings")
+            raise UserError(
+                f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile", "settings"
+            )
     write_clam_list(job.folder)
     if done:
         renew_contact_sheet(job.folder)

@@ -54,6 +54,9 @@ def whole(text: str, least: int = 1, most: float = math.inf) -> int:
     return int(text)
 
 
+count = functools.partial(whole, least=0)
+
+
 def directory(text: str) -> Path:
     """A folder of a flag; whether it is there is for its reader to tell."""
     if Path(text).is_file():
@@ -96,9 +99,12 @@ def add_running_arguments(where, run):
     flag(where, "--results DIR", "features, metrics, tables, pictures", Path("results"))
     flag(run, "--input-size PX", "side of the networks' input, if not the published one")
     flag(run, "--batch-size N", "images per forward pass (default: by device and memory)")
-    workers = "processes that read images"
-    flag(run, "--workers N", workers, 0, type=functools.partial(whole, least=0))
-    unreadable = "the run stops when more than this share of images cannot be read"
-    flag(run, "--max-unreadable SHARE", unreadable, 0.01)
+    flag(run, "--workers N", "processes that read images", 0, type=count)
+    flag(
+        run,
+        "--max-unreadable SHARE",
+        "the run stops when more than this share of images cannot be read",
+        0.01,
+    )
     flag(run, "--no-pictures", "write tables only")
     return run

@@ -84,8 +84,10 @@ def augment(images: Tensor, crop: int, params: Params) -> Tensor:
     """
     sides = images.shape[1:]
     if images.dtype != torch.uint8 or len(sides) != 3 or sides[0] != 3 or min(sides[1:]) < crop:
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images: expected uint8 (B, 3, P, P), P >= {crop}, got {found}")
+        raise ValueError(
+            f"images: expected uint8 (B, 3, P, P), P >= {crop}, got "
+            f"{images.dtype} {tuple(images.shape)}"
+        )
     views = []
     where = zip(images, *(values.tolist() for values in params[:4]), strict=True)
     for image, top, left, hflip, vflip in where:

@@ -10,17 +10,17 @@ import argparse
 import functools
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
-from g2l.arguments import whole
+from g2l.arguments import flag
 from g2l.cohort import patient_of
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import files_below, read_json, read_table
 from g2l.images import IMAGE_SUFFIXES, REGION, ImageFiles, ImageSource, Rows, read_mask
 from g2l.slides import slide_name
@@ -37,7 +37,7 @@ class Benchmark:
     level: str  # "patch", "region" or "slide"
     images: Sequence  # an ImageSource; its `files` (optional) are watched for changes
     ids: list[str]
-    labels: np.ndarray  # (N,) int64 into `classes`
+    labels: ndarray  # (N,) int64 into `classes`
     classes: list[str]
     groups: list[str]  # patient, or the best proxy: never on both sides of a split
     centers: list[str] | None = None
@@ -48,14 +48,14 @@ class Benchmark:
     unit: str = ""  # what a group is: patient, slide, ...
     mpp: str = ""  # µm per pixel, where it is not the published one
     slides: Sequence = ()  # each as tile.py has cut it, where it has
-    survival: np.ndarray | None = None  # (N, 2): time followed, and whether the event came
+    survival: ndarray | None = None  # (N, 2): time followed, and whether the event came
     # Fingerprint of the images, taken at first use; a copy with other images begins without one.
     stamp: str = field(default="", init=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, keep: np.ndarray) -> Benchmark:
+    def subset(self, keep: ndarray) -> Benchmark:
         """The rows where the boolean mask `keep` (N,) holds; classes stay as they are."""
         rows = np.flatnonzero(keep)
         return replace(
@@ -89,21 +89,32 @@ class Choices:
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Choices; `choices_of` reads them."""
-    group = parser.add_argument_group("slides and regions of benchmarks")
-    tiled = "take the patches of slides, and features by embed.py, from these cohorts of tile.py"
-    group.add_argument("--cancer", nargs="+", default=[], metavar="NAME", help=tiled)
-    own = "your own slides, in --cancer: slide_id,label[,patient] or patient,label"
-    group.add_argument("--slides-table", nargs="+", default=[], type=Path, metavar="FILE", help=own)
-    draw = (
-        "a random sample of so many slides (the paper: 511 for tp53), without the patients of "
-        "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done"
+    add = functools.partial(flag, parser.add_argument_group("slides and regions of benchmarks"))
+    add(
+        "--cancer NAME",
+        "take the patches of slides, and features by embed.py, from these cohorts of tile.py",
+        [],
+        nargs="+",
     )
-    group.add_argument("--draw", type=whole, default=0, metavar="N", help=draw)
-    group.add_argument("--seed", type=int, default=0, help="of --draw")
-    side = "side of the patches that regions (bracs, breakhis) are cut into"
-    group.add_argument("--region-size", type=whole, default=REGION, metavar="PX", help=side)
-    doubtful = "keep patient 13412 of breakhis, labelled DC and LC: all 7,909 images"
-    group.add_argument("--keep-13412", action="store_true", help=doubtful)
+    add(
+        "--slides-table FILE",
+        "your own slides, in --cancer: slide_id,label[,patient] or patient,label",
+        [],
+        nargs="+",
+    )
+    add(
+        "--draw N",
+        "a random sample of so many slides (the paper: 511 for tp53), without the patients of "
+        "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done",
+        0,
+    )
+    add("--seed N", "of --draw", 0, type=int)
+    add(
+        "--region-size PX",
+        "side of the patches that regions (bracs, breakhis) are cut into",
+        REGION,
+    )
+    add("--keep-13412", "keep patient 13412 of breakhis, labelled DC and LC: all 7,909 images")
 
 
 def choices_of(
@@ -135,15 +146,18 @@ def load_folder(folder: Path) -> Benchmark:
     Images and masks are paths relative to the folder; group is the patient (or slide), whose images
     stay on one side of every split. Raises UserError naming file and line.
     """
-    folder = Path(folder)
     table = folder / "labels.csv"
     if not table.is_file():
         raise UserError(
             f"{table}: not found (in {folder}: {inside(folder)}); a benchmark folder holds images "
             "and a labels.csv with the columns image,label,group and, for robustness.py, center"
         )
-    why = " -- group is the patient, so that none is on both sides of a split"
-    rows = read_table(table, ("image", "label", "group"), ("center", "mask"), why)
+    rows = read_table(
+        table,
+        ("image", "label", "group"),
+        ("center", "mask"),
+        " -- group is the patient, so that none is on both sides of a split",
+    )
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
     name = folder.resolve().name
@@ -180,10 +194,9 @@ def files_of(table: Path, ids: list[str]) -> list[Path]:
     there = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
     extra = [p for p in there if p not in known]
     if extra:
-        print(
+        warn(
             f"{folder}: {len(extra)} images have no line in labels.csv and are left out, first "
-            f"{extra[0].name}",
-            file=sys.stderr,
+            f"{extra[0].name}"
         )
     return files
 
@@ -214,23 +227,31 @@ def make_benchmark(
     if table.is_file():
         lines = read_table(table, ("group", "patient"))
         patients = {row["group"]: row["patient"] for row in lines}
-    groups = [group for _, _, group in rows]
+    ids, kinds, groups = map(list, zip(*rows, strict=True))
     if patients:
         groups = patients_of(groups, patients, root)
-    labels = np.array([classes.index(label) for _, label, _ in rows], np.int64)
-    ids = [image for image, _, _ in rows]
-    made = Benchmark(name, level, images, ids, labels, classes, groups, notes=list(notes))
-    made.origin = str(root.resolve())
-    made.unit = "patient" if patients else ""
-    return made
+    return Benchmark(
+        name,
+        level,
+        images,
+        ids,
+        np.array([classes.index(kind) for kind in kinds], np.int64),
+        classes,
+        groups,
+        notes=list(notes),
+        origin=str(root.resolve()),
+        unit="patient" if patients else "",
+    )
 
 
 def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> list[str]:
     """The patient of each group; UserError for one that has none."""
     lost = sorted(set(groups) - set(patients))
     if lost:
-        text = f"{root}: its table of patients has no patient for {len(lost)} groups"
-        raise UserError(f"{text}, first {lost[0]}; add them")
+        raise UserError(
+            f"{root}: its table of patients has no patient for {len(lost)} groups"
+            f", first {lost[0]}; add them"
+        )
     return [patients[group] for group in groups]
 
 
@@ -242,7 +263,7 @@ def cohort_of(about: dict) -> set[str]:
     return names - {""}
 
 
-def leaked(benchmark: Benchmark, about: dict) -> np.ndarray:
+def leaked(benchmark: Benchmark, about: dict) -> ndarray:
     """Rows (N,) of patients or slides that were in the cohort of a student (its card).
 
     Compared are the group, its patient by tile.py's rule, and the names along the image's path. Of

@@ -21,13 +21,56 @@ TOLD = (
     "versions",
     "command",
 )  # of the run's config.json
-LOAD = """\
+CARD = """\
+---
+{header}
+---
+
+# {about[run]}
+
+{about[student]}, distilled from {about[teacher]} on the cohort {about[cancer]} in \
+{about[steps]} steps.
+
 ```python
 import timm
 
 model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:OWNER/NAME
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```"""
+```
+{projected}
+## Licences
+
+{licences}
+
+## Cohort
+
+{slides} slides of {patients} patients, {facts[patches]:,} patches; cohort {facts[cohort]}, \
+tiled as {facts[tiles]}.
+Patients, each as the first 16 digits of the SHA-256 of its name in capitals:
+
+{names}
+
+## To the teacher: {facts[measure]}
+
+| step | CKA |
+|---|---|
+{curve}
+
+| patient | patches | CKA at the end |
+|---|---|---|
+{each}
+By chance, with the same rows in random order: unbiased {facts[floor][0]:.4f} on average, \
+{facts[floor][1]:.4f} at most; biased {facts[floor][2]:.4f}.
+
+## Made with
+
+{made}
+- SHA-256 of the tensors: {config[sha256]}
+"""
+PROJECTED = """
+It gives {num_classes} projected features, each standardised; CKA below is of its own \
+{num_features} before them.
+"""
 
 
 def hashed(name: str) -> str:
@@ -56,50 +99,22 @@ def card(config: Mapping) -> str:
     """README.md of a student whose config.json says `config`."""
     about = config["g2l"]
     facts = config["card"]
-    header = [f"{key}: {json.dumps(value)}" for key, value in _header(about).items()]
-    of = f"{about['student']}, distilled from {about['teacher']} on the cohort {about['cancer']} in"
-    lines = ["---", *header, "---", "", f"# {about['run']}", ""]
-    lines += [f"{of} {about['steps']} steps.", "", LOAD]
-    if config["num_classes"]:
-        given = f"It gives {config['num_classes']} projected features, each standardised"
-        lines += [
-            "",
-            f"{given}; CKA below is of its own {config['num_features']} before them.",
-        ]
-    lines += ["", "## Licences", "", *(f"- {told}" for told in facts["licences"])]
-    lines += ["", "## Cohort", ""]
-    lines.append(
-        f"{len(about['slides'])} slides of {len(about['patients'])} patients, {facts['patches']:,} "
-        f"patches; cohort {facts['cohort']}, tiled as {facts['tiles']}."
+    header = _header(about).items()
+    each = facts["patients"].items()
+    return CARD.format(
+        config=config,
+        about=about,
+        facts=facts,
+        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header),
+        projected=PROJECTED.format(**config) if config["num_classes"] else "",
+        licences="\n".join(f"- {told}" for told in facts["licences"]),
+        slides=len(about["slides"]),
+        patients=len(about["patients"]),
+        names="\n".join(f"- {hashed(patient)}" for patient in about["patients"]),
+        curve="\n".join(f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]),
+        each="".join(f"| {name} | {count} | {cka:.4f} |\n" for name, (count, cka) in each),
+        made="\n".join(f"- {name}: `{facts[name]}`" for name in TOLD),
     )
-    lines += [
-        "Patients, each as the first 16 digits of the SHA-256 of its name in capitals:",
-        "",
-    ]
-    lines += [f"- {hashed(patient)}" for patient in about["patients"]]
-    lines += [
-        "",
-        f"## To the teacher: {facts['measure']}",
-        "",
-        "| step | CKA |",
-        "|---|---|",
-    ]
-    lines += [f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]]
-    lines += ["", "| patient | patches | CKA at the end |", "|---|---|---|"]
-    for patient, (count, cka) in facts["patients"].items():
-        lines.append(f"| {patient} | {count} | {cka:.4f} |")
-    mean, largest, biased = facts["floor"]
-    chance = f"unbiased {mean:.4f} on average, {largest:.4f} at most; biased {biased:.4f}"
-    lines += ["", f"By chance, with the same rows in random order: {chance}."]
-    lines += ["", "## Made with", ""]
-    lines += [f"- {name}: `{facts[name]}`" for name in TOLD]
-    lines.append(f"- SHA-256 of the tensors: {config['sha256']}")
-    return "\n".join(lines) + "\n"
-
-
-def is_student(folder: Path) -> bool:
-    """Whether a folder holds a student of ours."""
-    return folder.is_dir() and "g2l" in read_json(folder / "config.json")
 
 
 def check_card(folder: Path) -> None:

@@ -5,8 +5,6 @@ manifest names (`local_slides`), and last the choice: patients held out, kind of
 sample (`select`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -26,6 +24,7 @@ TCGA = (
     "acc blca brca cesc chol coad dlbc esca gbm hnsc kich kirc kirp laml lgg lihc luad lusc meso "
     "ov paad pcpg prad read sarc skcm stad tgct thca thym ucec ucs uvm"
 ).split()
+Names = set[str]  # of slides or patients
 
 
 def patient_of(name: str) -> str:
@@ -57,14 +56,14 @@ class CohortSlide:
     md5: str = ""  # or the ETag of an address
     address: str = ""  # where it can be had
     stated: str = ""  # its patient, where the manifest says
-    kin: set[str] = field(default_factory=set)  # patients of its copies
+    kin: Names = field(default_factory=set)  # patients of its copies
 
     @property
     def patient(self) -> str:
         return self.stated or patient_of(self.name)
 
     @property
-    def patients(self) -> set[str]:
+    def patients(self) -> Names:
         """Whose it is, as stated, else by its name, or by the file's where another has the same:
         held out if any is.
         """
@@ -73,6 +72,9 @@ class CohortSlide:
 
     def __str__(self) -> str:
         return self.name
+
+
+Cohort = list[CohortSlide]
 
 
 def slide_of(row: dict[str, str]) -> CohortSlide:
@@ -141,7 +143,7 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
     return names
 
 
-def read_manifest(path: Path) -> list[CohortSlide]:
+def read_manifest(path: Path) -> Cohort:
     """What a GDC manifest (id, filename, md5, size) or a CSV with slide[,mpp][,patient] names.
 
     The path is as it stands there. Raises UserError where the file is neither.
@@ -186,7 +188,7 @@ def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
     )
 
 
-def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[CohortSlide], list[str]]:
+def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Cohort, list[str]]:
     """(the slides in a folder, or those that the manifest names; what a user should know of them).
 
     A link to another slide of the folder is left out; copies count as one patient's. Raises
@@ -202,8 +204,9 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[Cohor
     if manifest:
         slides, missing = _named_slides(folder, at_hand, manifest)
         if missing:
-            count = f"{len(missing)} slides of {manifest} are not in {folder}"
-            notes.append(f"{count} (first: {missing[0]})")
+            notes.append(
+                f"{len(missing)} slides of {manifest} are not in {folder} (first: {missing[0]})"
+            )
     elif at_hand:
         named = name_slides(at_hand)
         slides = [CohortSlide(name, path, size=size_of(path)) for name, path in named.items()]
@@ -214,9 +217,7 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[list[Cohor
     return slides, notes + join_copies(slides)
 
 
-def _named_slides(
-    folder: Path, at_hand: list[Path], manifest: Path
-) -> tuple[list[CohortSlide], list[str]]:
+def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Cohort, list[str]]:
     """(slides that a manifest names, names that are not at hand)."""
     rows = read_manifest(manifest)
     places = {os.path.abspath(path): path for path in at_hand}
@@ -234,36 +235,41 @@ def _named_slides(
         keys = (os.path.abspath(row.path), row.path.name, slide_name(row.path))
         found = sorted(next((called[key] for key in keys if key in called), ()))
         if len(found) > 1:
-            many = f"{len(found)} slides are called so: {', '.join(found)}"
-            raise UserError(f"{manifest}: {row.name}: {many}; name one of them, or its path")
+            raise UserError(
+                f"{manifest}: {row.name}: "
+                f"{len(found)} slides are called so: {', '.join(found)}"
+                "; name one of them, or its path"
+            )
         for name in found:
             size = row.size or size_of(named[name])
             slides[name] = dataclasses.replace(row, name=name, path=named[name], size=size)
         if not found:
             missing.append(row.name)
     if not slides:
-        count = f"none of its {len(missing)} slides is in {folder}, first {missing[0]}"
-        raise UserError(f"{manifest}: {count}", "slides")
+        raise UserError(
+            f"{manifest}: none of its {len(missing)} slides is in {folder}, first {missing[0]}",
+            "slides",
+        )
     return list(slides.values()), missing
 
 
-def _calls(named: dict[str, Path]) -> dict[str, set[str]]:
+def _calls(named: dict[str, Path]) -> dict[str, Names]:
     """The slides, by their names, that a manifest may mean by a path, a name or a file's name."""
-    called: dict[str, set[str]] = defaultdict(set)
+    called: dict[str, Names] = defaultdict(set)
     for name, path in named.items():
         for key in (os.path.abspath(path), name, path.name, slide_name(path)):
             called[key].add(name)
     return called
 
 
-def join_copies(slides: list[CohortSlide]) -> list[str]:
+def join_copies(slides: Cohort) -> list[str]:
     """Make slides of the same content one patient's, so that none is held out of a set that has
     another; tells which.
 
     A patient that a manifest states stays.
     """
     sizes = Counter(slide.size for slide in slides)
-    groups: dict[str, list[CohortSlide]] = defaultdict(list)
+    groups: dict[str, Cohort] = defaultdict(list)
     for slide in slides:
         if slide.size and sizes[slide.size] > 1:
             groups[_fingerprint(slide.path)].append(slide)
@@ -303,12 +309,12 @@ def _fingerprint(path: Path) -> str:
 
 
 def select(
-    slides: list[CohortSlide],
-    held: set[str],
+    slides: Cohort,
+    held: Names,
     strategy: str = "both",
     limit: int = 0,
     seed: int = 0,
-) -> tuple[list[CohortSlide], dict[str, SkippedSlide]]:
+) -> tuple[Cohort, dict[str, SkippedSlide]]:
     """(slides chosen, reason of each other by name): patients held out, kind of section, then a
     sample of `limit`.
 
@@ -340,15 +346,15 @@ PATIENT_COLUMNS = (
 ).split()
 
 
-def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
+def read_patients(path: Path, slides: Cohort) -> Names:
     """Patients named in a file: one slide or patient a line, or a table with a column slide,
     patient or the like.
 
     What names one of `slides` whose patient was stated, or this patient, stands for the patient
     stated.
     """
-    whole: set[str] = set()
-    stated: dict[str, set[str]] = defaultdict(set)
+    whole: Names = set()
+    stated: dict[str, Names] = defaultdict(set)
     for slide in slides:
         whole |= {slide.name, slide.stated, slide.path.name}
         for key in (slide.stated, slide.name, slide_name(slide.path)):
@@ -360,7 +366,7 @@ def read_patients(path: Path, slides: list[CohortSlide]) -> set[str]:
     return patients
 
 
-def _cells_of_patients(lines: list[str], whole: set[str]) -> set[str]:
+def _cells_of_patients(lines: list[str], whole: Names) -> Names:
     """What stands in the columns of slides and patients, or in the first where none has a heading;
     a line that is one of the names `whole` is not cut.
     """

@@ -7,13 +7,10 @@ features go through the same code. What is held of one model is at most IMAGES *
 half precision: 240 MB of 1,536 numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
@@ -21,7 +18,7 @@ from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
 from g2l.features import data_stamp, display
 from g2l.files import digest
-from g2l.models import Model
+from g2l.models import Model, resized
 from g2l.probe import linear_probe
 from g2l.protocols import BLIND_DRAWS, BLIND_WIDTH, cka_rows, recall, split
 from g2l.results import Study, record, recorded
@@ -97,14 +94,13 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
 
     A token is of the class that covers at least half of it, as the network sees the image.
     """
-    device = next(model.parameters()).device
     kept = []
     kinds = []
     for first in range(0, len(sample), BATCH):
         numbers = range(first, min(first + BATCH, len(sample)))
         images = [sample.images[i] for i in numbers]
         seen = [model.geometry(planes(image)) for image in images]
-        x = model.normalize(torch.cat(seen).to(device))
+        x = model.normalize(torch.cat(seen).to(model.device))
         with torch.inference_mode(), model.autocast(x):
             cells = model.grid(model.net.forward_features(x)).float()
         size = [min(GRID, side) for side in cells.shape[2:]]
@@ -115,8 +111,10 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
         for i, image in zip(numbers, images, strict=True):
             mask = sample.masks[i]
             if mask.shape != image.shape[:2]:
-                sizes = f"{mask.shape} px, its image {image.shape[:2]}"
-                raise UserError(f"{sample.name}: the mask of {sample.ids[i]} has {sizes}")
+                raise UserError(
+                    f"{sample.name}: the mask of {sample.ids[i]} has "
+                    f"{mask.shape} px, its image {image.shape[:2]}"
+                )
             kinds.append(classes_of(mask, model, size))
     return torch.cat(kept), np.stack(kinds) if kinds else None
 
@@ -124,14 +122,6 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
 def planes(image: ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-
-
-def resized(cells: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """Tokens (B, C, h, w) on another grid."""
-    if list(cells.shape[2:]) == list(size):
-        return cells
-    smooth = mode == "bilinear"
-    return F.interpolate(cells.float(), list(size), mode=mode, antialias=smooth)
 
 
 def classes_of(mask: ndarray, model: Model, size: Sequence[int]) -> ndarray:

@@ -28,7 +28,7 @@ MODEL_REMEDIES = {
 }
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """The device named, or for "auto" this process's GPU if there is one, else the CPU."""
     import torch
 
@@ -100,8 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
     )
-    device = "cpu, cuda or cuda:1; auto takes a GPU if there is one"
-    group.add_argument("--device", default="auto", help=device)
+    flag(group, "--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
     group.add_argument(
         "--precision",
         default="auto",

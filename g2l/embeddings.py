@@ -67,16 +67,19 @@ class Coordinates:
         return digest(pixels, [int(value or 0) for value in size])
 
 
+@dataclass(eq=False)
 class SlideFeatures:
     """The features of one slide by one model: parts first, then `folder`/<slide>.h5."""
 
-    def __init__(self, folder: Path, slide: str, origin: Origin, where: Coordinates):
-        self.slide = slide
-        self.origin = origin
-        self.where = where
-        self.count = len(where.coords)
-        self.path = folder / f"{slide}.h5"
-        self.name = str(folder / ".parts" / f"{slide}.{digest(asdict(origin))}")
+    folder: Path
+    slide: str
+    origin: Origin
+    where: Coordinates
+
+    def __post_init__(self) -> None:
+        self.count = len(self.where.coords)
+        self.path = self.folder / f"{self.slide}.h5"
+        self.name = str(self.folder / ".parts" / f"{self.slide}.{digest(asdict(self.origin))}")
 
     def state(self) -> str:
         """ "done", "missing" or "other" (made from something else, or damaged)."""

@@ -5,8 +5,6 @@ it. It knows no flags: each command hands `exit_status` its own remedies, texts 
 added to the message.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -84,24 +82,29 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     return None
 
 
+def warn(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr)
+
+
 def say_error(text: str) -> None:
     """One line on standard error, with the rank where there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f"rank {os.environ['RANK']}: " if several else ""
     lines = "\n".join(map(one_line, text.split("\n")))
-    print(f"error: {rank}{lines}", file=sys.stderr, flush=True)
+    warn(f"error: {rank}{lines}")
 
 
 def exit_status(work: Callable[[], int], remedies: Mapping[str, str] | None = None) -> int:
     """The status of `work`; a user's mistake, a full disk or Ctrl-C become one clear line."""
     for stream in (sys.stdout, sys.stderr):
-        # File names need not be valid in a terminal's encoding.
+        # File names need not be valid in a terminal's encoding; a log is read while it grows.
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return work()
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        warn("stopped; run the same command again to go on")
         return 130
     except Exception as error:
         text = explain(error, remedies or {})

@@ -6,26 +6,25 @@ benchmark, valid for the key of weights, preprocessing and images only. `card` k
 of a model, so that a run with nothing new loads no network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
 import shutil
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy import ndarray
+from torch import Tensor, nn
 
 from g2l.benchmarks import Benchmark
 from g2l.embeddings import preprocessing_of
-from g2l.errors import PatchError, UserError, of_the_machine
+from g2l.errors import PatchError, UserError, of_the_machine, warn
 from g2l.files import atomic, digest, read_json, safe, stamp, write_text
 from g2l.models import Model, load_model
 from g2l.progress import Progress
@@ -46,10 +45,13 @@ AHEAD = 2  # batches that are prepared before they are needed, at most
 SAVE_SECONDS = 30  # between two saves of finished features
 UNREADABLE = (PatchError, OSError, ValueError)
 Problems = list[str]  # what could not be read of an item
-Row = tuple[np.ndarray, Problems]  # the embedding of an item
-Batch = tuple[list[int], np.ndarray, list[tuple[int, Problems]]]
+Row = tuple[ndarray, Problems]  # the embedding of an item
+Embedded = dict[int, Row]  # by item
+Computed = Iterator[tuple[int, Row]]  # item and row
+Batch = tuple[list[int], ndarray, list[tuple[int, Problems]]]
 
 
+@dataclass(eq=False)
 class ImageReader(torch.utils.data.IterableDataset):
     """Reads items of a source in a loading process and yields them as batches ready for a network.
 
@@ -59,28 +61,19 @@ class ImageReader(torch.utils.data.IterableDataset):
     never held as a whole.
     """
 
-    def __init__(
-        self,
-        source: Sequence,
-        todo: list[int],
-        geometry: Callable,
-        size: int,
-        batch_size: int,
-    ):
-        super().__init__()
-        self.source = source
-        self.todo = todo
-        self.geometry = geometry
-        self.none = torch.empty(0, 3, size, size, dtype=torch.uint8)
-        self.batch_size = batch_size
+    source: Sequence
+    todo: list[int]
+    geometry: Callable
+    size: int
+    batch_size: int
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
-        ended: list[tuple[int, Problems]]
+        none = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         items = []
-        images = [self.none]
-        ended = []
+        images = [none]
+        ended: list[tuple[int, Problems]] = []
         for i in mine:
             problems: Problems = []
             for image in self._read(i, problems):
@@ -89,24 +82,22 @@ class ImageReader(torch.utils.data.IterableDataset):
                 if len(items) == self.batch_size:
                     yield items, torch.cat(images).numpy(), ended
                     items = []
-                    images = [self.none]
+                    images = [none]
                     ended = []
             ended.append((i, problems))
         if ended:
             yield items, torch.cat(images).numpy(), ended
 
-    def _read(self, i: int, problems: Problems) -> Iterator[torch.Tensor]:
+    def _read(self, i: int, problems: Problems) -> Iterator[Tensor]:
         """The readable images of item i, as the network takes them; what is not goes to
         `problems`."""
         try:
             item = self.source[i]
-            single = isinstance(item, np.ndarray) and item.ndim != 4
+            single = isinstance(item, ndarray) and item.ndim != 4
             images = [item] if single else item
             count = len(images)
         except UNREADABLE as error:
-            if of_the_machine(error) or of_the_machine(error.__cause__):
-                raise
-            problems.append(str(error) or type(error).__name__)
+            _note(error, problems)
             return
         if not count:
             problems.append("holds no images")
@@ -124,24 +115,23 @@ def _note(error: Exception, problems: Problems) -> None:
     problems.append(str(error) or type(error).__name__)
 
 
-def _planes(image: np.ndarray) -> torch.Tensor:
+def _planes(image: ndarray) -> Tensor:
     """uint8 (H, W, 3) -> (1, 3, H, W); ValueError for anything else."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}"
-        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {kind}")
+        raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}")
     return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
 
 
+@dataclass(eq=False)
 class Forward:
     """Batches of uint8 images through a model; the batch size is halved where memory runs out."""
 
-    def __init__(self, model: Model, batch_size: int, device: torch.device):
-        self.model = model
-        self.batch_size = batch_size
-        self.device = device
-        self.used: deque[torch.Tensor] = deque()  # memory of earlier batches
+    model: Model
+    batch_size: int
+    device: torch.device
+    used: deque[Tensor] = field(default_factory=deque)  # memory of earlier batches
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
         """uint8 (m, 3, S, S) -> normalised (m, 3, S, S) on the device.
 
         It is overwritten when more than `AHEAD` others have been prepared.
@@ -153,7 +143,7 @@ class Forward:
         self.used.append(x)
         return x
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Prepared (m, 3, S, S) -> (m, dim), queued on the device."""
         parts = []
         start = 0
@@ -172,11 +162,11 @@ class Forward:
     def _halve(self) -> None:
         name = self.model.name
         if self.batch_size == 1:
-            why = f"{name}: not enough memory on {self.device} for one image"
-            raise UserError(why, mend="one image") from None
+            raise UserError(
+                f"{name}: not enough memory on {self.device} for one image", mend="one image"
+            ) from None
         self.batch_size = (self.batch_size + 1) // 2
-        text = f"{name}: out of memory on {self.device}, batch size now {self.batch_size}"
-        print(text, file=sys.stderr)
+        warn(f"{name}: out of memory on {self.device}, batch size now {self.batch_size}")
 
 
 def extract_features(
@@ -187,9 +177,8 @@ def extract_features(
     workers: int = 0,
     cache: Path | None = None,
     key: str = "",
-    progress: str = "text",
     errors: list | None = None,
-) -> np.ndarray:
+) -> ndarray:
     """Embeddings of every item of `source`, in order: float32 (N, dim), on every rank.
 
     source: source[i] is one RGB image, uint8 (H, W, 3), or a sequence of such (array (n, H, W, 3),
@@ -203,7 +192,6 @@ def extract_features(
     count only if
         weights, preprocessing, N and `key` (the caller's, for the data) are the same. The caller
         deletes the folder once it has saved the result.
-    progress: "text" shows a bar on a terminal and plain lines elsewhere, on rank 0; "none" nothing.
     errors: receives (i, message) for whatever could not be read, sorted by i. Unreadable is what
     raises
         PatchError, OSError or ValueError, or is no RGB image. Such a row is NaN; of a sequence,
@@ -220,20 +208,17 @@ def extract_features(
     done = agree(set(rows))
     todo = [i for i in range(len(source)) if i not in done][rank::world]
     if todo:
-        shown = rank == 0 and progress != "none"
-        computed = _embed(model, source, todo, batch_size, workers)
-        with Progress(len(source), "image", len(done), shown=shown) as bar:
+        computed = _embed(_computed(model, source, todo, batch_size, workers), model.dim)
+        with Progress(len(source), "image", len(done), shown=rank == 0) as bar:
             for i, row in _kept(computed, cache, mark):
                 rows[i] = row
                 bar.step(world)  # other ranks are taken to be as fast
     return _gathered(rows, len(source), model.dim, errors)
 
 
-def _kept(
-    computed: Iterator[tuple[int, Row]], cache: Path | None, mark: str
-) -> Iterator[tuple[int, Row]]:
+def _kept(computed: Computed, cache: Path | None, mark: str) -> Computed:
     """The same, written down now and then, if there is a folder for them."""
-    fresh: dict[int, Row] = {}
+    fresh: Embedded = {}
     due = time.monotonic() + SAVE_SECONDS
     for i, row in computed:
         fresh[i] = row
@@ -246,26 +231,18 @@ def _kept(
         _keep_rows(cache, mark, fresh)
 
 
-def _embed(
-    model: Model,
-    source: Sequence,
-    todo: list[int],
-    batch_size: int | None,
-    workers: int,
-) -> Iterator[tuple[int, Row]]:
-    """Every item of `todo`, as its last image comes out of the network: the mean of its images."""
-    sums: dict[int, np.ndarray] = {}
+def _embed(computed: Iterator, dim: int) -> Computed:
+    """Every item, as its last image comes out of the network: the mean (dim,) of its images."""
+    sums: dict[int, ndarray] = {}
     counts: Counter[int] = Counter()
-    queued = _computed(model, source, todo, batch_size, workers)
-    for items, features, ended in one_behind(queued):
+    for items, features, ended in one_behind(computed):
         for i, row in zip(items, features.double().cpu().numpy(), strict=True):
             sums[i] = sums.get(i, 0) + row
             counts[i] += 1
         for i, problems in ended:
-            row = np.full(model.dim, np.nan, np.float32)  # where nothing could be read
-            if i in sums:
-                row = (sums.pop(i) / counts[i]).astype(np.float32)
-            yield i, (row, problems)
+            nothing = np.full(dim, np.nan)  # could be read
+            mean = sums.pop(i, nothing) / max(counts[i], 1)
+            yield i, (mean.astype(np.float32), problems)
 
 
 def _computed(
@@ -274,16 +251,15 @@ def _computed(
     todo: list[int],
     batch_size: int | None,
     workers: int,
-) -> Iterator[tuple[list[int], torch.Tensor, list[tuple[int, Problems]]]]:
+) -> Iterator[tuple]:
     """The reader's batches with features, queued on the device, in place of images."""
-    device = next(model.parameters()).device
     batch_size = batch_size or fitting_batch_size(model)
-    forward = Forward(model, batch_size, device)
+    forward = Forward(model, batch_size, model.device)
     reader = ImageReader(source, todo, model.geometry, model.input_size, min(batch_size, 4096))
     with torch.inference_mode(), loading("images", workers) as options:
         for items, batch, ended in torch.utils.data.DataLoader(reader, **options):
             images = torch.from_numpy(batch)
-            images = images.pin_memory() if device.type == "cuda" else images
+            images = images.pin_memory() if model.device.type == "cuda" else images
             yield items, forward(forward.prepare(images)), ended
 
 
@@ -298,7 +274,7 @@ def one_behind(items: Iterator) -> Iterator:
         yield held
 
 
-def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -> np.ndarray:
+def _gathered(rows: Embedded, count: int, dim: int, errors: list | None) -> ndarray:
     """All ranks' rows as one array (count, dim), and what could not be read into `errors`."""
     out = np.zeros((count, dim), np.float32)
     found = []
@@ -316,11 +292,11 @@ def _gathered(rows: dict[int, Row], count: int, dim: int, errors: list | None) -
     return out
 
 
-def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
+def _kept_rows(folder: Path, mark: str) -> Embedded:
     """Rows that an earlier call kept; other weights' or data's and damaged ones are passed over."""
     from safetensors import SafetensorError, safe_open
 
-    rows: dict[int, Row] = {}
+    rows: Embedded = {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
         with contextlib.suppress(SafetensorError), safe_open(path, "numpy") as file:
             about = file.metadata() or {}
@@ -333,7 +309,7 @@ def _kept_rows(folder: Path, mark: str) -> dict[int, Row]:
     return rows
 
 
-def _keep_rows(folder: Path, mark: str, rows: dict[int, Row]) -> None:
+def _keep_rows(folder: Path, mark: str, rows: Embedded) -> None:
     """Write finished rows, from which a killed extraction goes on."""
     from safetensors.numpy import save_file
 
@@ -372,7 +348,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     options = {key: value for key, value in options.items() if value is not None}
     how = sorted(options.items(), key=str), CARD_VERSION
     key = digest(name, weights, how, [stamp(path) for path in _local_files(name, weights)])
-    path = Path(results) / "features" / safe(display(name)) / "model.json"
+    path = results / "features" / safe(display(name)) / "model.json"
     known = read_json(path)
     if known.get("key") == key:
         return known
@@ -392,8 +368,8 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         "ms_per_image": timed or milliseconds(model),
         "preprocessing": preprocessing_of(model),
     }
-    for field in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
-        known[field] = getattr(model, field)
+    for name in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
+        known[name] = getattr(model, name)
     write_text(path, json.dumps(known, indent=1, default=str))
     return known
 
@@ -421,12 +397,6 @@ def display(name: str) -> str:
     return path.name.replace("student", path.parent.name) if own else name
 
 
-def feature_key(about: dict, benchmark: Benchmark) -> str:
-    """What the features of a model (its card) on a benchmark depend on: weights, preprocessing,
-    images."""
-    return digest(about["fingerprint"], data_stamp(benchmark))
-
-
 def features(
     name: str,
     benchmark: Benchmark,
@@ -438,7 +408,7 @@ def features(
     max_unreadable: float = 0.01,
     together: bool = True,
     **options: Any,
-) -> np.ndarray:
+) -> ndarray:
     """Embeddings (N, dim) float32 of one model on one benchmark, extracted once and then read from
     `results`.
 
@@ -451,9 +421,9 @@ def features(
 
     rank = setup_distributed(options.get("device", "cpu"))[0] if together else 0
     about = card(name, results, weights=weights, **options)
-    key = feature_key(about, benchmark)
+    key = digest(about["fingerprint"], data_stamp(benchmark))  # weights, preprocessing, images
     file = f"{safe(benchmark.source or benchmark.name)}.safetensors"
-    path = Path(results) / "features" / safe(display(name)) / file
+    path = results / "features" / safe(display(name)) / file
     array, held = load_cached(path)
     fresh = array is not None and held.get("key") == key
     if together:  # all extract or none does, whatever each saw on disk
@@ -461,10 +431,7 @@ def features(
     errors = held["errors"] if fresh else []
     if not fresh or array is None:
         if rank == 0:
-            print(
-                f"{display(name)} on {benchmark.name}: {len(benchmark)} images",
-                file=sys.stderr,
-            )
+            warn(f"{display(name)} on {benchmark.name}: {len(benchmark)} images")
         array = extract_features(
             loaded_model(name, weights, tuple(sorted(options.items()))),
             benchmark.images,
@@ -477,8 +444,7 @@ def features(
     _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
     if not fresh and rank == 0:
         held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
-        for field in ("ids", "groups", "classes"):
-            held[field] = getattr(benchmark, field)
+        held |= {"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes}
         names = np.frombuffer(json.dumps(held).encode(), np.uint8)
         arrays = {"features": array, "labels": benchmark.labels, "names": names}
         with atomic(path) as temporary:
@@ -489,7 +455,7 @@ def features(
 
 
 def _refuse_broken(
-    array: np.ndarray,
+    array: ndarray,
     errors: list,
     model: str,
     benchmark: Benchmark,
@@ -504,12 +470,9 @@ def _refuse_broken(
     many = f"{len(lost)} of {len(array)}"
     if errors and told:
         partly = len(named) - len(lost)
-        print(
-            f"{benchmark.name}: {many} unreadable, {partly} partly, first:",
-            file=sys.stderr,
-        )
+        warn(f"{benchmark.name}: {many} unreadable, {partly} partly, first:")
         for i, why in errors[:5]:
-            print(f"  {ids[i]}: {why}", file=sys.stderr)
+            warn(f"  {ids[i]}: {why}")
     broken = sorted(set(lost) - set(named))
     if broken:
         raise UserError(
@@ -525,7 +488,7 @@ def _refuse_broken(
         )
 
 
-def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
+def load_cached(path: Path) -> tuple[ndarray | None, dict]:
     """Features and what is written beside them; (None, {}) if there is no such file or it is
     damaged."""
     from safetensors import SafetensorError
@@ -537,7 +500,7 @@ def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
     except FileNotFoundError:
         return None, {}
     except (SafetensorError, KeyError, ValueError) as error:
-        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        warn(f"{path}: damaged ({error}), made again")
         return None, {}
 
 
@@ -556,10 +519,9 @@ def models_at_hand(given: Sequence[str], runs: Path) -> list[str]:
         else:
             missing.append(f"{name} (huggingface.co/{entry.hub})")
     if missing:
-        print(
+        warn(
             "models whose weights are not here (fetch, or give --weights NAME=FILE): "
-            + ", ".join(missing),
-            file=sys.stderr,
+            + ", ".join(missing)
         )
     students = sorted(runs.glob("*/student"))
     return here + [str(path) for path in students if (path / "model.safetensors").is_file()]
@@ -589,11 +551,11 @@ def check_names(models: Sequence[str]) -> None:
 def report_failures(failures: Sequence[str], lost: dict[str, int]) -> int:
     """Say what is missing, of each benchmark how many images; the exit status."""
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        warn(f"error: {failure}")
     for name, missing in lost.items():
-        print(
-            f"{name}: {missing} images could not be read and were left out, "
-            "which the exit status tells too",
-            file=sys.stderr,
-        )
-    return int(bool(failures or lost))
+        if missing:
+            warn(
+                f"{name}: {missing} images could not be read and were left out, "
+                "which the exit status tells too"
+            )
+    return int(bool(failures) or any(lost.values()))

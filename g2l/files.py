@@ -3,8 +3,6 @@
 First writing (`atomic`, `locked`), then reading, then names and digests.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv
@@ -18,14 +16,13 @@ import json
 import os
 import re
 import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from stat import S_ISDIR
 from typing import IO
 
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 
 LOCK_WAIT = 60.0  # seconds; what is done under a lock takes a fraction of one
 
@@ -40,8 +37,9 @@ def atomic(path: str | os.PathLike):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}"
-    temporary = path.with_name(f".{hidden_stem(path)}.{own}")
+    temporary = path.with_name(
+        f".{hidden_stem(path)}.{os.getpid()}.{os.urandom(3).hex()}.tmp{path.suffix}"
+    )
     try:
         yield temporary
         os.replace(temporary, path)
@@ -119,11 +117,9 @@ def _free(file: IO, folder: Path) -> bool:
 
 @functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    print(
+    warn(
         f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
-        "processes work there at once",
-        file=sys.stderr,
-        flush=True,
+        "processes work there at once"
     )
 
 
@@ -139,6 +135,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all; what a file name holds that is no UTF-8 stays as it is."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_table(path: Path, rows: Iterable[Iterable]) -> None:
+    """Write rows, of which the first names the columns, as a CSV file."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
@@ -225,8 +238,7 @@ def files_below(root: Path) -> list[Path]:
 
 def _unreadable(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        why = f"left out, cannot be read ({error.strerror})"
-        print(f"note: {error.filename}: {why}", file=sys.stderr, flush=True)
+        warn(f"note: {error.filename}: left out, cannot be read ({error.strerror})")
 
 
 def safe(name: str) -> str:

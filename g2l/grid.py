@@ -92,8 +92,9 @@ def tile_slide(
     """
     size0, got = choose_size(slide, mpp, patch_size, resample, enlarge)
     if min(slide.width, slide.height) < size0:
-        size = f"{slide.width} x {slide.height} px"
-        raise SkippedSlide(f"smaller ({size}) than one patch of {size0} px")
+        raise SkippedSlide(
+            f"smaller ({slide.width} x {slide.height} px) than one patch of {size0} px"
+        )
     _check_length(slide)
     image, scale = _overview(slide, size0)
     side = size0 / scale

@@ -5,8 +5,6 @@
 makes a page of typical patches and their like in the whole cohort.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +93,7 @@ def paint(
     side: int,
     values: ndarray,
     title: str,
-    query: int | None = None,
+    query: int | None,
 ):
     """A figure: the slide, and beside it its patches in colours through which tissue is seen.
 

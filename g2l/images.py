@@ -1,20 +1,19 @@
 """Where images come from: files, squares of slides, whole slides; each read when asked for."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 
 from g2l.errors import UserError
-
-if TYPE_CHECKING:
-    from g2l.slides import Slide
+from g2l.grid import tile_slide
+from g2l.slides import Slide
 
 PATCH = 256  # px, side of the tissue patches of a slide
 MPP = 0.25  # and their micrometres per pixel
@@ -22,6 +21,7 @@ REGION = 224  # px, side of the patches of a region
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
+@dataclass(eq=False)
 class ImageSource(Sequence[Any]):
     """Images, or stacks of patches, made when asked for: `make` of each item.
 
@@ -29,17 +29,10 @@ class ImageSource(Sequence[Any]):
     are cut.
     """
 
-    def __init__(
-        self,
-        items: Sequence | ndarray,
-        make: Callable[[Any], Any],
-        files: Sequence[Path] = (),
-        rule: str = "",
-    ):
-        self.items = items
-        self.make = make
-        self.files = list(files)
-        self.rule = rule
+    items: Sequence | ndarray
+    make: Callable[[Any], Any]
+    files: Sequence[Path] = ()
+    rule: str = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,7 +46,7 @@ class Rows(ImageSource):
 
     def __init__(self, source: Sequence, rows: ndarray):
         files = getattr(source, "files", ())  # a source that is no files is known by its ids alone
-        files = [files[i] for i in rows] if files else ()
+        files = [files[i] for i in rows] if files else []
         super().__init__(rows, source.__getitem__, files, getattr(source, "rule", ""))
 
 
@@ -82,10 +75,7 @@ class Squares(ImageSource):
     """
 
     def __init__(
-        self,
-        squares: Sequence[tuple[Path, int, int]],
-        size: int,
-        side: int | None = None,
+        self, squares: Sequence[tuple[Path, int, int]], size: int, side: int | None = None
     ):
         self.items = squares
         self.files = [file for file, _, _ in squares]
@@ -113,8 +103,6 @@ class SlidePatches(ImageSource):
 
 def tissue_of(file: Path) -> Squares:
     """The tissue patches of a slide; OSError for one without."""
-    from g2l.grid import tile_slide
-
     with open_slide(file) as slide:
         try:
             tiling = tile_slide(slide, mpp=MPP, patch_size=PATCH)
@@ -126,8 +114,6 @@ def tissue_of(file: Path) -> Squares:
 
 def open_slide(file: Path) -> Slide:
     """The slide in a file; OSError for what cannot be opened, so that it counts as unreadable."""
-    from g2l.slides import Slide
-
     try:
         return Slide(file)
     except UserError as error:
@@ -140,8 +126,6 @@ def read_image(file: Path, side: int = 1) -> ndarray:
     Sides below `side` px are padded to it: what is missing repeats the edge, half on each end.
     Raises OSError for anything else.
     """
-    from PIL import Image
-
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would turn nearly all of it white
@@ -164,8 +148,6 @@ def read_mask(file: Path) -> ndarray:
     """Classes (H, W) of a mask's pixels: its values, of which 0 is no class (-1); UserError for
     what cannot be read or has more than one channel.
     """
-    from PIL import Image
-
     try:
         with Image.open(file) as image:
             mask = np.asarray(image).astype(np.int64)
@@ -185,7 +167,7 @@ def class_shares(classes: ndarray, side: int, values: Sequence[int]) -> ndarray:
     return np.stack([(squares == value).mean((1, 3)) for value in values])
 
 
-def cut_up(file: Path, side: int = REGION) -> ndarray:
+def cut_up(file: Path, side: int) -> ndarray:
     """The patches (n, side, side, 3) of a centred grid over an image."""
     image = read_image(file, side)
     top, left = (n % side // 2 for n in image.shape[:2])

@@ -10,7 +10,6 @@ fills it with weights, and gives a `Model`: that network with its own preprocess
 definition of the embedding. `save_student` writes one as a folder that timm and `load_model` read.
 """
 
-import argparse
 import contextlib
 import difflib
 import functools
@@ -21,6 +20,7 @@ import math
 import sys
 import time
 import zlib
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from g2l.arguments import Help, whole
-from g2l.card import card, check_card, is_student
+from g2l.arguments import Help, flag
+from g2l.card import card, check_card
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -38,7 +38,7 @@ from g2l.devices import (
     model_options,
 )
 from g2l.errors import UserError, exit_status
-from g2l.files import atomic, write_text
+from g2l.files import atomic, read_json, write_text
 from g2l.registry import NOTES, REGISTRY, find, table
 from g2l.speed import COLUMNS, speed
 from g2l.weights import (
@@ -107,6 +107,11 @@ class Model(nn.Module):
                 module.to(dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @property
     def geometry(self) -> Callable[[Tensor], Tensor]:
         """This model's `resize_and_crop`, which can be sent to a worker process as the model need
         not be."""
@@ -159,7 +164,7 @@ class Model(nn.Module):
         if self.embedding != "cls+mean":
             with self.autocast(x):
                 return self.net(x)
-        return self.embed(Model.tokens(self, x))
+        return self.embed(self.tokens(x))
 
     def embed(self, features: Tensor) -> Tensor:
         """What the network's `forward_features` gives -> embedding (B, dim)."""
@@ -237,6 +242,14 @@ def resize_and_crop(
         mode = InterpolationMode(interpolation)
         images = F.resize(images, step, antialias=True, interpolation=mode)
     return F.center_crop(images, [size, size])
+
+
+def resized(cells: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Tokens (B, C, h, w) on another grid."""
+    if list(cells.shape[2:]) == list(size):
+        return cells
+    smooth = mode == "bilinear"
+    return nn.functional.interpolate(cells.float(), list(size), mode=mode, antialias=smooth)
 
 
 @dataclass
@@ -341,9 +354,8 @@ def load_model(
     if model.crop_mode not in ("center", "squash"):
         raise UserError(f"{plan.name}: its crop mode {model.crop_mode!r} is not supported")
     model = model.to(device).eval()
-    if compile:  # each at first use
+    if compile:  # at first use
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-        model.tokens = torch.compile(model.tokens)  # type: ignore[method-assign]
         model.compiled = True
     return model
 
@@ -394,8 +406,9 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
         except RuntimeError as error:
             if not hub:
                 raise
-            text = f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}"
-            raise UserError(text, "weights") from None
+            raise UserError(
+                f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}", "weights"
+            ) from None
 
 
 def _randomize(net: Network, name: str) -> None:
@@ -523,7 +536,7 @@ def save_student(
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
-def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
+def show_speed(names: Sequence[str], args: Namespace) -> None:
     """Print one line per model as it is measured. Weights are random unless given: they do not
     change the time."""
     weights = parse_weights(args.weights, names)
@@ -536,16 +549,16 @@ def show_speed(names: Sequence[str], args: argparse.Namespace) -> None:
         given = weights[name] or (None if Path(name).exists() else "random")
         model = load_model(name, given, input_size=args.input_size, **options)
         cells = speed(model, args.batch_size)
-        print(name.ljust(width), *(cell.rjust(11) for cell in cells), flush=True)
+        print(name.ljust(width), *(cell.rjust(11) for cell in cells))
     print(
         "MFU: share of the ceiling, the TFLOP/s measured for a large matrix product in the same "
         "precision; preprocessing and reading are not counted"
     )
 
 
-def check_nameless(path: str, args: argparse.Namespace) -> None:
+def check_nameless(path: str, args: Namespace) -> None:
     """Say which models a weight file fits; of a student's folder, that its parts agree."""
-    if is_student(Path(path)):
+    if Path(path).is_dir() and "g2l" in read_json(Path(path) / "config.json"):
         check_card(Path(path))
         check_weights(path, None, args)
         return
@@ -555,7 +568,7 @@ def check_nameless(path: str, args: argparse.Namespace) -> None:
     print(f"{path}: fits {' and '.join(fits)}")
 
 
-def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None:
+def check_weights(name: str, path: str | None, args: Namespace) -> None:
     """Say that a weight file (without one, the hub's) is whole and fits; UserError says why not."""
     start = time.perf_counter()
     if path is None and (known := find(name)):
@@ -574,29 +587,33 @@ def check_weights(name: str, path: str | None, args: argparse.Namespace) -> None
     )
 
 
-class _Help(Help, argparse.RawDescriptionHelpFormatter):
+class _Help(Help, RawDescriptionHelpFormatter):
     """Shared help, with the docstring's own lines."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Arguments of `python -m g2l.models`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m g2l.models", description=__doc__, formatter_class=_Help
+    parser = ArgumentParser(prog="python -m g2l.models", description=__doc__, formatter_class=_Help)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student",
     )
-    names = "a name of the registry, timm:NAME, hf-hub:OWNER/NAME, or runs/NAME/student"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     act = parser.add_argument_group("what to do; without names and flags, the registry is printed")
-    act.add_argument(
-        "--check",
-        metavar="WEIGHTS",
-        help="does this file or folder hold the weights of NAME? Without NAME: of which models? "
+    flag(
+        act,
+        "--check WEIGHTS",
+        "does this file or folder hold the weights of NAME? Without NAME: of which models? "
         "Of a student's folder: do its model card, weights and config.json agree?",
     )
-    act.add_argument("--speed", nargs="*", metavar="NAME", help="measure images a second and MFU")
-    side = "side of the input in pixels, if not the published one"
-    act.add_argument("--input-size", type=whole, metavar="PX", help=side)
-    batch = "images a forward pass of --speed; default: 4 on a CPU, on a GPU as many as fit"
-    act.add_argument("--batch-size", type=whole, metavar="N", help=batch)
+    flag(act, "--speed NAME", "measure images a second and MFU", nargs="*")
+    flag(act, "--input-size PX", "side of the input in pixels, if not the published one")
+    flag(
+        act,
+        "--batch-size N",
+        "images a forward pass of --speed; default: 4 on a CPU, on a GPU as many as fit",
+    )
     add_model_arguments(parser)
     return parser
 
@@ -604,7 +621,7 @@ def build_parser() -> argparse.ArgumentParser:
 REMEDIES = MODEL_REMEDIES | {"registry": "`python -m g2l.models` lists it"}
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Measure, check, or print the registry; the exit status."""
     if args.speed is not None:
         show_speed(args.speed + args.names or list(REGISTRY), args)

@@ -7,7 +7,6 @@ Most of the room is TIGER: regions of slides with masks of tissue classes, cut i
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
 
 from g2l.benchmarks import Benchmark, load_folder
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import files_below, read_table, read_text, separator
 from g2l.images import IMAGE_SUFFIXES, ImageFiles, ImageSource, Squares, class_shares, read_mask
 
+Sited = tuple[Benchmark, list[str]]  # patches, and the slide of each
 TIGER_CLASSES = {
     1: "invasive tumour",
     3: "in-situ tumour",
@@ -66,8 +67,6 @@ class Region:
 
     def mask(self) -> ndarray | None:
         """Class values (H, W) of the region's pixels; None where image or mask cannot be used."""
-        from PIL import Image
-
         path = self.path.parent.parent / "masks" / self.path.name
         try:
             with Image.open(self.path) as region, Image.open(path) as image:
@@ -103,7 +102,7 @@ def tiger_regions(folder: Path) -> list[Region]:
     return regions
 
 
-def load_tiger(folder: Path, size: int, min_fraction: float) -> tuple[Benchmark, list[str]]:
+def load_tiger(folder: Path, size: int, min_fraction: float) -> Sited:
     """Patches of TIGER's five tissue classes, and the slide of each, from `wsirois` as it unpacks.
 
     Region images are cut into a grid of `size` px (0.5 µm each); a patch belongs to the class that
@@ -172,8 +171,7 @@ def region_classes(path: Path) -> ndarray:
 def tell_passed(folder: Path, names: list[str], why: str) -> None:
     """Say which regions were passed over."""
     if names:
-        text = f"{len(names)} regions {why} and were passed over, first {names[0]}"
-        print(f"{folder}: {text}", file=sys.stderr)
+        warn(f"{folder}: {len(names)} regions {why} and were passed over, first {names[0]}")
 
 
 PATHOROB = ("slide_id", "patch_id", "biological_class", "medical_center")
@@ -185,7 +183,7 @@ def is_pathorob(table: Path) -> bool:
     return set(PATHOROB) <= {name.strip() for name in head.split(separator(head))}
 
 
-def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
+def load_pathorob(folder: Path, table: Path) -> Sited:
     """Patches that PathoROB's metadata list, and the slide of each; in several subsets they count
     once.
 
@@ -224,9 +222,7 @@ def load_pathorob(folder: Path, table: Path) -> tuple[Benchmark, list[str]]:
     return found, slides
 
 
-def load_multicentre(
-    folder: Path, size: int, min_fraction: float, bare: bool = False
-) -> tuple[Benchmark, list[str]]:
+def load_multicentre(folder: Path, size: int, min_fraction: float, bare: bool = False) -> Sited:
     """Whichever form lies in the folder (labels.csv, PathoROB, TIGER), and the slide of each patch.
 
     Without a column `slide` in labels.csv the group stands for it: that excludes more, never less.

@@ -4,8 +4,6 @@ A block is a table: what is measured and the models, then a row per benchmark, i
 uni2-h is the paper's UNI-v2. BreakHis in Table 2 is the mean over magnifications, without a ±.
 """
 
-from __future__ import annotations
-
 TEXT = """
 cka           hibou-l      G2L
 bracs         0.7594±0.014 0.9683±0.011

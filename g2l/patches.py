@@ -4,8 +4,6 @@
 `PatchIndex` reads any patch of a whole cohort at random, from many processes at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -328,8 +326,6 @@ class PatchIndex:
         first, second = np.random.Philox(key=seed, counter=n).random_raw(2).tolist()
         if by == "patch":
             return first * len(self) >> 64
-        if by != "slide":
-            raise ValueError(f'by must be "slide" or "patch", not {by!r}')
         slide = first * len(self.slides) >> 64
         return int(self.starts[slide]) + (second * int(self.counts[slide]) >> 64)
 
@@ -362,9 +358,12 @@ class PatchIndex:
         known = self._layouts.get(number)
         if known and known.version == version:
             return known
-        layout = _read_layout(path, version, int(self.counts[number]))
-        self._layouts[number] = layout
-        return layout
+        try:
+            with open_h5(path, "r") as file:
+                self._layouts[number] = _layout_of(file, version, int(self.counts[number]))
+        except DAMAGE as error:
+            raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
+        return self._layouts[number]
 
     def _handle(self, number: int) -> _Handle:
         """The slide's open handle, from those that are kept."""
@@ -380,8 +379,10 @@ class PatchIndex:
             with contextlib.suppress(FileNotFoundError):
                 if not handle.layout.columns:
                     path = self.folder / "shards" / f"{self.slides[number]}.tar"
-                elif address := self._addresses[number]:
-                    handle.file = self.link.open(address, *(handle.layout.slide or ()))
+                elif self._addresses[number]:
+                    # It must be the one that was tiled.
+                    tiled = handle.layout.slide or ()
+                    handle.file = self.link.open(self._addresses[number], *tiled)
                 else:
                     path = self._slide_file(number, handle.layout)
                 handle.file = handle.file or LocalFile(path)
@@ -414,8 +415,9 @@ class PatchIndex:
                     self.handles = max(1, len(self._open) // 2)
                     self.close(keep=len(self._open) // 2)
                     continue
-                text = f"{self.slides[number]}: patch at {place} cannot be read: {error}"
-                raise PatchError(text) from error
+                raise PatchError(
+                    f"{self.slides[number]}: patch at {place} cannot be read: {error}"
+                ) from error
 
     def ahead(self, numbers: Iterable[int]) -> None:
         """Begin to fetch what these patches need, where their slides are at an address.
@@ -525,16 +527,8 @@ def _moved(paths: list[Path], folder: Path) -> list[Path]:
     return found
 
 
-def _read_layout(path: Path, version: tuple[int, int, int], count: int) -> _Layout:
-    """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
-    try:
-        with open_h5(path, "r") as file:
-            return _layout_of(file, version, count)
-    except DAMAGE as error:
-        raise PatchError(f"{path} is damaged ({error}); run tile.py again") from error
-
-
 def _layout_of(file: Any, version: tuple[int, int, int], count: int) -> _Layout:
+    """The layout of an h5 file that should hold `count` patches; PatchError where it does not."""
     coords = file.get("coords")
     held = coords.shape[0] if coords is not None and coords.shape else 0
     if held != count:

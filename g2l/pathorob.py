@@ -6,8 +6,6 @@ nothing, `drop_of` is the average performance drop of those, and `clustering_sco
 k-means finds classes or centres.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial

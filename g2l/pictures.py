@@ -6,9 +6,6 @@ picture carries the key of what it shows, so that one which is missing or shows 
 drawn again.
 """
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
+from g2l.errors import warn
 from g2l.features import display
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
@@ -88,7 +86,7 @@ def is_drawn(path: Path, key: str) -> bool:
         return False
 
 
-def draw_figure1(study: Study, on: str = "tp53") -> None:
+def draw_figure1(study: Study, on: str) -> None:
     """figure1.png: kNN accuracy with its 95 % interval against parameters and time per image.
 
     on: the benchmark; the first that every model has if it was not measured, "mean" for all of
@@ -101,8 +99,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
         if all(key in mean for key in keys):
             scores[benchmark.name] = np.array([mean[key] for key in keys])
     if not scores:
-        text = "no benchmark has all models, so there is nothing to compare"
-        print(f"figure1.png: {text}", file=sys.stderr)
+        warn("figure1.png: no benchmark has all models, so there is nothing to compare")
         return
     name = on if on in scores else next(iter(scores))
     if on == "mean":
@@ -120,7 +117,7 @@ def draw_figure1(study: Study, on: str = "tp53") -> None:
     axes[0, 0].set_ylabel(f"kNN accuracy, {name}, with 95 % interval over folds")
     handles = axes[0, 1].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=1 + (len(heights) > 3))
-    save_figure(figure, Path(study.results) / "figure1.png")
+    save_figure(figure, study.results / "figure1.png")
 
 
 def with_margins(scores: ndarray) -> tuple[ndarray, ndarray]:
@@ -166,13 +163,13 @@ def draw_benchmark(
     benchmark: Benchmark,
     predictions: dict[str, dict],
     study: Study,
-    key: str = "",
+    key: str,
 ) -> None:
     """Below results/pictures: confusion and CKA matrices of all models, and a gallery for each.
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
-    folder = Path(study.results) / "pictures"
+    folder = study.results / "pictures"
     mean = means(study.rows)
     draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
     for kind, draw in draws.items():
@@ -265,10 +262,11 @@ def draw_gallery(
             frame = "the query's class" if labels[i] == labels[row] else "another class"
             line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))
         lines.append(line)
-    title = (
-        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds"
+    return draw_sheet(
+        f"{benchmark.name}, {display(name)}: a query and its nearest neighbours from other folds",
+        FRAMES,
+        lines,
     )
-    return draw_sheet(title, FRAMES, lines)
 
 
 def worth_seeing(

@@ -6,8 +6,6 @@ measures of plismbench (Filiot et al., arXiv 2501.16239) for every pair of slide
 medians with intervals, and `plism_table` shows them.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from functools import partial

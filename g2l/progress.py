@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 
 
+@dataclass(eq=False)
 class Progress:
     """How far a long piece of work is: count, rate, time left, and a text of the caller's.
 
@@ -15,27 +17,25 @@ class Progress:
     manager, or close it.
     """
 
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        done: int = 0,
-        interval: float = 15,
-        shown: bool = True,
-    ):
-        self.total = total
-        self.unit = unit
-        self.done = done
-        self.interval = interval
-        self.shown = shown
+    total: int
+    unit: str
+    done: int = 0
+    interval: float = 15
+    shown: bool = True
+
+    def __post_init__(self) -> None:
         self.bar = None
         self.start = self.said = time.monotonic()
-        self.recent = deque([(self.start, done)], maxlen=50)
-        if shown and total > done and sys.stderr.isatty():
+        self.recent = deque([(self.start, self.done)], maxlen=50)
+        if self.shown and self.total > self.done and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=total, initial=done, unit=unit, dynamic_ncols=True, smoothing=0.05
+                total=self.total,
+                initial=self.done,
+                unit=self.unit,
+                dynamic_ncols=True,
+                smoothing=0.05,
             )
 
     @property
@@ -67,14 +67,14 @@ class Progress:
             self.said = now
             rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
             line = f"{self.unit} {self.done:,} of {self.total:,}, {rate} a second, {self.left} left"
-            print(f"{line}; {text}" if text else line, file=sys.stderr, flush=True)
+            print(f"{line}; {text}" if text else line, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """A line of its own, on standard output, without breaking the bar."""
         if self.bar is not None:
             self.bar.write(text)
         elif self.shown:
-            print(text, flush=True)
+            print(text)
 
     def close(self) -> None:
         """Leave the terminal's line as it stands."""

@@ -5,8 +5,6 @@ and the user's choices, finds the files by their names, and gives the rows (id, 
 `make_benchmark`; it may return several benchmarks.
 """
 
-from __future__ import annotations
-
 import configparser
 import functools
 import itertools
@@ -20,14 +18,19 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
 
 from g2l.benchmarks import Benchmark, Choices, inside, make_benchmark, told
 from g2l.errors import UserError
-from g2l.files import digest, files_below, read_json, read_table, stamp, write_text
+from g2l.files import aligned, digest, files_below, read_json, read_table, stamp, write_text
 from g2l.images import ImageFiles, ImageSource, Regions, Squares, class_shares, open_slide
 from g2l.multicentre import load_multicentre, tiger_source
 from g2l.slide_tables import Labels, followed, load_slides_table, read_labels, slide_benchmark
 from g2l.workbook import read_sheets
+
+Found = list[Benchmark]
+Values = dict[int, int]  # class by value of a mask
+Maps = dict[str, list[Path]]  # of each image, by its stem
 
 
 def find_files(root: Path, pattern: str, what: str) -> list[Path]:
@@ -38,7 +41,7 @@ def find_files(root: Path, pattern: str, what: str) -> list[Path]:
     return hits
 
 
-def load_tils(root: Path, choices: Choices) -> list[Benchmark]:
+def load_tils(root: Path, choices: Choices) -> Found:
     """TCGA-TILs, its breast part by the table, grouped by patient."""
     table = find_files(root, "images-tcga-tils-metadata.csv", "the table of TCGA-TILs.tar.gz")[0]
     # by study, so the folder `pancancer` of links is never entered
@@ -56,7 +59,7 @@ def load_tils(root: Path, choices: Choices) -> list[Benchmark]:
 TP53_WORDS = {"wt": "WT", "0": "WT", "mut": "MUT", "1": "MUT"}
 
 
-def load_tp53(root: Path, choices: Choices) -> list[Benchmark]:
+def load_tp53(root: Path, choices: Choices) -> Found:
     """Whole slides of TCGA-BRCA with the mutation of TP53, grouped by patient.
 
     Slides without a label are not the same as wild type: nobody sequenced them.
@@ -72,7 +75,7 @@ def load_tp53(root: Path, choices: Choices) -> list[Benchmark]:
     return [slide_benchmark("tp53", labels, files, ["WT", "MUT"], root, choices)]
 
 
-def load_idc(root: Path, choices: Choices) -> list[Benchmark]:
+def load_idc(root: Path, choices: Choices) -> Found:
     """Invasive ductal carcinoma, 50 px patches, grouped by patient."""
     files: dict[str, Path] = {}
     found = find_files(root, "*_class[01].png", "patches named PATIENT_idx5_xX_yY_classC.png")
@@ -103,12 +106,13 @@ def bracs_patients(root: Path) -> dict[str, str]:
     return patients
 
 
-def load_bracs(root: Path, choices: Choices) -> list[Benchmark]:
+def load_bracs(root: Path, choices: Choices) -> Found:
     """BRACS, regions of interest of seven lesions, grouped by patient as BRACS.xlsx says, else by
     slide.
     """
-    what = "RoIs named BRACS_WSI_CLASS_N.png, in train, val and test"
-    found = find_files(root, "BRACS_*.png", what)
+    found = find_files(
+        root, "BRACS_*.png", "RoIs named BRACS_WSI_CLASS_N.png, in train, val and test"
+    )
     found = [f for f in found if f.parents[1].name in ("train", "val", "test")]
     # the server also holds previous versions of the same images: the latest comes last
     found.sort(key=lambda f: "latest_version" in f.parts)
@@ -139,7 +143,7 @@ def breakhis_files(root: Path) -> list[tuple[Path, re.Match]]:
     return list(files.values())
 
 
-def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
+def load_breakhis(root: Path, choices: Choices) -> Found:
     """BreaKHis, two and eight classes at four magnifications, grouped by case: eight benchmarks.
 
     Patient 13412 stands under DC and under LC with the same images: both labels cannot be right, so
@@ -151,8 +155,9 @@ def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
         named = [(f, match) for f, match in named if f not in doubtful]
     zooms = sorted({match[5] for _, match in named}, key=int)
     fate = "kept" if choices.keep_13412 else "left out"
-    why = f"{fate} (labelled DC and LC; all magnifications)"
-    notes = [f"{len(doubtful)} images of patient 13412 {why}"]
+    notes = [
+        f"{len(doubtful)} images of patient 13412 {fate} (labelled DC and LC; all magnifications)"
+    ]
     if len(zooms) < 4:
         notes.append(f"only {', '.join(zooms)}X at hand")
     result = []
@@ -165,8 +170,11 @@ def load_breakhis(root: Path, choices: Choices) -> list[Benchmark]:
                     files.append(f)
                     rows.append((f.name, breakhis_class(task, match), match[3]))
             images = Regions(files, choices.region_size)
-            name = f"breakhis-{task}-{zoom}x"
-            result.append(make_benchmark(name, "region", images, rows, classes, root, notes))
+            result.append(
+                make_benchmark(
+                    f"breakhis-{task}-{zoom}x", "region", images, rows, classes, root, notes
+                )
+            )
             result[-1].source = f"breakhis-{zoom}x"  # both tasks share the images
     return result or [make_benchmark("breakhis", "region", [], [], [], root)]
 
@@ -186,7 +194,7 @@ VALUES_2019 = {1: 0, 6: 0, 3: 1, 4: 2, 5: 3}
 VALUES_ZURICH = {0: 0, 1: 1, 2: 2, 3: 3}  # of Arvaniti's palette masks; 4 is ignored
 
 
-def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
+def majority(maps: Sequence[ndarray], values: Values) -> ndarray:
     """Class map (H, W) on which most of the experts who drew agree.
 
     It is -1 where none drew or two classes tie.
@@ -202,14 +210,14 @@ def majority(maps: Sequence[ndarray], values: dict[int, int]) -> ndarray:
 def grid_benchmark(
     name: str,
     images: Sequence[Path],
-    masks: dict[str, list[Path]],
+    masks: Maps,
     shares_of: Callable[[Path, list[Path]], ndarray],
     classes: list[str],
     group: Callable[[Path], str],
     notes: list[str],
     root: Path,
     choices: Choices,
-) -> list[Benchmark]:
+) -> Found:
     """Squares of SIDE px of which one class covers at least half.
 
     masks: of each image, by its stem. shares_of(image, its masks) gives the share (classes, rows,
@@ -229,10 +237,7 @@ def grid_benchmark(
         for file in drawn:
             try:
                 shares = shares_of(file, drawn[file])
-            except (
-                OSError,
-                SyntaxError,
-            ) as error:  # the latter is Pillow's word for a damaged PNG
+            except (OSError, SyntaxError) as error:  # the latter is Pillow's word for a damaged PNG
                 notes.append(f"{file.name} left out: {error}")
                 continue
             for r, c in np.argwhere((shares >= 0.5).sum(0) == 1).tolist():
@@ -250,15 +255,13 @@ def grid_benchmark(
     return [make_benchmark(name, "patch", cut, rows, classes, root, notes)]
 
 
-def gleason_shares(core: Path, maps: list[Path], values: dict[int, int]) -> ndarray:
+def gleason_shares(core: Path, maps: list[Path], values: Values) -> ndarray:
     """Share (4, rows, columns) of each class in the squares of a core, by its experts' maps."""
     return class_shares(gleason_map(core, maps, values), SIDE, range(4))
 
 
-def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> ndarray:
+def gleason_map(core: Path, maps: Sequence[Path], values: Values) -> ndarray:
     """Classes (H, W) of a core by its experts' maps, -1 for none."""
-    from PIL import Image
-
     with Image.open(core) as image:
         size = image.size
     drawn = []
@@ -270,9 +273,7 @@ def gleason_map(core: Path, maps: Sequence[Path], values: dict[int, int]) -> nda
     return majority(drawn, values)
 
 
-def with_masks(
-    found: list[Benchmark], maps: dict[str, list[Path]], values: dict[int, int]
-) -> list[Benchmark]:
+def with_masks(found: Found, maps: Maps, values: Values) -> Found:
     """The same squares of cores, each with the map of its classes."""
     squares: Any = found[0].images
 
@@ -296,7 +297,7 @@ def first_part(file: Path) -> str:
     return file.stem.split("_")[0]
 
 
-def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
+def load_gleason(root: Path, choices: Choices) -> Found:
     """Gleason2019: its training cores, as the masks of the others were never public.
 
     An expert whose folder is there twice votes once.
@@ -309,7 +310,7 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     for f in found:
         expert = re.search(r"Maps\d+_T", str(f.relative_to(root)), re.I)
         votes.setdefault((f.name, expert[0].lower() if expert else str(f.parent)), f)
-    maps: dict[str, list[Path]] = {}
+    maps: Maps = {}
     for f in votes.values():
         maps.setdefault(f.stem.split("_classimg")[0], []).append(f)
     notes = ["majority of the experts who drew; value 0 of a map is no vote"]
@@ -319,17 +320,18 @@ def load_gleason(root: Path, choices: Choices) -> list[Benchmark]:
     return with_masks(grid_benchmark("gleason", cores, maps, shares, *about), maps, VALUES_2019)
 
 
-def load_arvaniti(root: Path, choices: Choices) -> list[Benchmark]:
+def load_arvaniti(root: Path, choices: Choices) -> Found:
     """Arvaniti et al. 2018, a patient a core; of the two pathologists (mask1_, mask2_) the first,
     as its users do.
     """
     cores = find_files(root, "ZT*.jpg", "cores named ZT111_4_A_1_1.jpg")
-    maps: dict[str, list[Path]] = {}
+    maps: Maps = {}
     for f in find_files(root, "mask*_ZT*.png", "masks named mask_ZT111_4_A_1_1.png"):
         maps.setdefault(f.stem.split("_", 1)[1], [f])
     shares = functools.partial(gleason_shares, values=VALUES_ZURICH)
-    name = "gleason-arvaniti"
-    found = grid_benchmark(name, cores, maps, shares, GLEASON, stem, [], root, choices)
+    found = grid_benchmark(
+        "gleason-arvaniti", cores, maps, shares, GLEASON, stem, [], root, choices
+    )
     return with_masks(found, maps, VALUES_ZURICH)
 
 
@@ -356,13 +358,7 @@ def drawn_share(mask: Path, size: tuple[int, int], side: int) -> ndarray:
                 below, right = np.nonzero(pixels)
                 np.add.at(count, ((y + below) // side, (x + right) // side), 1)
     # tifffile's words for a damaged file
-    except (
-        tifffile.TiffFileError,
-        IndexError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except (tifffile.TiffFileError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise OSError(f"{mask}: damaged ({error})") from error
     return count[: size[0] // side, : size[1] // side] / side**2
 
@@ -380,10 +376,10 @@ def aggc_shares(slide: Path, masks: list[Path]) -> ndarray:
     return shares
 
 
-def load_aggc(root: Path, choices: Choices) -> list[Benchmark]:
+def load_aggc(root: Path, choices: Choices) -> Found:
     """AGGC 2022, subsets 1 and 2, grouped by slide; subset 3 is the same tissue on six scanners."""
     slides = find_files(root, "Subset[12]_Train_*.tiff", "slides, in SubsetN_Train_image")
-    masks: dict[str, list[Path]] = {}
+    masks: Maps = {}
     for f in find_files(root, "*_Mask.tif", "masks, in SubsetN_Train_annotation"):
         if first_part(f) in AGGC:
             masks.setdefault(f.parent.name, []).append(f)
@@ -393,7 +389,7 @@ def load_aggc(root: Path, choices: Choices) -> list[Benchmark]:
 CHIMERA = {"0": "no recurrence", "1": "recurrence"}
 
 
-def load_chimera(root: Path, choices: Choices) -> list[Benchmark]:
+def load_chimera(root: Path, choices: Choices) -> Found:
     """CHIMERA, task 1: recurrence of prostate cancer from whole slides, grouped by patient."""
     labels = Labels("patient")
     for f in find_files(root, "*.json", "clinical_data/PID.json"):
@@ -544,12 +540,7 @@ def list_benchmarks(data: Path) -> str:
         about |= SECTIONS[name]
         texts = [about[column] for column in COLUMNS]
         rows.append([cell.replace("DATA", str(data)).replace("\n", " ") for cell in texts])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def at_hand(data: Path, name: str) -> bool:
@@ -558,7 +549,7 @@ def at_hand(data: Path, name: str) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def load_published(name: str, choices: Choices) -> list[Benchmark]:
+def load_published(name: str, choices: Choices) -> Found:
     """A published benchmark; notes say how much of it is there, and what it is."""
     about = SECTIONS[name]
     loaded = PUBLISHED[name](choices.data / "benchmarks" / name, choices)
@@ -567,18 +558,17 @@ def load_published(name: str, choices: Choices) -> list[Benchmark]:
     for benchmark in loaded:
         group = benchmark.unit or about["group"]
         mpp = benchmark.mpp or about["µm per pixel"]
-        design = f"groups are {group}s; µm per pixel: {mpp}"
-        benchmark.notes[:0] = [count, design]
+        benchmark.notes[:0] = [count, f"groups are {group}s; µm per pixel: {mpp}"]
     return loaded
 
 
 def load_benchmarks(
     folders: Sequence[Path], names: Sequence[str], choices: Choices
-) -> tuple[list[Benchmark], list[UserError]]:
+) -> tuple[Found, list[UserError]]:
     """The user's own benchmarks and the published ones, and an error for each that was passed
     over.
     """
-    found: list[Benchmark] = []
+    found: Found = []
     failed = []
     wanted: list[Any] = [*folders, *choices.slides_table, *names]
     for what in wanted:

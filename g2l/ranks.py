@@ -32,7 +32,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def setup_distributed(
-    device: str | torch.device = "auto",
+    device: str | torch.device,
 ) -> tuple[int, int, torch.device]:
     """Join the job that torchrun started, once: (rank, world size, this rank's device)."""
     device = pick_device(device)
@@ -212,8 +212,9 @@ def loading(what: str, workers: int) -> Iterator[dict]:
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        text = f"the {workers} loading processes gave nothing for {WAIT:.0f} s"
-        raise UserError(text, "stuck") from None
+        raise UserError(
+            f"the {workers} loading processes gave nothing for {WAIT:.0f} s", "stuck"
+        ) from None
     finally:
         end_workers()  # a loader would give each that is stuck another five seconds
 

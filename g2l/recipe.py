@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import kernels
 from g2l.augment import Params, augment
 from g2l.errors import UserError
-from g2l.models import Model, Network
+from g2l.models import Model, Network, resized
 from g2l.patches import PatchIndex
 from g2l.ranks import agree, rank_and_world
 from g2l.registry import PLUS
@@ -113,8 +114,8 @@ def look(
         pooled = net.forward_head(features, pre_logits=True)
     whole = pooled if args.tokens == "all" else model.embed(features)
     cells = model.grid(features)
-    if grid and cells.shape[2:] != grid:
-        cells = F.interpolate(cells.float(), grid, mode="bilinear", antialias=True)
+    if grid:
+        cells = resized(cells, grid)
     return Said(whole, cells.flatten(2).transpose(1, 2))
 
 
@@ -168,35 +169,25 @@ class Distiller(nn.Module):
         return total
 
     def _term(self, kind: str, student: Said, teacher: Said, number: int) -> Tensor:
-        """One term of the loss to teacher `number`."""
+        """One term of the loss to teacher `number`, fp32."""
         if kind == "relation":
             return relation(student.whole, teacher.whole)
         if kind == "patch-cosine" and self.patch_projector is not None:
             projector = self.patch_projector.split(self.cells, 1)[number]
             return _plain_cosine(student.rows("patch"), projector, teacher.rows("patch"))
-        tokens = self.args.tokens
+        args = self.args
+        rows = student.rows(args.tokens)  # (R, Ds)
+        wanted = teacher.rows(args.tokens)  # (R, Dt)
         projector = self.projector.split(self.widths, 1)[number]
         affine = []
         for part in (self.scale, self.shift):
             affine.append(None if part is None else part.split(self.widths)[number])
-        return self._of_rows(kind, student.rows(tokens), teacher.rows(tokens), projector, *affine)
-
-    def _of_rows(
-        self,
-        kind: str,
-        student: Tensor,
-        teacher: Tensor,
-        projector: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
-        """Rows of the student (R, Ds) and of a teacher (R, Dt) -> one of LOSSES, fp32."""
-        args = self.args
+        scale, shift = affine
         if kind == "logsum":
             return kernels.log_sum_loss(
-                student,
+                rows,
                 projector,
-                teacher,
+                wanted,
                 alpha=args.alpha,
                 normalize=args.normalize,
                 reduction=args.reduction,
@@ -204,9 +195,9 @@ class Distiller(nn.Module):
                 shift=shift,
                 group=self.group,
             )
-        with torch.autocast(student.device.type, enabled=False):
-            s = student.float() @ projector
-            t = teacher.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            s = rows.float() @ projector
+            t = wanted.float()
             if args.normalize != "none":
                 s = F.batch_norm(s, None, None, scale, shift, training=True, eps=1e-4)
             if args.normalize == "both":
@@ -280,6 +271,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
 
 
+@dataclass
 class StopRule:
     """The paper's: the loss exceeded the mean of the last `window` more than `patience` times.
 
@@ -287,13 +279,15 @@ class StopRule:
     before `minimum` steps.
     """
 
-    def __init__(self, kind: str, window: int = 100, patience: int = 10, minimum: int = 0):
-        self.kind = kind
-        self.patience = patience
-        self.minimum = minimum
-        self.recent: deque[float] = deque(maxlen=window)
-        self.count = 0
-        self.steps = 0
+    kind: str
+    window: int
+    patience: int
+    minimum: int
+    count: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.window)
 
     def update(self, loss: float) -> bool:
         """Take the next step's loss; True when training should end."""
@@ -325,7 +319,7 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
     A backward pass is counted as two forward. Raises UserError where tokens cannot be compared.
     """
     models = [student, *teachers]
-    device = next(student.parameters()).device
+    device = student.device
     student.eval()
     flops = 2 * flops_per_image(student) + sum(map(flops_per_image, models))
     sample = torch.zeros(1, 3, args.crop, args.crop, device=device)
@@ -337,8 +331,11 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
         if said.patches is not None:
             cells.append(said.patches.shape[-1])
             if args.tokens == "all" and cells[-1] != said.whole.shape[-1]:
-                text = f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
-                raise UserError(f"{text} and its patch tokens {cells[-1]}", "tokens")
+                raise UserError(
+                    f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
+                    f" and its patch tokens {cells[-1]}",
+                    "tokens",
+                )
         widths.append(said.rows(args.tokens).shape[-1])
     distiller = Distiller(student, widths[0], widths[1:], args, cells).to(device)
     if cells:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from g2l.files import aligned
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -111,24 +113,22 @@ def pretrained_on(
             known = find(origin)
             if known and collection in REGISTRY[known].pretrained_on:
                 of = "" if origin == name else f" comes from {known}, which"
-                how = f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
-                notes.setdefault(name, []).append(f"{name}{of} may know these slides: {how}")
+                notes.setdefault(name, []).append(
+                    f"{name}{of} may know these slides: "
+                    f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
+                )
     return notes
 
 
 def table() -> str:
     """The registry as text."""
-    rows = [["name", "parameters", "embedding", "dim", "licence", "access", "pretrained on", "hub"]]
+    rows = [
+        ["name", "   parameters", "embedding", " dim", "licence", "access", "pretrained on", "hub"]
+    ]
     for name, entry in REGISTRY.items():
         licence = entry.licence + " *" * (not entry.teaches)
         collections = ", ".join(entry.pretrained_on)
-        numbers = [f"{entry.parameters:,}", entry.embedding, str(entry.dim)]
+        numbers = [f"{entry.parameters:13,}", entry.embedding, f"{entry.dim:4}"]
         rows.append([name, *numbers, licence, entry.access, collections, entry.hub])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        for column in (1, 3):  # numbers
-            cells[column] = row[column].rjust(widths[column])
-        lines.append("  ".join(cells)[:150].rstrip())
-    return "\n".join(lines)
+    lines = aligned(rows).split("\n")
+    return "\n".join(line[:150].rstrip() for line in lines)

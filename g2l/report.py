@@ -5,11 +5,8 @@ results (folder) and the settings shown. `means` gathers the rows of metrics.jso
 tables of them, and `write_report` puts these beside what one must know to read them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -42,8 +39,7 @@ def means(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, int]]:
 
 def escaped(text: str) -> str:
     """Text from outside, such as a class's name, as itself: no Markdown, no HTML, one line."""
-    markup = r"[\\`*<|]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])"
-    return re.sub(markup, r"\\\g<0>", one_line(text))
+    return re.sub(r"[\\`*<|]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
 
 
 def markdown(head: str | list[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,7 +108,7 @@ class Tables:
             return None, None
         return np.mean([self.mean[key][:2] for key in keys], 0).tolist()
 
-    def body(self, names: Sequence[str], models: list[str], cell: Callable, paper: str = ""):
+    def body(self, names: Sequence[str], models: list[str], cell: Callable, paper: str):
         """Label, benchmarks and ranked cells of each row.
 
         cell(benchmarks, model) gives value and text; `paper` names the paper's measure beside it.
@@ -226,11 +222,11 @@ class Tables:
                 ]
                 rows.append([*pair, with_interval(row), verdict(row)])
         if rows:
-            head = "benchmark\tmodel\tother\tmeasure\tdifference\treading"
             text.append(
                 "## Paired differences\n\nModel minus other with its 95 % interval: over 1,000 "
                 "resamplings of whole groups; for CKA by the jackknife. Fewer than "
-                f"{FEW} groups allow none.\n\n" + markdown(head, rows)
+                f"{FEW} groups allow none.\n\n"
+                + markdown("benchmark\tmodel\tother\tmeasure\tdifference\treading", rows)
             )
         return "\n\n".join(text)
 
@@ -351,8 +347,8 @@ def write_tables(study: Study) -> str:
     two = tables.table2()
     made = provenance(study.device_used)
     if one:
-        write_text(Path(study.results) / "table1.md", one + made)
-    write_text(Path(study.results) / "table2.md", two + made)
+        write_text(study.results / "table1.md", one + made)
+    write_text(study.results / "table2.md", two + made)
     return f"{one}\n\n{two}{made}"
 
 
@@ -375,7 +371,7 @@ def role(name: str, study: Study) -> str:
 
 def write_report(study: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
-    results = Path(study.results)
+    results = study.results
     for folder in (results, results / "pictures"):
         clear_stale(folder)
     text = ["# Evaluation"]
@@ -437,5 +433,5 @@ def picture_links(study: Study, benchmark: str) -> str:
     return "\n".join(
         f"![{kind} of {escaped(benchmark)}](pictures/{name}.png)"
         for kind, name in names
-        if (Path(study.results) / "pictures" / f"{name}.png").is_file()
+        if (study.results / "pictures" / f"{name}.png").is_file()
     )

@@ -6,8 +6,6 @@ features. `measure` puts this beside kNN and linear probes for class and centre,
 resamples patients.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

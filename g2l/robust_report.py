@@ -136,8 +136,11 @@ def section(held: Readings) -> str:
     files = [file for row in held.of("pictures") for file in row["files"]]
     parts += ["### Pictures\n"][: len(files)]
     for file in files:
-        what = f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
-        parts.append(f"![{what}](robustness/{safe(held.benchmark)}/{file})\n")
+        parts.append(
+            "!["
+            f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
+            f"](robustness/{safe(held.benchmark)}/{file})\n"
+        )
     parts.append(patches_table(held))
     return "\n".join(parts) + "\n"
 
@@ -220,13 +223,14 @@ def behind(held: Readings) -> str:
         cells += [held.show(m, name) for m in ("probe_class", "probe_center")]
         index = held.values("index", name, k=held.k).mean()
         rows.append([name, two(index / held.blind), *cells])
-    head = "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre"
     return (
         f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy "
         f"of the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
         "should be found; the centre is found as far as the features hold it. Chance is what "
         "random features score in the same way, mean ± standard deviation of several draws.\n\n"
-        + markdown(head, rows)
+        + markdown(
+            "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre", rows
+        )
     )
 
 
@@ -261,7 +265,6 @@ def shortcuts(held: Readings) -> str:
         for row in held.of("drop", model=name) if name != "chance" else ():
             cells[2] += f" [{two(row['low'])}, {two(row['high'])}]"
         rows.append([name, *cells, held.show("clusters", name)])
-    head = "model\tbalanced\tconfounded\tperformance drop\tclustering score"
     return (
         "### Where class and centre go together\n\nPathoROB's other measures, on two classes in "
         f"two centres at a time: mean of up to {QUARTETS} such quartets of {LEAST} patches a cell "
@@ -271,7 +274,7 @@ def shortcuts(held: Readings) -> str:
         "drop*: what is lost on the way, relative, with its 95 % interval over the patients "
         "judged; what knows nothing has nothing to lose. *Clustering score*: agreement of k-means "
         "with the class less that with the centre, 1 at best, 0 by chance.\n\n"
-        + markdown(head, rows)
+        + markdown("model\tbalanced\tconfounded\tperformance drop\tclustering score", rows)
     )
 
 
@@ -283,8 +286,9 @@ def one_by_one(held: Readings, field: str, title: str) -> str:
     for kind in (row[field] for row in held.of(metric, model="chance")):
         shown = [held.show(metric, name, **{field: kind}) for name in names]
         rows.append([kind, *shown])
-    text = f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n"
-    return text + markdown([title, *names], rows)
+    return f"### By {title}\n\nIndex of the patches of each {title}, k = {held.k}.\n\n" + markdown(
+        [title, *names], rows
+    )
 
 
 def patches_table(held: Readings) -> str:
@@ -319,14 +323,15 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
             values = [found[model, kind, s] for s in strengths]
             rows.append([model, *(f"{v['distance']:.2f} ({v['first']:.0%})" for v in values)])
         head = ["model", *map("{:g}".format, strengths)]
-        text += f"## {kind}: {SHIFTS[kind][0]}\n\n{markdown(head, rows)}\n"
+        text += f"## {kind}: {SHIFTS[kind]['meaning']}\n\n{markdown(head, rows)}\n"
     return text
 
 
 def plain(text: str) -> str:
     """Markdown for a terminal: without markup, cells of tables 18 characters apart."""
-    markup = r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ "
-    return re.sub(markup, r"\1", text.replace(" | ", "\t")).expandtabs(18)
+    return re.sub(
+        r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ ", r"\1", text.replace(" | ", "\t")
+    ).expandtabs(18)
 
 
 def draw_index(title: str, counts: dict[str, list[ndarray]]):
@@ -345,8 +350,9 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
         axis.grid()
     axes[0, 1].set_ylim(0, 1)
     axes[0, 0].legend()
-    what = "tissue against centre among nearest neighbours (shaded: range of samples)"
-    figure.suptitle(f"{title}: {what}")
+    figure.suptitle(
+        f"{title}: tissue against centre among nearest neighbours (shaded: range of samples)"
+    )
     return figure
 
 
@@ -406,8 +412,13 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
         line = []
         for j, frame in zip([i, *rows[i]], ["query", *frames], strict=True):
             if j >= 0:
-                caption = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
-                line.append((benchmark.images[int(sample[j])], caption, frame))
+                line.append(
+                    (
+                        benchmark.images[int(sample[j])],
+                        f"{benchmark.classes[labels[j]]}\n{centers[j]}",
+                        frame,
+                    )
+                )
         lines.append(line)
     title = f"{name}: neighbours that share the centre but not the tissue"
     if not lines:
@@ -420,7 +431,7 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
 
     found: `displacement` by (model, kind, strength), the strength that changes nothing among them.
     """
-    meaning, nothing, *_ = SHIFTS[kind]
+    nothing = SHIFTS[kind]["nothing"]
     steps = sorted({*strengths, nothing})
     figure, axes = canvas(1, 3, 4.2, 4.6)
     labels = {
@@ -436,17 +447,17 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
             if metric == "cosine":
                 others = found[name, kind, nothing]["others"]
                 axis.axhline(others, color=line.get_color(), ls=":", lw=1)
-        axis.set(xlabel=meaning, ylabel=label)
+        axis.set(xlabel=SHIFTS[kind]["meaning"], ylabel=label)
         axis.grid()
     axes[0, 2].set_ylim(-0.02, 1.02)
     axes[0, 1].legend()
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.66), w_pad=0.1)
     strip = figure.add_axes((0.03, 0.72, 0.94, 0.22))
     shown = [image if s == nothing else shift(image, kind, s) for s in steps]
-    middles = np.arange(len(steps))
     height, width = image.shape[:2]
-    strip.imshow(np.hstack(shown), extent=(-0.5, middles[-1] + 0.5, 0, height / width))
-    strip.vlines(middles - 0.5, 0, height / width, "white", linewidth=4)
+    middles = width * (np.arange(len(steps)) + 0.5)
+    strip.imshow(np.hstack(shown))
+    strip.vlines(middles - width / 2, 0, height, "white", linewidth=4)
     strip.set(xticks=middles, xticklabels=map("{:g}".format, steps), yticks=[])
     strip.spines[:].set_visible(False)
     strip.set_title(f"{kind}: one patch, and how far the features of all go")

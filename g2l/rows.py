@@ -5,8 +5,6 @@ COLUMNS say what a row holds, `read_rows` and `write_rows` are the only ways in 
 is checked when it is read back, since people open it in spreadsheets and disks decay.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import zlib

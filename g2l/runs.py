@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import atomic, digest, locked, write_text
 from g2l.models import Model
 from g2l.patches import PatchIndex
@@ -36,6 +37,7 @@ from g2l.rows import read_rows
 VERSION = 2
 
 
+@dataclass(eq=False)
 class Run:
     """runs/NAME: one writer at a time.
 
@@ -44,23 +46,19 @@ class Run:
     Raises UserError where another process trains this run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        main: bool,
-        words: Mapping[str, str] | None = None,
-        exports: Sequence[str] = ("student",),
-    ):
-        self.folder = folder
-        self.exports = exports
-        self.main = main
-        self.words = words or {}
-        self.board: Any = None  # TensorBoard's writer
-        older = [folder / f"checkpoint.{i}.pt" for i in range(1, keep)]
+    folder: Path
+    keep: int
+    main: bool
+    words: Mapping[str, str]
+    exports: Sequence[str]
+    board: Any = None  # TensorBoard's writer
+
+    def __post_init__(self) -> None:
+        folder = self.folder
+        older = [folder / f"checkpoint.{i}.pt" for i in range(1, self.keep)]
         self.checkpoints = [folder / "checkpoint.pt", *older]
         self.lock = contextlib.ExitStack()
-        if not main:
+        if not self.main:
             return
         if not self.lock.enter_context(locked(folder / ".lock", wait=False)):
             raise UserError(f"{folder}: another process trains this run; wait for it", "name")
@@ -83,11 +81,7 @@ class Run:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         reason = str(why).splitlines()[0]
-        print(
-            f"{path}: damaged ({reason}); set aside as {aside.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"{path}: damaged ({reason}); set aside as {aside.name}")
 
     def config(self) -> dict:
         """What config.json of an earlier start says; {} if there is none that can be read."""
@@ -155,13 +149,11 @@ class Run:
                 for older, newer in pairwise(reversed(self.checkpoints)):
                     if newer.exists():
                         os.replace(newer, older)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch reports a failed write as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
-            text = f"{self.folder}: checkpoint of step {state['step']} not written ({why})"
-            raise UserError(text, "room") from None
+            raise UserError(
+                f"{self.folder}: checkpoint of step {state['step']} not written ({why})", "room"
+            ) from None
 
     def changes(self, old: dict, new: dict) -> str:
         """What a run was begun with and has otherwise now."""
@@ -175,8 +167,11 @@ class Run:
     def refuse_changes(self, old: dict, new: dict) -> None:
         """Raise UserError naming whatever differs between a run's beginning and now."""
         if changed := self.changes(old, new):
-            text = f"{self.folder} was begun otherwise: {changed}"
-            raise UserError(f"{text}. Give what it was begun with to go on", "name")
+            raise UserError(
+                f"{self.folder} was begun otherwise: {changed}"
+                ". Give what it was begun with to go on",
+                "name",
+            )
 
     def finished(self, identity: dict) -> int:
         """The last step of an earlier start whose student is whole; 0 where it is to be made.
@@ -195,8 +190,7 @@ class Run:
         if config and (done or any(map(Path.exists, self.checkpoints))):
             self.refuse_changes(config["identity"], identity)
         if finished and not done:
-            text = f"{', '.join(lost)}: missing or damaged; exported again"
-            print(text, file=sys.stderr, flush=True)
+            warn(f"{', '.join(lost)}: missing or damaged; exported again")
         return done
 
     def load(self, identity: dict) -> dict | None:
@@ -231,8 +225,10 @@ class Run:
                 why = f"{type(error).__name__}: {error}"
             self.set_aside(path, why)
         if list(self.folder.glob("checkpoint*.damaged")):
-            text = f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew"
-            raise UserError(text, "name")
+            raise UserError(
+                f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew",
+                "name",
+            )
         return None
 
     def draw_loss(self) -> None:
@@ -400,7 +396,7 @@ class Readings:
             arrived.record()
         self.sent.append((values, arrived))
 
-    def receive(self, everything: bool = False) -> list[list[float]]:
+    def receive(self, everything: bool) -> list[list[float]]:
         """Rows of numbers that have arrived, oldest first; with `everything` all are waited for."""
         rows = []
         while len(self.sent) > (0 if everything else self.lag):

@@ -4,38 +4,48 @@
 after.
 """
 
-from __future__ import annotations
-
 import io
+import tomllib
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from g2l.colours import optical_density
 
 # What each strength means, where it changes nothing, which can be asked for, and which are tried.
-SHIFTS = {
-    "stain": (
-        "haematoxylin × (1 + s), eosin / (1 + s)",
-        0,
-        (-0.9, 9),
-        (-0.4, -0.2, -0.1, 0.1, 0.2, 0.4),
-    ),
-    "brightness": (
-        "intensity × (1 + s)",
-        0,
-        (-1, 9),
-        (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3),
-    ),
-    "blur": ("standard deviation of a Gaussian, px", 0, (0, 50), (0.5, 1, 2, 3, 4)),
-    "jpeg": (
-        "JPEG quality",
-        100,
-        (1, 100),
-        (90, 70, 50, 30, 10),
-    ),
-    "scale": ("magnification", 1, (0.1, 10), (0.5, 0.71, 0.84, 1.19, 1.41, 2)),
-}
+SHIFTS = tomllib.loads("""
+[stain]
+meaning = "haematoxylin × (1 + s), eosin / (1 + s)"
+nothing = 0
+range = [-0.9, 9]
+tried = [-0.4, -0.2, -0.1, 0.1, 0.2, 0.4]
+
+[brightness]
+meaning = "intensity × (1 + s)"
+nothing = 0
+range = [-1, 9]
+tried = [-0.3, -0.2, -0.1, 0.1, 0.2, 0.3]
+
+[blur]
+meaning = "standard deviation of a Gaussian, px"
+nothing = 0
+range = [0, 50]
+tried = [0.5, 1, 2, 3, 4]
+
+[jpeg]
+meaning = "JPEG quality"
+nothing = 100
+range = [1, 100]
+tried = [90, 70, 50, 30, 10]
+
+[scale]
+meaning = "magnification"
+nothing = 1
+range = [0.1, 10]
+tried = [0.5, 0.71, 0.84, 1.19, 1.41, 2]
+""")
 
 
 # Optical densities of haematoxylin, eosin and a residual in red, green and blue, from Ruifrok and
@@ -51,16 +61,12 @@ def shift(
     """An image (H, W, 3) uint8 with its stain, brightness, focus, compression or magnification
     changed; same shape.
     """
-    from PIL import Image
-
     if kind == "stain":
         amounts = optical_density(image) @ np.linalg.inv(STAINS)
         changed = 256 * np.exp(-amounts * (1 + strength, 1 / (1 + strength), 1) @ STAINS) - 1
     elif kind == "brightness":
         changed = image * (1.0 + strength)
     elif kind == "blur":
-        from scipy.ndimage import gaussian_filter
-
         changed = gaussian_filter(image.astype(np.float32), (strength, strength, 0), mode="nearest")
     elif kind == "jpeg":
         buffer = io.BytesIO()
@@ -73,8 +79,6 @@ def shift(
 
 def rescale(image: ndarray, strength: float) -> ndarray:
     """An image at another magnification: its middle enlarged, or all shrunk, mirrored around."""
-    from PIL import Image
-
     height, width = image.shape[:2]
     inner = min(1, 1 / strength)
     outer = min(1, strength)

@@ -9,10 +9,7 @@ labelled slides cannot be used, and why, is told before anything is computed.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +20,8 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark, Choices, make_benchmark, told
 from g2l.cohort import patient_of
-from g2l.errors import SkippedSlide, UserError, explain
-from g2l.files import digest, read_table, stamp, write_text
+from g2l.errors import SkippedSlide, UserError, explain, warn
+from g2l.files import digest, read_table, stamp, write_table
 from g2l.grid import choose_size
 from g2l.images import MPP, PATCH, ImageSource, SlidePatches, open_slide
 from g2l.patches import PatchIndex
@@ -253,7 +250,7 @@ def slide_benchmark(
         rows, note = drawn(name, rows, choices)
         notes.append(note)
     if notes and not int(os.environ.get("RANK", 0)):
-        print(f"{name}: {'; '.join(notes)}", file=sys.stderr)
+        warn(f"{name}: {'; '.join(notes)}")
     items = [slides[slide][1] for slide, _, _ in rows]
     images = TiledSlides(items) if tiled else SlidePatches(items)
     benchmark = make_benchmark(name, "slide", images, rows, classes, root, notes)
@@ -292,12 +289,11 @@ def drawn(name: str, rows: list[tuple], choices: Choices) -> tuple[list[tuple], 
     free.sort(key=lambda row: digest(choices.seed, row[0]))
     kept = free[: choices.draw]
     path = choices.results / f"{name}-drawn.csv"
-    text = io.StringIO()
-    csv.writer(text).writerows([("slide_id", "label", "patient"), *sorted(kept)])
-    write_text(path, text.getvalue())
+    write_table(path, [("slide_id", "label", "patient"), *sorted(kept)])
     held = f"{len(rows) - len(free)} of patients that a student has seen held out"
-    note = f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
-    return [row for row in rows if row in kept], note
+    return [
+        row for row in rows if row in kept
+    ], f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
 
 
 def load_slides_table(table: Path, choices: Choices) -> Benchmark:

@@ -24,6 +24,7 @@ from g2l.tiff import LocalFile, Place, Recent, Tiles, assemble, cover
 
 KINDS = ".svs .tif .tiff .ndpi .mrxs .scn .svslide .bif .vms .vmu .dcm .czi .isyntax .qptiff .vsi"
 SUFFIXES = tuple(KINDS.split())
+Size = tuple[int, int]  # px
 PIECE = 4e6  # source pixels that are read at once
 
 
@@ -51,7 +52,7 @@ class Level:
     shrink: int = 1
 
     @property
-    def side(self) -> tuple[int, int]:
+    def side(self) -> Size:
         """(width, height) of the tiles in which it is read."""
         if not self.tiles:
             return 256, 256
@@ -114,7 +115,7 @@ class Slide:
         power = _number(properties.get("openslide.objective-power", ""))
         self.objective = power if 0 < power < math.inf else None
 
-    def _add_level(self, size: tuple[int, int], number: int, tiles: Tiles | None = None) -> None:
+    def _add_level(self, size: Size, number: int, tiles: Tiles | None = None) -> None:
         """Take a level for what its size proves, or leave it out and note that."""
         (width, height), whole = size, (self.width, self.height)
         factor = level_factor(whole, size, self._reader.tile_size(number))
@@ -123,8 +124,9 @@ class Slide:
             height = min(height, math.ceil(self.height / factor))
             self.levels.append(Level(width, height, factor, number, tiles))
         else:
-            text = f"level {number} ({width} x {height} px) left out: not the whole slide"
-            self.notes.append(f"{text} at one scale")
+            self.notes.append(
+                f"level {number} ({width} x {height} px) left out: not the whole slide at one scale"
+            )
 
     def _open_tiles(self) -> None:
         """Find the compressed tiles of a TIFF.
@@ -318,9 +320,7 @@ class Slide:
             return self.area(x, y, w, h, out_w, out_h, draft, d / level.shrink)
         return out
 
-    def _resampled(
-        self, level: Level, box: tuple[float, ...], size: tuple[int, int], draft: bool
-    ) -> NDArray:
+    def _resampled(self, level: Level, box: tuple[float, ...], size: Size, draft: bool) -> NDArray:
         """A box (x, y, width, height) of level-0 pixels out of one level (see area)."""
         d = level.downsample
         x, y, w, h = (number / d for number in box)
@@ -364,8 +364,9 @@ class Slide:
         try:
             return self.area(x, y, size, size, out, out)
         except PatchError as error:
-            text = f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
-            raise PatchError(text) from error
+            raise PatchError(
+                f"{self.name}: patch at x={x}, y={y} cannot be read: {error}"
+            ) from error
 
     def thumbnail(self, max_side: int) -> NDArray:
         """(h, w, 3) uint8, the longer side at most `max_side`; unreadable parts are white."""
@@ -378,9 +379,7 @@ def _whole(unit: float, *numbers: float) -> bool:
     return all(number % unit == 0 for number in numbers)
 
 
-def level_factor(
-    whole: tuple[int, int], level: tuple[int, int], tile: tuple[int, int] = (1, 1)
-) -> float | None:
+def level_factor(whole: Size, level: Size, tile: Size = (1, 1)) -> float | None:
     """Downsample of a level by its size and level 0's, (width, height); None if it proves none.
 
     Whole where the size is that of a whole factor, cut to pixels or padded to whole tiles: 4443 ->

@@ -12,8 +12,7 @@ from torch import Tensor
 
 def _blank(model, count: int) -> Tensor:
     """(count, 3, S, S) of zeros on the model's device."""
-    device = next(model.parameters()).device
-    return torch.zeros(count, 3, model.input_size, model.input_size, device=device)
+    return torch.zeros(count, 3, model.input_size, model.input_size, device=model.device)
 
 
 def fitting_batch_size(model) -> int:
@@ -21,7 +20,7 @@ def fitting_batch_size(model) -> int:
 
     On a GPU a multiple of 8, at most 256, that fills 80 % of its free memory.
     """
-    device = next(model.parameters()).device
+    device = model.device
     if device.type != "cuda":
         return 32
     x = _blank(model, 8)
@@ -72,7 +71,7 @@ def timed(call: Callable, device: torch.device) -> list[float]:
 
 def milliseconds(model, batch_size: int | None = None) -> float:
     """Median time per image of a forward pass; batches of 32 on a GPU, of 4 on a CPU by default."""
-    device = next(model.parameters()).device
+    device = model.device
     x = _blank(model, batch_size or (32 if device.type == "cuda" else 4))
     with torch.inference_mode():
         return 1e3 * float(np.median(timed(lambda: model(x), device))) / len(x)
@@ -84,7 +83,7 @@ COLUMNS += ["MFU", "memory"]
 
 def speed(model, batch_size: int | None = None) -> list[str]:
     """Throughput of one model on its device: the `COLUMNS` that `python -m g2l.models` prints."""
-    device = next(model.parameters()).device
+    device = model.device
     cuda = device.type == "cuda"
     batch_size = batch_size or (fitting_batch_size(model) if cuda else 4)
     flops = flops_per_image(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 import kernels
@@ -22,6 +23,7 @@ from g2l.models import Model
 from g2l.patches import PatchIndex
 
 ORDERS = 20  # of which the chance of CKA is the mean
+Item = tuple[Tensor, Params, list[str]]  # see Batches
 ATTEMPTS = 20  # patches tried for one sample; a run stops long before so many cannot be read
 
 
@@ -36,7 +38,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     index: PatchIndex
-    held: np.ndarray  # bool (slides,)
+    held: ndarray  # bool (slides,)
     seed: int
     batch_size: int
     crop: int
@@ -44,7 +46,7 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     world: int = 1
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Params, list[str]]:
+    def __getitem__(self, number: int) -> Item:
         first = self._first(number)
         worker = torch.utils.data.get_worker_info()
         coming = self._first(number + (worker.num_workers if worker else 1))
@@ -63,7 +65,7 @@ class Batches(torch.utils.data.Dataset):
         patch, slide = torch.tensor(drawn).T.contiguous()
         return images, params._replace(patch=patch, slide=slide), unreadable
 
-    def pack(self, item: tuple[Tensor, Params, list[str]]) -> tuple:
+    def pack(self, item: Item) -> tuple:
         """What a process sends: arrays, which go through the pipe, not tensors; and what it has
         counted since the last time (see remote.Link)."""
         images, params, unreadable = item
@@ -82,7 +84,7 @@ class Batches(torch.utils.data.Dataset):
             if not self.held[self.index.locate(i)[0]]:
                 yield i
 
-    def _read(self, n: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+    def _read(self, n: int, unreadable: list[str]) -> tuple[ndarray, int]:
         """The patch of sample n and its number; `unreadable` gets texts of those that were not."""
         for i in itertools.islice(self._candidates(n), ATTEMPTS):
             try:
@@ -95,9 +97,7 @@ class Batches(torch.utils.data.Dataset):
         return np.zeros((self.index.patch_size,) * 2 + (3,), np.uint8), i
 
 
-def load(
-    batches: Batches, numbers: range, workers: int, pin: bool
-) -> Iterator[tuple[Tensor, Params, list[str]]]:
+def load(batches: Batches, numbers: range, workers: int, pin: bool) -> Iterator[Item]:
     """Items `numbers` of `batches`, read ahead by `workers` processes; `pin`: in pinned memory.
 
     They come through pipes, not through shared memory, of which a container has little. Raises
@@ -118,7 +118,7 @@ def load(
             yield images.pin_memory() if pin else images, params, unreadable
 
 
-def hold_out(index, fraction: float, seed: int) -> np.ndarray:
+def hold_out(index, fraction: float, seed: int) -> ndarray:
     """bool (slides,): the slides of a seeded `fraction` of the patients.
 
     At least 2 patients of 8 or more, 1 of 4, none of fewer.
@@ -133,7 +133,7 @@ def hold_out(index, fraction: float, seed: int) -> np.ndarray:
 
 def open_cohort(
     folder: Path, slides: str, fraction: float, most: int, seed: int, cache: int = 0
-) -> tuple[PatchIndex, np.ndarray]:
+) -> tuple[PatchIndex, ndarray]:
     """The patches, and bool (slides,): which slides are held out (see `hold_out`).
 
     With `most`, training keeps so many slides; a larger number adds to those of a smaller one.
@@ -151,7 +151,7 @@ def open_cohort(
 
 def read_centres(
     index: PatchIndex, chosen: list[int], crop: int
-) -> tuple[dict[int, np.ndarray], list[str]]:
+) -> tuple[dict[int, ndarray], list[str]]:
     """The patches by number, centre-cropped to (crop, crop, 3), and texts of those that cannot be
     read."""
     margin = (index.patch_size - crop) // 2
@@ -171,11 +171,10 @@ def read_centres(
 def embeddings_of(model: Model, images: Tensor, batch: int) -> Tensor:
     """float32 (N, dim) of uint8 images (N, 3, S, S), in eval mode, `batch` at a time."""
     training = model.training
-    device = next(model.parameters()).device
     model.eval()
     parts = []
     for part in images.split(batch):
-        parts.append(model(model.normalize(part.to(device))).float())
+        parts.append(model(model.normalize(part.to(model.device))).float())
     model.train(training)
     return torch.cat(parts)
 
@@ -189,28 +188,28 @@ class Heldout:
     def __init__(
         self,
         index,
-        held: np.ndarray,
+        held: ndarray,
         count: int,
         crop: int,
         seed: int,
         teachers: Sequence[Model],
         batch: int,
     ):
-        counts = np.asarray(index.counts)
-        starts = np.cumsum(counts) - counts
-        slides = np.flatnonzero((held if held.any() else ~held) & (counts > 0))
+        slides = np.flatnonzero(held if held.any() else ~held)
         rng = np.random.default_rng([seed, 0xE7A1])
         drawn = rng.choice(slides, 20 * count)  # a slide, then a patch of it, none twice
-        chosen = list(dict.fromkeys((starts[drawn] + rng.integers(counts[drawn])).tolist()))[:count]
+        numbers = index.starts[drawn] + rng.integers(index.counts[drawn])
+        chosen = list(dict.fromkeys(numbers.tolist()))[:count]
         patches, unreadable = read_centres(index, chosen, crop)
         if len(patches) < 4:
             problem = unreadable[-1] if unreadable else "their patients have no more"
             mend = "moved" if unreadable else "held out"
-            text = f"only {len(patches)} of {count} held-out patches can be read: {problem}"
-            raise UserError(text, mend)
+            raise UserError(
+                f"only {len(patches)} of {count} held-out patches can be read: {problem}", mend
+            )
         stacked = np.stack(list(patches.values()))
         self.images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        self.patients = [str(index.patient[index.locate(i)[0]]) for i in patches]
+        self.patients = [index.patient[index.locate(i)[0]] for i in patches]
         self.batch = batch
         self.name = "held-out CKA" if held.any() else "CKA on training slides"
         self.teachers = [self.features(teacher) for teacher in teachers]

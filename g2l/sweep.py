@@ -4,7 +4,6 @@
 reads what each has left in its folder. Runs that differ in their seed only are repetitions.
 """
 
-import csv
 import itertools
 import re
 from collections.abc import Collection, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from g2l.errors import UserError
-from g2l.files import atomic, read_json, safe, write_text
+from g2l.files import read_json, safe, write_table, write_text
 from g2l.pictures import canvas, save_figure
 from g2l.report import markdown
 from g2l.runs import column
@@ -34,8 +33,10 @@ def trials(specs: Sequence[str], known: Collection[str]) -> list[Trial]:
         name = name.replace("-", "_")
         values = text.split(",")
         if name not in known or name in axes or "" in values:
-            wanted = f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
-            raise UserError(f"sweep {spec}: expected {wanted}")
+            raise UserError(
+                f"sweep {spec}: expected "
+                f"NAME=VALUE,VALUE,... with each NAME once, of {', '.join(known)}"
+            )
         axes[name] = values
     found = itertools.product(*axes.values())
     return [dict(zip(axes, values, strict=True)) for values in found]
@@ -57,23 +58,21 @@ def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
         run = folder / run_name(base, trial)
         finished = read_json(run / "config.json")["finished"]
         best = finished["best"]
-        row = {**trial, "run": run.name}
-        row["cka_before"] = best["before"]
-        row["cka_after"] = best["last"]
-        row["cka_best"] = best["cka"]
-        row["best_step"] = best["step"]
-        row["steps"] = finished["step"]
+        row = {
+            **trial,
+            "run": run.name,
+            "cka_before": best["before"],
+            "cka_after": best["last"],
+            "cka_best": best["cka"],
+            "best_step": best["step"],
+            "steps": finished["step"],
+        }
         rows.append(row)
         key = tuple(trial[name] for name in names)
         repetitions = groups.setdefault(key, [])
         repetitions.append({**row, "curve": column(run, "cka")})
-    with (
-        atomic(path.with_suffix(".csv")) as temporary,
-        open(temporary, "w", newline="") as file,
-    ):
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    table = [list(rows[0]), *(row.values() for row in rows)]
+    write_table(path.with_suffix(".csv"), table)
     write_text(path, _table(names, groups))
     _draw(path.with_suffix(".png"), names, groups)
     return path

@@ -74,11 +74,7 @@ class Codec:
                 image = simplejpeg.decode_jpeg(data, "RGB", False, False, *least, shrink)
             else:
                 raise ValueError("no JPEG where one should be")
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-        ) as error:  # the libraries' own errors
+        except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
             raise PatchError(str(error)) from error
         if image.shape != shape:
             raise PatchError(f"compressed tile holds {image.shape}, expected {shape}")

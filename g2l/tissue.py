@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2l.errors import SkippedSlide, UserError
-from g2l.slides import Slide
+from g2l.slides import Size, Slide
 
 # Classes of annotations that are not tissue.
 NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
@@ -218,9 +218,7 @@ def _laplacian_power(images: NDArray, step: int = 1) -> NDArray:
     return np.einsum("nij,nij->n", inner, inner) / inner[0].size
 
 
-def read_mask(
-    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int] = (0, 0)
-) -> NDArray:
+def read_mask(path: Path, shape: Size, scale: float, origin: Size = (0, 0)) -> NDArray:
     """(h, w) bool tissue from the user's own mask; a pixel of the result has `scale` level-0 px.
 
     GeoJSON polygons in level-0 pixels from `origin` (Slide.origin), as QuPath exports them; those
@@ -238,16 +236,16 @@ def read_mask(
     height, width = values.shape
     aspect = width / height * shape[0] / shape[1]
     if abs(aspect - 1) > 0.02 + 2 / min(*values.shape, *shape):
-        text = f"{path}: {width} x {height} px, another aspect than the slide's"
-        raise UserError(f"{text}; a mask covers the whole slide")
+        raise UserError(
+            f"{path}: {width} x {height} px, another aspect than the slide's"
+            "; a mask covers the whole slide"
+        )
     least = values.max() / 2 if lossy else 0
     tissue = Image.fromarray(values > least)
     return np.asarray(tissue.resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def _draw_polygons(
-    path: Path, shape: tuple[int, int], scale: float, origin: tuple[int, int]
-) -> NDArray:
+def _draw_polygons(path: Path, shape: Size, scale: float, origin: Size) -> NDArray:
     """Each polygon on its own, so that a hole erases only what is its own."""
     drawn = {wanted: np.zeros(shape, bool) for wanted in (True, False)}
     try:

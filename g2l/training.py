@@ -8,6 +8,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
 
 
+@dataclass(eq=False)
 class Training:
     """A run under way: what changes from step to step, and what is done with it.
 
@@ -34,18 +36,23 @@ class Training:
     `done`, `best`, `unreadable` and `ended` beside models, optimizer and stop rule.
     """
 
-    def __init__(self, args: Namespace, run: Run, step: Step, identity: dict, peak: float):
-        self.args, self.run, self.step = args, run, step
-        self.identity, self.peak = identity, peak
+    args: Namespace
+    run: Run
+    step: Step
+    identity: dict
+    peak: float
+    done: int = 0  # steps
+    best: dict = field(default_factory=dict)  # CKA: best and its step, before training, last
+    unreadable: int = 0  # patches of this rank
+    waited: float = 0.0  # seconds, for patches
+    ended: str = ""  # why, before the last step
+
+    def __post_init__(self) -> None:
+        args = self.args
         self.rank, self.world = rank_and_world()
         self.stop = StopRule(args.stop, args.stop_window, args.stop_patience, args.stop_min_steps)
-        self.readings = Readings(step.device, self.world)
+        self.readings = Readings(self.step.device, self.world)
         self.images = self.world * args.accumulate * args.batch_size  # of a step, on all ranks
-        self.done = 0  # steps
-        self.best: dict = {}  # CKA: the best and its step, the one before training, the last
-        self.unreadable = 0  # patches of this rank
-        self.waited = 0.0  # seconds, for patches
-        self.ended = ""  # why, before the last step
         self.random: dict = {}
         self.config: dict = {}
         self.progress = Progress(args.max_steps, "step", shown=False)
@@ -56,15 +63,13 @@ class Training:
         self.step.distiller.load_state_dict(state["distiller"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.stop.load_state_dict(state["stop"])
-        self.done, self.best, self.ended = (
-            state["step"],
-            state["best"],
-            state["ended"],
-        )
+        self.done = state["step"]
+        self.best = state["best"]
+        self.ended = state["ended"]
         self.unreadable = state["unreadable"][self.rank]
         self.random = state["random"][self.rank]
         if self.run.main:
-            print(f"going on from step {self.done} of {self.run.folder}", flush=True)
+            print(f"going on from step {self.done} of {self.run.folder}")
 
     def begin(self, index: PatchIndex, held: np.ndarray) -> None:
         """On rank 0: look at the room on the disk, write config.json, draw the patches held out."""
@@ -77,14 +82,15 @@ class Training:
             "slides": len(index.slides),
             "patches": len(index),
             "patients": index.patients,
+            "held out": [index.slides[i] for i in np.flatnonzero(held)],
         }
-        cohort["held out"] = [index.slides[i] for i in np.flatnonzero(held)]
         self.config = {
             "arguments": vars(args),
             "identity": self.identity,
             "device": device,
+            **describe_setting(),
+            "cohort": cohort,
         }
-        self.config |= {**describe_setting(), "cohort": cohort}
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
@@ -104,8 +110,7 @@ class Training:
             f"{run.folder}: {' and '.join(names)} into "
             f"{student.name} ({student.parameters_count / 1e6:,.1f} M parameters); {self.images} "
             f"patches a step, {args.max_steps} steps; {self.identity['precision']} on "
-            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second",
-            flush=True,
+            f"{device}; at the matmul ceiling {self.peak:,.3g} steps a second"
         )
 
     @property
@@ -203,12 +208,13 @@ class Training:
         self.unreadable += len(failures)
         drawn = (self.done + 1) * self.args.accumulate * self.args.batch_size
         if self.unreadable > max(10, self.args.max_unreadable * drawn):
-            text = (
+            raise UserError(
                 f"{self.unreadable} of {drawn} patches could not be read, the last: {failures[-1]}"
+                f"; {path} has all",
+                "unreadable",
             )
-            raise UserError(f"{text}; {path} has all", "unreadable")
 
-    def collect(self, everything: bool = False) -> None:
+    def collect(self, everything: bool) -> None:
         """Take the numbers that have arrived: guard, ask the stop rule, log.
 
         Raises UserError where loss or gradient is no number.
@@ -227,14 +233,12 @@ class Training:
                 "loss": loss,
                 "lr": lr,
                 "weight_decay": weight_decay,
-            }
-            row |= {
                 "grad_norm": norm,
                 "spread": spread,
                 "above_mean": self.stop.count,
+                "images_per_second": round(rate * self.images, 2),
+                "mfu": round(rate / self.peak, 4),
             }
-            row["images_per_second"] = round(rate * self.images, 2)
-            row["mfu"] = round(rate / self.peak, 4)
             lines.append(row)
         if self.run.main and lines:
             self.run.log(lines)
@@ -248,8 +252,11 @@ class Training:
             return
         result = self.heldout.measure(self.step.distiller.student)
         if result["spread"] < 1e-6:
-            text = f"step {self.done}: the student gives the same features for every patch"
-            raise UserError(f"{text}, so there is nothing to learn from", "constant")
+            raise UserError(
+                f"step {self.done}: the student gives the same features for every patch"
+                ", so there is nothing to learn from",
+                "constant",
+            )
         cka = result["cka"]
         if cka > self.best.get("cka", -math.inf):
             self.best |= {"cka": cka, "step": self.done}
@@ -293,8 +300,7 @@ class Training:
             print(
                 f"slides read where they are: {read / 1e6:,.1f} MB fetched; "
                 f"{hits / max(1, tiles):.0%} of {tiles:,.0f} tiles were in the cache; "
-                f"the steps waited for patches {idle:.0%} of their time",
-                flush=True,
+                f"the steps waited for patches {idle:.0%} of their time"
             )
 
     def tell_unreadable(self) -> int:
@@ -312,32 +318,37 @@ class Training:
         where that is asked for."""
         args, run, best = self.args, self.run, self.best
         student = self.step.distiller.student
-        metadata = {"teacher": joined(args.teacher), "student": args.student}
-        metadata |= {"cancer": args.cancer, "loss": joined(args.loss)}
-        metadata |= {"run": run.folder.name, "steps": self.done}
-        metadata |= {"patients": list(index.patients), "slides": list(index.slides)}
-        metadata |= {"cka_before": best["before"], "cka_after": best["last"]}
-        facts = {name: self.config[name] for name in TOLD}
-        facts |= {"licences": [verdict(name) for name in args.teacher]}
-        facts |= {"patches": len(index), "cohort": self.identity["cohort"]}
-        facts |= {
+        metadata = {
+            "teacher": joined(args.teacher),
+            "student": args.student,
+            "cancer": args.cancer,
+            "loss": joined(args.loss),
+            "steps": self.done,
+            "patients": list(index.patients),
+            "slides": list(index.slides),
+            "cka_before": best["before"],
+            "cka_after": best["last"],
+        }
+        facts = {
+            **{name: self.config[name] for name in TOLD},
+            "licences": [verdict(name) for name in args.teacher],
+            "patches": len(index),
+            "cohort": self.identity["cohort"],
             "tiles": self.identity["settings of tile.py"],
             "measure": self.heldout.name,
+            "curve": list(zip(*column(run.folder, "cka"), strict=True)),
+            **self.heldout.proof(student),
         }
-        facts |= {"curve": list(zip(*column(run.folder, "cka"), strict=True))}
-        facts |= self.heldout.proof(student)
-        because = self.ended or "last step"
-        finished = {"step": self.done, "because": because, "best": best}
+        finished = {"step": self.done, "because": self.ended or "last step", "best": best}
         nets = [student]
         if args.keep_projector:
             # Standardised over patches that were trained on.
-            count = 4 * args.eval_patches
-            seen = Heldout(index, ~held, count, args.crop, args.seed, [], args.batch_size)
+            more = 4 * args.eval_patches, args.crop, args.seed
+            seen = Heldout(index, ~held, *more, [], args.batch_size)
             nets.append(projected(self.step.distiller, seen.images, args.batch_size))
         try:
             for name, net in zip(run.exports, nets, strict=True):
-                run_name = name.replace("student", run.folder.name)
-                about = metadata | {"run": run_name}
+                about = metadata | {"run": name.replace("student", run.folder.name)}
                 save_student(net, run.folder / name, metadata=about, facts=facts)
                 finished[name] = checksums(run.folder / name)
             run.write_config({**self.config, "finished": finished})

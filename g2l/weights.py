@@ -48,8 +48,11 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
         elif len(weights) == 1 and ("=" not in spec or Path(spec).exists()):
             weights[names[0]] = spec
         else:
-            which = "for which model? Write NAME=FILE with NAME one of"
-            raise UserError(f"weights {spec}: {which} {', '.join(names)}")
+            raise UserError(
+                f"weights {spec}: "
+                "for which model? Write NAME=FILE with NAME one of"
+                f" {', '.join(names)}"
+            )
     return weights
 
 
@@ -204,8 +207,9 @@ def read_config(folder: Path) -> dict:
             "metadata": dict(config.get("g2l") or {}),
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a timm configuration ({reason})") from None
+        raise UserError(
+            f"{path}: not a timm configuration ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _preprocessing(config: dict) -> dict:

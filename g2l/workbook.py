@@ -1,7 +1,5 @@
 """The texts of an Excel workbook, by the standard library alone: a zip file of XML."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -23,12 +21,7 @@ def read_sheets(path: Path) -> list[list[Row]]:
                 if name.startswith("xl/worksheets/sheet"):
                     sheet = ElementTree.fromstring(book.read(name))
                     sheets.append([row_of(row, strings) for row in sheet.findall(".//{*}row")])
-    except (
-        zipfile.BadZipFile,
-        ElementTree.ParseError,
-        ValueError,
-        IndexError,
-    ) as error:
+    except (zipfile.BadZipFile, ElementTree.ParseError, ValueError, IndexError) as error:
         raise UserError(f"{path}: no Excel workbook ({error})") from error
     return sheets
 

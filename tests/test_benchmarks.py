@@ -483,15 +483,13 @@ def test_slides_and_regions_are_the_mean_of_their_patches(tmp_path):
     slide(tmp_path / "a.svs", side=512)
     picture(tmp_path / "roi.png", (500, 300), (120, 60, 90))
     model = load_model("timm:test_vit", "random", input_size=32)
-    whole = extract_features(model, SlidePatches([tmp_path / "a.svs"]), progress="none")
+    whole = extract_features(model, SlidePatches([tmp_path / "a.svs"]))
     with Slide(tmp_path / "a.svs") as opened:
         single = [opened.read(x, y, 256, 256) for y in (0, 256) for x in (0, 256)]
-    patches = extract_features(model, single, progress="none")
+    patches = extract_features(model, single)
     assert np.allclose(whole[0], patches.mean(0), atol=1e-4 * np.abs(patches).max())
-    region = extract_features(model, Regions([tmp_path / "roi.png"]), progress="none")
-    flat = extract_features(
-        model, [np.full((224, 224, 3), (120, 60, 90), np.uint8)], progress="none"
-    )
+    region = extract_features(model, Regions([tmp_path / "roi.png"]))
+    flat = extract_features(model, [np.full((224, 224, 3), (120, 60, 90), np.uint8)])
     assert np.allclose(region, flat, atol=1e-4 * np.abs(flat).max())
 
 
@@ -690,10 +688,10 @@ def test_features_that_embed_has_computed_are_taken_as_they_are(cohort, monkeypa
     choices = Choices(data=cohort, cancer=["brca"], slides_table=[cohort / "mine.csv"])
     (b,), _ = load_benchmarks([], [], choices)
     model = load_model("timm:test_vit", "random", input_size=64)
-    computed = extract_features(model, [list(stack) for stack in b.images], progress="none")
+    computed = extract_features(model, [list(stack) for stack in b.images])
     reads = []
     monkeypatch.setattr("g2l.patches.PatchIndex.read", lambda *_: reads.append(1))
-    taken = extract_features(model, b.images, progress="none")
+    taken = extract_features(model, b.images)
     assert not reads and np.allclose(taken, computed, atol=1e-5 * np.abs(computed).max())
     other = load_model("timm:test_vit", "random", input_size=32)
     assert b.images.embedded(other) == {}  # of another preprocessing

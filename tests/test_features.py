@@ -47,7 +47,7 @@ def plain(model, arrays):
 )
 def test_features_do_not_depend_on_batches_or_workers(options, vit):
     arrays = images(9) + images(4, 70, 90, seed=1)  # sizes mixed
-    got = extract_features(vit, Source(arrays), progress="none", **options)
+    got = extract_features(vit, Source(arrays), **options)
     want = plain(vit, arrays)
     assert (
         got.dtype == np.float32
@@ -58,9 +58,7 @@ def test_features_do_not_depend_on_batches_or_workers(options, vit):
 def test_sequences_are_averaged_and_read_one_by_one(vit):
     arrays = images(7)
     lazy = Source(arrays)
-    got = extract_features(
-        vit, [arrays, np.stack(arrays[:3]), lazy, arrays[0]], batch_size=3, progress="none"
-    )
+    got = extract_features(vit, [arrays, np.stack(arrays[:3]), lazy, arrays[0]], batch_size=3)
     want = plain(vit, arrays)
     np.testing.assert_allclose(
         got, [want.mean(0), want[:3].mean(0), want.mean(0), want[0]], rtol=1e-4, atol=1e-5
@@ -82,7 +80,7 @@ def test_unreadable_items_become_nan_and_are_named(workers, vit):
         Source([OSError("a"), OSError("b")]),
     ]
     errors = []
-    got = extract_features(vit, Source(items), errors=errors, workers=workers, progress="none")
+    got = extract_features(vit, Source(items), errors=errors, workers=workers)
     assert np.flatnonzero(np.isnan(got).any(1)).tolist() == [1, 3, 4, 5, 7]
     assert errors[:4] == [
         (1, "truncated"),
@@ -93,7 +91,7 @@ def test_unreadable_items_become_nan_and_are_named(workers, vit):
     assert errors[4:] == [(6, "bad patch"), (7, "a"), (7, "b")]
     np.testing.assert_allclose(got[6], plain(vit, good[:2]).mean(0), rtol=1e-4, atol=1e-5)
     with pytest.raises(ZeroDivisionError):  # a defect is no unreadable image
-        extract_features(vit, Source([good[0], ZeroDivisionError()]), progress="none")
+        extract_features(vit, Source([good[0], ZeroDivisionError()]))
 
 
 def test_padding_for_a_compiled_network_changes_nothing(vit):
@@ -102,7 +100,7 @@ def test_padding_for_a_compiled_network_changes_nothing(vit):
     model.compiled = True
     shapes = []
     model.net.register_forward_pre_hook(lambda _, args: shapes.append(len(args[0])))
-    got = extract_features(model, arrays, batch_size=4, progress="none")
+    got = extract_features(model, arrays, batch_size=4)
     assert shapes == [4, 4]
     np.testing.assert_allclose(got, plain(vit, arrays), rtol=1e-4, atol=1e-5)
 
@@ -112,25 +110,23 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
     arrays = images(8)
     broken = Source([*arrays[:5], OSError("lost"), arrays[6], RuntimeError("killed here")])
     with pytest.raises(RuntimeError):
-        extract_features(vit, broken, batch_size=1, cache=tmp_path, key="data 1", progress="none")
+        extract_features(vit, broken, batch_size=1, cache=tmp_path, key="data 1")
     whole, errors = Source([*arrays[:5], OSError("lost"), *arrays[6:]]), []
-    got = extract_features(vit, whole, cache=tmp_path, key="data 1", errors=errors, progress="none")
+    got = extract_features(vit, whole, cache=tmp_path, key="data 1", errors=errors)
     assert 0 not in whole.read and 7 in whole.read and errors == [(5, "lost")]
     want = plain(vit, arrays)
     want[5] = np.nan
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     again = Source([None] * 8)  # nothing is read a second time
-    np.testing.assert_array_equal(
-        extract_features(vit, again, cache=tmp_path, key="data 1", progress="none"), got
-    )
+    np.testing.assert_array_equal(extract_features(vit, again, cache=tmp_path, key="data 1"), got)
     assert not again.read
     files = sorted(tmp_path.iterdir())  # one a row
     files[0].write_bytes(files[0].read_bytes()[:40])
     damaged = Source(arrays)
-    extract_features(vit, damaged, cache=tmp_path, key="data 1", progress="none")
+    extract_features(vit, damaged, cache=tmp_path, key="data 1")
     assert len(damaged.read) == 1
     other = Source(arrays)
-    extract_features(vit, other, cache=tmp_path, key="data 2", progress="none")
+    extract_features(vit, other, cache=tmp_path, key="data 2")
     assert len(other.read) == 8
     resized = Source(arrays)
     extract_features(
@@ -138,7 +134,6 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
         resized,
         cache=tmp_path,
         key="data 1",
-        progress="none",
     )
     assert len(resized.read) == 8
 
@@ -211,19 +206,19 @@ class Deadly(Source):
 
 
 def test_a_killed_loader_is_noticed_at_once_by_a_second_extraction_too(vit):
-    extract_features(vit, images(3), workers=1, progress="none")
+    extract_features(vit, images(3), workers=1)
     start = time.monotonic()
     with pytest.raises((RuntimeError, ConnectionError)):
-        extract_features(vit, Deadly(images(5)), workers=1, batch_size=1, progress="none")
+        extract_features(vit, Deadly(images(5)), workers=1, batch_size=1)
     assert time.monotonic() - start < 60
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_features_equal_those_of_the_cpu(tiny):
     arrays = images(10, 250, 250)
-    want = extract_features(load_model(tiny, "random"), arrays, progress="none")
+    want = extract_features(load_model(tiny, "random"), arrays)
     for dtype, tolerance in ((torch.float32, 1e-3), (None, 2e-2)):
         model = load_model(tiny, "random", device="cuda", dtype=dtype)
-        got = extract_features(model, arrays, progress="none", workers=2)
+        got = extract_features(model, arrays, workers=2)
         assert (np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)).max() < tolerance
     assert fitting_batch_size(model) % 8 == 0

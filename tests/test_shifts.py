@@ -15,7 +15,7 @@ def patch() -> np.ndarray:
 
 @pytest.mark.parametrize("kind", list(SHIFTS))
 def test_shift_grows_with_its_strength_and_starts_at_nothing(kind, patch):
-    _, nothing, _, strengths = SHIFTS[kind]
+    nothing, strengths = SHIFTS[kind]["nothing"], SHIFTS[kind]["tried"]
     change = lambda s: np.abs(shift(patch, kind, s).astype(float) - patch).mean()  # noqa: E731
     above = sorted(s for s in strengths if s > nothing)
     below = sorted((s for s in strengths if s < nothing), reverse=True)

@@ -89,7 +89,8 @@ def test_unreadable_patches_are_drawn_again_and_named(data):
 
 
 def test_held_out_patients_with_too_few_patches_say_what_to_do():
-    index = SimpleNamespace(counts=[2, 1, 9], patch_size=64, ahead=list)
+    index = SimpleNamespace(counts=np.array([2, 1, 9]), patch_size=64, ahead=list)
+    index.starts = np.array([0, 2, 3])
     index.read = lambda i: np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(UserError, match="only 3 of 16 held-out patches") as raised:
         Heldout(index, np.array([True, True, False]), 16, 48, 0, [], 8)
