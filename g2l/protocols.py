@@ -85,9 +85,9 @@ def narrow(z: Tensor) -> Tensor:
 
 
 def moments(z: Tensor) -> Tensor:
-    """Second moments (D + 1, D + 1) of rows [z, 1], in fp64, which add up over parts."""
+    """Second moments (D + 1, D + 1) of rows [z, 1], which add up over parts: in fp64."""
     rows = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-    return (rows.T @ rows).double()
+    return rows.T @ rows
 
 
 def pca_axes(moment: Tensor, dims: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,9 @@ def nearest(
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
-    total = torch.stack(inside).sum(0)
+    total = torch.zeros_like(inside[0], dtype=torch.float64)
+    for own in inside:
+        total += own
     fitted = [pca_axes(total - own if pca == "fold" else total, dims) for own in inside]
     together = z @ torch.cat([axes for _, axes in fitted], 1).to(z)
     sizes = [axes.shape[1] for _, axes in fitted]
@@ -274,8 +276,10 @@ def cka_to_teacher(
         for part in parts:
             rows = extended(one, part)
             beside = rows if one == other else extended(other, part)
-            inside.append((rows.T @ beside).double())
-        total = torch.stack(inside).sum(0)
+            inside.append(rows.T @ beside)
+        total = torch.zeros_like(inside[0], dtype=torch.float64)
+        for own in inside:
+            total += own
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own = {}
