@@ -266,7 +266,9 @@ def cka_to_teacher(
 
     def extended(name: str, part: Tensor) -> Tensor:
         """Rows [x, |x|^2, 1] of a part, small enough that fourth powers stay in fp32's range."""
-        rows = (x[name][part] - middle[name]) / largest[name]
+        rows = x[name][part]
+        rows -= middle[name]
+        rows /= largest[name]
         norms = (rows**2).sum(1, keepdim=True)
         return torch.cat([rows, norms, torch.ones_like(norms)], 1)
 
