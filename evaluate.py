@@ -136,8 +136,7 @@ def extract(
     the cards, and by benchmark and model which images (N,) could be read; what failed goes to
     `failures`.
     """
-    from g2l.evaluation import readable_rows
-    from g2l.features import display
+    from g2l.features import display, readable_rows
 
     cards: dict[str, dict] = {}
     readable: dict[str, dict] = {benchmark.name: {} for benchmark in found}

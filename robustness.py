@@ -49,6 +49,7 @@ from g2l.features import (
     features,
     models_at_hand,
     origins_of,
+    readable_rows,
     report_failures,
 )
 from g2l.files import clear_stale, digest, safe, write_text
@@ -368,6 +369,7 @@ def gather(
     for name, options in load.items():
         try:
             read = [features(name, part, args.results, **how, **options) for part in parts]
+            readable_rows(read[0], f"{display(name)} on {parts[0].name}")
             cards[display(name)] = card(name, args.results, **options)
             x[display(name)] = read
         except UserError as error:
@@ -444,7 +446,7 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
     record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
     text = shift_table(name, count, steps, found)
     out = args.results / "robustness" / safe(name)
-    write_text(out / "shifts.md", text)
+    write_text(out / "shifts.md", text + provenance(pick_device(args.device)))
     print(plain(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
     if not args.no_pictures:
         image = patches.images[int(fine.argmax())]

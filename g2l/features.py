@@ -525,6 +525,18 @@ def _refuse_broken(
         )
 
 
+def readable_rows(x: np.ndarray, where: str) -> np.ndarray:
+    """Which rows (N,) of the embeddings x (N, dim) are not those of unreadable images.
+
+    Raises UserError where they do not differ beyond rounding: `where` names model and benchmark.
+    """
+    least = np.fmin.reduce(x)
+    most = np.fmax.reduce(x)
+    if not (most - least).max() > 1e-6 * np.maximum(-least, most).max():
+        raise UserError(f"{where}: every image has the same embedding")
+    return np.isfinite(x.sum(1))
+
+
 def load_cached(path: Path) -> tuple[np.ndarray | None, dict]:
     """Features and what is written beside them; (None, {}) if there is no such file or it is
     damaged."""

@@ -262,7 +262,7 @@ def cka_to_teacher(
     part = np.random.default_rng(0).permutation(group.max() + 1)[group] % 10
     parts = [torch.from_numpy(np.flatnonzero(part == p)) for p in np.unique(part)]
     middle = {name: rows.mean(0) for name, rows in x.items()}
-    largest = {name: rows.abs().max() for name, rows in x.items()}
+    largest = {name: torch.linalg.vector_norm(rows, torch.inf) for name, rows in x.items()}
 
     def extended(name: str, part: Tensor) -> Tensor:
         """Rows [x, |x|^2, 1] of a part, small enough that fourth powers stay in fp32's range."""

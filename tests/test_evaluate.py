@@ -282,7 +282,7 @@ def test_corrected_labels_leave_no_figure_of_the_old_and_lost_rows_are_measured_
     kept = {r["key"] for r in rows(folder, model=ONE, protocol="probe")}
     assert kept and kept.isdisjoint(r["key"] for r in rows(folder, model=ONE, protocol="knn"))
     probe = [line for line in figures(folder).splitlines() if line.startswith("| mine")][2:]
-    assert all(line.endswith("| – |") for line in probe)
+    assert all(line.endswith("| – | – (0 of 2 splits) |") for line in probe)
 
 
 def test_a_name_stands_for_one_model_and_one_benchmark(tmp_path):

@@ -366,6 +366,26 @@ def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake
     assert (out / "map.png").stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize("kind", ["constant", "two rows", "one column"])
+def test_degenerate_features_end_nothing(kind, folder, fake, capsys, monkeypatch):
+    known = robustness.features
+
+    def features(name, *others, **options):
+        x = known(name, *others, **options).astype(np.float32)
+        if name == "dead":
+            x[:, 1:] = 0.5
+            if kind != "one column":
+                x[:, 0] = (kind == "two rows") * (np.arange(len(x)) % 2)
+        return x
+
+    monkeypatch.setattr("robustness.features", features)
+    command = ("--models", "dead", "tissue", "--benchmark", folder, "--results", folder.parent)
+    status, out, err = call(capsys, *command, "--per-class", 18)
+    assert "mine" in out and "tissue" in out
+    told = "error: dead on mine: every image has the same embedding" in err
+    assert (status, told) == ((1, True) if kind == "constant" else (0, False))
+
+
 def test_table_names_what_made_it(folder, fake, capsys):
     more = ("--benchmark", folder, "--results", folder.parent / "r", "--no-pictures")
     call(capsys, "--models", "tissue", *more, "--device", "cpu")
