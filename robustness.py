@@ -301,13 +301,22 @@ class IndexStudy:
 
 def folder_of(args: argparse.Namespace) -> Path:
     """Where the patches lie: TIGER's place unless another is named."""
+    if args.cancer:
+        return args.data / "tiles" / args.cancer
     return args.benchmark or args.data / "benchmarks" / "tiger"
+
+
+def claim_name(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """UserError where results are kept of another folder's patches by this name."""
+    where = str(folder_of(args).resolve())
+    claim(args.results, {f"benchmark {safe(benchmark.name)}": where})
 
 
 def study(args: argparse.Namespace, load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
     found = index.benchmark
+    claim_name(found, args)
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
@@ -383,7 +392,7 @@ def gather(
 def some_patches(args: argparse.Namespace) -> Benchmark:
     """`--patches` seeded patches of a cohort, of a benchmark, or of a folder with only images."""
     if args.cancer:
-        index = PatchIndex(args.data / "tiles" / args.cancer)
+        index = PatchIndex(folder_of(args))
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
@@ -419,6 +428,7 @@ def perturb(args: argparse.Namespace, load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
     name = patches.name
+    claim_name(patches, args)
     if len(patches) < 3:
         raise UserError(
             f"{name}: {len(patches)} patches; three are needed to tell self from others"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +314,7 @@ def test_rows_of_other_weights_are_not_set_beside_new_ones(folder, fake, monkeyp
     assert "| tissue |" in raw and "place" not in raw
 
 
-def test_a_name_stands_for_one_model(folder, fake, capsys):
+def test_a_name_stands_for_one_model_and_one_benchmark(folder, fake, capsys):
     results = folder.parent / "r"
     more = ("--benchmark", folder, "--results", results, "--no-pictures", "--per-class", 9)
     for place in ("a", "b"):
@@ -321,6 +322,11 @@ def test_a_name_stands_for_one_model(folder, fake, capsys):
     assert call(capsys, "--models", folder.parent / "a" / "run" / "student", *more)[0] == 0
     status, _, err = call(capsys, "--models", folder.parent / "b" / "run" / "student", *more)
     assert status == 1 and "holds the model run of" in err and "--results" in err
+    shutil.copytree(folder, folder.parent / "c" / folder.name)
+    more = ("--benchmark", folder.parent / "c" / folder.name, *more[2:])
+    for flags in ((), ("--perturb", "jpeg")):
+        status, _, err = call(capsys, "--models", "tissue", *more, *flags)
+        assert status == 1 and "holds the benchmark mine of" in err
 
 
 def test_names_stay_names(folder, fake, capsys):
