@@ -474,7 +474,9 @@ def features(
             cache=path.with_suffix(".part"),
             errors=errors,
         )
-    _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
+    _refuse_broken(
+        array, errors, display(name), benchmark, max_unreadable, told=together and rank == 0
+    )
     if not fresh and rank == 0:
         held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
         for field in ("ids", "groups", "classes"):
