@@ -129,25 +129,28 @@ def extract(
     embed: Callable,
     describe: Callable,
     failures: list[UserError],
-) -> tuple[dict[str, dict], dict[str, list[str]]]:
+) -> tuple[dict[str, dict], dict[str, dict]]:
     """Features of every model on every benchmark into the cache, by all ranks together.
 
     embed(model, benchmark) gives the features (N, dim), describe(model) the model's card. Returns
-    the cards, and the models that each benchmark has; what failed goes to `failures`.
+    the cards, and by benchmark and model which images (N,) could be read; what failed goes to
+    `failures`.
     """
+    from g2l.features import display, readable_rows
+
     cards: dict[str, dict] = {}
-    models_of: dict[str, list[str]] = {benchmark.name: [] for benchmark in found}
+    readable: dict[str, dict] = {benchmark.name: {} for benchmark in found}
     for name in models:
         for benchmark in found:
+            where = f"{display(name)} on {benchmark.name}"
             try:
-                embed(name, benchmark)
                 cards[name] = describe(name)
-                models_of[benchmark.name].append(name)
+                readable[benchmark.name][name] = readable_rows(embed(name, benchmark), where)
             except UserError as error:
                 failures.append(error)
                 if name not in cards:
                     break  # the model itself cannot be loaded
-    return cards, models_of
+    return cards, readable
 
 
 def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
@@ -294,7 +297,7 @@ def run(args: argparse.Namespace) -> int:
         return card(name, args.results, weights=weights[name], **options)
 
     claim(args.results, origins_of(models, found))
-    cards, models_of = extract(models, found, embed, describe, failures)
+    cards, readable = extract(models, found, embed, describe, failures)
     loaded_model.cache_clear()
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
@@ -308,7 +311,7 @@ def run(args: argparse.Namespace) -> int:
         device_used=str(device),
         load=lambda name: loaded_model(name, weights[name], tuple(sorted(options.items()))),
     )
-    study, lost = evaluate_all(found, models_of, embed, study, failures)
+    study, lost = evaluate_all(found, readable, embed, study, failures)
     texts = [one_line(explain(error, REMEDIES) or "") for error in failures]
     texts = list(dict.fromkeys(texts))
     if study.found:

@@ -47,6 +47,7 @@ from g2l.features import (
     features,
     models_at_hand,
     origins_of,
+    readable_rows,
     report_failures,
 )
 from g2l.files import clear_stale, digest, safe, write_text
@@ -298,13 +299,22 @@ class IndexStudy:
 
 def folder_of(args: Namespace) -> Path:
     """Where the patches lie: TIGER's place unless another is named."""
+    if args.cancer:
+        return args.data / "tiles" / args.cancer
     return args.benchmark or args.data / "benchmarks" / "tiger"
+
+
+def claim_name(benchmark: Benchmark, args: Namespace) -> None:
+    """UserError where results are kept of another folder's patches by this name."""
+    where = str(folder_of(args).resolve())
+    claim(args.results, {f"benchmark {safe(benchmark.name)}": where})
 
 
 def study(args: Namespace, load: dict) -> int:
     """Sample, measure every model, record, write table3.md and the pictures; the exit status."""
     index = IndexStudy(args)
     found = index.benchmark
+    claim_name(found, args)
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
@@ -367,6 +377,7 @@ def gather(
     for name, options in load.items():
         try:
             read = [features(name, part, args.results, **how, **options) for part in parts]
+            readable_rows(read[0], f"{display(name)} on {parts[0].name}")
             cards[display(name)] = card(name, args.results, **options)
             x[display(name)] = read
         except UserError as error:
@@ -383,7 +394,7 @@ def gather(
 def some_patches(args: Namespace) -> Benchmark:
     """`--patches` seeded patches of a cohort, of a benchmark, or of a folder with only images."""
     if args.cancer:
-        index = PatchIndex(args.data / "tiles" / args.cancer)
+        index = PatchIndex(folder_of(args))
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
@@ -414,6 +425,7 @@ def perturb(args: Namespace, load: dict) -> int:
     """Change the same patches step by step and follow every model's features; the exit status."""
     patches = some_patches(args)
     name = patches.name
+    claim_name(patches, args)
     if len(patches) < 3:
         raise UserError(
             f"{name}: {len(patches)} patches; three are needed to tell self from others"
@@ -440,7 +452,7 @@ def perturb(args: Namespace, load: dict) -> int:
     record(args.results, rows, same=("model", "benchmark", "protocol", "metric"))
     text = shift_table(name, count, steps, found)
     out = args.results / "robustness" / safe(name)
-    write_text(out / "shifts.md", text)
+    write_text(out / "shifts.md", text + provenance(pick_device(args.device)))
     print(plain(text.split("\n", 2)[2]) + f"\ntable: {out}/shifts.md")
     if not args.no_pictures:
         image = patches.images[int(fine.argmax())]

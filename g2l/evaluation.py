@@ -1,13 +1,15 @@
 """One benchmark, every model: what may be measured, chance, protocols, comparison, pictures.
 
-`evaluate_all` loads the features of one benchmark after another. `evaluate_benchmark` leaves out
-what may not be measured on (`without_leaks`), says what the design allows (`describe_design`),
-measures each model and chance (`measure_models`) and compares the models (`compare_models`). What
-is recorded under the key of its inputs is not measured again.
+`evaluate_all` goes through the benchmarks. `evaluate_benchmark` leaves out what may not be measured
+on (`without_leaks`), says what the design allows (`describe_design`), measures each model and
+chance (`measure_models`) and compares the models (`compare_models`). What is recorded under the key
+of its inputs is not measured again. Features are the largest thing in memory: `Load` brings those
+of one model when its turn comes.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
@@ -45,33 +47,27 @@ from g2l.results import Study, load_predictions, record, recorded, save_predicti
 from g2l.slide_tables import bags_of
 
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 BLIND_BAG = 64  # patches of a slide
 Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
 Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
-
-
-def tells_apart(x: ndarray) -> bool:
-    """Whether the embeddings x (N, dim) of readable images differ beyond rounding."""
-    least = np.fmin.reduce(x)
-    most = np.fmax.reduce(x)
-    return bool((most - least).max() > 1e-6 * np.maximum(-least, most).max())
+Load = Callable[[str], ndarray]  # a model's features (N, dim)
 
 
 def without_leaks(
-    benchmark: Benchmark, x: dict[str, ndarray], study: Study
+    benchmark: Benchmark, readable: dict[str, ndarray], study: Study
 ) -> tuple[ndarray, list[str], list[str]]:
     """The rows (N,) that every model may be measured on, notes, and the models that are marked.
 
-    Left out are unreadable images, and those of patients that a student has seen; --leaks mark
-    keeps the latter and marks the student.
+    Left out are images that a model could not read, and those of patients that a student has seen;
+    --leaks mark keeps the latter and marks the student.
     """
-    keep = np.all([np.isfinite(array.sum(1)) for array in x.values()], 0)
+    keep = np.all(list(readable.values()), 0)
     notes = list(benchmark.notes)
     marked = []
     if not keep.all():
         notes.append(f"{(~keep).sum()} unreadable images left out")
-    for name in x:
+    for name in readable:
         about = study.cards[name]
         rows = leaked(benchmark, about)
         if rows.any():
@@ -238,17 +234,19 @@ def score_knn(guess: ndarray, labels: ndarray, fold: ndarray, name: str) -> list
 
 
 def score_probe(tried: Sequence, labels: ndarray, name: str) -> list[dict]:
-    """Rows of the probe: AUC and balanced accuracy of every seed whose split the groups allow."""
+    """Rows of the probe: AUC and balanced accuracy of every seed, NaN where the groups allow no
+    split."""
     rows = []
     for seed, probe in enumerate(tried):
+        base = {"protocol": name, "seed": seed}
+        area = balanced = np.nan
         if probe:
-            scores, c = probe
+            scores, base["C"] = probe
             test = np.isfinite(scores[:, 0])
-            base = {"protocol": name, "seed": seed, "C": c}
             area = macro_auc(scores[test], labels[test])[0]
-            rows.append(base | {"metric": "auc", "value": area})
             balanced = recall(scores[test].argmax(1), labels[test])
-            rows.append(base | {"metric": "balanced accuracy", "value": balanced})
+        rows.append(base | {"metric": "auc", "value": area})
+        rows.append(base | {"metric": "balanced accuracy", "value": balanced})
     return rows
 
 
@@ -274,7 +272,7 @@ def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
 
 
 def measure_models(
-    benchmark: Benchmark, x: dict[str, ndarray], study: Study
+    benchmark: Benchmark, models: list[str], load: Load, study: Study
 ) -> tuple[Predictions, dict[str, str], list[dict]]:
     """Of every model, and of chance: predictions, the key of all they depend on, and results.
 
@@ -295,7 +293,7 @@ def measure_models(
     )
     keys = {"chance": about}
     bags = {}
-    for name in x:
+    for name in models:
         card = study.cards[name]
         bags[name] = bags_of(benchmark, card) if "abmil" in study.protocols else []
         # the name, too: a copy under another name has rows of its own
@@ -316,7 +314,7 @@ def measure_models(
                 known = {}
                 new = blind_rows(benchmark, folds, study)
             else:
-                known, new = predict(benchmark, x[name], folds, study, bags=bags[name])
+                known, new = predict(benchmark, load(name), folds, study, bags=bags[name])
             base = {"benchmark": benchmark.name, "model": shown}
             found = record(study.results, [base | row for row in new], key=key)
             save_predictions(path, key, known)
@@ -330,22 +328,22 @@ def measure_models(
 
 
 def compare_models(
-    benchmark: Benchmark, x: dict[str, ndarray], predictions: Predictions, study: Study
+    benchmark: Benchmark, load: Load, predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
     labels = benchmark.labels
     groups = benchmark.groups
     teacher = study.teacher
+    x = {name: load(name) for name in predictions}
     rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
     figures = {}
-    for name in x:
-        known = predictions[name]
+    for name, known in predictions.items():
         figures[name] = resampled(known, labels, groups)
         measures = zip(known.get("measures", ()), known.get("resampled", ()), strict=True)
         for kind, values in measures:
             figures[name][str(kind)] = values, len(set(groups)), 1
-    for name, other in itertools.product(x, (teacher, study.baseline)):
-        if other in x and name not in (other, teacher):
+    for name, other in itertools.product(figures, (teacher, study.baseline)):
+        if other in figures and name not in (other, teacher):
             base = {"model": name, "other": other, "protocol": "paired"}
             for kind, found in paired(figures[name], figures[other]).items():
                 value = zip(("value", "low", "high", "parts"), found, strict=True)
@@ -356,24 +354,29 @@ def compare_models(
     return rows
 
 
-def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study) -> list[dict]:
+def evaluate_benchmark(
+    whole: Benchmark, readable: dict[str, ndarray], load: Load, study: Study
+) -> list[dict]:
     """All protocols for all models on one benchmark, recorded and drawn: its rows of results.
 
-    x: features (N, dim) by model name; rows of NaN are unreadable images. What is there is kept.
+    readable: which images (N,) each model's features are of. What is there is kept.
     """
-    keep, notes, marked = without_leaks(benchmark, x, study)
-    if not keep.all():
-        benchmark = benchmark.subset(keep)
-        x = {name: array[keep] for name, array in x.items()}
+    keep, notes, marked = without_leaks(whole, readable, study)
+    benchmark = whole if keep.all() else whole.subset(keep)
+
+    def load_kept(name: str) -> ndarray:
+        return load(name) if keep.all() else load(name)[keep]
+
+    models = list(readable)
     about, limits = describe_design(benchmark, study.folds)
-    origins = {display(name): study.cards[name]["metadata"] for name in x}
+    origins = {display(name): study.cards[name]["metadata"] for name in models}
     known = pretrained_on(origins, benchmark.name, benchmark.groups)
     notes += [*limits, *itertools.chain(*known.values())]
-    predictions, keys, rows = measure_models(benchmark, x, study)
+    predictions, keys, rows = measure_models(benchmark, models, load_kept, study)
     key = digest(keys, study.teacher, study.baseline, study.leaks, notes, list(known))
     compared = recorded(study.results, key)
     if not compared:
-        new = compare_models(benchmark, x, predictions, study)
+        new = compare_models(benchmark, load_kept, predictions, study)
         data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
         data |= {
             "metric": "images",
@@ -385,7 +388,7 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
     if "dense" in study.protocols:
-        rows += dense_rows(benchmark, list(x), study)
+        rows += dense_rows(benchmark, models, study)
     if not study.no_pictures:
         draw_benchmark(benchmark, predictions, replace(study, rows=rows), key)
     return rows
@@ -393,37 +396,32 @@ def evaluate_benchmark(benchmark: Benchmark, x: dict[str, ndarray], study: Study
 
 def evaluate_all(
     found: list[Benchmark],
-    models_of: dict[str, list[str]],
+    readable: dict[str, dict[str, ndarray]],
     embed: Callable,
     study: Study,
     failures: list[UserError],
 ) -> tuple[Study, dict[str, int]]:
     """One benchmark after another: the study with what was measured, and the unreadable images.
 
-    embed(model, benchmark, together=False) gives the features (N, dim) of the models that
-    `models_of` names for a benchmark; what fails goes to `failures`.
+    readable: by benchmark and model which images (N,) could be read. embed(model, benchmark,
+    together=False) gives the features (N, dim); what fails goes to `failures`.
     """
     done = []
     rows = model_rows(study)
     lost = {}
     for benchmark in found:
-        x = {}
-        for name in models_of[benchmark.name]:
-            array = embed(name, benchmark, False)
-            missing = int(np.isnan(array[:, 0]).sum())
-            if missing:
-                lost[benchmark.name] = missing
-            if tells_apart(array):
-                x[name] = array
-            else:
-                where = f"{display(name)} on {benchmark.name}"
-                failures.append(UserError(f"{where}: every image has the same embedding"))
+        each = readable[benchmark.name]
+        if not each:
+            continue
+        unreadable = [int((~kept).sum()) for kept in each.values()]
+        if any(unreadable):
+            lost[benchmark.name] = max(unreadable)
+        load = functools.partial(embed, benchmark=benchmark, together=False)
         try:
-            if x:
-                new = evaluate_benchmark(benchmark, x, study)
-                rows += new
-                done.append(benchmark)
-                failures += without_patches(benchmark, new, list(x), study)
+            new = evaluate_benchmark(benchmark, each, load, study)
+            rows += new
+            done.append(benchmark)
+            failures += without_patches(benchmark, new, list(each), study)
         except UserError as error:
             failures.append(error)
     return replace(study, found=done, rows=rows), lost

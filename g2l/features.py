@@ -441,7 +441,9 @@ def features(
             cache=path.with_suffix(".part"),
             errors=errors,
         )
-    _refuse_broken(array, errors, display(name), benchmark, max_unreadable, told=rank == 0)
+    _refuse_broken(
+        array, errors, display(name), benchmark, max_unreadable, told=together and rank == 0
+    )
     if not fresh and rank == 0:
         held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
         held |= {"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes}
@@ -486,6 +488,18 @@ def _refuse_broken(
             f"{benchmark.name}: {many} images cannot be read, first {ids[first]} ({named[first]})",
             mend="unreadable",
         )
+
+
+def readable_rows(x: ndarray, where: str) -> ndarray:
+    """Which rows (N,) of the embeddings x (N, dim) are not those of unreadable images.
+
+    Raises UserError where they do not differ beyond rounding: `where` names model and benchmark.
+    """
+    least = np.fmin.reduce(x)
+    most = np.fmax.reduce(x)
+    if not (most - least).max() > 1e-6 * np.maximum(-least, most).max():
+        raise UserError(f"{where}: every image has the same embedding")
+    return np.isfinite(x.sum(1))
 
 
 def load_cached(path: Path) -> tuple[ndarray | None, dict]:

@@ -85,9 +85,9 @@ def narrow(z: Tensor) -> Tensor:
 
 
 def moments(z: Tensor) -> Tensor:
-    """Second moments (D + 1, D + 1) of rows [z, 1], in fp64, which add up over parts."""
+    """Second moments (D + 1, D + 1) of rows [z, 1], which add up over parts: in fp64."""
     rows = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-    return (rows.T @ rows).double()
+    return rows.T @ rows
 
 
 def pca_axes(moment: Tensor, dims: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,9 @@ def nearest(
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
-    total = torch.stack(inside).sum(0)
+    total = torch.zeros_like(inside[0], dtype=torch.float64)
+    for own in inside:
+        total += own
     fitted = [pca_axes(total - own if pca == "fold" else total, dims) for own in inside]
     together = z @ torch.cat([axes for _, axes in fitted], 1).to(z)
     sizes = [axes.shape[1] for _, axes in fitted]
@@ -260,11 +262,13 @@ def cka_to_teacher(
     part = np.random.default_rng(0).permutation(group.max() + 1)[group] % 10
     parts = [torch.from_numpy(np.flatnonzero(part == p)) for p in np.unique(part)]
     middle = {name: rows.mean(0) for name, rows in x.items()}
-    largest = {name: rows.abs().max() for name, rows in x.items()}
+    largest = {name: torch.linalg.vector_norm(rows, torch.inf) for name, rows in x.items()}
 
     def extended(name: str, part: Tensor) -> Tensor:
         """Rows [x, |x|^2, 1] of a part, small enough that fourth powers stay in fp32's range."""
-        rows = (x[name][part] - middle[name]) / largest[name]
+        rows = x[name][part]
+        rows -= middle[name]
+        rows /= largest[name]
         norms = (rows**2).sum(1, keepdim=True)
         return torch.cat([rows, norms, torch.ones_like(norms)], 1)
 
@@ -274,8 +278,10 @@ def cka_to_teacher(
         for part in parts:
             rows = extended(one, part)
             beside = rows if one == other else extended(other, part)
-            inside.append((rows.T @ beside).double())
-        total = torch.stack(inside).sum(0)
+            inside.append(rows.T @ beside)
+        total = torch.zeros_like(inside[0], dtype=torch.float64)
+        for own in inside:
+            total += own
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own = {}

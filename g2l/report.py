@@ -201,8 +201,8 @@ class Tables:
             "the data set's best proxy) on one side. Bold: best, underlined: second; a difference "
             "counts only where the paired comparison below says so. Chance is what random features "
             "score by the same code, mean ± sd over draws. Where the vote is tied, the class whose "
-            "neighbours are nearer in sum wins. n of m splits: in the others the test part holds "
-            "one class only, which leaves the measure undefined."
+            "neighbours are nearer in sum wins. n of m splits: in the others a part holds one "
+            "class only, or groups are too few for three parts, and the measure is undefined."
             + (" ⚠: the student has seen some of the patients." if marked else "")
             + (" †: pretraining may have met the slides, as the notes say." if known else "")
         ]

@@ -225,9 +225,10 @@ def behind(held: Readings) -> str:
         rows.append([name, two(index / held.blind), *cells])
     return (
         f"### What stands behind it, k = {held.k}\n\nPathoROB's bounded index; balanced accuracy "
-        f"of the vote of {held.k} neighbours, and of a linear probe on unseen patients. The class "
-        "should be found; the centre is found as far as the features hold it. Chance is what "
-        "random features score in the same way, mean ± standard deviation of several draws.\n\n"
+        f"of the vote of {held.k} neighbours (tied: the class that is nearer in sum), and of a "
+        "linear probe on unseen patients. The class should be found; the centre is found as far as "
+        "the features hold it. Chance is what random features score in the same way, mean ± "
+        "standard deviation of several draws.\n\n"
         + markdown(
             "model\tindex / chance\tbounded\tkNN class\tkNN centre\tprobe class\tprobe centre", rows
         )

@@ -231,8 +231,9 @@ class Run:
             )
         return None
 
-    def draw_loss(self) -> None:
-        """loss.png: loss with its running mean, held-out CKA, and the schedules, over steps."""
+    def draw_loss(self, measured: str) -> None:
+        """loss.png: loss with its running mean, CKA on the patches `measured`, and the schedules,
+        over steps."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -255,7 +256,9 @@ class Run:
         top.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
         top.set_ylabel("loss")
         middle.plot(*column(self.folder, "cka"), marker="o")
-        middle.set_ylabel("CKA to the teacher\n(unbiased, fixed patches)")
+        middle.set_ylabel("unbiased CKA to the teacher")
+        middle.set_title(f"on {measured}", loc="left", fontsize="medium")
+        middle.set_ylim(min(0, middle.get_ylim()[0]), 1)  # its whole range, not its noise
         bottom.plot(*column(self.folder, "lr"), label="lr")
         bottom.plot(*column(self.folder, "weight_decay"), label="weight decay")
         bottom.set_yscale("log")

@@ -212,6 +212,8 @@ class Heldout:
         self.patients = [index.patient[index.locate(i)[0]] for i in patches]
         self.batch = batch
         self.name = "held-out CKA" if held.any() else "CKA on training slides"
+        kept = "that are held out" if held.any() else "that are trained on"
+        self.origin = f"{len(patches)} patches of {len(set(self.patients))} patients {kept}"
         self.teachers = [self.features(teacher) for teacher in teachers]
 
     def features(self, model: Model) -> Tensor:

@@ -143,7 +143,7 @@ class Training:
         self.save()
         self.progress.close()
         if self.run.main:
-            self.run.draw_loss()
+            self.run.draw_loss(self.heldout.origin)
         return caught
 
     def is_due(self) -> bool:

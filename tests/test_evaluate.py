@@ -279,10 +279,10 @@ def test_corrected_labels_leave_no_figure_of_the_old_and_lost_rows_are_measured_
         table[i] = f"{image},{'abc'[rng.integers(3)]},q{i % 4},x"
     (folder / "labels.csv").write_text("\n".join(table) + "\n")
     assert go(folder, "--no-pictures", w=weights) == 0
-    kept = {r["key"] for r in rows(folder, model=ONE, protocol="probe")}
-    assert kept and kept.isdisjoint(r["key"] for r in rows(folder, model=ONE, protocol="knn"))
+    kept = rows(folder, model=ONE, protocol="probe")
+    assert len(kept) == 4 and all(row["value"] is None for row in kept)
     probe = [line for line in figures(folder).splitlines() if line.startswith("| mine")][2:]
-    assert all(line.endswith("| – |") for line in probe)
+    assert all(line.endswith("| – | – (0 of 2 splits) |") for line in probe)
 
 
 def test_a_name_stands_for_one_model_and_one_benchmark(tmp_path):
@@ -768,6 +768,22 @@ def test_all_with_nothing_at_hand_names_both_lacks(tmp_path, capsys, monkeypatch
 def test_a_student_that_is_not_there_is_made_by_distill(folder, capsys):
     assert go(folder, names=("runs/x/student",)) == 1
     assert "error: runs/x/student: no such folder; distill.py makes it" in capsys.readouterr().err
+
+
+def test_weights_replaced_in_the_hubs_cache_are_another_model(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    loaded = [load_model(ONE, "random", input_size=32) for _ in "ab"]
+    loaded[0].fingerprint = "before"
+    loaded[1].fingerprint = "after"
+    monkeypatch.setattr(g2l.features, "loaded_model", lambda *_: loaded.pop(0))
+    blob = tmp_path / "blob"
+    blob.write_text("weights")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(blob))
+    for _ in range(2):
+        assert card("hibou-l", tmp_path)["fingerprint"] == "before"
+    blob.write_text("other weights")
+    assert card("hibou-l", tmp_path)["fingerprint"] == "after"
 
 
 def test_models_at_hand_are_those_given_cached_or_distilled_here(tmp_path, capsys, monkeypatch):

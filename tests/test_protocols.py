@@ -14,6 +14,7 @@ import g2l.evaluation as evaluation
 import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
 from g2l.errors import UserError
+from g2l.features import readable_rows
 from g2l.probe import STRENGTHS, linear_probe, logistic_path, six_two_two
 from g2l.protocols import (
     auc,
@@ -299,6 +300,7 @@ def test_a_measure_that_is_not_defined_is_none_and_no_perfect_score():
     b, s = some(labels, groups), study(seeds=5)
     rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)[1]
     probe = [r for r in rows if r["protocol"] == "probe"]
+    assert {r["seed"] for r in probe} == set(range(5))  # and those that no split allows
     unknown = {r["seed"] for r in probe if np.isnan(r["value"])}
     assert unknown and unknown == {r["seed"] for r in probe if r["value"] != r["value"]}
     for metric in ("auc", "balanced accuracy"):
@@ -323,7 +325,11 @@ def test_degenerate_features_end_nothing(kind):
     predictions, rows = evaluation.predict(b, x, evaluation.make_folds(b, s), s)
     assert len(predictions["scores"]) == 2
     assert all(np.isfinite(r["value"]) for r in rows)
-    assert evaluation.tells_apart(x) == (kind != "constant")
+    if kind == "constant":
+        with pytest.raises(UserError, match="s on b: every image has the same embedding"):
+            readable_rows(x, "s on b")
+    else:
+        assert readable_rows(x, "s on b").all()
     good = cloud(n=60, groups=12, seed=1)[0]
     found = cka_rows({"t": good, "s": x, "b": good + x}, groups, "t", "cpu", "b")
     assert {r["model"] for r in found} == {"t", "s", "b"}

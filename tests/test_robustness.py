@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +314,7 @@ def test_rows_of_other_weights_are_not_set_beside_new_ones(folder, fake, monkeyp
     assert "| tissue |" in raw and "place" not in raw
 
 
-def test_a_name_stands_for_one_model(folder, fake, capsys):
+def test_a_name_stands_for_one_model_and_one_benchmark(folder, fake, capsys):
     results = folder.parent / "r"
     more = ("--benchmark", folder, "--results", results, "--no-pictures", "--per-class", 9)
     for place in ("a", "b"):
@@ -321,6 +322,11 @@ def test_a_name_stands_for_one_model(folder, fake, capsys):
     assert call(capsys, "--models", folder.parent / "a" / "run" / "student", *more)[0] == 0
     status, _, err = call(capsys, "--models", folder.parent / "b" / "run" / "student", *more)
     assert status == 1 and "holds the model run of" in err and "--results" in err
+    shutil.copytree(folder, folder.parent / "c" / folder.name)
+    more = ("--benchmark", folder.parent / "c" / folder.name, *more[2:])
+    for flags in ((), ("--perturb", "jpeg")):
+        status, _, err = call(capsys, "--models", "tissue", *more, *flags)
+        assert status == 1 and "holds the benchmark mine of" in err
 
 
 def test_names_stay_names(folder, fake, capsys):
@@ -364,6 +370,26 @@ def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake
     assert (out / "map.png").stat().st_mtime_ns == before
     call(capsys, *command, "--per-class", 9)  # other patches: drawn again
     assert (out / "map.png").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("kind", ["constant", "two rows", "one column"])
+def test_degenerate_features_end_nothing(kind, folder, fake, capsys, monkeypatch):
+    known = robustness.features
+
+    def features(name, *others, **options):
+        x = known(name, *others, **options).astype(np.float32)
+        if name == "dead":
+            x[:, 1:] = 0.5
+            if kind != "one column":
+                x[:, 0] = (kind == "two rows") * (np.arange(len(x)) % 2)
+        return x
+
+    monkeypatch.setattr("robustness.features", features)
+    command = ("--models", "dead", "tissue", "--benchmark", folder, "--results", folder.parent)
+    status, out, err = call(capsys, *command, "--per-class", 18)
+    assert "mine" in out and "tissue" in out
+    told = "error: dead on mine: every image has the same embedding" in err
+    assert (status, told) == ((1, True) if kind == "constant" else (0, False))
 
 
 def test_table_names_what_made_it(folder, fake, capsys):
