@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import torchrun
+from jobs import main_of, run_ranks
 from training import (
     CNN,
     VIT,
@@ -188,8 +188,9 @@ def test_runs_with_more_terms_and_teachers_go_on_bit_for_bit(data, tmp_path, mor
     ],
 )
 def test_two_ranks_equal_two_accumulated_batches(data, tmp_path, more, pair):
-    result = torchrun(2, "distill.py", *command(data, tmp_path, "two", *more, pair=pair))
-    assert result.returncode == 0, result.stdout + result.stderr
+    two = command(data, tmp_path, "two", *more, pair=pair)
+    for done in run_ranks(main_of("distill.py", *two)):
+        assert done.returncode == 0, done.stderr
     assert distill.main(command(data, tmp_path, "one", "--accumulate", 2, *more, pair=pair)) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-5)

@@ -599,8 +599,8 @@ def test_with_two_ranks_the_numbers_are_the_same(folder, capsys):
     def work() -> int:
         return robustness.main(list(map(str, ["--samples", 2, *command, "--results", two])))
 
-    for status, text in run_ranks(work, folder.parent):
-        assert status == 0, text
+    for done in run_ranks(work):
+        assert done.returncode == 0, done.stderr
     one, other = numbers(alone), numbers(two)
     assert one.keys() == other.keys() and len(one) > 100
     assert [one[key] for key in one] == pytest.approx(
