@@ -17,6 +17,10 @@ from collections.abc import Callable
 
 FORK = multiprocessing.get_context("fork")
 
+# What commands import when they come to need it: once here, and not in each child.
+LATE = ["matplotlib.pyplot", "sklearn.cluster", "sklearn.linear_model", "sklearn.model_selection"]
+LATE += ["timm", "torch.utils.tensorboard"]
+
 
 class Forked:
     """`work` in a forked process, its output in files.
@@ -27,6 +31,8 @@ class Forked:
 
     def __init__(self, work: Callable[[], int], env: dict | None = None):
         self.files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        for name in LATE:
+            importlib.import_module(name)
         self.lives, mark = os.pipe()  # at its end when this process and all below it have ended
         self.process = FORK.Process(target=self._live, args=(work, env or {}))
         self.process.start()
