@@ -54,7 +54,8 @@ def kept(data, tmp_path_factory):
 def test_a_kept_projector_gives_the_projected_and_standardised_features(data, tmp_path, pair):
     import timm
 
-    assert distill.main(command(data, tmp_path, "r", "--keep-projector", pair=pair)) == 0
+    short = ["--keep-projector", "--max-steps", 4]
+    assert distill.main(command(data, tmp_path, "r", *short, pair=pair)) == 0
     plain = load_model(str(tmp_path / "r" / "student"))
     model = load_model(str(tmp_path / "r" / "student-projected"))
     assert (plain.name, model.name, model.dim) == ("r", "r-projected", 96)
@@ -196,8 +197,9 @@ def test_two_ranks_equal_two_accumulated_batches(data, tmp_path, more, pair):
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_several_is_paid_once_and_alone_counts_as_it_did(data, tmp_path, monkeypatch):
-    kept = ["--teacher-cache", tmp_path / "kept"]
+    kept = ["--teacher-cache", tmp_path / "kept", "--max-steps", 4]
     assert distill.main(command(data, tmp_path, "alone", *kept)) == 0
     assert distill.main(command(data, tmp_path, "first", *kept, pair=TWO)) == 0
     asked = []

@@ -102,6 +102,7 @@ def run_forked(command: list[str]) -> int:
     return done.returncode
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_whole_demo_by_its_command_line(tmp_path, monkeypatch):
     """Smaller pictures, fewer blind draws, and commands that need not start."""
@@ -164,7 +165,7 @@ def test_a_second_demo_does_only_what_is_missing(tmp_path):
 def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
     import timm
 
-    tiled = run(
+    tiled = jobs.run(
         "tile.py",
         "--cancer",
         "cmu",
@@ -192,7 +193,7 @@ def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
         expected = np.asarray(slide.read_region((int(x), int(y)), 0, (256, 256)).convert("RGB"))
     assert np.array_equal(index.read(3), expected)
 
-    trained = run(
+    trained = jobs.run(
         "distill.py",
         "--cancer",
         "cmu",
@@ -216,6 +217,8 @@ def test_a_real_slide_goes_through_to_a_student_that_timm_loads(tmp_path):
         "4",
         "--eval-patches",
         "16",
+        "--device",
+        "cpu",
     )
     assert trained.returncode == 0, trained.stderr
     student = timm.create_model(f"local-dir:{tmp_path}/runs/cmu/student", pretrained=True).eval()

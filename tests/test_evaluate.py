@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -731,13 +732,13 @@ def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
 def test_command_line(tmp_path):
     shown = run("evaluate.py", "--list", "--data", tmp_path)
     assert shown.returncode == 0 and "breakhis" in shown.stdout and "missing" in shown.stdout
-    nothing = run("evaluate.py", "--models", ONE, "--results", tmp_path)
+    nothing = jobs.run("evaluate.py", "--models", ONE, "--results", tmp_path)
     assert (
         nothing.returncode == 1
         and nothing.stderr.startswith("error: ")
         and "Traceback" not in nothing.stderr
     )
-    assert run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
+    assert jobs.run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def unbroken(name: str, place: Path, count: int = 1) -> tuple[dict, float]:
 
 # In a quick run robustness stands for evaluate, whose features are the same code; tile, embed and
 # distill have kills of their own.
-QUICK = ("robustness", "distill, two ranks", "robustness, two ranks")
+QUICK = ("robustness", "robustness, two ranks")
 NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
 KILLED = [case.command for case in CASES if case.seen == "kills"]
 SOME_KILLED = [

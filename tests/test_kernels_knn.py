@@ -413,6 +413,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @plain
 def test_in_the_interpreter():

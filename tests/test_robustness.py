@@ -171,8 +171,9 @@ def fake(monkeypatch):
         return np.where(np.array(benchmark.ids)[:, None] == "broken", np.nan, x)
 
     monkeypatch.setattr("robustness.features", features)
-    monkeypatch.setattr("robustness.BLIND_DRAWS", 2)
-    monkeypatch.setattr("g2l.pathorob.QUARTETS", 1)
+    monkeypatch.setattr("robustness.BLIND_DRAWS", 1)
+    for name, value in {"QUARTETS": 1, "CLUSTERS": 4, "TRIALS": 2}.items():
+        monkeypatch.setattr(f"g2l.pathorob.{name}", value)
     monkeypatch.setattr(
         "robustness.card",
         lambda name, results, **_: {
@@ -229,6 +230,7 @@ def test_reading_is_honest(folder, fake, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_pictures_are_linked_from_the_run_that_drew_them_only(folder, fake, capsys):
     for more, expected in (
         ((), [True]),
@@ -282,6 +284,7 @@ def relabel(folder: Path, old: str, new: str) -> None:
     table.write_text(table.read_text().replace(old, new))
 
 
+@pytest.mark.slow
 def test_models_measured_on_other_labels_or_centres_are_not_set_side_by_side(folder, fake, capsys):
     results = folder.parent / "r"
     more = ("--benchmark", folder, "--results", results, "--no-pictures")
@@ -349,6 +352,7 @@ def test_no_reading_where_each_centre_holds_one_class(folder, fake, capsys):
     assert "| **" not in text  # no best either
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake, capsys):
     out = folder.parent / "r" / "robustness" / "mine"
     where = ("--benchmark", folder, "--results", folder.parent / "r", "--map", "pca")

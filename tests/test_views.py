@@ -124,6 +124,7 @@ def test_a_view_that_is_unknown_or_impossible_is_refused(index, data, tmp_path, 
     fails(command(data, tmp_path, "r", *more), "--tokens cls", capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_run_with_views_goes_on_bit_for_bit(data, tmp_path):
     short = ["--max-steps", "6", "--hold-out", "0.3"]
     flags = ["--student-view", "cohort,focus", "--teacher-center", "slide", *short]
