@@ -142,6 +142,14 @@ def vit():
 
 
 @pytest.fixture
+def no_curve(monkeypatch):
+    """No picture of the losses at the end of a run: it takes as long as twelve steps."""
+    from g2l.runs import Run
+
+    monkeypatch.setattr(Run, "draw_loss", lambda self: None)
+
+
+@pytest.fixture
 def signals():
     """Training installs handlers; give pytest its own back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

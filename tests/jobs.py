@@ -43,7 +43,7 @@ class Forked:
         os.environ.update({name: str(value) for name, value in env.items()})
         for number, file in enumerate(self.files, 1):
             os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
         sys.exit(work())
 
     @property

@@ -37,6 +37,9 @@ TWO = ["--teacher", "timm:test_vit4", "timm:test_vit2", "--student", "timm:test_
 MIXED = ["--loss", "logsum:1", "patch-cosine:0.25", "relation:0.25"]
 
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_cohort(tmp_path_factory.mktemp("data"))

@@ -42,7 +42,7 @@ from g2l.patches import PatchIndex
 from g2l.recipe import Step
 from g2l.stream import Heldout
 
-pytestmark = pytest.mark.usefixtures("signals")
+pytestmark = pytest.mark.usefixtures("signals", "no_curve")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import distill
 from g2l.errors import UserError
 from g2l.sweep import _draw, run_name, trials
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -11,6 +11,8 @@ from g2l.augment import draw_params
 from g2l.recipe import look
 from g2l.teacher_cache import TeacherCache
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

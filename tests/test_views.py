@@ -14,6 +14,8 @@ from g2l.patches import PatchIndex
 from g2l.stream import Batches, hold_out
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
