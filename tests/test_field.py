@@ -222,10 +222,10 @@ def test_cox_finds_who_is_at_risk_by_patient_and_not_more_than_there_is():
 
 
 def bags_of(labels, rng, share=0.1, width=16):
-    """Slides of 20 to 40 patches, of which a tenth say what the slide is."""
+    """Slides of 40 to 80 patches, of which a tenth say what the slide is."""
     bags = []
     for label in labels:
-        bag = rng.normal(size=(rng.integers(20, 40), width)).astype(np.float32)
+        bag = rng.normal(size=(rng.integers(40, 80), width)).astype(np.float32)
         bag[: max(2, int(share * len(bag))), 0] += 5 * label
         bags.append(100 + 3 * rng.permutation(bag))
     return bags
@@ -234,8 +234,8 @@ def bags_of(labels, rng, share=0.1, width=16):
 @pytest.mark.slow
 def test_attention_finds_the_few_patches_that_tell_and_gives_the_same_again():
     rng = np.random.default_rng(0)
-    labels = np.arange(40) % 2
-    fold = split(labels, [str(i) for i in range(40)], 4)
+    labels = np.arange(60) % 2
+    fold = split(labels, [str(i) for i in range(60)], 5)
     bags = bags_of(labels, rng)
     said = attend(bags, labels, fold, 2, "cpu")
     assert np.allclose(said.sum(1), 1)
