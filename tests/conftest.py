@@ -24,6 +24,15 @@ SHARED = (
 )  # real slides and tables; tests that need them skip without
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first, so that no worker is left alone with one at the end."""
+    items.sort(key=is_short)
+
+
+def is_short(item: pytest.Item) -> bool:
+    return item.get_closest_marker("long") is None
+
+
 def run(
     script: str, *args, timeout: float = 300, env: dict | None = None, **kwargs
 ) -> subprocess.CompletedProcess:
@@ -130,6 +139,14 @@ def vit():
     from g2l.models import load_model
 
     return load_model("timm:test_vit", "random", input_size=64)
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    """No picture of the losses at the end of a run: it takes as long as twelve steps."""
+    from g2l.runs import Run
+
+    monkeypatch.setattr(Run, "draw_loss", lambda self: None)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import torchrun
+from jobs import main_of, run_ranks
 from training import (
     CNN,
     VIT,
@@ -37,6 +37,9 @@ TWO = ["--teacher", "timm:test_vit4", "timm:test_vit2", "--student", "timm:test_
 MIXED = ["--loss", "logsum:1", "patch-cosine:0.25", "relation:0.25"]
 
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_cohort(tmp_path_factory.mktemp("data"))
@@ -54,7 +57,8 @@ def kept(data, tmp_path_factory):
 def test_a_kept_projector_gives_the_projected_and_standardised_features(data, tmp_path, pair):
     import timm
 
-    assert distill.main(command(data, tmp_path, "r", "--keep-projector", pair=pair)) == 0
+    short = ["--keep-projector", "--max-steps", 4]
+    assert distill.main(command(data, tmp_path, "r", *short, pair=pair)) == 0
     plain = load_model(str(tmp_path / "r" / "student"))
     model = load_model(str(tmp_path / "r" / "student-projected"))
     assert (plain.name, model.name, model.dim) == ("r", "r-projected", 96)
@@ -188,15 +192,17 @@ def test_runs_with_more_terms_and_teachers_go_on_bit_for_bit(data, tmp_path, mor
     ],
 )
 def test_two_ranks_equal_two_accumulated_batches(data, tmp_path, more, pair):
-    result = torchrun(2, "distill.py", *command(data, tmp_path, "two", *more, pair=pair))
-    assert result.returncode == 0, result.stdout + result.stderr
+    two = command(data, tmp_path, "two", *more, pair=pair)
+    for done in run_ranks(main_of("distill.py", *two)):
+        assert done.returncode == 0, done.stderr
     assert distill.main(command(data, tmp_path, "one", "--accumulate", 2, *more, pair=pair)) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(one[:1], two[:1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_several_is_paid_once_and_alone_counts_as_it_did(data, tmp_path, monkeypatch):
-    kept = ["--teacher-cache", tmp_path / "kept"]
+    kept = ["--teacher-cache", tmp_path / "kept", "--max-steps", 4]
     assert distill.main(command(data, tmp_path, "alone", *kept)) == 0
     assert distill.main(command(data, tmp_path, "first", *kept, pair=TWO)) == 0
     asked = []

@@ -93,6 +93,7 @@ def test_the_probe_finds_what_tokens_hold_in_unseen_patients_and_nothing_in_nois
     assert not segmentation(noise, np.full((60, 4, 4), 2), group, study(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_protocol_by_the_command(folder, capsys):
     command = ["--benchmark", folder, "--models", "timm:test_vit", "timm:test_resnet"]
     command += ["--teacher", "timm:test_vit", "--weights", "random", "--device", "cpu"]

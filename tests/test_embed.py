@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import h5py
@@ -16,7 +14,7 @@ import pytest
 import tifffile
 import torch
 from cohorts import edit_rows
-from conftest import ROOT, torchrun
+from jobs import Forked, main_of, run_ranks
 from PIL import Image
 
 import embed
@@ -205,19 +203,15 @@ def test_several_models_read_each_patch_once(data, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ranks_share_even_one_slide(data, monkeypatch, tmp_path):
+def test_ranks_share_even_one_slide(data, monkeypatch):
     assert embed.main(command(data)) == 0
     want = {path.name: read_features(path)[0] for path in folder(data).glob("*.h5")}
     shutil.rmtree(folder(data))
     # Small pieces, so that slides are shared between ranks.
-    script = tmp_path / "small.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import embed, g2l.embeddings\nembed.PIECE = g2l.embeddings.PIECE = 7\n"
-        "sys.exit(embed.main(sys.argv[1:]))\n"
-    )
-    done = torchrun(2, script, *command(data))
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr("embed.PIECE", 7)
+    monkeypatch.setattr("g2l.embeddings.PIECE", 7)
+    for done in run_ranks(main_of("embed.py", *command(data))):
+        assert done.returncode == 0, done.stderr
     for name, features in want.items():
         got = read_features(folder(data) / name)[0]
         np.testing.assert_allclose(got, features, rtol=1e-5, atol=1e-5)
@@ -373,13 +367,13 @@ def test_killed_at_any_moment_it_goes_on(data):
     assert embed.main(command(data)) == 0
     want = {path.name: path.read_bytes() for path in folder(data).glob("*.h5")}
     shutil.rmtree(folder(data))
-    line = [sys.executable, str(ROOT / "embed.py"), *command(data)]
-    for wait in (3.0, 4.0, 5.0):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for enough in (0, 2, 4):
+        process = Forked(main_of("embed.py", *command(data)))
+        while len(list(folder(data).glob("[!.]*.h5"))) < enough and process.poll() is None:
+            time.sleep(0.003)
+        os.kill(process.pid, signal.SIGKILL)
+        process.finish()
+    assert len(list(folder(data).glob("[!.]*.h5"))) < 6, "killed too late to test anything"
+    assert embed.main(command(data)) == 0
     for name, content in want.items():
         assert (folder(data) / name).read_bytes() == content

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 
+import jobs
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, run
+from jobs import Forked, main_of, run_ranks
 from PIL import Image
 from safetensors import torch as torch_safetensors
 from safetensors.numpy import load_file
 
 import evaluate
+import g2l.evaluation
 import g2l.features
+import g2l.report
 from g2l.benchmarks import load_folder
 from g2l.errors import UserError
 from g2l.features import card, loaded_model, models_at_hand
@@ -32,6 +36,12 @@ from g2l.results import claim, read_metrics
 
 ONE, TWO = "timm:resnet10t", "timm:mobilenetv3_small_050"
 FAST = ["--input-size", "32", "--k", "5", "--seeds", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """The chance level of one draw: test_protocols.py sees to what it is of several."""
+    monkeypatch.setattr("g2l.evaluation.BLIND_DRAWS", 1)
 
 
 @pytest.fixture
@@ -333,8 +343,7 @@ def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
         for w, n, k in [("a", 36, 0), ("b", 5, 2)]
     }
     assert np.allclose(one["a"], one["b"], atol=1e-4 * np.abs(one["a"]).max())
-    done = torchrun(
-        2,
+    two = main_of(
         "evaluate.py",
         "--models",
         ONE,
@@ -347,8 +356,10 @@ def test_features_do_not_depend_on_batch_size_workers_or_ranks(folder, weights):
         "--no-pictures",
         *FAST,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("tables, pictures") == 1  # rank 0 alone reports
+    ranks = run_ranks(two)
+    assert [done.returncode for done in ranks] == [0, 0], ranks
+    # rank 0 alone reports
+    assert ["tables, pictures" in done.stdout for done in ranks] == [True, False]
     both = load_file(folder.parent / "c" / "features" / "timm_resnet10t" / "mine.safetensors")[
         "features"
     ]
@@ -624,26 +635,28 @@ def test_full_disk_is_told_and_nothing_is_lost(folder, capsys, monkeypatch):
 )
 def test_killed_at_any_moment_it_goes_on(folder, weights, moment):
     """The process kills itself at the moment named, so no clock decides when."""
-    code = f"""
-import contextlib, os, signal, sys
-import evaluate, g2l.evaluation, g2l.features, g2l.report
-die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-keep = g2l.evaluation.save_predictions
-@contextlib.contextmanager
-def half(path):
-    if str(path).endswith("mine.safetensors"):
-        path.with_name(".half.tmp").write_bytes(b"half")
-        die()
-    with original(path) as temporary:
-        yield temporary
-original = g2l.features.atomic
-if {moment!r} == "features half written":
-    g2l.features.atomic = half
-else:
-    g2l.evaluation.save_predictions = g2l.report.write_tables = die
-    if {moment!r} == "before the tables":
-        g2l.evaluation.save_predictions = keep
-sys.exit(evaluate.main(sys.argv[1:]))"""
+    original = g2l.features.atomic
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def half(path):
+        if str(path).endswith("mine.safetensors"):
+            path.with_name(".half.tmp").write_bytes(b"half")
+            die()
+        with original(path) as temporary:
+            yield temporary
+
+    def work():
+        if moment == "features half written":
+            g2l.features.atomic = half
+        elif moment == "before the first predictions":
+            g2l.evaluation.save_predictions = die
+        else:
+            g2l.report.write_tables = die
+        return evaluate.main(args)
+
     args = [
         "--models",
         ONE,
@@ -655,9 +668,7 @@ sys.exit(evaluate.main(sys.argv[1:]))"""
         str(folder.parent / "results"),
         *FAST,
     ]
-    dead = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    dead = Forked(work).finish()
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert not (folder.parent / "results" / "report.md").exists()
     assert evaluate.main(args) == 0
@@ -721,13 +732,13 @@ def test_all_takes_what_is_there_and_says_what_is_missing(folder, capsys):
 def test_command_line(tmp_path):
     shown = run("evaluate.py", "--list", "--data", tmp_path)
     assert shown.returncode == 0 and "breakhis" in shown.stdout and "missing" in shown.stdout
-    nothing = run("evaluate.py", "--models", ONE, "--results", tmp_path)
+    nothing = jobs.run("evaluate.py", "--models", ONE, "--results", tmp_path)
     assert (
         nothing.returncode == 1
         and nothing.stderr.startswith("error: ")
         and "Traceback" not in nothing.stderr
     )
-    assert run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
+    assert jobs.run("evaluate.py", "--benchmarks", "imagenet").returncode == 2
 
 
 @pytest.mark.parametrize(

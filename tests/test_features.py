@@ -1,18 +1,16 @@
 """Features: batches, workers, ranks, unreadable items, a kill in the middle; what is cached."""
 
 import os
-import runpy
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from jobs import Forked, run_ranks
 from networks import batch, images, preprocess
 
+from g2l import ranks
 from g2l.errors import PatchError
 from g2l.features import SAVE_SECONDS, extract_features
 from g2l.models import (
@@ -138,56 +136,51 @@ def test_features_resume_and_notice_changes(vit, tmp_path, monkeypatch):
     assert len(resized.read) == 8
 
 
-SCRIPT = f"""
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-import numpy as np, torch
-from g2l import features, models, ranks
-features.SAVE_SECONDS = 0
-class Source:
-    def __init__(self, slow): self.slow = slow
-    def __len__(self): return 13
+class Slow(Source):
+    """Thirteen images, the fifth unreadable; each takes `seconds`."""
+
+    def __init__(self, seconds):
+        super().__init__(images(13))
+        self.items[4] = OSError("lost")
+        self.seconds = seconds
+
     def __getitem__(self, i):
-        time.sleep(self.slow)
-        if i == 4: raise OSError("lost")
-        return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-def main(out, slow):
+        time.sleep(self.seconds)
+        return super().__getitem__(i)
+
+
+def extract(folder, seconds):
+    """A command that saves after every batch; its features in a file named by its rank."""
     rank, world, device = ranks.setup_distributed("cpu")
     assert ranks.setup_distributed("cpu") == (rank, world, device)
     errors = []
-    model = models.load_model("timm:test_vit", "random", input_size=64)
-    got = features.extract_features(
-        model, Source(slow), batch_size=2, cache=Path(out) / "cache", errors=errors
+    model = load_model("timm:test_vit", "random", input_size=64)
+    got = extract_features(
+        model, Slow(seconds), batch_size=2, cache=folder / "cache", errors=errors
     )
     assert errors == [(4, "lost")]
-    np.save(f"{{out}}/{{rank}}-of-{{world}}.npy", got)
+    np.save(folder / f"{rank}-of-{world}.npy", got)
     ranks.leave_distributed()
-if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
-"""
+    return 0
 
 
-@pytest.mark.slow
-def test_features_are_the_same_under_torchrun_and_after_a_kill(tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    command = [sys.executable, str(script), str(tmp_path / "one"), "0.5"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+def test_features_are_the_same_in_two_ranks_and_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr("g2l.features.SAVE_SECONDS", 0)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    process = Forked(lambda: extract(tmp_path / "one", 0.2))
     until = time.monotonic() + 240
     while not list((tmp_path / "one").glob("cache/[!.]*.safetensors")) and time.monotonic() < until:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.finish().returncode == -signal.SIGKILL
     assert not list((tmp_path / "one").glob("*.npy")) and list(
         (tmp_path / "one").glob("cache/[!.]*.safetensors")
     )
     monkeypatch.setattr("g2l.features.SAVE_SECONDS", SAVE_SECONDS)
-    runpy.run_path(str(script))["main"](str(tmp_path / "one"), 0)
-    done = torchrun(2, str(script), tmp_path / "two", "0")
-    assert done.returncode == 0, done.stderr
+    extract(tmp_path / "one", 0)
+    for done in run_ranks(lambda: extract(tmp_path / "two", 0)):
+        assert done.returncode == 0, done.stderr
     one, first, second = (
         np.load(tmp_path / f) for f in ("one/0-of-1.npy", "two/0-of-2.npy", "two/1-of-2.npy")
     )

@@ -30,6 +30,11 @@ from g2l.protocols import nearest, resamplings, split, vote
 from g2l.slide_models import attend, concordance, fit_cox, hazards
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr("g2l.evaluation.BLIND_DRAWS", 1)
+
+
 def given(n=240, classes=3, patients=30, signal=1.5, seed=0) -> Given:
     """Features with some signal for the class and some for the patient."""
     rng = np.random.default_rng(seed)
@@ -275,8 +280,7 @@ def slides(folder, names, mpps):
 
 
 @pytest.mark.slow
-def test_a_cohort_tiled_embedded_and_evaluated_by_every_protocol(tmp_path, monkeypatch):
-    monkeypatch.setattr("g2l.evaluation.BLIND_DRAWS", 1)
+def test_a_cohort_tiled_embedded_and_evaluated_by_every_protocol(tmp_path):
     names = [f"P{i:02d}" for i in range(12)]
     slides(tmp_path / "slides" / "tiny", names, [0.25] * 12)
     table = ["slide_id,patient,time,event"]

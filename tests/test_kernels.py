@@ -85,6 +85,7 @@ def run_python(program, **env):
     )
 
 
+@pytest.mark.slow
 def test_import_and_cpu_use_need_no_triton_and_no_compiler():
     program = """
 import sys

@@ -29,6 +29,7 @@ def test_no_speed_up_is_printed_for_a_wrong_result(ours, capsys):
     assert ("WRONG" in lines[0]) == (ours != 1) and ("x |" in lines[1]) == (ours == 1)
 
 
+@pytest.mark.slow
 def test_benchmark_writes_what_it_measured(tmp_path, capsys):
     file = tmp_path / "cka.json"
     assert bench.main(["cka", "--quick", "--device", "cpu", "--json", str(file)]) == 0

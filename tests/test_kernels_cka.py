@@ -382,6 +382,7 @@ def test_blocks_of_gram_rows_are_large():
         assert module._gram_rows(n, sets) >= min(n, 512)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter():

@@ -329,18 +329,18 @@ def check(base, k, query=None, **options):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("n", "width", "k", "queries", "metric", "labels"),
+    ("n", "width", "k", "queries", "metric", "labels", "dtype"),
     [
-        (5, 2, 7, None, "euclidean", None),
-        (21, 7, 3, None, "euclidean", 3),
-        (21, 7, 3, None, "cosine", None),
-        (150, 70, 10, 3, "euclidean", None),
-        (150, 70, 10, 3, "cosine", 3),
-        (200, 20, 64, 2, "euclidean", 3),
-        (4200, 33, 2, 2, "euclidean", None),
-        (4200, 33, 2, 2, "euclidean", 3),
+        (5, 2, 7, None, "euclidean", None, torch.float32),
+        (21, 7, 3, None, "euclidean", 3, torch.float32),
+        (21, 7, 3, None, "euclidean", None, torch.float16),
+        (21, 7, 3, None, "cosine", None, torch.float32),
+        (150, 70, 10, 3, "euclidean", None, torch.float32),
+        (150, 70, 10, 3, "cosine", 3, torch.float16),
+        (200, 20, 64, 2, "euclidean", 3, torch.float32),
+        (4200, 33, 2, 2, "euclidean", None, torch.float16),
+        (4200, 33, 2, 2, "euclidean", 3, torch.float32),
     ],
 )
 def test_triton_equals_brute_force(n, width, k, queries, metric, labels, dtype):
@@ -413,6 +413,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @plain
 def test_in_the_interpreter():

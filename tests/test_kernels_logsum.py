@@ -655,6 +655,7 @@ def version(module):
     return tuple(map(int, module.__version__.split(".")[:2]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter():

@@ -39,6 +39,7 @@ def test_each_entry_builds_as_stated(name):
     assert net.num_prefix_tokens == entry.prefix and all(
         block.attn.fused_attn for block in net.blocks
     )
+    net.blocks = net.blocks[:1]  # all are alike, and one gives the shapes of forty
     net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, 224, 224)}
     with torch.device("meta"):
         model = Model(
@@ -99,16 +100,15 @@ def test_flops_are_those_worked_out_by_hand(name, gflops):
 
 
 @pytest.mark.slow
-def test_table_and_speed_commands():
+def test_table_and_speed_commands(capsys):
     done = run("g2l.models")
     assert done.returncode == 0 and all(f"\n{name} " in "\n" + done.stdout for name in REGISTRY)
     assert (
         "303,657,216" in done.stdout and "CC-BY-NC-ND-4.0" in done.stdout and "gated" in done.stdout
     )
     assert max(map(len, done.stdout.splitlines())) <= 150
-    done = run("g2l.models", "--speed", "timm:test_vit", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    row = done.stdout.splitlines()[2].split()
+    assert main(["--speed", "timm:test_vit", "--device", "cpu"]) == 0
+    row = capsys.readouterr().out.splitlines()[2].split()
     assert row[0] == "timm:test_vit" and row[-2].endswith("%") and 0 < float(row[-2][:-1]) <= 150
 
 

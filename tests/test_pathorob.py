@@ -47,6 +47,7 @@ def test_bias_changes_what_goes_together_and_not_how_much_there_is(bias):
     assert (both_first - first_second) / 40 == bias
 
 
+@pytest.mark.slow
 def test_a_centre_in_the_features_costs_a_probe_and_attracts_clusters():
     who = cohort()
     robust, led, blind = both(who, 0), both(who, 4), np.random.default_rng(0).normal(size=(216, 16))

@@ -131,6 +131,7 @@ def test_the_score_is_the_boards_and_its_interval_is_over_blocks(tree):
     assert draws[8] == pytest.approx(np.mean([again[key][0] for key in BOARD.items()]))
 
 
+@pytest.mark.slow
 def test_the_command_finds_tiles_again(tree, capsys):
     results = tree.parent / "r"
     command = ["--benchmark", tree, "--models", "timm:test_vit", "timm:test_resnet", "--weights"]

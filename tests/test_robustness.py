@@ -172,8 +172,9 @@ def fake(monkeypatch):
         return np.where(np.array(benchmark.ids)[:, None] == "broken", np.nan, x)
 
     monkeypatch.setattr("robustness.features", features)
-    monkeypatch.setattr("robustness.BLIND_DRAWS", 2)
-    monkeypatch.setattr("g2l.pathorob.QUARTETS", 1)
+    monkeypatch.setattr("robustness.BLIND_DRAWS", 1)
+    for name, value in {"QUARTETS": 1, "CLUSTERS": 4, "TRIALS": 2}.items():
+        monkeypatch.setattr(f"g2l.pathorob.{name}", value)
     monkeypatch.setattr(
         "robustness.card",
         lambda name, results, **_: {
@@ -230,6 +231,7 @@ def test_reading_is_honest(folder, fake, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_pictures_are_linked_from_the_run_that_drew_them_only(folder, fake, capsys):
     for more, expected in (
         ((), [True]),
@@ -283,6 +285,7 @@ def relabel(folder: Path, old: str, new: str) -> None:
     table.write_text(table.read_text().replace(old, new))
 
 
+@pytest.mark.slow
 def test_models_measured_on_other_labels_or_centres_are_not_set_side_by_side(folder, fake, capsys):
     results = folder.parent / "r"
     more = ("--benchmark", folder, "--results", results, "--no-pictures")
@@ -355,6 +358,7 @@ def test_no_reading_where_each_centre_holds_one_class(folder, fake, capsys):
     assert "| **" not in text  # no best either
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_out_is_drawn_and_what_it_left_behind_goes(folder, fake, capsys):
     out = folder.parent / "r" / "robustness" / "mine"
     where = ("--benchmark", folder, "--results", folder.parent / "r", "--map", "pca")
@@ -625,8 +629,8 @@ def test_with_two_ranks_the_numbers_are_the_same(folder, capsys):
     def work() -> int:
         return robustness.main(list(map(str, ["--samples", 2, *command, "--results", two])))
 
-    for status, text in run_ranks(work, folder.parent):
-        assert status == 0, text
+    for done in run_ranks(work):
+        assert done.returncode == 0, done.stderr
     one, other = numbers(alone), numbers(two)
     assert one.keys() == other.keys() and len(one) > 100
     assert [one[key] for key in one] == pytest.approx(

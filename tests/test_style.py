@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["ruff format --check .", "ruff check .", "mypy"])
 def test_form_lint_and_types(command):

@@ -12,6 +12,8 @@ import distill
 from g2l.errors import UserError
 from g2l.sweep import _draw, run_name, trials
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -31,6 +33,7 @@ def test_all_combinations_in_order_and_what_is_no_sweep():
             trials(bad, ["lr"])
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_its_runs_a_table_and_a_picture_and_goes_on(data, tmp_path, capsys):
     arguments = short(data, tmp_path, "--sweep", "loss=logsum,mse", "seed=0,1")
     assert distill.main(arguments) == 0

@@ -14,6 +14,8 @@ from g2l.patches import PatchIndex
 from g2l.stream import Batches, hold_out
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 
+pytestmark = pytest.mark.usefixtures("no_curve")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -124,20 +126,22 @@ def test_a_view_that_is_unknown_or_impossible_is_refused(index, data, tmp_path, 
     fails(command(data, tmp_path, "r", *more), "--tokens cls", capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_run_with_views_goes_on_bit_for_bit(data, tmp_path):
-    flags = ["--student-view", "cohort,focus", "--teacher-center", "slide", "--hold-out", "0.3"]
+    short = ["--max-steps", "6", "--hold-out", "0.3"]
+    flags = ["--student-view", "cohort,focus", "--teacher-center", "slide", *short]
     whole = command(data, tmp_path, "whole", *flags, pair=VIT)
     assert distill.main(whole) == 0
-    plain = command(data, tmp_path, "plain", "--hold-out", "0.3", pair=VIT)
+    plain = command(data, tmp_path, "plain", *short, pair=VIT)
     assert distill.main(plain) == 0
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
-    halves = command(data, tmp_path, "halves", *flags, "--checkpoint-steps", "6", pair=VIT)
+    halves = command(data, tmp_path, "halves", *flags, "--checkpoint-steps", "3", pair=VIT)
     training = distill.Training
     original = training.save
 
     def stop_once(self):
         original(self)
-        if self.done == 6:
+        if self.done == 3:
             raise UserError("stopped for the test")
 
     training.save = stop_once

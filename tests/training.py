@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from conftest import ROOT
+from jobs import Forked, main_of
 
 import tile
 
@@ -106,30 +105,23 @@ def descendants(pid: int) -> list[int]:
     return out
 
 
-def start(
-    arguments: list[str], ranks: int = 1, options: tuple = (), env: dict | None = None
-) -> subprocess.Popen:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-        if ranks > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(arguments: list[str]) -> Forked:
+    return Forked(main_of("distill.py", *arguments))
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def start_torchrun(arguments: list[str], ranks: int, options: tuple, env: dict) -> Forked:
+    from torch.distributed.run import main
+
+    launcher = ["--standalone", f"--nproc_per_node={ranks}", *options]
+    return Forked(lambda: main([*launcher, str(ROOT / "distill.py"), *arguments]), env)
+
+
+def wait_for_step(process: Forked, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while not (
         (folder / "log.jsonl").exists() and any(row[0] >= step for row in safe_losses(folder))
     ):
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.003)
 
@@ -141,7 +133,7 @@ def safe_losses(folder: Path) -> list[tuple]:
         return []
 
 
-def kill(process: subprocess.Popen) -> str:
+def kill(process: Forked) -> str:
     """SIGKILL to the process and everything below it, as a machine that fails does; its output."""
     below = descendants(process.pid)
     for pid in [process.pid, *below]:
@@ -149,4 +141,5 @@ def kill(process: subprocess.Popen) -> str:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    return process.communicate()[0]
+    done = process.finish()
+    return done.stdout + done.stderr
