@@ -31,7 +31,7 @@ from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
 from g2l.exports import TOOLS, export
-from g2l.field import PROTOCOLS
+from g2l.field import TITLES
 from g2l.files import safe
 from g2l.published import PUBLISHED, SECTIONS, at_hand, list_benchmarks, load_benchmarks
 
@@ -224,13 +224,13 @@ def build_parser() -> argparse.ArgumentParser:
 def add_protocol_arguments(how) -> None:
     """The flags that change numbers."""
     votes = functools.partial(whole, most=64)
-    more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(PROTOCOLS)
+    more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES)
     how.add_argument(
         "--protocols",
         nargs="+",
         default=[],
         metavar="NAME",
-        choices=list(PROTOCOLS),
+        choices=list(TITLES),
         help=more,
     )
     how.add_argument("--k", type=votes, default=15, help="neighbours that vote, 1 to 64")

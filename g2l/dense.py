@@ -1,6 +1,6 @@
 """Patch tokens: do they still say what the teacher's say, and which tissue they lie on?
 
-`dense_rows` takes a seeded sample of a benchmark's images, spread over its patients. `look` gives
+`dense_rows` takes a seeded sample of a benchmark's images (`drawn`). `look` gives
 their patch tokens by one model, and the class of each where the benchmark has masks. `alignment` is
 the CKA to the teacher's, on a common grid, `segmentation` a linear probe of the classes. Random
 features go through the same code. What is held of one model is at most IMAGES * GRID^2 tokens in
@@ -50,12 +50,7 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     key = digest(VERSION, models, prints, about)
     if found := recorded(study.results, key):
         return found
-    group = np.unique(benchmark.groups, return_inverse=True)[1]
-    one = np.zeros_like(group)
-    kept = np.zeros(len(group), bool)
-    kept[draw_sample(one, group, group, IMAGES, False, 0)] = True
-    sample = benchmark.subset(kept)
-    group = group[kept]
+    sample, group = drawn(benchmark)
     target: Tensor | None = None
     rows = []
     for name in sorted(models, key=lambda name: name != study.teacher):  # the teacher first
@@ -71,6 +66,15 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
         rows += [{"model": "chance", "draw": draw, **row} for row in found]
     rows = [{"benchmark": benchmark.name, "protocol": "dense", **row} for row in rows]
     return record(study.results, rows, key=key)
+
+
+def drawn(benchmark: Benchmark) -> tuple[Benchmark, ndarray]:
+    """At most IMAGES of its images, seeded and spread over its groups; their groups (N,)."""
+    group = np.unique(benchmark.groups, return_inverse=True)[1]
+    one = np.zeros_like(group)
+    kept = np.zeros(len(group), bool)
+    kept[draw_sample(one, group, group, IMAGES, False, 0)] = True
+    return benchmark.subset(kept), group[kept]
 
 
 def measures(

@@ -26,6 +26,7 @@ from g2l.errors import UserError
 from g2l.features import data_stamp, display
 from g2l.field import PROTOCOLS, Given
 from g2l.files import digest, safe
+from g2l.layers import layer_rows
 from g2l.pictures import draw_benchmark
 from g2l.probe import linear_probe
 from g2l.protocols import (
@@ -49,6 +50,8 @@ from g2l.slide_tables import bags_of
 # Raised on purpose when a protocol would give other numbers; all is then measured anew.
 PROTOCOL_VERSION = 5
 BLIND_BAG = 64  # patches of a slide
+# Protocols that look at images, not at the embeddings that are held; the others are in field.py.
+LOOKS = {"dense": dense_rows, "layers": layer_rows}
 Predictions = dict[str, dict[str, ndarray]]  # of each model, see `predict`
 Folds = dict[str, tuple[ndarray, ndarray]]  # see `make_folds`
 Load = Callable[[str], ndarray]  # a model's features (N, dim)
@@ -205,7 +208,8 @@ def further(given: Given, protocols: Sequence[str], predictions: dict) -> list[d
     rows = []
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN says that there is no such measure
         for name in protocols:
-            rows += PROTOCOLS[name](given)
+            if name in PROTOCOLS:
+                rows += PROTOCOLS[name](given)
     each: dict[str, list[ndarray]] = {}
     for row in rows:
         values = row.pop("resampled")
@@ -387,8 +391,9 @@ def evaluate_benchmark(
         }
         compared = record(study.results, [*new, data | about], key=key)
     rows += compared
-    if "dense" in study.protocols:
-        rows += dense_rows(benchmark, models, study)
+    for name in study.protocols:
+        if name in LOOKS:
+            rows += LOOKS[name](benchmark, models, study)
     if not study.no_pictures:
         draw_benchmark(benchmark, predictions, replace(study, rows=rows), key)
     return rows

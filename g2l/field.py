@@ -205,11 +205,6 @@ def curve(given: Given) -> list[dict]:
     return rows
 
 
-def dense(given: Given) -> list[dict]:
-    """Nothing: patch tokens are looked at in g2l/dense.py, not the embeddings that are here."""
-    return []
-
-
 def attention(given: Given) -> list[dict]:
     """AUC of gated attention over the patches of each slide, in every one of five folds."""
     from g2l.protocols import macro_auc, split
@@ -257,7 +252,6 @@ PROTOCOLS: dict[str, Callable[[Given], list[dict]]] = {
     "agreement": agreement,
     "calibration": calibration,
     "k-curve": curve,
-    "dense": dense,
     "abmil": attention,
     "cox": cox,
 }
@@ -304,6 +298,10 @@ TITLES = {
             ("dense", "balanced accuracy", "balanced accuracy of a probe of the mask"),
             ("dense", "mean IoU", "mean intersection over union of that probe"),
         ],
+    ),
+    "layers": (
+        "CKA of layers; the map of all of them is among the pictures",
+        [("layers", "last layers", "unbiased CKA of the last layer to the teacher's last")],
     ),
     "abmil": (
         "Gated attention (ABMIL), mean ± sd over five folds",

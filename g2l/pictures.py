@@ -165,7 +165,8 @@ def draw_benchmark(
     study: Study,
     key: str,
 ) -> None:
-    """Below results/pictures: confusion and CKA matrices of all models, and a gallery for each.
+    """Below results/pictures: confusion and CKA matrices of all models, maps of their layers where
+    these were compared, and a gallery for each.
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
@@ -176,6 +177,10 @@ def draw_benchmark(
         path = folder / f"{kind}-{safe(benchmark.name)}.png"
         if not is_drawn(path, key) and (kind != "cka" or len(predictions) > 1):
             save_figure(draw(benchmark, predictions, mean), path, key)
+    maps = [row for row in study.rows if row.get("map")]
+    path = folder / f"layers-{safe(benchmark.name)}.png"
+    if maps and not is_drawn(path, maps[0]["key"]):
+        save_figure(draw_layers(benchmark, maps), path, maps[0]["key"])
     for name, predicted in predictions.items():
         path = folder / f"gallery-{safe(benchmark.name)}-{safe(display(name))}.png"
         if not is_drawn(path, key):
@@ -215,6 +220,21 @@ def draw_cka(
     figure, axes = canvas(1, 1, side, side)
     heat(axes[0, 0], matrix, 1, "{:.2f}", names)
     figure.suptitle(f"{benchmark.name}: unbiased CKA of every pair of models")
+    return figure
+
+
+def draw_layers(benchmark: Benchmark, maps: list[dict]):
+    """The unbiased CKA of every layer of each model (up) with every layer of the teacher."""
+    figure, axes = canvas(1, len(maps), 3.6, 3.8)
+    for axis, row in zip(axes[0], maps, strict=True):
+        table = np.array(row["map"], float)  # None, where a layer is constant, becomes NaN
+        shown = axis.imshow(
+            table, cmap="viridis", vmin=0, vmax=1, origin="lower", aspect="auto",
+            extent=(0.5, table.shape[1] + 0.5, 0.5, table.shape[0] + 0.5),
+        )  # fmt: skip
+        axis.set(title=row["model"], xlabel=f"layer of {row['teacher']}", ylabel="layer")
+    figure.colorbar(shown, ax=axes[0].tolist(), label="unbiased CKA")
+    figure.suptitle(f"{benchmark.name}: layers of each model and of the teacher")
     return figure
 
 

@@ -426,7 +426,7 @@ def benchmark_table(study: Study) -> str:
 
 def picture_links(study: Study, benchmark: str) -> str:
     """Links to the pictures of a benchmark that are there."""
-    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in ("confusion", "cka")]
+    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in ("confusion", "cka", "layers")]
     names += [
         ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]

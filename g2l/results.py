@@ -44,8 +44,8 @@ class Study:
     paper_splits: bool  # measure splits without regard to patients, too
     leaks: str  # images of patients that a student has seen: "exclude" or "mark"
     no_pictures: bool
-    protocols: Sequence[str] = ()  # beside the paper's, see field.PROTOCOLS
-    load: Any = None  # of a model's name the model, where patch tokens are asked for
+    protocols: Sequence[str] = ()  # beside the paper's, see field.TITLES
+    load: Any = None  # of a model's name the model, where tokens or layers are asked for
     found: list[Benchmark] = field(default_factory=list)  # those measured
     rows: list[dict] = field(default_factory=list)  # of metrics.jsonl, the ones of this very study
 

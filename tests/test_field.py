@@ -291,8 +291,7 @@ def test_a_cohort_tiled_embedded_and_evaluated_by_every_protocol(tmp_path):
     assert tile.main([*cohort, *grid]) == 0
     assert embed.main([*cohort, *MODEL]) == 0
     where = ["--results", str(tmp_path / "out"), "--slides-table", str(tmp_path / "mine.csv")]
-    protocols = [name for name in PROTOCOLS if name != "dense"]  # needs masks
-    assert evaluate.main([*cohort, *MODEL, *where, "--protocols", *protocols]) == 0
+    assert evaluate.main([*cohort, *MODEL, *where, "--protocols", *PROTOCOLS]) == 0
     text = (tmp_path / "out" / "table2.md").read_text()
     for measure in ("AUC", "Harrell's concordance", "2 of each class", "top-1 accuracy", "k = 5"):
         (cells,) = re.findall(rf"\| mine \| {measure} \| (.+) \|\n", text)

@@ -1,0 +1,71 @@
+"""CKA of every layer of a model with every layer of the teacher: where each says what.
+
+A layer's features are the means of its tokens (or of its map) over the places of an image, so that
+networks of any kind compare (the question of Kornblith et al. 2019, and their map). `layer_rows`
+looks at the images that g2l/dense.py draws, and asks `kernels.cka` for all pairs at once. Random
+features go through the same code.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from g2l.benchmarks import Benchmark
+from g2l.dense import BATCH, drawn, planes
+from g2l.errors import UserError
+from g2l.features import data_stamp, display
+from g2l.files import digest
+from g2l.models import Model
+from g2l.protocols import BLIND_DRAWS, BLIND_WIDTH
+from g2l.results import Study, record, recorded
+from kernels import cka
+
+VERSION = 1  # raised on purpose when the same input would give other numbers
+
+
+def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> list[dict]:
+    """A row of results for each model, recorded: `map` (its layers, the teacher's) and, as its
+    value, CKA of the last layers. None for regions and slides, and without a teacher.
+    """
+    if benchmark.level != "patch" or study.teacher not in models:
+        return []
+    prints = [study.cards[name]["fingerprint"] for name in models]
+    about = [benchmark.name, benchmark.groups, data_stamp(benchmark), study.teacher]
+    key = digest(VERSION, models, prints, about)
+    if found := recorded(study.results, key):
+        return found
+    sample, _ = drawn(benchmark)
+    if len(sample) < 4:
+        raise UserError(f"{benchmark.name}: CKA of layers needs 4 images, {len(sample)} are there")
+    layers = {name: look(study.load(name), sample) for name in models}
+    target = layers[study.teacher]
+    base = {"benchmark": benchmark.name, "protocol": "layers", "metric": "last layers"}
+    rows = []
+    for name, own in layers.items():
+        table = torch.as_tensor(cka(own, target)).cpu().numpy()
+        held = np.where(np.isnan(table), None, table.round(4)).tolist()
+        row = {"model": display(name), "value": float(table[-1, -1]), "map": held}
+        rows.append(base | row | {"teacher": display(study.teacher)})
+    for draw in range(BLIND_DRAWS):
+        luck = torch.Generator().manual_seed(draw)
+        blind = torch.randn(len(sample), BLIND_WIDTH, generator=luck).to(target[0].device)
+        value = float(torch.as_tensor(cka(blind, target[-1])))
+        rows.append(base | {"model": "chance", "draw": draw, "value": value})
+    return record(study.results, rows, key=key)
+
+
+def look(model: Model, sample: Benchmark) -> list[Tensor]:
+    """Features (N, C) of every image after each layer, in the network's order; on its device."""
+    if not hasattr(model.net, "forward_intermediates"):
+        raise UserError(f"{model.name}: a network that does not show its layers")
+    parts: list[list[Tensor]] = []
+    for first in range(0, len(sample), BATCH):
+        numbers = range(first, min(first + BATCH, len(sample)))
+        seen = [model.geometry(planes(sample.images[i])) for i in numbers]
+        x = model.normalize(torch.cat(seen).to(model.device))
+        with torch.inference_mode(), model.autocast(x):
+            maps = model.net.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW")
+        parts.append([layer.float().mean((2, 3)) for layer in maps])
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
