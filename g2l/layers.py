@@ -29,10 +29,11 @@ def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     """A row of results for each model, recorded: `map` (its layers, the teacher's) and, as its
     value, CKA of the last layers. None for regions and slides, and without a teacher.
     """
-    if benchmark.level != "patch" or study.teacher not in models:
+    teacher = study.teacher
+    if benchmark.level != "patch" or teacher is None or teacher not in models:
         return []
     prints = [study.cards[name]["fingerprint"] for name in models]
-    about = [benchmark.name, benchmark.groups, data_stamp(benchmark), study.teacher]
+    about = [benchmark.name, benchmark.groups, data_stamp(benchmark), teacher]
     key = digest(VERSION, models, prints, about)
     if found := recorded(study.results, key):
         return found
@@ -40,14 +41,15 @@ def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     if len(sample) < 4:
         raise UserError(f"{benchmark.name}: CKA of layers needs 4 images, {len(sample)} are there")
     layers = {name: look(study.load(name), sample) for name in models}
-    target = layers[study.teacher]
-    base = {"benchmark": benchmark.name, "protocol": "layers", "metric": "last layers"}
+    target = layers[teacher]
+    base: dict = {"benchmark": benchmark.name, "protocol": "layers", "metric": "last layers"}
     rows = []
     for name, own in layers.items():
         table = torch.as_tensor(cka(own, target)).cpu().numpy()
-        held = np.where(np.isnan(table), None, table.round(4)).tolist()
-        row = {"model": display(name), "value": float(table[-1, -1]), "map": held}
-        rows.append(base | row | {"teacher": display(study.teacher)})
+        held = table.round(4).astype(object)
+        held[np.isnan(table)] = None  # of a constant layer
+        row = {"model": display(name), "value": float(table[-1, -1]), "map": held.tolist()}
+        rows.append(base | row | {"teacher": display(teacher)})
     for draw in range(BLIND_DRAWS):
         luck = torch.Generator().manual_seed(draw)
         blind = torch.randn(len(sample), BLIND_WIDTH, generator=luck).to(target[0].device)
