@@ -146,7 +146,7 @@ def no_curve(monkeypatch):
     """No picture of the losses at the end of a run: it takes as long as twelve steps."""
     from g2l.runs import Run
 
-    monkeypatch.setattr(Run, "draw_loss", lambda self: None)
+    monkeypatch.setattr(Run, "draw_loss", lambda self, measured: None)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """distill.py as a user runs it: whole runs, real kills and resumption, ranks, guards."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -41,7 +40,6 @@ from g2l.errors import PatchError
 from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
 from g2l.recipe import Step
-from g2l.runs import Run
 from g2l.stream import Heldout
 
 pytestmark = pytest.mark.usefixtures("signals", "no_curve")
@@ -60,21 +58,6 @@ def unbroken(data, tmp_path_factory):
         distill.main(command(data, runs, "r", "--max-steps", 40, "--eval-every", 20, pair=CNN)) == 0
     )
     return runs / "r"
-
-
-def test_the_loss_picture_names_the_patches_of_cka_and_shows_its_whole_range(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    row = {"loss": 1.0, "lr": 1e-3, "weight_decay": 0.1}
-    steps = [{"step": i, "cka": 0.5 + i / 1e4} | row for i in range(1, 9)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    with contextlib.closing(Run(tmp_path, 1, True, {}, [])) as run:
-        run.draw_loss("256 patches of 3 patients that are held out")
-    (middle,) = [axis for axis in drawn[0].axes if "CKA" in axis.get_ylabel()]
-    assert middle.get_title("left") == "on 256 patches of 3 patients that are held out"
-    assert middle.get_ylim() == (0, 1)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The recipe: losses, schedules, weight decay and the stop rule, each against its definition."""
 
+import contextlib
 import json
 import math
 
@@ -10,6 +11,7 @@ import torch
 import distill
 from g2l.models import load_model
 from g2l.recipe import LOSSES, Distiller, Said, StopRule, cosine, look, param_groups
+from g2l.runs import Run
 
 
 def test_schedules_reach_their_ends():
@@ -114,3 +116,18 @@ def test_all_tokens_are_the_embedding_and_the_patches(name):
     assert torch.equal(found[:, 1:], tokens[:, model.num_prefix_tokens :]) and found.shape[1] == 101
     found.sum().backward()  # several ranks wait for the gradient of every parameter
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_loss_picture_names_the_patches_of_cka_and_shows_its_whole_range(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    row = {"loss": 1.0, "lr": 1e-3, "weight_decay": 0.1}
+    steps = [{"step": i, "cka": 0.5 + i / 1e4} | row for i in range(1, 9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    with contextlib.closing(Run(tmp_path, 1, True, {}, [])) as run:
+        run.draw_loss("256 patches of 3 patients that are held out")
+    (middle,) = [axis for axis in drawn[0].axes if "CKA" in axis.get_ylabel()]
+    assert middle.get_title("left") == "on 256 patches of 3 patients that are held out"
+    assert middle.get_ylim() == (0, 1)
