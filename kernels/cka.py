@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.bound import scaled
 from kernels.dispatch import check_tensor, pinned_products, use_triton
 
-CHUNK_ROWS = 16384  # rows that are centred at a time where features are multiplied
+CHUNK_ROWS = 8192  # rows that are centred at a time where features are multiplied
 CACHED = 2**21  # numbers that a CPU's caches hold
 TILE = 512  # columns of one product on a CPU: what lies below a tile on the diagonal is left out
 GRAM_ROWS = 512  # at least so many rows of all Gram matrices are held at a time,
