@@ -279,8 +279,7 @@ def report(
         if features.state() != "done":
             features.finish()
     folder = index.folder / f"features_{name}"
-    for place in (folder, folder / ".parts"):
-        clear_stale(place)
+    clear_stale(folder)
     rows: list[list] = [["slide", "patient", "status", "patches", "unreadable", "reason"]]
     done = []
     lost = 0

@@ -292,7 +292,7 @@ class IndexStudy:
         for picture, draw in draws.items():
             if not is_drawn(out / picture, key):
                 save_figure(draw(), out / picture, key)
-        clear_stale(out)
+        clear_stale(self.args.results)
         print(f"pictures: {out}/index.png, map.png, gallery-*.png")
         return list(draws)
 

@@ -172,8 +172,8 @@ def separator(header: str) -> str:
 
 
 def clear_stale(folder: Path, seconds: float = 600) -> None:
-    """Remove the temporary files of killed runs from a folder: those untouched for so long."""
-    for path in folder.glob(".*.tmp.*"):
+    """Remove the temporary files of killed runs below a folder: those untouched for so long."""
+    for path in folder.rglob(".*.tmp.*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > seconds:
                 path.unlink()

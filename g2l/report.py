@@ -372,8 +372,7 @@ def role(name: str, study: Study) -> str:
 def write_report(study: Study, tables: str, failures: list[str]) -> None:
     """report.md: tables, pictures and everything that one must know to read them."""
     results = study.results
-    for folder in (results, results / "pictures"):
-        clear_stale(folder)
+    clear_stale(results)
     text = ["# Evaluation"]
     if failures:
         text.append("**Not evaluated:** " + escaped("; ".join(failures)))

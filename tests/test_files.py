@@ -6,7 +6,7 @@ import os
 import pytest
 
 from g2l.errors import UserError
-from g2l.files import atomic, clear_leftovers, locked
+from g2l.files import atomic, clear_leftovers, clear_stale, locked
 
 
 def test_atomic_leaves_the_old_file_on_failure(tmp_path):
@@ -54,3 +54,16 @@ def test_names_near_the_limit_are_written_and_cleared(tmp_path, name):
     kept.write_text("half")
     clear_leftovers(path)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_temporary_files_of_killed_runs_go_and_fresh_ones_stay(tmp_path):
+    old = tmp_path / "features" / "model" / ".bench.12.0a1b2c.tmp.safetensors"
+    new = tmp_path / "predictions" / ".bench.13.0a1b2d.tmp.npz"
+    kept = tmp_path / "features" / "model" / "bench.safetensors"
+    for path in (old, new, kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    for path in (old, kept):
+        os.utime(path, (0, 0))
+    clear_stale(tmp_path)
+    assert not old.exists() and new.exists() and kept.exists()
