@@ -7,7 +7,7 @@ features go through the same code. What is held of one model is at most IMAGES *
 half precision: 240 MB of 1,536 numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -100,11 +100,7 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
     """
     kept = []
     kinds = []
-    for first in range(0, len(sample), BATCH):
-        numbers = range(first, min(first + BATCH, len(sample)))
-        images = [sample.images[i] for i in numbers]
-        seen = [model.geometry(planes(image)) for image in images]
-        x = model.normalize(torch.cat(seen).to(model.device))
+    for numbers, images, x in batches(model, sample):
         with torch.inference_mode(), model.autocast(x):
             cells = model.grid(model.net.forward_features(x)).float()
         size = [min(GRID, side) for side in cells.shape[2:]]
@@ -121,6 +117,15 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
                 )
             kinds.append(classes_of(mask, model, size))
     return torch.cat(kept), np.stack(kinds) if kinds else None
+
+
+def batches(model: Model, sample: Benchmark) -> Iterator[tuple[range, list[ndarray], Tensor]]:
+    """BATCH images at a time: their numbers, the images, and what the network gets of them."""
+    for first in range(0, len(sample), BATCH):
+        numbers = range(first, min(first + BATCH, len(sample)))
+        images = [sample.images[i] for i in numbers]
+        seen = [model.geometry(planes(image)) for image in images]
+        yield numbers, images, model.normalize(torch.cat(seen).to(model.device))
 
 
 def planes(image: ndarray) -> Tensor:

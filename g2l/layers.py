@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from g2l.benchmarks import Benchmark
-from g2l.dense import BATCH, drawn, planes
+from g2l.dense import batches, drawn
 from g2l.errors import UserError
 from g2l.features import data_stamp, display
 from g2l.files import digest
@@ -33,29 +33,46 @@ def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     if benchmark.level != "patch" or teacher is None or teacher not in models:
         return []
     prints = [study.cards[name]["fingerprint"] for name in models]
-    about = [benchmark.name, benchmark.groups, data_stamp(benchmark), teacher]
+    about = [
+        benchmark.name,
+        benchmark.groups,
+        data_stamp(benchmark),
+        teacher,
+    ]
     key = digest(VERSION, models, prints, about)
     if found := recorded(study.results, key):
         return found
     sample, _ = drawn(benchmark)
     if len(sample) < 4:
         raise UserError(f"{benchmark.name}: CKA of layers needs 4 images, {len(sample)} are there")
-    layers = {name: look(study.load(name), sample) for name in models}
+    layers = {}
+    for name in models:
+        layers[name] = look(study.load(name), sample)
     target = layers[teacher]
-    base: dict = {"benchmark": benchmark.name, "protocol": "layers", "metric": "last layers"}
-    rows = []
+    rows: list[dict] = []
     for name, own in layers.items():
         table = torch.as_tensor(cka(own, target)).cpu().numpy()
         held = table.round(4).astype(object)
         held[np.isnan(table)] = None  # of a constant layer
-        row = {"model": display(name), "value": float(table[-1, -1]), "map": held.tolist()}
-        rows.append(base | row | {"teacher": display(teacher)})
+        row = {
+            "model": display(name),
+            "value": float(table[-1, -1]),
+            "map": held.tolist(),
+            "teacher": display(teacher),
+        }
+        rows.append(row)
+    shape = len(sample), BLIND_WIDTH
     for draw in range(BLIND_DRAWS):
         luck = torch.Generator().manual_seed(draw)
-        blind = torch.randn(len(sample), BLIND_WIDTH, generator=luck).to(target[0].device)
+        blind = torch.randn(shape, generator=luck).to(target[0].device)
         value = float(torch.as_tensor(cka(blind, target[-1])))
-        rows.append(base | {"model": "chance", "draw": draw, "value": value})
-    return record(study.results, rows, key=key)
+        rows.append({"model": "chance", "draw": draw, "value": value})
+    base = {
+        "benchmark": benchmark.name,
+        "protocol": "layers",
+        "metric": "last layers",
+    }
+    return record(study.results, [base | row for row in rows], key=key)
 
 
 def look(model: Model, sample: Benchmark) -> list[Tensor]:
@@ -63,11 +80,12 @@ def look(model: Model, sample: Benchmark) -> list[Tensor]:
     if not hasattr(model.net, "forward_intermediates"):
         raise UserError(f"{model.name}: a network that does not show its layers")
     parts: list[list[Tensor]] = []
-    for first in range(0, len(sample), BATCH):
-        numbers = range(first, min(first + BATCH, len(sample)))
-        seen = [model.geometry(planes(sample.images[i])) for i in numbers]
-        x = model.normalize(torch.cat(seen).to(model.device))
+    for _, _, x in batches(model, sample):
         with torch.inference_mode(), model.autocast(x):
-            maps = model.net.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW")
+            maps = model.net.forward_intermediates(
+                x,
+                intermediates_only=True,
+                output_fmt="NCHW",
+            )
         parts.append([layer.float().mean((2, 3)) for layer in maps])
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]

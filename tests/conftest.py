@@ -141,6 +141,21 @@ def vit():
     return load_model("timm:test_vit", "random", input_size=64)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a small tiled cohort, as distill.py takes it."""
+    from training import write_cohort
+
+    return write_cohort(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Servers are asked again at once, and waited for a third of a second."""
+    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
+
+
 @pytest.fixture
 def no_curve(monkeypatch):
     """No picture of the losses at the end of a run: it takes as long as twelve steps."""

@@ -20,7 +20,6 @@ from training import (
     same,
     start,
     wait_for_step,
-    write_cohort,
 )
 
 import distill
@@ -38,11 +37,6 @@ MIXED = ["--loss", "logsum:1", "patch-cosine:0.25", "relation:0.25"]
 
 
 pytestmark = pytest.mark.usefixtures("no_curve")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ from training import (
     start_torchrun,
     stopped_at,
     wait_for_step,
-    write_cohort,
 )
 
 import distill
@@ -43,11 +42,6 @@ from g2l.recipe import Step
 from g2l.stream import Heldout
 
 pytestmark = pytest.mark.usefixtures("signals", "no_curve")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,8 @@ from g2l.patches import PatchIndex
 from g2l.remote import Cache, Link
 from g2l.stream import Batches
 
+pytestmark = pytest.mark.usefixtures("impatient")
 FLAGS = "--workers", "1", "--mpp", "0.42", "--assume-mpp", "0.42"  # one real slide states 0.499
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
-    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,7 @@ from g2l.stream import hold_out
 
 FORK = multiprocessing.get_context("fork")
 ROOM = 1 << 30
-pytestmark = pytest.mark.usefixtures("signals")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
-    monkeypatch.setattr("g2l.network.PATIENCE", 0.3)
+pytestmark = pytest.mark.usefixtures("signals", "impatient")
 
 
 @pytest.fixture(scope="module")

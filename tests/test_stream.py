@@ -11,18 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training import write_cohort
 
 import distill
 from g2l import ranks
 from g2l.errors import PatchError, UserError
 from g2l.patches import PatchIndex
 from g2l.stream import Batches, Heldout, hold_out, load
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 def index_of(data: Path) -> PatchIndex:

@@ -6,18 +6,13 @@ import json
 import pytest
 from conftest import torchrun
 from PIL import Image
-from training import command, losses, write_cohort
+from training import command, losses
 
 import distill
 from g2l.errors import UserError
 from g2l.sweep import _draw, run_name, trials
 
 pytestmark = pytest.mark.usefixtures("no_curve")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 def short(data, runs, *more):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import run_ranks
-from training import CNN, VIT, command, fails, losses, same, write_cohort
+from training import CNN, VIT, command, fails, losses, same
 
 import distill
 from g2l.augment import draw_params
@@ -12,11 +12,6 @@ from g2l.recipe import look
 from g2l.teacher_cache import TeacherCache
 
 pytestmark = pytest.mark.usefixtures("no_curve")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 def test_rows_come_back_only_where_all_are_whole_and_of_the_same_patch(tmp_path):

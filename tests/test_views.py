@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training import VIT, command, fails, log, losses, same, write_cohort
+from training import VIT, command, fails, log, losses, same
 
 import distill
 from g2l.augment import augment
@@ -15,11 +15,6 @@ from g2l.stream import Batches, hold_out
 from g2l.views import VIEWS, StudentView, parse_views, slide_means
 
 pytestmark = pytest.mark.usefixtures("no_curve")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_cohort(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
