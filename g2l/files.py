@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from stat import S_ISDIR
@@ -177,6 +178,14 @@ def clear_stale(folder: Path, seconds: float = 600) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > seconds:
                 path.unlink()
+
+
+def check_unpacked(path: Path) -> None:
+    """Raise zipfile.BadZipFile where a zip file would become over 1 GiB and 100 times its size."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > max(1 << 30, 100 * path.stat().st_size):
+        raise zipfile.BadZipFile(f"it would unpack to {size / 1e9:,.1f} GB")
 
 
 def read_json(path: Path) -> dict:

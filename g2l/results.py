@@ -21,7 +21,7 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
-from g2l.files import atomic, digest, locked, read_json, write_text
+from g2l.files import atomic, check_unpacked, digest, locked, read_json, write_text
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error)
 
@@ -154,6 +154,7 @@ def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
+        check_unpacked(path)
         with np.load(path) as data:  # whose every array has a checksum
             arrays = dict(data)
         about = str(arrays.pop("key"))

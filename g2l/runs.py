@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from g2l.errors import UserError, warn
-from g2l.files import atomic, digest, locked, write_text
+from g2l.files import atomic, check_unpacked, digest, locked, write_text
 from g2l.models import Model
 from g2l.patches import PatchIndex
 from g2l.ranks import agree, rank_and_world
@@ -311,6 +311,7 @@ def read_checkpoint(path: Path) -> dict:
     Raises UserError for one that a later version wrote, and any other exception for a damaged or
     foreign file.
     """
+    check_unpacked(path)
     with zipfile.ZipFile(path) as archive:
         if broken := archive.testzip():
             raise ValueError(f"checksum of {broken} differs")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from g2l.errors import UserError
+from g2l.files import check_unpacked
 
 INDEX = "model.safetensors.index.json"  # of a model in several files
 WEIGHT_FILES = (
@@ -135,6 +136,8 @@ def _unpack(path: Path, head: bytes) -> object:
             return _checked(path)
         if path.suffix == ".safetensors" and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: no safetensors file ({size}, begins {head[:12]!r}); {remedy}")
+        if zipfile.is_zipfile(path):
+            check_unpacked(path)
         with path.open("rb") as file:  # a name would decide how it is read
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from g2l.errors import UserError
+from g2l.files import check_unpacked
 
 Row = dict[str, str]  # text by the letters of its column
 
@@ -14,6 +15,7 @@ def read_sheets(path: Path) -> list[list[Row]]:
     strings: list[str] = []
     sheets = []
     try:
+        check_unpacked(path)
         with zipfile.ZipFile(path) as book:
             for name in sorted(book.namelist()):  # sharedStrings before worksheets
                 if name == "xl/sharedStrings.xml":

@@ -2,11 +2,17 @@
 
 import errno
 import os
+import time
+import zipfile
 
 import pytest
 
 from g2l.errors import UserError
 from g2l.files import atomic, clear_leftovers, clear_stale, locked
+from g2l.results import load_predictions
+from g2l.runs import read_checkpoint
+from g2l.weights import read_weights
+from g2l.workbook import read_sheets
 
 
 def test_atomic_leaves_the_old_file_on_failure(tmp_path):
@@ -67,3 +73,21 @@ def test_temporary_files_of_killed_runs_go_and_fresh_ones_stay(tmp_path):
         os.utime(path, (0, 0))
     clear_stale(tmp_path)
     assert not old.exists() and new.exists() and kept.exists()
+
+
+@pytest.mark.parametrize("reader", ["workbook", "weights", "checkpoint", "predictions"])
+def test_a_zip_bomb_is_refused_in_seconds(tmp_path, reader, capsys):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("xl/sharedStrings.xml", "w", force_zip64=True) as member:
+            for _ in range(65):
+                member.write(bytes(1 << 24))
+    begun = time.monotonic()
+    if reader == "predictions":
+        assert load_predictions(path, "key") is None
+        assert "would unpack to 1.1 GB" in capsys.readouterr().err
+    else:
+        read = {"workbook": read_sheets, "weights": read_weights, "checkpoint": read_checkpoint}
+        with pytest.raises((UserError, zipfile.BadZipFile), match=r"would unpack to 1\.1 GB"):
+            read[reader](path)
+    assert time.monotonic() - begun < 3
