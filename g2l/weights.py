@@ -308,9 +308,13 @@ def verify(path: Path) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
                 wrong = "its SHA-256 is not that of its name"
     elif zipfile.is_zipfile(blob):
-        with zipfile.ZipFile(blob) as archive:
-            if part := archive.testzip():
-                wrong = f"checksum of {part} differs"
+        try:
+            check_unpacked(blob)
+            with zipfile.ZipFile(blob) as archive:
+                if part := archive.testzip():
+                    wrong = f"checksum of {part} differs"
+        except zipfile.BadZipFile as error:
+            wrong = str(error)
     if wrong:
         raise UserError(f"{blob}: damaged, {wrong}; delete it and fetch it again")
 

@@ -11,7 +11,7 @@ from g2l.errors import UserError
 from g2l.files import atomic, clear_leftovers, clear_stale, locked
 from g2l.results import load_predictions
 from g2l.runs import read_checkpoint
-from g2l.weights import read_weights
+from g2l.weights import read_weights, verify
 from g2l.workbook import read_sheets
 
 
@@ -75,7 +75,7 @@ def test_temporary_files_of_killed_runs_go_and_fresh_ones_stay(tmp_path):
     assert not old.exists() and new.exists() and kept.exists()
 
 
-@pytest.mark.parametrize("reader", ["workbook", "weights", "checkpoint", "predictions"])
+@pytest.mark.parametrize("reader", ["workbook", "weights", "verify", "checkpoint", "predictions"])
 def test_a_zip_bomb_is_refused_in_seconds(tmp_path, reader, capsys):
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -87,7 +87,8 @@ def test_a_zip_bomb_is_refused_in_seconds(tmp_path, reader, capsys):
         assert load_predictions(path, "key") is None
         assert "would unpack to 1.1 GB" in capsys.readouterr().err
     else:
-        read = {"workbook": read_sheets, "weights": read_weights, "checkpoint": read_checkpoint}
+        read = {"workbook": read_sheets, "weights": read_weights, "verify": verify}
+        read["checkpoint"] = read_checkpoint
         with pytest.raises((UserError, zipfile.BadZipFile), match=r"would unpack to 1\.1 GB"):
             read[reader](path)
     assert time.monotonic() - begun < 3
