@@ -76,6 +76,8 @@ CASES = [
     Case("any", "a flipped bit of a student", "refused by name", "faults: flipped_bit_of_a_st"),
     Case("evaluate", "features, predictions, rows", MENDED, "evaluate: damaged_results"),
     Case("embed", "a flipped bit of features", MENDED, "embed: flipped_bit"),
+    # Files of others.
+    Case("any", "a zip file of gigabytes of zeros", "refused in seconds", "files: zip_bomb"),
     # Inputs that changed.
     Case("distill", "a cohort tiled anew", "refused on resume", "distill: tiled_anew"),
     Case("robustness", "slides swapped since tiling", "refused", "robustness: swapped"),
