@@ -43,6 +43,7 @@ class Small(torch.nn.Module):
     """A network that costs next to nothing: one convolution of 32 x 32 px, and the mean."""
 
     num_features = 16
+    num_classes = 0
 
     def __init__(self):
         super().__init__()
