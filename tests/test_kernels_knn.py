@@ -148,6 +148,16 @@ def test_knn_redoes_rows_that_the_screen_cannot_prove():
     assert redone.all() and torch.equal(index, brute(base, 4)[1])
 
 
+@pytest.mark.parametrize("step", [2.0**-44, 2.0**-50])
+def test_knn_among_distances_that_differ_in_their_last_digits(step):
+    radius = 1 + step * torch.randperm(600).double()
+    near = torch.stack((radius, torch.zeros_like(radius)), 1)
+    near[::2] *= -1
+    base = torch.cat((near, torch.randn(400, 2, dtype=torch.float64) + 5))
+    centre = torch.zeros(1, 2, dtype=torch.float64)
+    assert torch.equal(knn(base, 15, centre)[0], radius.argsort()[:15])
+
+
 def clusters(n, width, count, spread):
     return torch.randn(count, width)[torch.randint(count, (n,))] + spread * torch.randn(n, width)
 
