@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """How fast patches come from slides that are served: distill.py's loader over a simulated link.
 
-    python tests/bench_remote.py [--slides 48] [--workers 8] [--batches 200] [--data DIR]
+    python tests/bench_remote.py [--slides 48] [--workers 8] [--batches 900] [--data DIR]
 
 A server on this machine answers each request after 50 ms and sends 400 Mbit/s in all, to every
 connection its share. Slides are drawn (JPEG tiles of 256 px), tiled by `tile.py --remote`, and
 read by `stream.load` in the order of distill.py: without a cache, into an empty one, out of the
-full one, and the same patches from the slides on disk. Slides are so large that hardly a patch is
-drawn twice. Prints patches a second, bytes read, hits, the share of the loaders' time that they
-waited for the link, and CPU time of the loaders and of the server, which shares their cores. Given
-a folder, slides and coordinates are kept there for the next time.
+full one, and the same patches from the slides on disk, long enough that the start of the loading
+processes counts for little. Prints patches a second, bytes read, hits, the share of the loaders'
+time that they waited for the link, and CPU time of the loaders and of the server, which shares
+their cores. Given a folder, slides and coordinates are kept there for the next time.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--slides", type=int, default=48)
     parser.add_argument("--side", type=int, default=12288, help="px of a slide")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=200, help="of 32 patches")
+    parser.add_argument("--batches", type=int, default=900, help="of 32 patches")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--rate", type=float, default=400, help="Mbit/s")
     parser.add_argument("--data", type=Path, help="folder in which all is kept")
