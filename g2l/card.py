@@ -4,11 +4,11 @@
 draws it again and says where card, weights and config.json do not agree.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from g2l.cohort import hashed_cohort
 from g2l.errors import UserError
 from g2l.files import read_json
 from g2l.registry import PLUS, REGISTRY, find
@@ -73,11 +73,6 @@ It gives {num_classes} projected features, each standardised; CKA below is of it
 """
 
 
-def hashed(name: str) -> str:
-    """A patient's name so that who knows it can find it here, and nobody else reads it."""
-    return hashlib.sha256(name.upper().encode()).hexdigest()[:16]
-
-
 def _header(about: Mapping) -> dict:
     """What the hub reads, of a student whose metadata are `about`."""
     teachers = [find(name) for name in about["teacher"].split(PLUS)]
@@ -110,7 +105,7 @@ def card(config: Mapping) -> str:
         licences="\n".join(f"- {told}" for told in facts["licences"]),
         slides=len(about["slides"]),
         patients=len(about["patients"]),
-        names="\n".join(f"- {hashed(patient)}" for patient in about["patients"]),
+        names="\n".join(f"- {name}" for name in hashed_cohort(about, "patients")),
         curve="\n".join(f"| {step} | {cka:.4f} |" for step, cka in facts["curve"]),
         each="".join(f"| {name} | {count} | {cka:.4f} |\n" for name, (count, cka) in each),
         made="\n".join(f"- {name}: `{facts[name]}`" for name in TOLD),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,18 @@ def patient_of(name: str) -> str:
         return barcode[0].upper()
     first = re.match(r"\D*\d[^_]*", stem)
     return first[0] if first else stem
+
+
+def hashed(name: str) -> str:
+    """The name of a patient or slide so that who knows it can find it, and nobody else reads it."""
+    return hashlib.sha256(name.upper().encode()).hexdigest()[:16]
+
+
+def hashed_cohort(metadata: Mapping, kind: str) -> list[str]:
+    """The "patients" or "slides" that a student was distilled on, hashed as `kind` of its metadata
+    is; older students have plain names there."""
+    names = [str(name) for name in metadata.get(kind) or () if str(name)]
+    return names if metadata.get("hashed") else [hashed(name) for name in names]
 
 
 @dataclass

@@ -448,7 +448,9 @@ def model_rows(study: Study) -> list[dict]:
     """One row for each model: what it is and what it costs."""
     rows = []
     for name, about in study.cards.items():
-        meta = {k: v for k, v in about["metadata"].items() if k not in ("patients", "slides")}
+        meta = {
+            k: v for k, v in about["metadata"].items() if k not in ("hashed", "patients", "slides")
+        }
         row: dict = {"model": display(name), "benchmark": "", "protocol": "model"}
         row |= {"metric": "parameters", "value": about["parameters"], "metadata": meta}
         row |= {"ms_per_image": about["ms_per_image"], "device": study.device_used}

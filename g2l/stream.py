@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 from g2l import ranks
 from g2l.augment import Params, draw_params
-from g2l.card import hashed
+from g2l.cohort import hashed
 from g2l.errors import PatchError, UserError, of_the_machine
 from g2l.models import Model
 from g2l.patches import PatchIndex

@@ -15,6 +15,7 @@ import torch
 
 from g2l.augment import augment
 from g2l.card import TOLD
+from g2l.cohort import hashed
 from g2l.devices import describe_device
 from g2l.errors import UserError
 from g2l.models import save_student
@@ -324,8 +325,9 @@ class Training:
             "cancer": args.cancer,
             "loss": joined(args.loss),
             "steps": self.done,
-            "patients": list(index.patients),
-            "slides": list(index.slides),
+            "hashed": True,  # the student may be published, names of patients may not
+            "patients": [hashed(name) for name in index.patients],
+            "slides": [hashed(name) for name in index.slides],
             "cka_before": best["before"],
             "cka_after": best["last"],
         }

@@ -24,7 +24,7 @@ from training import (
 
 import distill
 from g2l import models
-from g2l.card import hashed
+from g2l.cohort import hashed
 from g2l.models import load_model
 from g2l.patches import PatchIndex
 from g2l.recipe import Distiller, Said, look, parse_terms, relation

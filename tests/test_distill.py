@@ -35,6 +35,7 @@ from training import (
 )
 
 import distill
+from g2l.cohort import hashed
 from g2l.errors import PatchError
 from g2l.models import load_model, save_student
 from g2l.patches import PatchIndex
@@ -91,8 +92,10 @@ def test_a_run_leaves_what_it_should(data, unbroken, capsys):
     ] == pytest.approx(0.5)
     ours = load_model(str(unbroken / "student"))
     assert ours.metadata["teacher"] == "timm:test_vit4" and ours.metadata["steps"] == 40
-    assert ours.metadata["patients"] == [f"P{i}" for i in range(8)]
-    assert ours.metadata["slides"] == [f"P{i}_a" for i in range(8)]
+    assert ours.metadata["patients"] == [hashed(f"P{i}") for i in range(8)]
+    assert ours.metadata["slides"] == [hashed(f"P{i}_a") for i in range(8)]
+    for name in ("config.json", "README.md"):
+        assert "P3" not in (unbroken / "student" / name).read_text()
     theirs = timm.create_model(
         f"local-dir:{unbroken / 'student'}", pretrained=True, num_classes=0
     ).eval()

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import g2l.evaluation as evaluation
 import g2l.protocols
 from g2l.benchmarks import Benchmark, leaked
+from g2l.cohort import hashed
 from g2l.errors import UserError
 from g2l.features import readable_rows
 from g2l.probe import STRENGTHS, linear_probe, logistic_path, six_two_two
@@ -504,13 +505,13 @@ def test_leaked_patients_are_found_by_group_and_by_barcode():
 )
 def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group, found):
     b = Benchmark("b", "patch", [], [image], np.zeros(1, int), ["a"], [group])
-    about = {
-        "metadata": {
-            "patients": ["P07", "7", ""],
-            "slides": ["case_001", "P08_right", "7", "tumour", ""],
-        }
+    plain = {
+        "patients": ["P07", "7", ""],
+        "slides": ["case_001", "P08_right", "7", "tumour", ""],
     }
-    assert leaked(b, about).tolist() == [found]
+    assert leaked(b, {"metadata": plain}).tolist() == [found]  # as older students have it
+    secret = {kind: [hashed(name) for name in names if name] for kind, names in plain.items()}
+    assert leaked(b, {"metadata": secret | {"hashed": True}}).tolist() == [found]
     assert not leaked(b, {"metadata": {"patients": [""]}}).any()
 
 
