@@ -51,8 +51,8 @@ class Student(PretrainedModel):
         return self.net.forward_features(x)[:, self.net.num_prefix_tokens :]
 '''
 HEST = '''\
-"""The student for HEST-Benchmark. PyPI's hest is another project, and a wheel of this one lacks a file
-that it reads:
+"""The student for HEST-Benchmark, from its repository: PyPI's hest is another project, and a wheel
+lacks a file that it reads.
 
     git clone https://github.com/mahmoodlab/HEST && pip install -e HEST
     python {path}
