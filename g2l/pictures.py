@@ -152,7 +152,7 @@ def against(
             color=f"C{i}",
             label=label,
         )
-    axis.set_xscale("log")
+    axis.set_xscale("log", subs=(2, 5))  # more numbers would lie over each other
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.margins(0.15)

@@ -240,6 +240,7 @@ class Tables:
                 found = self.scores(protocol, metric)
                 tables.append([[label, what, *cells] for label, *cells in found])
         rows = [row for benchmark in zip(*tables, strict=True) for row in benchmark]
+        rows = [row for row in rows if {*row[2:]} != {"–"}]  # data that it cannot take
         head = ["benchmark", "measure", "chance", *self.models]
         return f"## {title}\n\n" + markdown(head, rows) if rows else ""
 

@@ -1,5 +1,6 @@
 """g2l.paper, g2l.report and g2l.pictures: the paper's numbers, tables and pictures of a study."""
 
+import itertools
 import types
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import g2l.pictures
 from g2l.benchmarks import Benchmark
 from g2l.paper import FIGURES, paper_figure
-from g2l.pictures import draw_benchmark, draw_figure1, is_drawn, with_margins
+from g2l.pictures import against, draw_benchmark, draw_figure1, is_drawn, with_margins
 from g2l.report import markdown, means, summarize, write_report, write_tables
 
 G2L = {"teacher": "h-optimus-0", "student": "hibou-l"}
@@ -101,6 +102,30 @@ def test_what_pretraining_has_seen_is_marked_in_every_table(study):
     told = [line for line in lines if line.startswith(("| tp53", "| idc"))]
     assert told and all(("†" in line) == ("| tp53" in line) for line in told)
     assert sum(line.endswith("†") and line.startswith("mine") for line in lines) == 1
+
+
+def test_a_further_protocol_has_no_line_for_data_it_cannot_take(study):
+    base = {"benchmark": "idc", "protocol": "abmil", "metric": "auc", "fold": 0}
+    study.rows += [base | {"model": model, "value": 0.7} for model in ("mine", "chance")]
+    study.protocols = ("abmil",)
+    part = write_tables(study).split("## Gated attention")[1]
+    assert part.count("| AUC |") == 1 and "| idc | AUC | 0.700 | – |" in part
+
+
+@pytest.mark.parametrize("sizes", [[0.3, 0.3], [303.7, 1134.8], [85.7, 1134.8, 21.7]])
+def test_the_numbers_below_figure1_do_not_lie_over_each_other(study, sizes):
+    figure, axis = plt.subplots(figsize=(4.5, 4))
+    study.models = [f"m{i}" for i in range(len(sizes))]
+    study.cards = dict.fromkeys(study.models, {"metadata": {}})
+    values = np.ones(len(sizes))
+    against(axis, sizes, values, values / 9, study)
+    figure.canvas.draw()
+    shown = [*axis.get_xticklabels(), *axis.get_xticklabels(minor=True)]
+    left, right = axis.get_xlim()
+    inside = [text for text in shown if text.get_text() and left <= text.get_position()[0] <= right]
+    boxes = sorted((text.get_window_extent() for text in inside), key=lambda box: box.x0)
+    assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    plt.close("all")
 
 
 def test_every_table_names_what_made_it(study):
