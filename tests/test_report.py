@@ -116,7 +116,7 @@ def test_a_further_protocol_has_no_line_for_data_it_cannot_take(study):
 def test_the_numbers_below_figure1_do_not_lie_over_each_other(study, sizes):
     figure, axis = plt.subplots(figsize=(4.5, 4))
     study.models = [f"m{i}" for i in range(len(sizes))]
-    study.cards = dict.fromkeys(study.models, {"metadata": {}})
+    study.cards = {name: {"metadata": {}} for name in study.models}
     values = np.ones(len(sizes))
     against(axis, sizes, values, values / 9, study)
     figure.canvas.draw()
