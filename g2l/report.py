@@ -326,10 +326,10 @@ def score(value: float | None, spread: float | None = None) -> str:
 
 
 def verdict(row: dict) -> str:
-    """A paired difference in a word: better, worse, or no difference that the data can show."""
+    """A paired difference, as printed, in a word: better, worse, or none that the data can show."""
     if row["low"] is None:
         return "too few groups to tell"
-    if row["low"] <= 0 <= row["high"]:
+    if round(row["low"], 3) <= 0 <= round(row["high"], 3):
         return "within noise"
     less = row["metric"].endswith(LESS_IS_BETTER)
     return "better" if (row["low"] > 0) != less else "worse"

@@ -12,7 +12,15 @@ import g2l.pictures
 from g2l.benchmarks import Benchmark
 from g2l.paper import FIGURES, paper_figure
 from g2l.pictures import against, draw_benchmark, draw_figure1, is_drawn, with_margins
-from g2l.report import markdown, means, summarize, write_report, write_tables
+from g2l.report import (
+    markdown,
+    means,
+    summarize,
+    verdict,
+    with_interval,
+    write_report,
+    write_tables,
+)
 
 G2L = {"teacher": "h-optimus-0", "student": "hibou-l"}
 
@@ -126,6 +134,12 @@ def test_the_numbers_below_figure1_do_not_lie_over_each_other(study, sizes):
     boxes = sorted((text.get_window_extent() for text in inside), key=lambda box: box.x0)
     assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     plt.close("all")
+
+
+def test_a_difference_that_is_printed_as_none_is_no_verdict():
+    row = {"metric": "probe: ECE", "value": 2e-7, "low": 1e-7, "high": 3e-7}
+    assert with_interval(row) == "+0.000 [+0.000, +0.000]" and verdict(row) == "within noise"
+    assert verdict(row | {"low": 0.0006, "high": 0.002}) == "worse"
 
 
 def test_every_table_names_what_made_it(study):
