@@ -426,7 +426,8 @@ def benchmark_table(study: Study) -> str:
 
 def picture_links(study: Study, benchmark: str) -> str:
     """Links to the pictures of a benchmark that are there."""
-    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in ("confusion", "cka", "layers")]
+    kinds = "confusion", "cka", "k-curve", "layers"
+    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in kinds]
     names += [
         ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]

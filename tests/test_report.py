@@ -194,6 +194,32 @@ def test_pictures_are_drawn_where_they_lack_or_show_something_else(study, tmp_pa
     assert not is_drawn(folder / "cka-idc.png", "two")
 
 
+def test_the_curve_over_k_is_drawn_and_shown(study, monkeypatch):
+    base = {"benchmark": "idc", "protocol": "k curve"}
+    for model, value in (("mine", 0.7), ("hibou-l", 0.6), ("chance", 0.4)):
+        study.rows += [
+            base | {"model": model, "metric": f"k = {k}", "value": value + k / 100} for k in (1, 5)
+        ]
+    study.protocols = ("k-curve",)
+    study.models = ["hibou-l", "mine"]
+    figures = {}
+    monkeypatch.setattr(
+        g2l.pictures, "save_figure", lambda figure, path, *_: figures.update({path.stem: figure})
+    )
+    monkeypatch.setattr(g2l.pictures, "draw_gallery", lambda *_: None)
+    predicted = {name: {"knn": np.zeros(90, int)} for name in study.models}
+    draw_benchmark(study.found[0], predicted, study, "one")
+    (axis,) = figures["k-curve-idc"].axes
+    points = {line.get_label(): line.get_xydata() for line in axis.lines}
+    drawn = {name: xy[np.isfinite(xy[:, 1])].tolist() for name, xy in points.items()}
+    assert drawn["mine"] == [[1, 0.71], [5, 0.75]] and set(drawn) == {"mine", "hibou-l", "chance"}
+    plt.close("all")
+    (study.results / "pictures").mkdir()
+    (study.results / "pictures" / "k-curve-idc.png").write_bytes(b"")
+    write_report(study, write_tables(study), [])
+    assert "(pictures/k-curve-idc.png)" in (study.results / "report.md").read_text()
+
+
 def test_markdown_keeps_bars_in_names_apart_from_columns():
     assert markdown("a\tb", [["x|y", "1"], ["z", "2"]]) == (
         "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n| z | 2 |\n"
