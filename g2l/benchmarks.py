@@ -161,7 +161,7 @@ def load_folder(folder: Path) -> Benchmark:
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
     name = folder.resolve().name
-    images = ImageFiles(files_of(table, ids))
+    images = ImageFiles(files_of(table, ids, [row.get("mask", "") for row in rows]))
     labelled = [(row["image"], row["label"], row["group"]) for row in rows]
     made = make_benchmark(name, "patch", images, labelled, classes, table)
     if "center" in rows[0]:
@@ -172,10 +172,10 @@ def load_folder(folder: Path) -> Benchmark:
     return made
 
 
-def files_of(table: Path, ids: list[str]) -> list[Path]:
+def files_of(table: Path, ids: list[str], masks: list[str]) -> list[Path]:
     """The image files that a labels.csv lists; UserError for one listed twice, or if none exists.
 
-    Images of the folder that it does not list are told.
+    Images of the folder that it lists neither so nor as masks are told.
     """
     folder = table.parent
     files = [Path(os.path.normpath(folder / name)) for name in ids]
@@ -190,7 +190,7 @@ def files_of(table: Path, ids: list[str]) -> list[Path]:
             f"{table}: none of its {len(files)} images exists, first {files[0]}; paths in the "
             f"column image are relative to {folder}"
         )
-    known = set(files)
+    known = {*files, *(Path(os.path.normpath(folder / mask)) for mask in masks)}
     there = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
     extra = [p for p in there if p not in known]
     if extra:

@@ -51,18 +51,33 @@ class Student(PretrainedModel):
         return self.net.forward_features(x)[:, self.net.num_prefix_tokens :]
 '''
 HEST = '''\
-"""The student for HEST-Benchmark (pip install git+https://github.com/mahmoodlab/HEST):
+"""The student for HEST-Benchmark, from its repository: PyPI's hest is another project, and a wheel
+lacks a file that it reads.
 
+    git clone https://github.com/mahmoodlab/HEST && pip install -e HEST
     python {path}
+
+It fetches its patches (0.5 micrometres per pixel) and writes to eval/ST_pred_results.
 """
 
 import timm
 import torch
 from hest.bench import benchmark
 
-student = timm.create_model({weights!r}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
-benchmark(student, transform, torch.float32, exp_code={name!r})
+TASKS = "IDC PRAD PAAD SKCM COAD READ CCRCC LUNG LYMPH_IDC".split()  # those of its board
+
+if __name__ == "__main__":
+    student = timm.create_model({weights!r}, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
+    benchmark(
+        student,
+        transform,
+        torch.float32,
+        exp_code={name!r},
+        datasets=TASKS,
+        encoders=[],  # beside the student; else a ResNet50
+        latent_dim={latent},  # of the PCA: 256, or all that the embedding has
+    )
 '''
 TOOLS = {
     "eva": ("eva.yaml", EVA),
@@ -91,12 +106,14 @@ def export(student: Path, tool: str, folder: Path) -> Path:
     name, text = TOOLS[tool]
     path = folder / name
     place = student.resolve()
+    width = config["num_classes"] or config["num_features"]
     filled = text.format(
         path=path,
         name=config["g2l"]["run"],
         architecture=config["architecture"],
         weights=f"local-dir:{place}",
-        width=config["num_classes"] or config["num_features"],
+        width=width,
+        latent=min(width, 256),
         place=place,
         kwargs=json.dumps(config["model_args"]),
         size=facts["input_size"][-1],

@@ -24,7 +24,8 @@ nav {{ position: sticky; top: 0; background: #fff; padding: .5rem 0;
 nav a {{ margin-right: 1rem; }}
 h2 {{ margin-top: 3rem; scroll-margin-top: 3rem; border-bottom: 1px solid #ccc; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
+  width: max-content; max-width: max(100%, 50rem); }}
 th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e5e5e5; }}
 th {{ cursor: pointer; background: #f5f5f5; white-space: nowrap; }}
 th:hover {{ background: #e8e8e8; }}

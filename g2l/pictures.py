@@ -15,6 +15,7 @@ from numpy import ndarray
 from g2l.benchmarks import Benchmark
 from g2l.errors import warn
 from g2l.features import display
+from g2l.field import CURVE
 from g2l.files import atomic, safe
 from g2l.images import open_slide, read_image
 from g2l.report import means, role
@@ -152,7 +153,7 @@ def against(
             color=f"C{i}",
             label=label,
         )
-    axis.set_xscale("log")
+    axis.set_xscale("log", subs=(2, 5))  # more numbers would lie over each other
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.margins(0.15)
@@ -165,14 +166,16 @@ def draw_benchmark(
     study: Study,
     key: str,
 ) -> None:
-    """Below results/pictures: confusion and CKA matrices of all models, maps of their layers where
-    these were compared, and a gallery for each.
+    """Below results/pictures: confusion and CKA matrices of all models, their curves over k and
+    maps of their layers where these were measured, and a gallery for each.
 
     key: of what the pictures show; those that are there with it stay as they are.
     """
     folder = study.results / "pictures"
     mean = means(study.rows)
     draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
+    if "k-curve" in study.protocols:
+        draws["k-curve"] = draw_curve
     for kind, draw in draws.items():
         path = folder / f"{kind}-{safe(benchmark.name)}.png"
         if not is_drawn(path, key) and (kind != "cka" or len(predictions) > 1):
@@ -220,6 +223,23 @@ def draw_cka(
     figure, axes = canvas(1, 1, side, side)
     heat(axes[0, 0], matrix, 1, "{:.2f}", names)
     figure.suptitle(f"{benchmark.name}: unbiased CKA of every pair of models")
+    return figure
+
+
+def draw_curve(
+    benchmark: Benchmark,
+    predictions: dict[str, dict],
+    mean: dict,
+):
+    """Accuracy of each model's kNN over k, above what features that know nothing reach."""
+    figure, axes = canvas(1, 1, 4.5, 3.6)
+    for name in [*map(display, predictions), "chance"]:
+        keys = [("k curve", f"k = {k}", name, benchmark.name) for k in CURVE]
+        heights = [mean.get(key, (np.nan,))[0] for key in keys]  # NaN: a larger k than was taken
+        axes[0, 0].plot(CURVE, heights, "o-", label=name)
+    axes[0, 0].set(xlabel="k", ylabel="accuracy, all folds together")
+    axes[0, 0].legend()
+    figure.suptitle(f"{benchmark.name}: kNN over k")
     return figure
 
 

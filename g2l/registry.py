@@ -25,6 +25,8 @@ class Entry:
     licence: str
     # "gated": to be asked for on the model's page; "log in": sources disagree, some had to accept
     access: str
+    pretrained_on: Sequence[str]  # collections of slides; "private" for its authors' own
+    pretraining: str  # how many of them, and who says so
     args: dict = field(default_factory=dict)  # of timm's constructor, beside size and pooling
     # "cls", or "cls+mean": CLS beside the mean of the patch tokens, registers left out
     embedding: str = "cls"
@@ -33,9 +35,6 @@ class Entry:
     resize: int = 224  # the shorter side is resized to this, then the middle 224 x 224 is taken
     interpolation: str = "bilinear"
     teaches: bool = True  # False: the licence forbids models trained on its outputs
-    # collections of slides in its pretraining, "private" for its authors' own; empty: not known
-    pretrained_on: Sequence[str] = ()
-    pretraining: str = ""  # how many of them, and who says so
 
     @property
     def width(self) -> int:
@@ -63,9 +62,9 @@ DRAWN_FROM = {
 NOTES = """
 All take 224 x 224 RGB. cls+mean: class token beside the mean of the patch tokens, registers left
 out. log in: sources disagree whether terms must be accepted. *: the licence forbids models trained
-on its outputs; H-optimus-0 and Hibou are Apache-2.0. pretrained on: as far as known. H-optimus-0
-was trained at 0.5 µm/px, G2L distils it at 0.25. Weights: the hub's cache and token, or --weights
-[NAME=]FILE, FOLDER, random."""
+on its outputs; H-optimus-0 and Hibou are Apache-2.0. H-optimus-0 was trained at 0.5 µm/px, G2L
+distils it at 0.25. The list: georg-wolflein/pathology-foundation-models; every source stands in
+g2l/registry.toml. Weights: the hub's cache and token, or --weights [NAME=]FILE, FOLDER, random."""
 
 
 def find(name: object) -> str | None:
@@ -102,14 +101,21 @@ def pretrained_on(
     """The models that may know a benchmark's slides from pretraining, and notes on how.
 
     `models`: what distill.py wrote of each by name, so that a student speaks for the two it comes
-    from; `groups`: patients or slides of the benchmark.
+    from; `groups`: patients or slides of the benchmark. Where slides are of a public collection, a
+    model of which nothing is known may have met them; timm's own were made from other pictures.
     """
     of_tcga = any(group.upper().startswith("TCGA-") for group in groups)
     collection = "TCGA" if of_tcga else DRAWN_FROM.get(benchmark)
     notes: dict[str, list[str]] = {}
     for name, metadata in models.items():
         teachers = str(metadata.get("teacher")).split(PLUS)
-        for origin in (name, *teachers, metadata.get("student")):
+        origins = [name, *teachers, str(metadata.get("student"))]
+        if collection and not any(find(o) or o.startswith("timm:") for o in origins):
+            notes[name] = [
+                f"{name} may know these slides, of {collection}: what it was pretrained on is not "
+                "known"
+            ]
+        for origin in origins:
             known = find(origin)
             if known and collection in REGISTRY[known].pretrained_on:
                 of = "" if origin == name else f" comes from {known}, which"
@@ -121,14 +127,12 @@ def pretrained_on(
 
 
 def table() -> str:
-    """The registry as text."""
-    rows = [
-        ["name", "   parameters", "embedding", " dim", "licence", "access", "pretrained on", "hub"]
-    ]
+    """The registry as text, and a table of what its models were pretrained on and who says so."""
+    rows = [["name", "   parameters", "embedding", " dim", "licence", "access", "hub"]]
+    origins = [["name", "pretrained on", "how many, and who says so"]]
     for name, entry in REGISTRY.items():
         licence = entry.licence + " *" * (not entry.teaches)
-        collections = ", ".join(entry.pretrained_on)
         numbers = [f"{entry.parameters:13,}", entry.embedding, f"{entry.dim:4}"]
-        rows.append([name, *numbers, licence, entry.access, collections, entry.hub])
-    lines = aligned(rows).split("\n")
-    return "\n".join(line[:150].rstrip() for line in lines)
+        rows.append([name, *numbers, licence, entry.access, entry.hub])
+        origins.append([name, ", ".join(entry.pretrained_on), entry.pretraining])
+    return aligned(rows) + "\n\n" + aligned(origins)

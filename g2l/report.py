@@ -240,6 +240,7 @@ class Tables:
                 found = self.scores(protocol, metric)
                 tables.append([[label, what, *cells] for label, *cells in found])
         rows = [row for benchmark in zip(*tables, strict=True) for row in benchmark]
+        rows = [row for row in rows if {*row[2:]} != {"–"}]  # data that it cannot take
         head = ["benchmark", "measure", "chance", *self.models]
         return f"## {title}\n\n" + markdown(head, rows) if rows else ""
 
@@ -325,10 +326,10 @@ def score(value: float | None, spread: float | None = None) -> str:
 
 
 def verdict(row: dict) -> str:
-    """A paired difference in a word: better, worse, or no difference that the data can show."""
+    """A paired difference, as printed, in a word: better, worse, or none that the data can show."""
     if row["low"] is None:
         return "too few groups to tell"
-    if row["low"] <= 0 <= row["high"]:
+    if round(row["low"], 3) <= 0 <= round(row["high"], 3):
         return "within noise"
     less = row["metric"].endswith(LESS_IS_BETTER)
     return "better" if (row["low"] > 0) != less else "worse"
@@ -425,7 +426,8 @@ def benchmark_table(study: Study) -> str:
 
 def picture_links(study: Study, benchmark: str) -> str:
     """Links to the pictures of a benchmark that are there."""
-    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in ("confusion", "cka", "layers")]
+    kinds = "confusion", "cka", "k-curve", "layers"
+    names = [(kind, f"{kind}-{safe(benchmark)}") for kind in kinds]
     names += [
         ("gallery", f"gallery-{safe(benchmark)}-{safe(display(name))}") for name in study.models
     ]

@@ -8,6 +8,7 @@ from PIL import Image
 
 import evaluate
 import g2l.dense
+from g2l.benchmarks import load_folder
 from g2l.dense import alignment, classes_of, look, resized, segmentation
 from g2l.errors import UserError
 from g2l.images import read_mask
@@ -124,6 +125,13 @@ def test_tokens_lie_where_they_are_in_the_image(folder):
         assert (spread > 0).all() and set(np.unique(classes)) <= {-1, 3, 5}
         left, right = classes[:, :, :middle], classes[:, :, middle:]
         assert set(np.unique(left[0])) <= {-1, 5} and set(np.unique(right[0])) <= {-1, 3}
+
+
+def test_masks_that_the_table_names_are_no_images_left_out(folder, capsys):
+    assert len(load_folder(folder).masks) == 48 and "labels.csv" not in capsys.readouterr().err
+    Image.new("RGB", (9, 9)).save(folder / "extra.png")
+    load_folder(folder)
+    assert "1 images have no line in labels.csv" in capsys.readouterr().err
 
 
 def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder):

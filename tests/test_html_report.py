@@ -61,3 +61,19 @@ def test_a_click_on_a_head_sorts_by_its_numbers(page, clicks, wanted):
         [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     assert re.findall(r"<td>(\w)</td>", done.stdout) == list(wanted)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_long_note_is_no_tower_on_a_telephone(page):
+    head = "| benchmark | level | images | groups | classes | notes |\n|" + " --- |" * 6 + "\n"
+    line = "| tumour | patch | 180 | 18 | benign 49, grade 3 56 | " + "a note of many words " * 20
+    report = page.with_suffix(".md")
+    report.write_text("# Evaluation\n\n" + head + line + "|\n")
+    tell = "document.title = document.querySelector('tbody tr').offsetHeight"
+    text = write_html(report).read_text()
+    page.write_text(text.replace("</body>", f"<script>{tell}</script></body>"))
+    for width, most in ((500, 400), (1300, 200)):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += [f"--window-size={width},900", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert 20 < int(re.search(r"<title>(\d+)</title>", done.stdout)[1]) < most

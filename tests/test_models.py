@@ -25,7 +25,7 @@ from g2l.models import (
     save_student,
 )
 from g2l.ranks import setup_distributed
-from g2l.registry import REGISTRY, pretrained_on
+from g2l.registry import REGISTRY, pretrained_on, table
 from g2l.speed import flops_per_image
 
 
@@ -64,8 +64,10 @@ def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     forbid = {name for name, entry in REGISTRY.items() if not entry.teaches}
     assert forbid == {"h-optimus-1", "h0-mini", "h0-mini+mean", "virchow2", "uni", "uni2-h"}
     for entry in REGISTRY.values():  # no fact without its source
-        assert bool(entry.pretrained_on) == bool(entry.pretraining)
-        assert not entry.pretraining or "say" in entry.pretraining
+        assert entry.pretrained_on and " say" in entry.pretraining
+    told = {line.split()[0]: line for line in table().splitlines() if line}
+    for name, entry in REGISTRY.items():
+        assert ", ".join(entry.pretrained_on) in told[name] and entry.pretraining in told[name]
     assert list(REGISTRY["phikon-v2"].pretrained_on) == ["TCGA", "CPTAC", "GTEx"]
     student = {"runs/a/student": {"teacher": "bioptimus/H0-mini", "student": "hibou-l"}}
     ((note,),) = pretrained_on(student, "tp53", ["a"]).values()
@@ -74,6 +76,15 @@ def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     assert list(pretrained_on({"phikon": {}, "gpfm": {}}, "bracs", ["1"])) == ["gpfm"]
     assert not pretrained_on({"phikon": {}, "uni": {}}, "mine", ["P1"])
     assert not pretrained_on({"uni": {}, "timm:test_vit": {}}, "tils", ["TCGA-AA-0001"])
+
+
+def test_a_model_of_unknown_pretraining_is_not_shown_as_one_without_a_leak():
+    known = {"teacher": "h-optimus-0", "student": "hibou-l"}
+    made_up = {"teacher": "timm:test_vit", "student": "timm:test_vit"}  # no slides: timm's own
+    models = {"runs/a/student": known, "runs/b/student": made_up, "weights/mine": {}}
+    ((name, (note,)),) = pretrained_on(models, "tp53", ["a"]).items()
+    assert name == "weights/mine" and "what it was pretrained on is not known" in note
+    assert not pretrained_on(models, "mine", ["P1"])  # of no public collection
 
 
 def test_the_mean_beside_the_class_token_leaves_registers_out(tiny, monkeypatch):
@@ -106,7 +117,8 @@ def test_table_and_speed_commands(capsys):
     assert (
         "303,657,216" in done.stdout and "CC-BY-NC-ND-4.0" in done.stdout and "gated" in done.stdout
     )
-    assert max(map(len, done.stdout.splitlines())) <= 150
+    assert max(map(len, done.stdout.splitlines())) <= 154  # no name of the hub is cut
+    assert all(entry.hub in done.stdout for entry in REGISTRY.values())
     assert main(["--speed", "timm:test_vit", "--device", "cpu"]) == 0
     row = capsys.readouterr().out.splitlines()[2].split()
     assert row[0] == "timm:test_vit" and row[-2].endswith("%") and 0 < float(row[-2][:-1]) <= 150

@@ -1,5 +1,6 @@
 """g2l.paper, g2l.report and g2l.pictures: the paper's numbers, tables and pictures of a study."""
 
+import itertools
 import types
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import pytest
 import g2l.pictures
 from g2l.benchmarks import Benchmark
 from g2l.paper import FIGURES, paper_figure
-from g2l.pictures import draw_benchmark, draw_figure1, is_drawn, with_margins
-from g2l.report import markdown, means, summarize, write_report, write_tables
+from g2l.pictures import against, draw_benchmark, draw_figure1, is_drawn, with_margins
+from g2l.report import (
+    markdown,
+    means,
+    summarize,
+    verdict,
+    with_interval,
+    write_report,
+    write_tables,
+)
 
 G2L = {"teacher": "h-optimus-0", "student": "hibou-l"}
 
@@ -103,6 +112,36 @@ def test_what_pretraining_has_seen_is_marked_in_every_table(study):
     assert sum(line.endswith("†") and line.startswith("mine") for line in lines) == 1
 
 
+def test_a_further_protocol_has_no_line_for_data_it_cannot_take(study):
+    base = {"benchmark": "idc", "protocol": "abmil", "metric": "auc", "fold": 0}
+    study.rows += [base | {"model": model, "value": 0.7} for model in ("mine", "chance")]
+    study.protocols = ("abmil",)
+    part = write_tables(study).split("## Gated attention")[1]
+    assert part.count("| AUC |") == 1 and "| idc | AUC | 0.700 | – |" in part
+
+
+@pytest.mark.parametrize("sizes", [[0.3, 0.3], [303.7, 1134.8], [85.7, 1134.8, 21.7]])
+def test_the_numbers_below_figure1_do_not_lie_over_each_other(study, sizes):
+    figure, axis = plt.subplots(figsize=(4.5, 4))
+    study.models = [f"m{i}" for i in range(len(sizes))]
+    study.cards = {name: {"metadata": {}} for name in study.models}
+    values = np.ones(len(sizes))
+    against(axis, sizes, values, values / 9, study)
+    figure.canvas.draw()
+    shown = [*axis.get_xticklabels(), *axis.get_xticklabels(minor=True)]
+    left, right = axis.get_xlim()
+    inside = [text for text in shown if text.get_text() and left <= text.get_position()[0] <= right]
+    boxes = sorted((text.get_window_extent() for text in inside), key=lambda box: box.x0)
+    assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    plt.close("all")
+
+
+def test_a_difference_that_is_printed_as_none_is_no_verdict():
+    row = {"metric": "probe: ECE", "value": 2e-7, "low": 1e-7, "high": 3e-7}
+    assert with_interval(row) == "+0.000 [+0.000, +0.000]" and verdict(row) == "within noise"
+    assert verdict(row | {"low": 0.0006, "high": 0.002}) == "worse"
+
+
 def test_every_table_names_what_made_it(study):
     tables = write_tables(study)
     write_report(study, tables, [])
@@ -153,6 +192,32 @@ def test_pictures_are_drawn_where_they_lack_or_show_something_else(study, tmp_pa
     assert all(is_drawn(path, "two") for path in folder.iterdir())
     (folder / "cka-idc.png").write_bytes(b"half")
     assert not is_drawn(folder / "cka-idc.png", "two")
+
+
+def test_the_curve_over_k_is_drawn_and_shown(study, monkeypatch):
+    base = {"benchmark": "idc", "protocol": "k curve"}
+    for model, value in (("mine", 0.7), ("hibou-l", 0.6), ("chance", 0.4)):
+        study.rows += [
+            base | {"model": model, "metric": f"k = {k}", "value": value + k / 100} for k in (1, 5)
+        ]
+    study.protocols = ("k-curve",)
+    study.models = ["hibou-l", "mine"]
+    figures = {}
+    monkeypatch.setattr(
+        g2l.pictures, "save_figure", lambda figure, path, *_: figures.update({path.stem: figure})
+    )
+    monkeypatch.setattr(g2l.pictures, "draw_gallery", lambda *_: None)
+    predicted = {name: {"knn": np.zeros(90, int)} for name in study.models}
+    draw_benchmark(study.found[0], predicted, study, "one")
+    (axis,) = figures["k-curve-idc"].axes
+    points = {line.get_label(): line.get_xydata() for line in axis.lines}
+    drawn = {name: xy[np.isfinite(xy[:, 1])].tolist() for name, xy in points.items()}
+    assert drawn["mine"] == [[1, 0.71], [5, 0.75]] and set(drawn) == {"mine", "hibou-l", "chance"}
+    plt.close("all")
+    (study.results / "pictures").mkdir()
+    (study.results / "pictures" / "k-curve-idc.png").write_bytes(b"")
+    write_report(study, write_tables(study), [])
+    assert "(pictures/k-curve-idc.png)" in (study.results / "report.md").read_text()
 
 
 def test_markdown_keeps_bars_in_names_apart_from_columns():
