@@ -65,6 +65,7 @@ from g2l.ranks import (
     setup_distributed,
 )
 from g2l.readahead import Batch, ahead, read_batches
+from g2l.rows import read_rows
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import parse_weights
 
@@ -76,7 +77,7 @@ REMEDIES = MODEL_REMEDIES | {
 }
 MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
 Targets = dict[int, SlideFeatures]  # of a model, by the number of the slide
-Problems = dict[int, str]  # of a slide, why its first unreadable patch is
+Problems = dict[Any, str]  # why the first is lost of a slide, by number, or of a model's features
 Told = Any  # a Counter: patches, and seconds by what they went to
 Block = tuple[ndarray, ndarray]  # features (n, D) float32, and which patches were readable
 
@@ -173,7 +174,7 @@ def missing(targets: Targets, redo: bool) -> list[int]:
     """Slides to do, the same on every rank; UserError where features were made from something
     else."""
     # Rank 0 looks, for all: a rank that comes late would see what others have done meanwhile.
-    states = agree({number: target.state() for number, target in targets.items()})
+    states = agree({number: target.state(redo) for number, target in targets.items()})
     other = [targets[number].path for number, state in states.items() if state == "other"]
     if other and not redo:
         raise UserError(
@@ -261,7 +262,11 @@ def stream(
         for piece, features, readable in by_piece(blocks, pieces):
             finish = piece.slide not in shared
             for target, part in zip(targets, np.split(features, ends, 1), strict=True):
-                block = part, readable
+                finite = np.isfinite(part).all(1)
+                if not finite.all():
+                    problems[target[piece.slide].path] = "the network gives NaN or infinity"
+                    told["unreadable"] += np.count_nonzero(~finite)
+                block = part, readable & finite
                 jobs.append(writer.submit(write, target[piece.slide], piece.first, block, finish))
             while len(jobs) > 3:  # memory stays bounded where the disk is slower than the network
                 told["writing"] += jobs.popleft().result()
@@ -285,8 +290,8 @@ def report(
     lost = 0
     for number, slide in enumerate(index.slides):
         patient = index.patient[number]
-        reason = problems.get(number, "")
         target = targets.get(number)
+        reason = problems.get(number) or problems.get(target and target.path, "")
         if target and target.state() == "done":
             unreadable = target.unreadable()
             rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
@@ -296,6 +301,9 @@ def report(
             reason = reason or "its coordinates cannot be read"
             rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
+    for slide, row in read_rows(index.folder).items():
+        if slide not in index.slides:  # tile.py found nothing in it
+            rows.append([slide, row["patient"], row["status"], 0, 0, row["reason"]])
     write_table(folder.with_name(f"{folder.name}.csv"), rows)
     if args.slide or args.pt or args.format:
         export(folder, done, args)
@@ -327,7 +335,7 @@ def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
     folder = index.folder / "heatmaps"
     slide = args.heatmap
     files = {number: t.path for number, t in targets.items() if t.path.exists()}
-    if args.similar:
+    if args.similar and files:
         path = folder / f"{name}_similar.png"
         save_figure(heatmap.draw_similar(index, files, name, args.similar, 7), path)
         print(f"picture: {path}")
@@ -341,21 +349,21 @@ def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
     side = int(targets[number].where.attributes["patch_size_level0"])
     row = None
     kind = "components"
-    title = "three principal components of its features as red, green and blue"
+    what = "three principal components of its features as red, green and blue"
     if args.scores:
         coords, values = heatmap.read_scores(args.scores, slide)
-        title = kind = safe(args.scores.stem)
+        what = kind = safe(args.scores.stem)
     elif args.query:
         row = heatmap.patch_at(coords, side, args.query)
         values = heatmap.by_similarity(features, row)
         kind = "like_{}_{}".format(*coords[row])
-        title = "cosine to the patch in the frame"
+        what = "cosine to the patch in the frame"
     else:
         values = heatmap.by_components(features)
     path = folder / f"{slide}_{name}_{kind}.png"
     with index.slide(number) as opened:
-        title = f"{slide}, {name}: {title}"
-        save_figure(heatmap.paint(opened, coords, side, values, title, row), path)
+        title = f"{slide}, {name}"
+        save_figure(heatmap.paint(opened, coords, side, values, title, what, row), path)
         heatmap.write_tiles(path.with_suffix(".geojson"), opened, coords, side, values, kind)
     print(f"picture: {path}; beside it the same as .geojson for QuPath")
 
@@ -374,7 +382,10 @@ def tell(parts: list[Told], seconds: float) -> None:
         f"{waiting:.1%} of the time; beside it {', '.join(beside)}"
     )
     if total["unreadable"]:
-        print(f"{total['unreadable']} patches could not be read and were left out")
+        print(
+            f"{total['unreadable']} patches could not be read, or a network gives no number for "
+            "them; they are left out"
+        )
 
 
 def compare(args: Namespace, patches: int) -> None:
@@ -444,6 +455,8 @@ def run(args: Namespace) -> int:
     """Embed what is missing; the exit status."""
     if args.pt and args.precision_out == "fp16":
         raise UserError("--pt with --precision-out fp16: CLAM, eva and TransMIL read fp32 only")
+    if (args.query or args.scores) and not args.heatmap:
+        raise UserError("--query and --scores say what --heatmap SLIDE shows; name the slide")
     stored = "float16" if args.precision_out == "fp16" else "float32"
     rank, _, _ = setup_distributed(args.device)
     if rank == 0 and stored == "float16":
@@ -511,8 +524,10 @@ def build_parser() -> ArgumentParser:
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
     add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")
-    add("--query X,Y", "how like each is to the patch at this pixel of level 0, or", type=place)
-    add("--scores FILE", "values of your own: a table slide,x,y,value")
+    kinds = see.add_mutually_exclusive_group()
+    like = "how like each is to the patch at this pixel of level 0, or"
+    flag(kinds, "--query X,Y", like, type=place)
+    flag(kinds, "--scores FILE", "values of your own: a table slide,x,y,value")
     add(
         "--similar N",
         "so many typical patches, with their nearest in the cohort",

@@ -18,11 +18,12 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.errors import UserError
-from g2l.files import atomic, digest, flush
+from g2l.files import atomic, digest, flush, locked
 from g2l.models import Model
 from g2l.patches import open_h5
 
 PIECE = 16384  # patches of a part at most: 100 MB of 1,536 numbers
+SAME = "level0_mpp", "slide_bytes"  # attributes that differ where equal places are other tissue
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,24 @@ class SlideFeatures:
         self.path = self.folder / f"{self.slide}.h5"
         self.name = str(self.folder / ".parts" / f"{self.slide}.{digest(asdict(self.origin))}")
 
-    def state(self) -> str:
-        """ "done", "missing" or "other" (made from something else, or damaged)."""
+    def state(self, thorough: bool = False) -> str:
+        """ "done", "missing" or "other" (made from something else, or damaged).
+
+        thorough: the features are read, too, and must have their checksum.
+        """
         if not self.path.exists():
             return "missing"
         try:
             with open_h5(self.path, "r") as file:
                 held = {name: str(file.attrs[name]) for name in asdict(self.origin)}
                 whole = len(file["features"]) + len(file["unreadable"]) == self.count
-        except (OSError, KeyError):
+                about = file["coords"].attrs
+                same = all(about.get(key) == self.where.attributes.get(key) for key in SAME)
+            if thorough:
+                read_features(self.path)
+        except (OSError, KeyError, UserError):
             return "other"
-        return "done" if held == asdict(self.origin) and whole else "other"
+        return "done" if held == asdict(self.origin) and whole and same else "other"
 
     def unreadable(self) -> int:
         """Patches that were left out of the file."""
@@ -115,13 +123,14 @@ class SlideFeatures:
         when the file is whole and on the disk.
         """
         parts = [self.part(first) for first in range(0, self.count, PIECE)]
-        if not all(part.is_file() for part in parts):
-            return
-        rows = np.concatenate([np.load(part)["rows"] for part in parts])
-        if len(rows):
-            self._write(parts, rows)
-        for part in parts:  # without a row, too: the slide may be readable next time
-            part.unlink()
+        with locked(self.folder / ".lock", limit=3600):  # another run may be at it, too
+            if not all(part.is_file() for part in parts):
+                return
+            rows = np.concatenate([np.load(part)["rows"] for part in parts])
+            if len(rows):
+                self._write(parts, rows)
+            for part in parts:  # without a row, too: the slide may be readable next time
+                part.unlink()
 
     def _write(self, parts: list[Path], rows: ndarray) -> None:
         width = np.load(parts[0])["features"].shape[1]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -15,15 +16,19 @@ import tifffile
 import torch
 from cohorts import edit_rows
 from jobs import Forked, main_of, run_ranks
+from matplotlib.text import Text
+from mirax import write_mirax
 from PIL import Image
 
 import embed
 import tile
 from g2l import heatmap
-from g2l.embeddings import read_features
+from g2l.embeddings import Coordinates, Origin, SlideFeatures, read_features
 from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
+from g2l.slides import Slide
+from g2l.tissue import read_mask
 
 MODEL = "timm:test_vit"
 
@@ -351,6 +356,214 @@ def test_the_nearest_of_a_cohort_are_those_of_a_plain_search():
         want = sorted(away)[:6]
         assert [(s, row) for _, s, row in want] == [tuple(pair) for pair in found[1:, i].T]
         np.testing.assert_allclose(found[0][i], [d for d, _, _ in want], atol=1e-5)
+
+
+def test_what_a_network_does_not_give_is_left_out_and_listed(data, monkeypatch):
+    """NaN for a patch, as fp16 gives where a number grows too large; the next run tries again."""
+    right = embed.Forward.__call__
+    calls = []
+
+    def broken(self, x):
+        out = right(self, x)
+        if not calls and self.model.name == "timm:test_resnet":
+            out[3, 0] = float("nan")
+            calls.append(1)
+        return out
+
+    monkeypatch.setattr(embed.Forward, "__call__", broken)
+    assert embed.main(command(data, models=(MODEL, "timm:test_resnet"))) == 1
+    rows = table(data, "timm_test_resnet")
+    assert rows["P0_a"]["unreadable"] == "1" and "NaN" in rows["P0_a"]["reason"]
+    assert rows["P1_a"]["unreadable"] == "0" and not rows["P1_a"]["reason"]
+    assert np.isfinite(read_features(folder(data, "timm_test_resnet") / "P0_a.h5")[0]).all()
+    other = table(data)["P0_a"]  # of the model beside it
+    assert other["unreadable"] == "0" and not other["reason"]
+
+
+def test_redo_mends_features_of_which_a_bit_flipped(data, capsys):
+    assert embed.main(command(data)) == 0
+    path = folder(data) / "P0_a.h5"
+    sound = path.read_bytes()
+    with h5py.File(path) as file:
+        place = file["features"].id.get_offset() + 1000
+    path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+    assert embed.main(command(data, "--heatmap", "P0_a")) == 1
+    assert "checksum" in (told := capsys.readouterr().err) and "--redo makes it anew" in told
+    kept = (folder(data) / "P1_a.h5").stat().st_mtime_ns
+    assert embed.main(command(data, "--heatmap", "P0_a", "--redo")) == 0
+    assert path.read_bytes() == sound and (folder(data) / "P1_a.h5").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("attribute", ["level0_mpp", "slide_bytes"])
+def test_another_slide_or_size_of_pixels_at_the_same_places_is_noticed(data, attribute, capsys):
+    assert embed.main(command(data)) == 0
+    with h5py.File(data / "tiles" / "tiny" / "patches" / "P2_a_patches.h5", "a") as file:
+        file["coords"].attrs[attribute] = 2 * file["coords"].attrs[attribute]
+    if attribute == "slide_bytes":  # so that it is read all the same
+        with open(data / "slides" / "tiny" / "P2_a.tif", "ab") as slide:
+            slide.write(bytes(slide.tell()))
+    assert embed.main(command(data)) == 1
+    assert "P2_a.h5, one of 1, was made from other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "earlier"])
+def test_a_damaged_or_older_file_is_refused_and_made_anew(data, damage, capsys):
+    assert embed.main(command(data)) == 0
+    path = folder(data) / "P0_a.h5"
+    sound = path.read_bytes()
+    if damage == "earlier":
+        with h5py.File(path, "a") as file:
+            del file.attrs["preprocessing"], file["unreadable"]
+    else:
+        path.write_bytes(sound[: len(sound) // 2] if damage == "cut" else b"not HDF5")
+    assert embed.main(command(data)) == 1
+    assert "--redo" in capsys.readouterr().err
+    assert embed.main(command(data, "--redo")) == 0
+    assert path.read_bytes() == sound
+
+
+def test_a_folder_of_another_cohort_is_noticed(data, capsys):
+    """Features copied beside a cohort of slides of the same names but other sizes."""
+    assert embed.main(command(data)) == 0
+    names = {"P0_a": "P1_a", "P1_a": "P2_a", "P2_a": "P0_a"}
+    held = {old: (folder(data) / f"{old}.h5").read_bytes() for old in names}
+    for old, new in names.items():
+        (folder(data) / f"{new}.h5").write_bytes(held[old])
+    assert embed.main(command(data)) == 1
+    assert "one of 3, was made from other" in capsys.readouterr().err
+
+
+def test_slides_of_one_name_of_one_patch_and_of_none(tmp_path, capsys):
+    data = tmp_path / "data"
+    rng = np.random.default_rng(3)
+    for place, side in (("a/S_1", 128), ("b/S_1", 128), ("T_1", 64), ("U_1", 64)):
+        path = data / "slides" / "tiny" / f"{place}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(60, 200, (side, side, 3)).astype(np.uint8)
+        if place == "U_1":
+            image[:] = 255
+        resolution = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+        tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", **resolution)
+    tiling = ["--cancer", "tiny", "--data", str(data), "--patch-size", "64", "--max-blur", "9"]
+    tile.main(tiling)
+    line = command(data, "--heatmap", "T_1", "--slide", "mean", "--pt", "--similar", "2")
+    capsys.readouterr()
+    assert embed.main(line) == 0, capsys.readouterr()
+    rows = table(data)
+    assert sorted(rows) == ["T_1", "U_1", "a_S_1", "b_S_1"] and rows["T_1"]["patches"] == "1"
+    assert rows["U_1"]["status"] != "done" and rows["U_1"]["reason"]
+    assert {path.stem for path in folder(data).glob("*.h5")} == rows.keys() - {"U_1"}
+    assert torch.load(folder(data) / "pt_files" / "T_1.pt", weights_only=True).shape[0] == 1
+
+
+def test_features_of_one_number_have_three_colours():
+    for shape in ((5, 1), (1, 1), (7, 2), (1, 8)):
+        colours = heatmap.by_components(np.random.default_rng(0).normal(size=shape))
+        assert colours.shape == (shape[0], 3) and (colours >= 0).all() and (colours <= 1).all()
+
+
+def test_likeness_of_features_too_large_for_half_precision():
+    x = np.random.default_rng(0).normal(size=(9, 64)) * 100
+    want = x @ x[2] / np.linalg.norm(x, axis=1) / np.linalg.norm(x[2])
+    np.testing.assert_allclose(heatmap.by_similarity(x.astype(np.float16), 2), want, atol=1e-3)
+
+
+def test_tiles_of_a_slide_with_bounds_lie_where_tile_py_reads_them(tmp_path):
+    """QuPath counts from the corner of what was scanned; so does the reader of masks."""
+    write_mirax(tmp_path / "M.mrxs")
+    coords = np.array([[2304, 1536], [2560, 1536], [2816, 2048]])
+    path = tmp_path / "M.geojson"
+    with Slide(tmp_path / "M.mrxs") as slide:
+        assert slide.origin != (0, 0)
+        heatmap.write_tiles(path, slide, coords, 256, np.array([0.5, 1, 2]), "risk")
+        shape = slide.height // 64, slide.width // 64
+        mask = read_mask(path, shape, 64, slide.origin)
+        figure = heatmap.paint(slide, coords, 256, np.array([0.5, 1, 2]), "M", "risk", 1)
+    inner, outer = np.zeros((2, *shape), bool)  # edges go to one pixel or the other
+    for x, y in coords // 64:
+        inner[y : y + 4, x : x + 4] = True
+        outer[y - 1 : y + 5, x - 1 : x + 5] = True
+    assert mask[inner].all() and not mask[~outer].any()
+    shown = figure.axes[1].images[0].get_array()  # and there they are painted
+    scale = shown.shape[1] / 4096
+    colourful = np.argwhere(np.ptp(shown, axis=2) > 0.2)
+    np.testing.assert_allclose(colourful.min(0), coords[0][::-1] * scale, atol=1)
+    np.testing.assert_allclose(colourful.max(0) + 1, (coords[2][::-1] + 256) * scale, atol=1)
+    assert [text.get_text() for text in figure.findobj(Text) if " mm" in text.get_text()]
+
+
+def test_what_a_heatmap_shows_is_one_thing_of_a_named_slide(data, capsys):
+    assert embed.main(command(data, "--query", "1,1")) == 1
+    assert "name the slide" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        embed.main(command(data, "--heatmap", "P0_a", "--query", "1,1", "--scores", "x.csv"))
+
+
+def test_scores_are_numbers(tmp_path):
+    table = tmp_path / "risk.csv"
+    table.write_text("slide,x,y,value\nP0_a,0.0,64.0,0.5\n")
+    assert heatmap.read_scores(table, "P0_a")[0].tolist() == [[0, 64]]
+    for wrong in ("nan", "inf", "high"):
+        table.write_text(f"slide,x,y,value\nP0_a,0,64,0.5\nP0_a,0,64,{wrong}\n")
+        with pytest.raises(UserError, match=wrong):
+            heatmap.read_scores(table, "P0_a")
+
+
+@pytest.mark.slow
+def test_more_ranks_than_slides(data):
+    rows = data / "tiles" / "tiny" / "slides.csv"
+    edit_rows(rows, lambda row: row["slide"] == "P0_a" or row.update(patches=0, status="skipped"))
+    for done in run_ranks(main_of("embed.py", *command(data)), 3):
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder(data).glob("*.h5")] == ["P0_a.h5"]
+
+
+@pytest.mark.slow
+def test_two_at_once_and_ctrl_c(data):
+    for _ in range(4):
+        both = [Forked(main_of("embed.py", *command(data))) for _ in range(2)]
+        for process in both:
+            done = process.finish()
+            assert done.returncode == 0, done.stderr
+        assert len(list(folder(data).glob("*.h5"))) == 6
+        shutil.rmtree(folder(data))
+    process = Forked(main_of("embed.py", *command(data, "--workers", "1")))
+    while not list(folder(data).glob("[!.]*.h5")) and process.poll() is None:
+        time.sleep(0.003)
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(20)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert embed.main(command(data)) == 0
+    assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+def test_one_model_named_twice_is_refused(data, capsys):
+    assert embed.main(command(data, models=(MODEL, MODEL))) == 1
+    assert MODEL in capsys.readouterr().err
+
+
+def test_similar_without_any_features(data, capsys):
+    shutil.rmtree(data / "slides")
+    assert embed.main(command(data, "--similar", "2")) == 1
+    assert "Traceback" not in (told := capsys.readouterr().err), told
+
+
+def test_memory_is_bounded_whatever_the_slide(tmp_path, monkeypatch):
+    """A slide in parts of 400 rows: the file is written a part at a time."""
+    monkeypatch.setattr("g2l.embeddings.PIECE", 400)
+    coords = np.stack([np.arange(20000), np.zeros(20000, int)], 1)
+    where = Coordinates(coords, {"patch_size": 64, "patch_size_level0": 64})
+    origin = Origin("m", "f", "{}", where.key, "float32")
+    target = SlideFeatures(tmp_path, "S", origin, where)
+    rng = np.random.default_rng(0)
+    for first in range(0, 20000, 400):
+        block = rng.random((400, 512), np.float32)
+        target.write_part(first, block, np.ones(400, bool))
+    tracemalloc.start()
+    target.finish()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert target.state() == "done" and most < 6e6  # of 41 MB; a part has 0.8
 
 
 @pytest.mark.slow
