@@ -23,7 +23,7 @@ from g2l.pictures import canvas, draw_sheet
 from g2l.slides import Slide
 
 SAMPLE = 20000  # patches that decide on axes and on typical patches
-COLORS = "viridis"
+COLORS = "coolwarm"  # has no colour so dark that it hides the tissue
 
 
 def spread(count: int, most: int = SAMPLE) -> ndarray:
@@ -81,14 +81,19 @@ def read_scores(path: Path, slide: str) -> tuple[ndarray, ndarray]:
 
 
 def colored(values: ndarray) -> ndarray:
-    """Colours (N, 3) in [0, 1] of values (N,), from the least to the greatest; (N, 3) stay."""
+    """Colours (N, 3) in [0, 1] of values (N,), over their limits; (N, 3) stay."""
     from matplotlib import colormaps
 
     if values.ndim == 2:
         return values
-    low = values.min()
-    high = values.max()
+    low, high = limits(values)
     return colormaps[COLORS]((values - low) / max(high - low, 1e-12))[:, :3]
+
+
+def limits(values: ndarray) -> tuple[float, float]:
+    """Between what the bulk of values lies, so that one odd patch does not take all contrast."""
+    low, high = np.percentile(values, (1, 99))
+    return (low, high) if low < high else (values.min(), values.max())
 
 
 def paint(
@@ -127,14 +132,16 @@ def paint(
         if query is not None:
             wide = max(side * scale, 24)  # where patches are dots, a frame that is found
             corner = (coords[query] + side / 2) * scale - wide / 2
-            axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="red", lw=2))
+            axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="lime", lw=2))
     add_scale_bar(axes[0, 0], slide, scale)
     if values.ndim == 1:
-        scaled = ScalarMappable(Normalize(values.min(), values.max()), COLORS)
-        bar = figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6)
+        scaled = ScalarMappable(Normalize(*limits(values)), COLORS)
+        bar = figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6, extend="both")
         bar.set_label(what, fontsize=12)
         bar.ax.tick_params(labelsize=11)
-    figure.suptitle(f"{title}\n{what}", fontsize=14)
+    else:
+        title += f"\n{what}"
+    figure.suptitle(title, fontsize=14)
     return figure
 
 
