@@ -43,6 +43,7 @@ from g2l.embeddings import (
     Coordinates,
     Origin,
     SlideFeatures,
+    exports_of,
     preprocessing_of,
     read_features,
     write_means,
@@ -306,28 +307,28 @@ def report(
             rows.append([slide, row["patient"], row["status"], 0, 0, row["reason"]])
     write_table(folder.with_name(f"{folder.name}.csv"), rows)
     if args.slide or args.pt or args.format:
-        export(folder, done, args)
+        export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
     print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
     draw(index, name, targets, args)
     return lost
 
 
-def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
+def export(done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
     """What the flags ask for beside the features of slides, given with their patients."""
     names = []
     means = []
     for target, patient in done:
         features, _ = read_features(target.path)
+        tensor, stamp, mean = exports_of(target.path)
         names.append((target.slide, patient))
         means.append(features.mean(0, dtype=np.float64))
-        if args.pt:
-            write_tensor(folder / "pt_files" / f"{target.slide}.pt", features)
-        if args.format == "stamp":
-            stamp = folder.with_name(f"{folder.name}_stamp") / f"{target.slide}.h5"
+        if args.pt and not tensor.exists():
+            write_tensor(tensor, features)
+        if args.format == "stamp" and not stamp.exists():
             write_stamp(stamp, features, Coordinates.read(target.path), target.origin.model)
     if args.slide and names:
-        write_means(folder.with_name(f"{folder.name}_mean.h5"), names, np.stack(means))
+        write_means(mean, names, np.stack(means))
 
 
 def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:

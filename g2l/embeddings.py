@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.errors import UserError
-from g2l.files import atomic, digest, flush, locked
+from g2l.files import atomic, check_room, digest, flush, locked
 from g2l.models import Model
 from g2l.patches import open_h5
 
@@ -136,7 +136,10 @@ class SlideFeatures:
         width = np.load(parts[0])["features"].shape[1]
         checksum = hashlib.sha256()
         start = 0
+        for made in exports_of(self.path):  # of earlier features
+            made.unlink(missing_ok=True)
         with atomic(self.path) as temporary:
+            check_room(temporary, len(rows) * (4 * width + 32))
             with open_h5(temporary, "w") as file:
                 # Contiguous: read ten times as fast as TRIDENT's chunks.
                 features = file.create_dataset("features", (len(rows), width), self.origin.stored)
@@ -173,11 +176,21 @@ def read_features(path: Path) -> tuple[ndarray, ndarray]:
     return features, coords
 
 
+def exports_of(path: Path) -> tuple[Path, Path, Path]:
+    """What may be made of a slide's features for other tools: `write_tensor`, `write_stamp` and,
+    of all slides, `write_means`."""
+    folder = path.parent
+    tensor = folder / "pt_files" / f"{path.stem}.pt"
+    stamp = folder.with_name(f"{folder.name}_stamp") / path.name
+    return tensor, stamp, folder.with_name(f"{folder.name}_mean.h5")
+
+
 def write_tensor(path: Path, features: ndarray) -> None:
     """pt_files/<slide>.pt, one fp32 tensor (N, D), as CLAM, eva and TransMIL read it."""
     import torch
 
     with atomic(path) as temporary:
+        check_room(temporary, features.nbytes)
         torch.save(torch.from_numpy(features), temporary)
 
 
@@ -186,17 +199,21 @@ def write_stamp(path: Path, features: ndarray, where: Coordinates, model: str) -
     about = where.attributes
     mpp = float(about["level0_mpp"])
     side = mpp * int(about["patch_size_level0"])
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
-        file["feats"] = features
-        file["coords"] = where.coords * mpp
-        file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
-        file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
-        file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
+    with atomic(path) as temporary:
+        check_room(temporary, features.nbytes + where.coords.nbytes)
+        with open_h5(temporary, "w") as file:
+            file["feats"] = features
+            file["coords"] = where.coords * mpp
+            file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
+            file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
+            file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
 
 
 def write_means(path: Path, names: list[tuple[str, str]], means: ndarray) -> None:
     """One vector a slide: h5 with `features` (S, D), and `slides` and `patients` by `names`."""
     slides, patients = zip(*names, strict=True)
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
-        file["features"] = means.astype(np.float32)
-        file["slides"], file["patients"] = slides, patients
+    with atomic(path) as temporary:
+        check_room(temporary, means.nbytes)
+        with open_h5(temporary, "w") as file:
+            file["features"] = means.astype(np.float32)
+            file["slides"], file["patients"] = slides, patients

@@ -23,7 +23,7 @@ from PIL import Image
 import embed
 import tile
 from g2l import heatmap
-from g2l.embeddings import Coordinates, Origin, SlideFeatures, read_features
+from g2l.embeddings import Coordinates, Origin, SlideFeatures, exports_of, read_features
 from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
@@ -302,6 +302,40 @@ def test_a_full_disk_stops_it_and_it_goes_on(data, monkeypatch, capsys):
     assert embed.main(command(data)) == 0
     assert "4 of 6 slides to do" in capsys.readouterr().out
     assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+@pytest.mark.parametrize("ending", [".h5", ".pt"])
+def test_a_disk_full_for_what_hdf5_or_torch_writes(data, ending, monkeypatch, capsys):
+    """Both fail badly on a full disk (HDF5 by a crash at the end), so room is made first."""
+    right = os.posix_fallocate
+
+    def full(handle, start, size):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(ending):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(handle, start, size)
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert embed.main(command(data, "--pt")) == 1
+    assert "no space left on the disk; make room" in capsys.readouterr().err
+    assert not list(folder(data).rglob(f"*{ending}"))
+    monkeypatch.setattr("os.posix_fallocate", right)
+    assert embed.main(command(data, "--pt")) == 0
+    assert len(list(folder(data).rglob("*.pt"))) == 6
+
+
+def test_what_was_made_of_earlier_features_is_not_left_beside_new_ones(data):
+    wanted = ["--pt", "--slide", "mean", "--format", "stamp"]
+    assert embed.main(command(data, *wanted)) == 0
+    tensor, stamp, mean = exports_of(folder(data) / "P0_a.h5")
+    kept = tensor.stat().st_mtime_ns, stamp.stat().st_mtime_ns
+    assert embed.main(command(data, *wanted)) == 0  # a second run writes nothing
+    assert (tensor.stat().st_mtime_ns, stamp.stat().st_mtime_ns) == kept
+    (folder(data) / "P0_a.h5").unlink()
+    assert embed.main(command(data)) == 0
+    assert not (tensor.exists() or stamp.exists() or mean.exists())
+    assert len(list(folder(data).rglob("*.pt"))) == 5
+    assert embed.main(command(data, *wanted)) == 0
+    assert tensor.exists() and stamp.exists() and mean.exists()
 
 
 def test_heatmaps_of_components_likeness_and_scores(data, tmp_path, capsys):
