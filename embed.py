@@ -50,7 +50,7 @@ from g2l.embeddings import (
     write_stamp,
     write_tensor,
 )
-from g2l.errors import UserError, exit_status
+from g2l.errors import UserError, exit_status, warn
 from g2l.features import AHEAD, Forward, check_names, display, one_behind
 from g2l.files import clear_stale, safe, size_of, write_table
 from g2l.models import Model, load_model
@@ -76,9 +76,10 @@ REMEDIES = MODEL_REMEDIES | {
     "redo": "--redo makes them anew",
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
+BROKEN = "the network gives NaN or infinity"
 MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
 Targets = dict[int, SlideFeatures]  # of a model, by the number of the slide
-Problems = dict[Any, str]  # why the first is lost of a slide, by number, or of a model's features
+Problems = dict[Any, str]  # why a patch is lost: by slide, or by slide and folder of a model
 Told = Any  # a Counter: patches, and seconds by what they went to
 Block = tuple[ndarray, ndarray]  # features (n, D) float32, and which patches were readable
 
@@ -186,6 +187,11 @@ def missing(targets: Targets, redo: bool) -> list[int]:
     return [number for number, state in states.items() if state != "done"]
 
 
+def in_parts(piece: Piece, targets: list[Targets]) -> bool:
+    """Whether an earlier run has written the features of a piece by all models."""
+    return all(target[piece.slide].part(piece.first).is_file() for target in targets)
+
+
 def computed(
     batches: Iterator[Batch], forwards: list[Forward], told: Told
 ) -> Iterator[tuple[torch.Tensor, Batch]]:
@@ -246,7 +252,7 @@ def stream(
     every = pieces_of(index, todo)
     mine = share_of(every, *rank_and_world())
     shared = {piece.slide for piece in set(every) - set(mine)}
-    pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
+    pieces = [piece for piece in mine if not in_parts(piece, targets)]
     numbers = numbers_of(index, pieces)
     device = models[0].device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
@@ -263,11 +269,11 @@ def stream(
         for piece, features, readable in by_piece(blocks, pieces):
             finish = piece.slide not in shared
             for target, part in zip(targets, np.split(features, ends, 1), strict=True):
-                finite = np.isfinite(part).all(1)
-                if not finite.all():
-                    problems[target[piece.slide].path] = "the network gives NaN or infinity"
-                    told["unreadable"] += np.count_nonzero(~finite)
-                block = part, readable & finite
+                broken = readable & ~np.isfinite(part).all(1)
+                if broken.any():
+                    problems[piece.slide, target[piece.slide].folder] = BROKEN
+                told["unreadable"] += np.count_nonzero(broken)
+                block = part, readable & ~broken
                 jobs.append(writer.submit(write, target[piece.slide], piece.first, block, finish))
             while len(jobs) > 3:  # memory stays bounded where the disk is slower than the network
                 told["writing"] += jobs.popleft().result()
@@ -292,7 +298,7 @@ def report(
     for number, slide in enumerate(index.slides):
         patient = index.patient[number]
         target = targets.get(number)
-        reason = problems.get(number) or problems.get(target and target.path, "")
+        reason = problems.get(number) or problems.get((number, folder), "")
         if target and target.state() == "done":
             unreadable = target.unreadable()
             rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
@@ -302,16 +308,20 @@ def report(
             reason = reason or "its coordinates cannot be read"
             rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
-    for slide, row in read_rows(index.folder).items():
-        if slide not in index.slides:  # tile.py found nothing in it
-            rows.append([slide, row["patient"], row["status"], 0, 0, row["reason"]])
-    write_table(folder.with_name(f"{folder.name}.csv"), rows)
+    write_table(folder.with_name(f"{folder.name}.csv"), [*rows, *without_patches(index)])
     if args.slide or args.pt or args.format:
         export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
     print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
     draw(index, name, targets, args)
     return lost
+
+
+def without_patches(index: PatchIndex) -> Iterator[list]:
+    """Rows of a model's table for the slides in which tile.py found nothing."""
+    for slide, row in read_rows(index.folder).items():
+        if slide not in index.slides:
+            yield [slide, row["patient"], row["status"], 0, 0, row["reason"]]
 
 
 def export(done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
@@ -452,16 +462,22 @@ def embed(
     return told, problems
 
 
-def run(args: Namespace) -> int:
-    """Embed what is missing; the exit status."""
+def refuse_contradictions(args: Namespace) -> None:
+    """UserError for flags of which one makes no sense without, or beside, another."""
     if args.pt and args.precision_out == "fp16":
         raise UserError("--pt with --precision-out fp16: CLAM, eva and TransMIL read fp32 only")
     if (args.query or args.scores) and not args.heatmap:
         raise UserError("--query and --scores say what --heatmap SLIDE shows; name the slide")
-    stored = "float16" if args.precision_out == "fp16" else "float32"
+
+
+def run(args: Namespace) -> int:
+    """Embed what is missing; the exit status."""
+    refuse_contradictions(args)
     rank, _, _ = setup_distributed(args.device)
-    if rank == 0 and stored == "float16":
-        print("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
+    stored = "float32"
+    if args.precision_out == "fp16":
+        stored = "float16"
+        warn("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
     models = load_models(args)
     places = coordinates_of(index)

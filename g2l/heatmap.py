@@ -149,11 +149,10 @@ def add_scale_bar(axis, slide: Slide, scale: float) -> None:
     """Below a picture of a slide, `scale` of its size: a bar of a round length, in mm."""
     from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
-    width = slide.width * slide.mpp / 1000
-    lengths = np.outer(10.0 ** np.arange(-4, 3), (1, 2, 5)).ravel()
-    length = lengths[lengths < width / 4].max()
+    assert slide.mpp is not None  # the table of the cohort says it
+    length = float(f"{slide.width * slide.mpp / 5000:.0e}")
     bar = AnchoredSizeBar(
-        axis.transData, length / width * slide.width * scale, f"{length:g} mm", "upper left",
+        axis.transData, 1000 * length / slide.mpp * scale, f"{length:g} mm", "upper left",
         frameon=False, size_vertical=4, sep=4, fontproperties={"size": 12},
         bbox_to_anchor=(0, 0), bbox_transform=axis.transAxes,
     )  # fmt: skip
