@@ -313,6 +313,7 @@ def report(
         export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
     print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
+    warn_of_strangers(folder, index.slides)
     draw(index, name, targets, args)
     return lost
 
@@ -322,6 +323,14 @@ def without_patches(index: PatchIndex) -> Iterator[list]:
     for slide, row in read_rows(index.folder).items():
         if slide not in index.slides:
             yield [slide, row["patient"], row["status"], 0, 0, row["reason"]]
+
+
+def warn_of_strangers(folder: Path, slides: list[str]) -> None:
+    """Tell of features of other slides, as of another cohort: many tools take every file."""
+    strangers = {path.stem for path in folder.glob("[!.]*.h5")} - set(slides)
+    if strangers:
+        text = f"files are of no slide with patches in this cohort, such as {min(strangers)}.h5"
+        warn(f"{folder}: {len(strangers)} {text}; MIL tools will take them for slides")
 
 
 def export(done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
@@ -474,10 +483,9 @@ def run(args: Namespace) -> int:
     """Embed what is missing; the exit status."""
     refuse_contradictions(args)
     rank, _, _ = setup_distributed(args.device)
-    stored = "float32"
-    if args.precision_out == "fp16":
-        stored = "float16"
-        warn("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
+    stored = "float16" if args.precision_out == "fp16" else "float32"
+    if rank == 0 and stored == "float16":
+        print("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
     models = load_models(args)
     places = coordinates_of(index)

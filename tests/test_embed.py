@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -147,14 +148,18 @@ def test_the_file_is_what_other_tools_read(data):
 
 
 def test_a_second_run_does_what_is_missing(data, capsys):
-    assert embed.main(command(data)) == 0
+    told_by_model = command(data)
+    told_by_model[told_by_model.index("--models")] = "--model"  # both will do
+    assert embed.main(told_by_model) == 0
     kept = {path: path.stat().st_mtime_ns for path in folder(data).glob("*.h5")}
     gone = folder(data) / "P2_a.h5"
     before = read_features(gone)[0]
     gone.unlink()
     capsys.readouterr()
     assert embed.main(command(data)) == 0
-    assert "1 of 6 slides to do" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 6 slides to do" in out and "6 of 6 slides, 0.00 GB" in out
+    assert re.search(r"36 patches in \d+ s, [\d,]+ a second, 0.000 device hours: network", out)
     np.testing.assert_array_equal(read_features(gone)[0], before)
     for path, then in kept.items():
         assert path == gone or path.stat().st_mtime_ns == then
@@ -238,6 +243,8 @@ def test_half_precision_and_stamp_are_what_they_say(data, capsys):
         np.testing.assert_allclose(file["coords"][:], coords * 0.25)
         assert file.attrs["unit"] == "um" and file.attrs["tile_size"] == 16
         assert file.attrs["feat_type"] == "tile" and file.attrs["stamp_version"] == "2.0.0"
+        assert file.attrs["tile_size_um"] / file.attrs["tile_size_px"] == 0.25  # its µm per pixel
+        assert file.attrs["extractor"] == MODEL
     capsys.readouterr()
     assert embed.main([*half, "--pt"]) == 1
     assert "read fp32 only" in capsys.readouterr().err
@@ -465,6 +472,24 @@ def test_a_folder_of_another_cohort_is_noticed(data, capsys):
         (folder(data) / f"{new}.h5").write_bytes(held[old])
     assert embed.main(command(data)) == 1
     assert "one of 3, was made from other" in capsys.readouterr().err
+    (folder(data) / "Q_1.h5").write_bytes(held["P0_a"])
+    assert embed.main(command(data, "--redo")) == 0
+    assert "1 files are of no slide" in (told := capsys.readouterr().err) and "Q_1.h5" in told
+
+
+def test_patches_cut_anew_are_noticed(data, capsys):
+    """At another µm per pixel, of the same slides."""
+    assert embed.main(command(data)) == 0
+    grid = ["--patch-size", "64", "--min-tissue", "0", "--max-blur", "9"]
+    cohort = ["--cancer", "tiny", "--data", str(data)]
+    assert tile.main([*cohort, *grid, "--mpp", "0.5", "--resample"]) == 0
+    assert embed.main(command(data)) == 1
+    assert "P0_a.h5, one of 6, was made from other" in capsys.readouterr().err
+    assert embed.main(command(data, "--redo", "--format", "stamp")) == 0
+    with h5py.File(folder(data, "timm_test_vit_stamp") / "P0_a.h5") as file:
+        coords = file["coords"][:]
+        assert file.attrs["tile_size_um"] == 32 and file.attrs["tile_size_px"] == 64
+        assert set(np.diff(np.unique(coords[:, 0]))) == {32}
 
 
 def test_slides_of_one_name_of_one_patch_and_of_none(tmp_path, capsys):
