@@ -76,7 +76,7 @@ REMEDIES = MODEL_REMEDIES | {
     "redo": "--redo makes them anew",
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
-BROKEN = "the network gives NaN or infinity"
+BROKEN = "the network gives NaN or infinity, or more than fp16 holds"
 MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
 Targets = dict[int, SlideFeatures]  # of a model, by the number of the slide
 Problems = dict[Any, str]  # why a patch is lost: by slide, or by slide and folder of a model
@@ -269,6 +269,8 @@ def stream(
         for piece, features, readable in by_piece(blocks, pieces):
             finish = piece.slide not in shared
             for target, part in zip(targets, np.split(features, ends, 1), strict=True):
+                with np.errstate(over="ignore"):
+                    part = part.astype(target[piece.slide].origin.stored)
                 broken = readable & ~np.isfinite(part).all(1)
                 if broken.any():
                     problems[piece.slide, target[piece.slide].folder] = BROKEN

@@ -421,6 +421,22 @@ def test_what_a_network_does_not_give_is_left_out_and_listed(data, monkeypatch):
     assert other["unreadable"] == "0" and not other["reason"]
 
 
+def test_numbers_too_large_for_half_precision_are_left_out(data, monkeypatch):
+    right = embed.Forward.__call__
+
+    def large(self, x):
+        out = right(self, x)
+        out[5] *= 1e9
+        return out
+
+    monkeypatch.setattr(embed.Forward, "__call__", large)
+    assert embed.main(command(data, "--precision-out", "fp16")) == 1
+    assert table(data)["P0_a"]["unreadable"] == "1" and "fp16" in table(data)["P0_a"]["reason"]
+    features, _ = read_features(folder(data) / "P0_a.h5")
+    assert features.dtype == np.float16 and np.isfinite(features).all()
+    assert embed.main(command(data, "--redo")) == 0  # fp32 holds them
+
+
 def test_redo_mends_features_of_which_a_bit_flipped(data, capsys):
     assert embed.main(command(data)) == 0
     path = folder(data) / "P0_a.h5"
