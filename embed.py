@@ -52,7 +52,7 @@ from g2l.embeddings import (
 )
 from g2l.errors import UserError, exit_status, warn
 from g2l.features import AHEAD, Forward, check_names, display, one_behind
-from g2l.files import clear_stale, safe, size_of, write_table
+from g2l.files import clear_stale, read_table, safe, size_of, write_table
 from g2l.models import Model, load_model
 from g2l.patches import PatchIndex
 from g2l.pictures import save_figure
@@ -294,15 +294,18 @@ def report(
             features.finish()
     folder = index.folder / f"features_{name}"
     clear_stale(folder)
+    table = folder.with_name(f"{folder.name}.csv")
+    reasons = reasons_of(index, table, folder, problems)
     rows: list[list] = [["slide", "patient", "status", "patches", "unreadable", "reason"]]
     done = []
     lost = 0
     for number, slide in enumerate(index.slides):
         patient = index.patient[number]
         target = targets.get(number)
-        reason = problems.get(number) or problems.get((number, folder), "")
+        reason = reasons[number]
         if target and target.state() == "done":
             unreadable = target.unreadable()
+            reason = reason if unreadable else ""
             rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
             done.append((target, patient))
         else:
@@ -310,7 +313,7 @@ def report(
             reason = reason or "its coordinates cannot be read"
             rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
-    write_table(folder.with_name(f"{folder.name}.csv"), [*rows, *without_patches(index)])
+    write_table(table, [*rows, *without_patches(index)])
     if args.slide or args.pt or args.format:
         export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
@@ -318,6 +321,18 @@ def report(
     warn_of_strangers(folder, index.slides)
     draw(index, name, targets, args)
     return lost
+
+
+def reasons_of(index: PatchIndex, table: Path, folder: Path, problems: Problems) -> list[str]:
+    """Why patches of each slide are lost to the model of `folder`: now, or in an earlier run."""
+    known = {}
+    if table.exists():
+        known = {row["slide"]: row["reason"] for row in read_table(table, ["slide"])}
+    reasons = []
+    for number, slide in enumerate(index.slides):
+        now = problems.get(number) or problems.get((number, folder))
+        reasons.append(now or known.get(slide, ""))
+    return reasons
 
 
 def without_patches(index: PatchIndex) -> Iterator[list]:
@@ -547,7 +562,8 @@ def build_parser() -> ArgumentParser:
         choices=["stamp"],
         help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
     )
-    flag(out, "--redo", "make features anew that came from other weights, preprocessing or patches")
+    redo = "make features anew that came from other weights, preprocessing or patches, that are "
+    flag(out, "--redo", redo + "damaged or lack patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
     add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")

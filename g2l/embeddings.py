@@ -85,14 +85,15 @@ class SlideFeatures:
     def state(self, thorough: bool = False) -> str:
         """ "done", "missing" or "other" (made from something else, or damaged).
 
-        thorough: the features are read, too, and must have their checksum.
+        thorough: the features are read, too, must have their checksum, and lack no patch.
         """
         if not self.path.exists():
             return "missing"
         try:
             with open_h5(self.path, "r") as file:
                 held = {name: str(file.attrs[name]) for name in asdict(self.origin)}
-                whole = len(file["features"]) + len(file["unreadable"]) == self.count
+                lost = len(file["unreadable"])
+                whole = len(file["features"]) + lost == self.count and not (thorough and lost)
                 about = file["coords"].attrs
                 same = all(about.get(key) == self.where.attributes.get(key) for key in SAME)
             if thorough:

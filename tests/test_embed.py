@@ -285,12 +285,17 @@ def test_a_patch_that_cannot_be_read_is_left_out_and_listed(data, monkeypatch):
     row = table(data)["P0_a"]
     assert (row["status"], row["unreadable"], row["patches"]) == ("done", "1", "15")
     assert "x=64, y=64" in row["reason"]
+    assert embed.main(command(data)) == 1 and table(data)["P0_a"] == row  # a second run keeps it
     features, coords = read_features(folder(data) / "P0_a.h5")
     assert np.isfinite(features).all() and len(features) == len(coords) == 15
     with h5py.File(folder(data) / "P0_a.h5") as file:
         lost = file["unreadable"][:]
     with h5py.File(data / "tiles" / "tiny" / "patches" / "P0_a_patches.h5") as file:
         np.testing.assert_array_equal(lost, file["coords"][5:6])
+    monkeypatch.setattr(PatchIndex, "read", right)
+    assert embed.main(command(data, "--redo")) == 0  # the disk was at fault, say
+    row = table(data)["P0_a"]
+    assert (row["unreadable"], row["patches"], row["reason"]) == ("0", "16", "")
 
 
 def test_a_full_disk_stops_it_and_it_goes_on(data, monkeypatch, capsys):
