@@ -147,16 +147,13 @@ def paint(
 
 def add_scale_bar(axis, slide: Slide, scale: float) -> None:
     """Below a picture of a slide, `scale` of its size: a bar of a round length, in mm."""
-    from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
-
     assert slide.mpp is not None  # the table of the cohort says it
     length = float(f"{slide.width * slide.mpp / 5000:.0e}")
-    bar = AnchoredSizeBar(
-        axis.transData, 1000 * length / slide.mpp * scale, f"{length:g} mm", "upper left",
-        frameon=False, size_vertical=4, sep=4, fontproperties={"size": 12},
-        bbox_to_anchor=(0, 0), bbox_transform=axis.transAxes,
-    )  # fmt: skip
-    axis.add_artist(bar)
+    below = 1.02 * slide.height * scale
+    axis.autoscale(False)  # or the picture would move
+    ends = [0, 1000 * length / slide.mpp * scale]
+    axis.plot(ends, [below, below], color="black", lw=3, clip_on=False)
+    axis.text(0, 1.01 * below, f"{length:g} mm", va="top", fontsize=12)
 
 
 def write_tiles(
