@@ -295,17 +295,17 @@ def report(
     folder = index.folder / f"features_{name}"
     clear_stale(folder)
     table = folder.with_name(f"{folder.name}.csv")
-    reasons = reasons_of(index, table, folder, problems)
+    known = earlier_reasons(table)
     rows: list[list] = [["slide", "patient", "status", "patches", "unreadable", "reason"]]
     done = []
     lost = 0
     for number, slide in enumerate(index.slides):
         patient = index.patient[number]
         target = targets.get(number)
-        reason = reasons[number]
+        reason = problems.get(number) or problems.get((number, folder), "")
         if target and target.state() == "done":
             unreadable = target.unreadable()
-            reason = reason if unreadable else ""
+            reason = reason or known.get(slide, "") if unreadable else ""
             rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
             done.append((target, patient))
         else:
@@ -314,8 +314,7 @@ def report(
             rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
     write_table(table, [*rows, *without_patches(index)])
-    if args.slide or args.pt or args.format:
-        export(done, args)
+    export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
     print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
     warn_of_strangers(folder, index.slides)
@@ -323,16 +322,10 @@ def report(
     return lost
 
 
-def reasons_of(index: PatchIndex, table: Path, folder: Path, problems: Problems) -> list[str]:
-    """Why patches of each slide are lost to the model of `folder`: now, or in an earlier run."""
-    known = {}
-    if table.exists():
-        known = {row["slide"]: row["reason"] for row in read_table(table, ["slide"])}
-    reasons = []
-    for number, slide in enumerate(index.slides):
-        now = problems.get(number) or problems.get((number, folder))
-        reasons.append(now or known.get(slide, ""))
-    return reasons
+def earlier_reasons(table: Path) -> dict[str, str]:
+    """Why patches were lost when a model's table was written before, by slide."""
+    rows = read_table(table, ["slide"]) if table.exists() else []
+    return {row["slide"]: row.get("reason", "") for row in rows}
 
 
 def without_patches(index: PatchIndex) -> Iterator[list]:
@@ -352,6 +345,8 @@ def warn_of_strangers(folder: Path, slides: list[str]) -> None:
 
 def export(done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
     """What the flags ask for beside the features of slides, given with their patients."""
+    if not (args.slide or args.pt or args.format):
+        return
     names = []
     means = []
     for target, patient in done:
