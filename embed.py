@@ -43,15 +43,16 @@ from g2l.embeddings import (
     Coordinates,
     Origin,
     SlideFeatures,
+    exports_of,
     preprocessing_of,
     read_features,
     write_means,
     write_stamp,
     write_tensor,
 )
-from g2l.errors import UserError, exit_status
+from g2l.errors import UserError, exit_status, warn
 from g2l.features import AHEAD, Forward, check_names, display, one_behind
-from g2l.files import clear_stale, safe, size_of, write_table
+from g2l.files import clear_stale, read_table, safe, size_of, write_table
 from g2l.models import Model, load_model
 from g2l.patches import PatchIndex
 from g2l.pictures import save_figure
@@ -65,6 +66,7 @@ from g2l.ranks import (
     setup_distributed,
 )
 from g2l.readahead import Batch, ahead, read_batches
+from g2l.rows import read_rows
 from g2l.speed import fitting_batch_size, milliseconds
 from g2l.weights import parse_weights
 
@@ -74,9 +76,10 @@ REMEDIES = MODEL_REMEDIES | {
     "redo": "--redo makes them anew",
     "stuck": "are the slides within reach? --workers 0 reads them without processes",
 }
+BROKEN = "the network gives NaN or infinity, or more than fp16 holds"
 MOST_READERS = 4  # one feeds a GPU with 2,000 patches a second
 Targets = dict[int, SlideFeatures]  # of a model, by the number of the slide
-Problems = dict[int, str]  # of a slide, why its first unreadable patch is
+Problems = dict[Any, str]  # why a patch is lost: by slide, or by slide and folder of a model
 Told = Any  # a Counter: patches, and seconds by what they went to
 Block = tuple[ndarray, ndarray]  # features (n, D) float32, and which patches were readable
 
@@ -173,7 +176,7 @@ def missing(targets: Targets, redo: bool) -> list[int]:
     """Slides to do, the same on every rank; UserError where features were made from something
     else."""
     # Rank 0 looks, for all: a rank that comes late would see what others have done meanwhile.
-    states = agree({number: target.state() for number, target in targets.items()})
+    states = agree({number: target.state(redo) for number, target in targets.items()})
     other = [targets[number].path for number, state in states.items() if state == "other"]
     if other and not redo:
         raise UserError(
@@ -182,6 +185,11 @@ def missing(targets: Targets, redo: bool) -> list[int]:
             mend="redo",
         )
     return [number for number, state in states.items() if state != "done"]
+
+
+def in_parts(piece: Piece, targets: list[Targets]) -> bool:
+    """Whether an earlier run has written the features of a piece by all models."""
+    return all(target[piece.slide].part(piece.first).is_file() for target in targets)
 
 
 def computed(
@@ -244,7 +252,7 @@ def stream(
     every = pieces_of(index, todo)
     mine = share_of(every, *rank_and_world())
     shared = {piece.slide for piece in set(every) - set(mine)}
-    pieces = [p for p in mine if not all(t[p.slide].part(p.first).is_file() for t in targets)]
+    pieces = [piece for piece in mine if not in_parts(piece, targets)]
     numbers = numbers_of(index, pieces)
     device = models[0].device
     size = args.batch_size or min(fitting_batch_size(model) for model in models)
@@ -261,7 +269,13 @@ def stream(
         for piece, features, readable in by_piece(blocks, pieces):
             finish = piece.slide not in shared
             for target, part in zip(targets, np.split(features, ends, 1), strict=True):
-                block = part, readable
+                with np.errstate(over="ignore"):
+                    part = part.astype(target[piece.slide].origin.stored)
+                broken = readable & ~np.isfinite(part).all(1)
+                if broken.any():
+                    problems[piece.slide, target[piece.slide].folder] = BROKEN
+                told["unreadable"] += np.count_nonzero(broken)
+                block = part, readable & ~broken
                 jobs.append(writer.submit(write, target[piece.slide], piece.first, block, finish))
             while len(jobs) > 3:  # memory stays bounded where the disk is slower than the network
                 told["writing"] += jobs.popleft().result()
@@ -280,15 +294,18 @@ def report(
             features.finish()
     folder = index.folder / f"features_{name}"
     clear_stale(folder)
+    table = folder.with_name(f"{folder.name}.csv")
+    known = earlier_reasons(table)
     rows: list[list] = [["slide", "patient", "status", "patches", "unreadable", "reason"]]
     done = []
     lost = 0
     for number, slide in enumerate(index.slides):
         patient = index.patient[number]
-        reason = problems.get(number, "")
         target = targets.get(number)
+        reason = problems.get(number) or problems.get((number, folder), "")
         if target and target.state() == "done":
             unreadable = target.unreadable()
+            reason = reason or known.get(slide, "") if unreadable else ""
             rows.append([slide, patient, "done", target.count - unreadable, unreadable, reason])
             done.append((target, patient))
         else:
@@ -296,30 +313,53 @@ def report(
             reason = reason or "its coordinates cannot be read"
             rows.append([slide, patient, "failed", "", "", reason])
         lost += unreadable
-    write_table(folder.with_name(f"{folder.name}.csv"), rows)
-    if args.slide or args.pt or args.format:
-        export(folder, done, args)
+    write_table(table, [*rows, *without_patches(index)])
+    export(done, args)
     size = sum(size_of(target.path) for target, _ in done)
     print(f"{folder}: {len(done)} of {len(index.slides)} slides, {size / 1e9:.2f} GB")
+    warn_of_strangers(folder, index.slides)
     draw(index, name, targets, args)
     return lost
 
 
-def export(folder: Path, done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
+def earlier_reasons(table: Path) -> dict[str, str]:
+    """Why patches were lost when a model's table was written before, by slide."""
+    rows = read_table(table, ["slide"]) if table.exists() else []
+    return {row["slide"]: row.get("reason", "") for row in rows}
+
+
+def without_patches(index: PatchIndex) -> Iterator[list]:
+    """Rows of a model's table for the slides in which tile.py found nothing."""
+    for slide, row in read_rows(index.folder).items():
+        if slide not in index.slides:
+            yield [slide, row["patient"], row["status"], 0, 0, row["reason"]]
+
+
+def warn_of_strangers(folder: Path, slides: list[str]) -> None:
+    """Tell of features of other slides, as of another cohort: many tools take every file."""
+    strangers = {path.stem for path in folder.glob("[!.]*.h5")} - set(slides)
+    if strangers:
+        text = f"files are of no slide with patches in this cohort, such as {min(strangers)}.h5"
+        warn(f"{folder}: {len(strangers)} {text}; MIL tools will take them for slides")
+
+
+def export(done: list[tuple[SlideFeatures, str]], args: Namespace) -> None:
     """What the flags ask for beside the features of slides, given with their patients."""
+    if not (args.slide or args.pt or args.format):
+        return
     names = []
     means = []
     for target, patient in done:
         features, _ = read_features(target.path)
+        tensor, stamp, mean = exports_of(target.path)
         names.append((target.slide, patient))
         means.append(features.mean(0, dtype=np.float64))
-        if args.pt:
-            write_tensor(folder / "pt_files" / f"{target.slide}.pt", features)
-        if args.format == "stamp":
-            stamp = folder.with_name(f"{folder.name}_stamp") / f"{target.slide}.h5"
+        if args.pt and not tensor.exists():
+            write_tensor(tensor, features)
+        if args.format == "stamp" and not stamp.exists():
             write_stamp(stamp, features, Coordinates.read(target.path), target.origin.model)
     if args.slide and names:
-        write_means(folder.with_name(f"{folder.name}_mean.h5"), names, np.stack(means))
+        write_means(mean, names, np.stack(means))
 
 
 def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
@@ -327,7 +367,7 @@ def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
     folder = index.folder / "heatmaps"
     slide = args.heatmap
     files = {number: t.path for number, t in targets.items() if t.path.exists()}
-    if args.similar:
+    if args.similar and files:
         path = folder / f"{name}_similar.png"
         save_figure(heatmap.draw_similar(index, files, name, args.similar, 7), path)
         print(f"picture: {path}")
@@ -341,21 +381,21 @@ def draw(index: PatchIndex, name: str, targets: Targets, args) -> None:
     side = int(targets[number].where.attributes["patch_size_level0"])
     row = None
     kind = "components"
-    title = "three principal components of its features as red, green and blue"
+    what = "three principal components of its features as red, green and blue"
     if args.scores:
         coords, values = heatmap.read_scores(args.scores, slide)
-        title = kind = safe(args.scores.stem)
+        what = kind = safe(args.scores.stem)
     elif args.query:
         row = heatmap.patch_at(coords, side, args.query)
         values = heatmap.by_similarity(features, row)
         kind = "like_{}_{}".format(*coords[row])
-        title = "cosine to the patch in the frame"
+        what = "cosine to the patch in the frame"
     else:
         values = heatmap.by_components(features)
     path = folder / f"{slide}_{name}_{kind}.png"
     with index.slide(number) as opened:
-        title = f"{slide}, {name}: {title}"
-        save_figure(heatmap.paint(opened, coords, side, values, title, row), path)
+        title = f"{slide}, {name}"
+        save_figure(heatmap.paint(opened, coords, side, values, title, what, row), path)
         heatmap.write_tiles(path.with_suffix(".geojson"), opened, coords, side, values, kind)
     print(f"picture: {path}; beside it the same as .geojson for QuPath")
 
@@ -374,7 +414,10 @@ def tell(parts: list[Told], seconds: float) -> None:
         f"{waiting:.1%} of the time; beside it {', '.join(beside)}"
     )
     if total["unreadable"]:
-        print(f"{total['unreadable']} patches could not be read and were left out")
+        print(
+            f"{total['unreadable']} patches could not be read, or a network gives no number for "
+            "them; they are left out"
+        )
 
 
 def compare(args: Namespace, patches: int) -> None:
@@ -440,12 +483,19 @@ def embed(
     return told, problems
 
 
-def run(args: Namespace) -> int:
-    """Embed what is missing; the exit status."""
+def refuse_contradictions(args: Namespace) -> None:
+    """UserError for flags of which one makes no sense without, or beside, another."""
     if args.pt and args.precision_out == "fp16":
         raise UserError("--pt with --precision-out fp16: CLAM, eva and TransMIL read fp32 only")
-    stored = "float16" if args.precision_out == "fp16" else "float32"
+    if (args.query or args.scores) and not args.heatmap:
+        raise UserError("--query and --scores say what --heatmap SLIDE shows; name the slide")
+
+
+def run(args: Namespace) -> int:
+    """Embed what is missing; the exit status."""
+    refuse_contradictions(args)
     rank, _, _ = setup_distributed(args.device)
+    stored = "float16" if args.precision_out == "fp16" else "float32"
     if rank == 0 and stored == "float16":
         print("fp16: not for TRIDENT's ABMIL tutorial, which takes features as they are stored")
     index = PatchIndex(args.data / "tiles" / args.cancer, args.slides)
@@ -507,12 +557,15 @@ def build_parser() -> ArgumentParser:
         choices=["stamp"],
         help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
     )
-    flag(out, "--redo", "make features anew that came from other weights, preprocessing or patches")
+    redo = "make features anew that came from other weights, preprocessing or patches, that are "
+    flag(out, "--redo", redo + "damaged or lack patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
     add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")
-    add("--query X,Y", "how like each is to the patch at this pixel of level 0, or", type=place)
-    add("--scores FILE", "values of your own: a table slide,x,y,value")
+    kinds = see.add_mutually_exclusive_group()
+    like = "how like each is to the patch at this pixel of level 0, or"
+    flag(kinds, "--query X,Y", like, type=place)
+    flag(kinds, "--scores FILE", "values of your own: a table slide,x,y,value")
     add(
         "--similar N",
         "so many typical patches, with their nearest in the cohort",

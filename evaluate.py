@@ -60,6 +60,7 @@ REMEDIES = MODEL_REMEDIES | {
     "name": "rename one of the two, or take another folder by --results",
     "stuck": f"is the storage of the images still there? Take other --workers, and {GO_ON}",
     "workers": f"{WORKERS}, and {GO_ON}",
+    "embed": "embed.py --redo makes it anew",
     "bags": "embed.py --cancer NAME --models makes them, and --cancer NAME takes them",
     "cohort": "name the one that tile.py made of them by --cancer",
     "unreadable": "mend them, or allow more by --max-unreadable",

@@ -18,11 +18,12 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.errors import UserError
-from g2l.files import atomic, digest, flush
+from g2l.files import atomic, check_room, digest, flush, locked
 from g2l.models import Model
 from g2l.patches import open_h5
 
 PIECE = 16384  # patches of a part at most: 100 MB of 1,536 numbers
+SAME = "level0_mpp", "slide_bytes"  # attributes that differ where equal places are other tissue
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,25 @@ class SlideFeatures:
         self.path = self.folder / f"{self.slide}.h5"
         self.name = str(self.folder / ".parts" / f"{self.slide}.{digest(asdict(self.origin))}")
 
-    def state(self) -> str:
-        """ "done", "missing" or "other" (made from something else, or damaged)."""
+    def state(self, thorough: bool = False) -> str:
+        """ "done", "missing" or "other" (made from something else, or damaged).
+
+        thorough: the features are read, too, must have their checksum, and lack no patch.
+        """
         if not self.path.exists():
             return "missing"
         try:
             with open_h5(self.path, "r") as file:
                 held = {name: str(file.attrs[name]) for name in asdict(self.origin)}
-                whole = len(file["features"]) + len(file["unreadable"]) == self.count
-        except (OSError, KeyError):
+                lost = len(file["unreadable"])
+                whole = len(file["features"]) + lost == self.count and not (thorough and lost)
+                about = file["coords"].attrs
+                same = all(about.get(key) == self.where.attributes.get(key) for key in SAME)
+            if thorough:
+                read_features(self.path)
+        except (OSError, KeyError, UserError):
             return "other"
-        return "done" if held == asdict(self.origin) and whole else "other"
+        return "done" if held == asdict(self.origin) and whole and same else "other"
 
     def unreadable(self) -> int:
         """Patches that were left out of the file."""
@@ -115,19 +124,23 @@ class SlideFeatures:
         when the file is whole and on the disk.
         """
         parts = [self.part(first) for first in range(0, self.count, PIECE)]
-        if not all(part.is_file() for part in parts):
-            return
-        rows = np.concatenate([np.load(part)["rows"] for part in parts])
-        if len(rows):
-            self._write(parts, rows)
-        for part in parts:  # without a row, too: the slide may be readable next time
-            part.unlink()
+        with locked(self.folder / ".lock", limit=3600):  # another run may be at it, too
+            if not all(part.is_file() for part in parts):
+                return
+            rows = np.concatenate([np.load(part)["rows"] for part in parts])
+            if len(rows):
+                self._write(parts, rows)
+            for part in parts:  # without a row, too: the slide may be readable next time
+                part.unlink()
 
     def _write(self, parts: list[Path], rows: ndarray) -> None:
         width = np.load(parts[0])["features"].shape[1]
         checksum = hashlib.sha256()
         start = 0
+        for made in exports_of(self.path):  # of earlier features
+            made.unlink(missing_ok=True)
         with atomic(self.path) as temporary:
+            check_room(temporary, len(rows) * (4 * width + 32))
             with open_h5(temporary, "w") as file:
                 # Contiguous: read ten times as fast as TRIDENT's chunks.
                 features = file.create_dataset("features", (len(rows), width), self.origin.stored)
@@ -164,11 +177,21 @@ def read_features(path: Path) -> tuple[ndarray, ndarray]:
     return features, coords
 
 
+def exports_of(path: Path) -> tuple[Path, Path, Path]:
+    """What may be made of a slide's features for other tools: `write_tensor`, `write_stamp` and,
+    of all slides, `write_means`."""
+    folder = path.parent
+    tensor = folder / "pt_files" / f"{path.stem}.pt"
+    stamp = folder.with_name(f"{folder.name}_stamp") / path.name
+    return tensor, stamp, folder.with_name(f"{folder.name}_mean.h5")
+
+
 def write_tensor(path: Path, features: ndarray) -> None:
     """pt_files/<slide>.pt, one fp32 tensor (N, D), as CLAM, eva and TransMIL read it."""
     import torch
 
     with atomic(path) as temporary:
+        check_room(temporary, features.nbytes)
         torch.save(torch.from_numpy(features), temporary)
 
 
@@ -177,17 +200,21 @@ def write_stamp(path: Path, features: ndarray, where: Coordinates, model: str) -
     about = where.attributes
     mpp = float(about["level0_mpp"])
     side = mpp * int(about["patch_size_level0"])
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
-        file["feats"] = features
-        file["coords"] = where.coords * mpp
-        file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
-        file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
-        file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
+    with atomic(path) as temporary:
+        check_room(temporary, features.nbytes + where.coords.nbytes)
+        with open_h5(temporary, "w") as file:
+            file["feats"] = features
+            file["coords"] = where.coords * mpp
+            file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
+            file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
+            file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
 
 
 def write_means(path: Path, names: list[tuple[str, str]], means: ndarray) -> None:
     """One vector a slide: h5 with `features` (S, D), and `slides` and `patients` by `names`."""
     slides, patients = zip(*names, strict=True)
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
-        file["features"] = means.astype(np.float32)
-        file["slides"], file["patients"] = slides, patients
+    with atomic(path) as temporary:
+        check_room(temporary, means.nbytes)
+        with open_h5(temporary, "w") as file:
+            file["features"] = means.astype(np.float32)
+            file["slides"], file["patients"] = slides, patients

@@ -70,8 +70,8 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
-    # safetensors hides the operating system's error in a text
-    if isinstance(error, OSError) or (kind == "SafetensorError" and "I/O error" in text):
+    # HDF5 and safetensors hide the operating system's error in a text
+    if isinstance(error, OSError) or disk_full(error) or "I/O error" in text:
         cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
         return f"{cause} and {GO_ON}"
     if kind == "OutOfMemoryError":

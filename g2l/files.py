@@ -77,6 +77,16 @@ def flush(path: Path) -> None:
             os.close(handle)
 
 
+def check_room(path: Path, size: int) -> None:
+    """Raise OSError where the disk has no `size` bytes and a megabyte for a file to be written.
+
+    HDF5 and PyTorch say it later, in other words or by a crash. The file is there then, for its
+    writer to begin.
+    """
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size + (1 << 20))
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
     """Hold an advisory lock on `path`, which holds nothing but the name of who has it.

@@ -23,7 +23,7 @@ from g2l.pictures import canvas, draw_sheet
 from g2l.slides import Slide
 
 SAMPLE = 20000  # patches that decide on axes and on typical patches
-COLORS = "viridis"
+COLORS = "coolwarm"  # has no colour so dark that it hides the tissue
 
 
 def spread(count: int, most: int = SAMPLE) -> ndarray:
@@ -32,21 +32,23 @@ def spread(count: int, most: int = SAMPLE) -> ndarray:
 
 
 def by_components(features: ndarray) -> ndarray:
-    """(N, D) -> (N, 3): the first three principal components, the bulk of each from 0.15 to 1."""
+    """(N, D) -> (N, 3): the first three principal components, the bulk of each from 0.3 to 1."""
     sample = np.asarray(features[spread(len(features))], np.float32)
     centred = sample - sample.mean(0)
     _, axes = np.linalg.eigh(centred.T @ centred)
     found = features @ axes[:, :-4:-1]
+    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))  # of features with fewer numbers
     low, high = np.percentile(found, (1, 99), axis=0)
     share = (found - low) / np.maximum(high - low, 1e-12)
-    return 0.15 + 0.85 * share.clip(0, 1)  # nothing so dark that it hides the tissue
+    return 0.3 + 0.7 * share.clip(0, 1)  # nothing so dark that it hides the tissue
 
 
 def by_similarity(features: ndarray, row: int) -> ndarray:
     """(N, D) -> (N,): cosine of the angle to the features of one patch."""
-    query = features[row].astype(np.float32)
-    lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(query)
-    return features @ query / np.maximum(lengths, 1e-12)
+    features = np.asarray(features, np.float32)  # squares are too large for fp16
+    query = features[row]
+    lengths = np.sqrt(np.einsum("ij,ij->i", features, features))  # without a copy
+    return features @ query / np.maximum(lengths * lengths[row], 1e-12)
 
 
 def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
@@ -61,30 +63,37 @@ def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
 
 def read_scores(path: Path, slide: str) -> tuple[ndarray, ndarray]:
     """Corners (n, 2) and values (n,) of a slide's patches from a table slide,x,y,value."""
-    corners = []
-    values = []
+    table = []
     for row in read_table(path, ["slide", "x", "y", "value"]):
         if row["slide"] != slide:
             continue
         try:
-            corners.append((int(row["x"]), int(row["y"])))
-            values.append(float(row["value"]))
+            numbers = [float(row[name]) for name in ("x", "y", "value")]
         except ValueError as error:
             raise UserError(f"{path}, slide {slide}: {error}; x, y, value are numbers") from error
-    if not values:
+        if not np.isfinite(numbers).all():
+            raise UserError(f"{path}, slide {slide}: {numbers} are no place and value; remove it")
+        table.append(numbers)
+    if not table:
         raise UserError(f"{path}: holds no row of slide {slide}")
-    return np.array(corners), np.array(values)
+    values = np.array(table)
+    return values[:, :2].round().astype(int), values[:, 2]
 
 
 def colored(values: ndarray) -> ndarray:
-    """Colours (N, 3) in [0, 1] of values (N,), from the least to the greatest; (N, 3) stay."""
+    """Colours (N, 3) in [0, 1] of values (N,), over their limits; (N, 3) stay."""
     from matplotlib import colormaps
 
     if values.ndim == 2:
         return values
-    low = values.min()
-    high = values.max()
+    low, high = limits(values)
     return colormaps[COLORS]((values - low) / max(high - low, 1e-12))[:, :3]
+
+
+def limits(values: ndarray) -> tuple[float, float]:
+    """Between what the bulk of values lies, so that one odd patch does not take all contrast."""
+    low, high = np.percentile(values, (1, 99))
+    return (low, high) if low < high else (values.min(), values.max())
 
 
 def paint(
@@ -93,12 +102,13 @@ def paint(
     side: int,
     values: ndarray,
     title: str,
+    what: str,
     query: int | None,
 ):
     """A figure: the slide, and beside it its patches in colours through which tissue is seen.
 
-    coords: corners (N, 2) of patches of `side` px of level 0. values: (N,), or colours (N, 3).
-    query: row of the patch that is framed.
+    coords: corners (N, 2) of patches of `side` px of level 0. values: (N,), or colours (N, 3);
+    `what` says which. query: row of the patch that is framed.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -120,14 +130,30 @@ def paint(
         axis.imshow(shown)
         axis.axis("off")
         if query is not None:
-            corner = coords[query] * scale
-            wide = side * scale
-            axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="red", lw=1.5))
+            wide = max(side * scale, 24)  # where patches are dots, a frame that is found
+            corner = (coords[query] + side / 2) * scale - wide / 2
+            axis.add_patch(Rectangle(corner, wide, wide, fill=False, color="lime", lw=2))
+    add_scale_bar(axes[0, 0], slide, scale)
     if values.ndim == 1:
-        scaled = ScalarMappable(Normalize(values.min(), values.max()), COLORS)
-        figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6)
-    figure.suptitle(title)
+        scaled = ScalarMappable(Normalize(*limits(values)), COLORS)
+        bar = figure.colorbar(scaled, ax=axes[0, 1], shrink=0.6, extend="both")
+        bar.set_label(what, fontsize=12)
+        bar.ax.tick_params(labelsize=11)
+    else:
+        title += f"\n{what}"
+    figure.suptitle(title, fontsize=14)
     return figure
+
+
+def add_scale_bar(axis, slide: Slide, scale: float) -> None:
+    """Below a picture of a slide, `scale` of its size: a bar of a round length, in mm."""
+    assert slide.mpp is not None  # the table of the cohort says it
+    length = float(f"{slide.width * slide.mpp / 5000:.0e}")
+    below = 1.02 * slide.height * scale
+    axis.autoscale(False)  # or the picture would move
+    ends = [0, 1000 * length / slide.mpp * scale]
+    axis.plot(ends, [below, below], color="black", lw=3, clip_on=False)
+    axis.text(0, 1.01 * below, f"{length:g} mm", va="top", fontsize=12)
 
 
 def write_tiles(
@@ -230,4 +256,6 @@ def draw_similar(
                 line.append(cell(int(at), int(row), f"{1 - distance:.3f}", "of another patient"))
         lines.append(line)
     frames = {"query": "black", "of another patient": "#2a9d3a"}
-    return draw_sheet(f"{model}: typical patches and their nearest, by cosine", frames, lines)
+    wide = f"patches of {index.patch_size * index.mpp:g} µm"
+    title = f"{model}: typical {wide} and their nearest, by cosine"
+    return draw_sheet(title, frames, lines)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from g2l.cohort import find_slides
 from g2l.errors import PatchError, UserError
-from g2l.files import atomic, write_text
+from g2l.files import atomic, check_room, write_text
 from g2l.grid import Tiling
 from g2l.readers import TILE_PX
 from g2l.remote import Link, is_remote
@@ -86,12 +86,14 @@ def write_coords(
     }
     if native:
         attributes["patch_level"] = 0
-    with atomic(path) as temporary, open_h5(temporary, "w") as file:
-        file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
-        for name, values in tiling.measures.items():
-            file[name] = values
-        if source:
-            _write_source(file.create_group("compressed"), **source)
+    with atomic(path) as temporary:
+        check_room(temporary, 16 << 20)
+        with open_h5(temporary, "w") as file:
+            file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
+            for name, values in tiling.measures.items():
+                file[name] = values
+            if source:
+                _write_source(file.create_group("compressed"), **source)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:

@@ -359,7 +359,7 @@ def draw_sheet(
             axis.axis("on")
             axis.imshow(pixels)
             axis.set(xticks=[], yticks=[])
-            short = [text if len(text) < 22 else f"{text[:20]}…" for text in caption.split("\n")]
+            short = [text if len(text) < 20 else f"{text[:17]}…" for text in caption.split("\n")]
             axis.set_title("\n".join(short), loc="left", fontsize=7)
             axis.spines[:].set(visible=True, color=colors[frame], linewidth=3)
     key = [Patch(color=color, label=meaning) for meaning, color in colors.items()]

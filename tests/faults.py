@@ -59,12 +59,14 @@ CASES = [
     Case("distill", "no room for checkpoints", "refused before the start", "distill: room_for_ch"),
     Case("evaluate", "disk full", ENDS, "evaluate: full_disk_is_told"),
     Case("robustness", "disk full", ENDS, "fault"),
+    Case("embed", "disk full", ENDS, "embed: disk_full_for_what_hdf5"),
     Case(
         "any",
         "a lock that another holds",
         "a limit, and who holds it",
         "files: who_waits_for_a_lock",
     ),
+    Case("embed", "two runs at once, or Ctrl-C", "both end; " + EQUAL, "embed: two_at_once"),
     Case("any", "a file system without locks", "said once, goes on", "files: without_locks"),
     # Files of ours, damaged.
     Case("tile", "rows of slides.csv", MENDED, "tile_command: damaged_rows"),
@@ -76,9 +78,13 @@ CASES = [
     Case("any", "a flipped bit of a student", "refused by name", "faults: flipped_bit_of_a_st"),
     Case("evaluate", "features, predictions, rows", MENDED, "evaluate: damaged_results"),
     Case("embed", "a flipped bit of features", MENDED, "embed: flipped_bit"),
+    Case("embed", "features cut, foreign or older", "refused; --redo", "embed: damaged_or_older"),
     # Files of others.
     Case("any", "a zip file of gigabytes of zeros", "refused in seconds", "files: zip_bomb"),
+    Case("embed", "NaN from a network", "left out, listed, status 1", "embed: does_not_give"),
     # Inputs that changed.
+    Case("embed", "weights, or slides tiled anew", "refused; --redo", "embed: cut_anew"),
+    Case("embed", "another slide at equal places", "refused; --redo", "embed: same_places"),
     Case("distill", "a cohort tiled anew", "refused on resume", "distill: tiled_anew"),
     Case("robustness", "slides swapped since tiling", "refused", "robustness: swapped"),
     Case("robustness", "weights of one name replaced", "old rows go", "robustness: other_weights"),

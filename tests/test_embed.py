@@ -4,9 +4,11 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -15,15 +17,19 @@ import tifffile
 import torch
 from cohorts import edit_rows
 from jobs import Forked, main_of, run_ranks
+from matplotlib.text import Text
+from mirax import write_mirax
 from PIL import Image
 
 import embed
 import tile
 from g2l import heatmap
-from g2l.embeddings import read_features
+from g2l.embeddings import Coordinates, Origin, SlideFeatures, exports_of, read_features
 from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
+from g2l.slides import Slide
+from g2l.tissue import read_mask
 
 MODEL = "timm:test_vit"
 
@@ -142,14 +148,18 @@ def test_the_file_is_what_other_tools_read(data):
 
 
 def test_a_second_run_does_what_is_missing(data, capsys):
-    assert embed.main(command(data)) == 0
+    told_by_model = command(data)
+    told_by_model[told_by_model.index("--models")] = "--model"  # both will do
+    assert embed.main(told_by_model) == 0
     kept = {path: path.stat().st_mtime_ns for path in folder(data).glob("*.h5")}
     gone = folder(data) / "P2_a.h5"
     before = read_features(gone)[0]
     gone.unlink()
     capsys.readouterr()
     assert embed.main(command(data)) == 0
-    assert "1 of 6 slides to do" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 6 slides to do" in out and "6 of 6 slides, 0.00 GB" in out
+    assert re.search(r"36 patches in \d+ s, [\d,]+ a second, 0.000 device hours: network", out)
     np.testing.assert_array_equal(read_features(gone)[0], before)
     for path, then in kept.items():
         assert path == gone or path.stat().st_mtime_ns == then
@@ -233,6 +243,8 @@ def test_half_precision_and_stamp_are_what_they_say(data, capsys):
         np.testing.assert_allclose(file["coords"][:], coords * 0.25)
         assert file.attrs["unit"] == "um" and file.attrs["tile_size"] == 16
         assert file.attrs["feat_type"] == "tile" and file.attrs["stamp_version"] == "2.0.0"
+        assert file.attrs["tile_size_um"] / file.attrs["tile_size_px"] == 0.25  # its µm per pixel
+        assert file.attrs["extractor"] == MODEL
     capsys.readouterr()
     assert embed.main([*half, "--pt"]) == 1
     assert "read fp32 only" in capsys.readouterr().err
@@ -273,12 +285,17 @@ def test_a_patch_that_cannot_be_read_is_left_out_and_listed(data, monkeypatch):
     row = table(data)["P0_a"]
     assert (row["status"], row["unreadable"], row["patches"]) == ("done", "1", "15")
     assert "x=64, y=64" in row["reason"]
+    assert embed.main(command(data)) == 1 and table(data)["P0_a"] == row  # a second run keeps it
     features, coords = read_features(folder(data) / "P0_a.h5")
     assert np.isfinite(features).all() and len(features) == len(coords) == 15
     with h5py.File(folder(data) / "P0_a.h5") as file:
         lost = file["unreadable"][:]
     with h5py.File(data / "tiles" / "tiny" / "patches" / "P0_a_patches.h5") as file:
         np.testing.assert_array_equal(lost, file["coords"][5:6])
+    monkeypatch.setattr(PatchIndex, "read", right)
+    assert embed.main(command(data, "--redo")) == 0  # the disk was at fault, say
+    row = table(data)["P0_a"]
+    assert (row["unreadable"], row["patches"], row["reason"]) == ("0", "16", "")
 
 
 def test_a_full_disk_stops_it_and_it_goes_on(data, monkeypatch, capsys):
@@ -297,6 +314,40 @@ def test_a_full_disk_stops_it_and_it_goes_on(data, monkeypatch, capsys):
     assert embed.main(command(data)) == 0
     assert "4 of 6 slides to do" in capsys.readouterr().out
     assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+@pytest.mark.parametrize("ending", [".h5", ".pt"])
+def test_a_disk_full_for_what_hdf5_or_torch_writes(data, ending, monkeypatch, capsys):
+    """Both fail badly on a full disk (HDF5 by a crash at the end), so room is made first."""
+    right = os.posix_fallocate
+
+    def full(handle, start, size):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(ending):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(handle, start, size)
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert embed.main(command(data, "--pt")) == 1
+    assert "no space left on the disk; make room" in capsys.readouterr().err
+    assert not list(folder(data).rglob(f"*{ending}"))
+    monkeypatch.setattr("os.posix_fallocate", right)
+    assert embed.main(command(data, "--pt")) == 0
+    assert len(list(folder(data).rglob("*.pt"))) == 6
+
+
+def test_what_was_made_of_earlier_features_is_not_left_beside_new_ones(data):
+    wanted = ["--pt", "--slide", "mean", "--format", "stamp"]
+    assert embed.main(command(data, *wanted)) == 0
+    tensor, stamp, mean = exports_of(folder(data) / "P0_a.h5")
+    kept = tensor.stat().st_mtime_ns, stamp.stat().st_mtime_ns
+    assert embed.main(command(data, *wanted)) == 0  # a second run writes nothing
+    assert (tensor.stat().st_mtime_ns, stamp.stat().st_mtime_ns) == kept
+    (folder(data) / "P0_a.h5").unlink()
+    assert embed.main(command(data)) == 0
+    assert not (tensor.exists() or stamp.exists() or mean.exists())
+    assert len(list(folder(data).rglob("*.pt"))) == 5
+    assert embed.main(command(data, *wanted)) == 0
+    assert tensor.exists() and stamp.exists() and mean.exists()
 
 
 def test_heatmaps_of_components_likeness_and_scores(data, tmp_path, capsys):
@@ -351,6 +402,248 @@ def test_the_nearest_of_a_cohort_are_those_of_a_plain_search():
         want = sorted(away)[:6]
         assert [(s, row) for _, s, row in want] == [tuple(pair) for pair in found[1:, i].T]
         np.testing.assert_allclose(found[0][i], [d for d, _, _ in want], atol=1e-5)
+
+
+def test_what_a_network_does_not_give_is_left_out_and_listed(data, monkeypatch):
+    """NaN for a patch, as fp16 gives where a number grows too large; the next run tries again."""
+    right = embed.Forward.__call__
+    calls = []
+
+    def broken(self, x):
+        out = right(self, x)
+        if not calls and self.model.name == "timm:test_resnet":
+            out[3, 0] = float("nan")
+            calls.append(1)
+        return out
+
+    monkeypatch.setattr(embed.Forward, "__call__", broken)
+    assert embed.main(command(data, models=(MODEL, "timm:test_resnet"))) == 1
+    rows = table(data, "timm_test_resnet")
+    assert rows["P0_a"]["unreadable"] == "1" and "NaN" in rows["P0_a"]["reason"]
+    assert rows["P1_a"]["unreadable"] == "0" and not rows["P1_a"]["reason"]
+    assert np.isfinite(read_features(folder(data, "timm_test_resnet") / "P0_a.h5")[0]).all()
+    other = table(data)["P0_a"]  # of the model beside it
+    assert other["unreadable"] == "0" and not other["reason"]
+
+
+def test_numbers_too_large_for_half_precision_are_left_out(data, monkeypatch):
+    right = embed.Forward.__call__
+
+    def large(self, x):
+        out = right(self, x)
+        out[5] *= 1e9
+        return out
+
+    monkeypatch.setattr(embed.Forward, "__call__", large)
+    assert embed.main(command(data, "--precision-out", "fp16")) == 1
+    assert table(data)["P0_a"]["unreadable"] == "1" and "fp16" in table(data)["P0_a"]["reason"]
+    features, _ = read_features(folder(data) / "P0_a.h5")
+    assert features.dtype == np.float16 and np.isfinite(features).all()
+    assert embed.main(command(data, "--redo")) == 0  # fp32 holds them
+
+
+def test_redo_mends_features_of_which_a_bit_flipped(data, capsys):
+    assert embed.main(command(data)) == 0
+    path = folder(data) / "P0_a.h5"
+    sound = path.read_bytes()
+    with h5py.File(path) as file:
+        place = file["features"].id.get_offset() + 1000
+    path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+    assert embed.main(command(data, "--heatmap", "P0_a")) == 1
+    assert "checksum" in (told := capsys.readouterr().err) and "--redo makes it anew" in told
+    kept = (folder(data) / "P1_a.h5").stat().st_mtime_ns
+    assert embed.main(command(data, "--heatmap", "P0_a", "--redo")) == 0
+    assert path.read_bytes() == sound and (folder(data) / "P1_a.h5").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("attribute", ["level0_mpp", "slide_bytes"])
+def test_another_slide_or_size_of_pixels_at_the_same_places_is_noticed(data, attribute, capsys):
+    assert embed.main(command(data)) == 0
+    with h5py.File(data / "tiles" / "tiny" / "patches" / "P2_a_patches.h5", "a") as file:
+        file["coords"].attrs[attribute] = 2 * file["coords"].attrs[attribute]
+    if attribute == "slide_bytes":  # so that it is read all the same
+        with open(data / "slides" / "tiny" / "P2_a.tif", "ab") as slide:
+            slide.write(bytes(slide.tell()))
+    assert embed.main(command(data)) == 1
+    assert "P2_a.h5, one of 1, was made from other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "earlier"])
+def test_a_damaged_or_older_file_is_refused_and_made_anew(data, damage, capsys):
+    assert embed.main(command(data)) == 0
+    path = folder(data) / "P0_a.h5"
+    sound = path.read_bytes()
+    if damage == "earlier":
+        with h5py.File(path, "a") as file:
+            del file.attrs["preprocessing"], file["unreadable"]
+    else:
+        path.write_bytes(sound[: len(sound) // 2] if damage == "cut" else b"not HDF5")
+    assert embed.main(command(data)) == 1
+    assert "--redo" in capsys.readouterr().err
+    assert embed.main(command(data, "--redo")) == 0
+    assert path.read_bytes() == sound
+
+
+def test_a_folder_of_another_cohort_is_noticed(data, capsys):
+    """Features copied beside a cohort of slides of the same names but other sizes."""
+    assert embed.main(command(data)) == 0
+    names = {"P0_a": "P1_a", "P1_a": "P2_a", "P2_a": "P0_a"}
+    held = {old: (folder(data) / f"{old}.h5").read_bytes() for old in names}
+    for old, new in names.items():
+        (folder(data) / f"{new}.h5").write_bytes(held[old])
+    assert embed.main(command(data)) == 1
+    assert "one of 3, was made from other" in capsys.readouterr().err
+    (folder(data) / "Q_1.h5").write_bytes(held["P0_a"])
+    assert embed.main(command(data, "--redo")) == 0
+    assert "1 files are of no slide" in (told := capsys.readouterr().err) and "Q_1.h5" in told
+
+
+def test_patches_cut_anew_are_noticed(data, capsys):
+    """At another µm per pixel, of the same slides."""
+    assert embed.main(command(data)) == 0
+    grid = ["--patch-size", "64", "--min-tissue", "0", "--max-blur", "9"]
+    cohort = ["--cancer", "tiny", "--data", str(data)]
+    assert tile.main([*cohort, *grid, "--mpp", "0.5", "--resample"]) == 0
+    assert embed.main(command(data)) == 1
+    assert "P0_a.h5, one of 6, was made from other" in capsys.readouterr().err
+    assert embed.main(command(data, "--redo", "--format", "stamp")) == 0
+    with h5py.File(folder(data, "timm_test_vit_stamp") / "P0_a.h5") as file:
+        coords = file["coords"][:]
+        assert file.attrs["tile_size_um"] == 32 and file.attrs["tile_size_px"] == 64
+        assert set(np.diff(np.unique(coords[:, 0]))) == {32}
+
+
+def test_slides_of_one_name_of_one_patch_and_of_none(tmp_path, capsys):
+    data = tmp_path / "data"
+    rng = np.random.default_rng(3)
+    for place, side in (("a/S_1", 128), ("b/S_1", 128), ("T_1", 64), ("U_1", 64)):
+        path = data / "slides" / "tiny" / f"{place}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(60, 200, (side, side, 3)).astype(np.uint8)
+        if place == "U_1":
+            image[:] = 255
+        resolution = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+        tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", **resolution)
+    tiling = ["--cancer", "tiny", "--data", str(data), "--patch-size", "64", "--max-blur", "9"]
+    tile.main(tiling)
+    line = command(data, "--heatmap", "T_1", "--slide", "mean", "--pt", "--similar", "2")
+    capsys.readouterr()
+    assert embed.main(line) == 0, capsys.readouterr()
+    rows = table(data)
+    assert sorted(rows) == ["T_1", "U_1", "a_S_1", "b_S_1"] and rows["T_1"]["patches"] == "1"
+    assert rows["U_1"]["status"] != "done" and rows["U_1"]["reason"]
+    assert {path.stem for path in folder(data).glob("*.h5")} == rows.keys() - {"U_1"}
+    assert torch.load(folder(data) / "pt_files" / "T_1.pt", weights_only=True).shape[0] == 1
+
+
+def test_features_of_one_number_have_three_colours():
+    for shape in ((5, 1), (1, 1), (7, 2), (1, 8)):
+        colours = heatmap.by_components(np.random.default_rng(0).normal(size=shape))
+        assert colours.shape == (shape[0], 3) and (colours >= 0).all() and (colours <= 1).all()
+
+
+def test_likeness_of_features_too_large_for_half_precision():
+    x = np.random.default_rng(0).normal(size=(9, 64)) * 100
+    want = x @ x[2] / np.linalg.norm(x, axis=1) / np.linalg.norm(x[2])
+    np.testing.assert_allclose(heatmap.by_similarity(x.astype(np.float16), 2), want, atol=1e-3)
+
+
+def test_tiles_of_a_slide_with_bounds_lie_where_tile_py_reads_them(tmp_path):
+    """QuPath counts from the corner of what was scanned; so does the reader of masks."""
+    write_mirax(tmp_path / "M.mrxs")
+    coords = np.array([[2304, 1536], [2560, 1536], [2816, 2048]])
+    path = tmp_path / "M.geojson"
+    with Slide(tmp_path / "M.mrxs") as slide:
+        assert slide.origin != (0, 0)
+        heatmap.write_tiles(path, slide, coords, 256, np.array([0.5, 1, 2]), "risk")
+        shape = slide.height // 64, slide.width // 64
+        mask = read_mask(path, shape, 64, slide.origin)
+        figure = heatmap.paint(slide, coords, 256, np.array([0.5, 1, 2]), "M", "risk", 1)
+    inner, outer = np.zeros((2, *shape), bool)  # edges go to one pixel or the other
+    for x, y in coords // 64:
+        inner[y : y + 4, x : x + 4] = True
+        outer[y - 1 : y + 5, x - 1 : x + 5] = True
+    assert mask[inner].all() and not mask[~outer].any()
+    shown = figure.axes[1].images[0].get_array()  # and there they are painted
+    scale = shown.shape[1] / 4096
+    colourful = np.argwhere(np.ptp(shown, axis=2) > 0.2)
+    np.testing.assert_allclose(colourful.min(0), coords[0][::-1] * scale, atol=1)
+    np.testing.assert_allclose(colourful.max(0) + 1, (coords[2][::-1] + 256) * scale, atol=1)
+    assert [text.get_text() for text in figure.findobj(Text) if " mm" in text.get_text()]
+
+
+def test_what_a_heatmap_shows_is_one_thing_of_a_named_slide(data, capsys):
+    assert embed.main(command(data, "--query", "1,1")) == 1
+    assert "name the slide" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        embed.main(command(data, "--heatmap", "P0_a", "--query", "1,1", "--scores", "x.csv"))
+
+
+def test_scores_are_numbers(tmp_path):
+    table = tmp_path / "risk.csv"
+    table.write_text("slide,x,y,value\nP0_a,0.0,64.0,0.5\n")
+    assert heatmap.read_scores(table, "P0_a")[0].tolist() == [[0, 64]]
+    for wrong in ("nan", "inf", "high"):
+        table.write_text(f"slide,x,y,value\nP0_a,0,64,0.5\nP0_a,0,64,{wrong}\n")
+        with pytest.raises(UserError, match=wrong):
+            heatmap.read_scores(table, "P0_a")
+
+
+@pytest.mark.slow
+def test_more_ranks_than_slides(data):
+    rows = data / "tiles" / "tiny" / "slides.csv"
+    edit_rows(rows, lambda row: row["slide"] == "P0_a" or row.update(patches=0, status="skipped"))
+    for done in run_ranks(main_of("embed.py", *command(data)), 3):
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder(data).glob("*.h5")] == ["P0_a.h5"]
+
+
+@pytest.mark.slow
+def test_two_at_once_and_ctrl_c(data):
+    for _ in range(4):
+        both = [Forked(main_of("embed.py", *command(data))) for _ in range(2)]
+        for process in both:
+            done = process.finish()
+            assert done.returncode == 0, done.stderr
+        assert len(list(folder(data).glob("*.h5"))) == 6
+        shutil.rmtree(folder(data))
+    process = Forked(main_of("embed.py", *command(data, "--workers", "1")))
+    while not list(folder(data).glob("[!.]*.h5")) and process.poll() is None:
+        time.sleep(0.003)
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(20)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert embed.main(command(data)) == 0
+    assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+def test_one_model_named_twice_is_refused(data, capsys):
+    assert embed.main(command(data, models=(MODEL, MODEL))) == 1
+    assert MODEL in capsys.readouterr().err
+
+
+def test_similar_without_any_features(data, capsys):
+    shutil.rmtree(data / "slides")
+    assert embed.main(command(data, "--similar", "2")) == 1
+    assert "Traceback" not in (told := capsys.readouterr().err), told
+
+
+def test_memory_is_bounded_whatever_the_slide(tmp_path, monkeypatch):
+    """A slide in parts of 400 rows: the file is written a part at a time."""
+    monkeypatch.setattr("g2l.embeddings.PIECE", 400)
+    coords = np.stack([np.arange(20000), np.zeros(20000, int)], 1)
+    where = Coordinates(coords, {"patch_size": 64, "patch_size_level0": 64})
+    origin = Origin("m", "f", "{}", where.key, "float32")
+    target = SlideFeatures(tmp_path, "S", origin, where)
+    rng = np.random.default_rng(0)
+    for first in range(0, 20000, 400):
+        block = rng.random((400, 512), np.float32)
+        target.write_part(first, block, np.ones(400, bool))
+    tracemalloc.start()
+    target.finish()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert target.state() == "done" and most < 6e6  # of 41 MB; a part has 0.8
 
 
 @pytest.mark.slow

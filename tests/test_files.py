@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from g2l.errors import UserError
-from g2l.files import atomic, clear_leftovers, clear_stale, locked
+from g2l.errors import UserError, explain
+from g2l.files import atomic, check_room, clear_leftovers, clear_stale, locked
 from g2l.results import load_predictions
 from g2l.runs import read_checkpoint
 from g2l.weights import read_weights, verify
@@ -97,3 +97,19 @@ def test_a_zip_bomb_is_refused_in_seconds(bomb, reader):
 def test_predictions_that_are_a_zip_bomb_are_made_again(bomb, capsys):
     assert load_predictions(bomb, "key") is None
     assert "would unpack to 1.1 GB" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_whoever_hides_it():
+    """h5py raises RuntimeError where it cannot close a file."""
+    hidden = "Can't decrement id ref count (file write failed: errno = 28, error message = "
+    told = explain(RuntimeError(f"{hidden}'No space left on device')"), {})
+    assert told and told.startswith("no space left on the disk; make room and run")
+    assert explain(RuntimeError("shapes differ"), {}) is None
+
+
+def test_room_is_made_sure_of_before_a_file_is_written(tmp_path, monkeypatch):
+    check_room(tmp_path / "a.h5", 1000)
+    asked = []
+    monkeypatch.setattr("os.posix_fallocate", lambda *args: asked.append(args[1:]))
+    check_room(tmp_path / "b.h5", 1000)
+    assert asked == [(0, 1000 + (1 << 20))]
