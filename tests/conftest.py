@@ -24,9 +24,17 @@ SHARED = (
 )  # real slides and tables; tests that need them skip without
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests come first, so that no worker is left alone with one at the end."""
+    """Long tests come first, so that no worker is left alone with one at the end.
+
+    What is nightly is slow as well, since `-m "not slow"` takes the place of the option in
+    pyproject.toml that leaves nightly tests out.
+    """
     items.sort(key=is_short)
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
 
 
 def is_short(item: pytest.Item) -> bool:

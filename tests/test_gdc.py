@@ -106,7 +106,7 @@ def gdc(sound, monkeypatch):
     Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
     monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
