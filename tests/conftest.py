@@ -94,7 +94,7 @@ def sound(tmp_path_factory):
     """One sound slide as bytes: tests copy it under many names."""
     from synthetic import section, write_slide
 
-    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(1024, 1024))
+    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(512, 512), tile_size=128)
     return path.read_bytes()
 
 
