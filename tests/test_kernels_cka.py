@@ -149,7 +149,7 @@ def test_cka_does_not_depend_on_the_size_of_the_numbers(size):
     torch.testing.assert_close(wide, expected[:, :1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "width"), [(5, 300), (50, 16), (500, 64), (1000, 700)])
+@pytest.mark.parametrize(("n", "width"), [(5, 300), (50, 16), (500, 64), (600, 500)])
 def test_cka_with_an_outlier_row_is_that_of_fp64(n, width):
     x = torch.randn(n, width)
     y = 0.5 * x + torch.randn(n, width)
