@@ -399,6 +399,8 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
         torch.manual_seed(zlib.crc32(plan.name.encode()))
         try:
             args = {"num_classes": 0, **plan.args}
+            if bare:  # without storage, drawing them takes as long as building the rest
+                args["weight_init"] = "skip"
             return timm.create_model(architecture, pretrained=hub, **args)
         except TypeError as error:
             how = f"timm {version} cannot build {architecture} with {plan.args}"

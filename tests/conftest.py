@@ -24,9 +24,17 @@ SHARED = (
 )  # real slides and tables; tests that need them skip without
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests come first, so that no worker is left alone with one at the end."""
+    """Long tests come first, so that no worker is left alone with one at the end.
+
+    What is nightly is slow as well, since `-m "not slow"` takes the place of the option in
+    pyproject.toml that leaves nightly tests out.
+    """
     items.sort(key=is_short)
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
 
 
 def is_short(item: pytest.Item) -> bool:
@@ -86,7 +94,7 @@ def sound(tmp_path_factory):
     """One sound slide as bytes: tests copy it under many names."""
     from synthetic import section, write_slide
 
-    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(1024, 1024))
+    path = write_slide(tmp_path_factory.mktemp("sound") / "a.svs", section(512, 512), tile_size=128)
     return path.read_bytes()
 
 

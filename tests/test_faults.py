@@ -184,7 +184,6 @@ def unbroken(name: str, place: Path, count: int = 1) -> tuple[dict, float]:
 # In a quick run robustness stands for evaluate, whose features are the same code; tile, embed and
 # distill have kills of their own.
 QUICK = ("robustness", "robustness, two ranks")
-NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
 KILLED = [case.command for case in CASES if case.seen == "kills"]
 SOME_KILLED = [
     command if command in QUICK else pytest.param(command, marks=pytest.mark.slow)
@@ -193,7 +192,7 @@ SOME_KILLED = [
 
 
 @pytest.mark.parametrize("command", SOME_KILLED)
-@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=NIGHTLY)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.nightly)])
 def test_killed_at_any_moment_it_goes_on(place, tmp_path, command, kills):
     kills = int(os.environ.get("G2L_KILLS", kills))
     name, count = command.split(",")[0], 1 + ("two ranks" in command)

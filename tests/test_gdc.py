@@ -100,13 +100,14 @@ class Gdc(Answering):
 
 @pytest.fixture
 def gdc(sound, monkeypatch):
-    """A server with four slides; its address."""
+    """A server with four slides; its address. No picture of the cohort, which takes a while."""
     md5 = hashlib.md5(sound).hexdigest()
     Gdc.slides = {f"uuid-{n}": (f"TCGA-N5-A4R{n}-01Z-00-DX1.{n}.svs", sound, md5) for n in range(4)}
     Gdc.faults, Gdc.changes, Gdc.log = {}, {}, []
     monkeypatch.setattr("g2l.network.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("tile.renew_contact_sheet", lambda folder: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gdc)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

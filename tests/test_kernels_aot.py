@@ -34,14 +34,19 @@ def wanted(target, kernels):
             yield configuration
 
 
-@pytest.mark.parametrize("target", ["sm_86", "sm_90", "gfx942"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param("sm_86", marks=SLOW), "sm_90", pytest.param("gfx942", marks=SLOW)]
+)
 @pytest.mark.parametrize(
     "kernels",
     [
-        pytest.param(("fused_forward", "shares"), marks=pytest.mark.slow),
-        pytest.param(("gradients", "merge", "sums"), marks=pytest.mark.slow),
-        pytest.param(("sweep",), marks=pytest.mark.slow),
-        pytest.param(("screen",), marks=pytest.mark.slow),
+        pytest.param(("fused_forward", "shares"), marks=SLOW),
+        pytest.param(("gradients", "merge", "sums"), marks=SLOW),
+        pytest.param(("sweep",), marks=SLOW),
+        pytest.param(("screen",), marks=SLOW),
         ("centre", "list", "rescan"),
     ],
     ids=lambda names: names[0],
@@ -76,9 +81,9 @@ SHARED = {"sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024}
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_86", "sm_90"]
+    "target", [pytest.param("sm_80", marks=SLOW), pytest.param("sm_86", marks=SLOW), "sm_90"]
 )
-@pytest.mark.parametrize("mask", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mask", [True, pytest.param(False, marks=SLOW)])
 def test_the_screen_is_pipelined_and_two_programs_fit(target, mask):
     made = 0
     for _, label, function, parameters, types, _ in wanted(target, ("screen",)):

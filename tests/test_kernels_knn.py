@@ -73,7 +73,7 @@ def lattice(n, width):
         (5, 2, 7, None),
         (300, 50, 15, None),
         (700, 20, 64, 50),
-        (400, 130, 20, None),
+        (260, 130, 20, None),
         (0, 4, 2, 3),
     ],
 )
@@ -143,7 +143,7 @@ def test_knn_with_every_row_twice_or_all_rows_equal():
 
 
 def test_knn_redoes_rows_that_the_screen_cannot_prove():
-    base = torch.eye(400)  # all others are equally far
+    base = torch.eye(200)  # all others are equally far
     _, index, redone = knn_module._search(base, 4, None, None, None, "euclidean")
     assert redone.all() and torch.equal(index, brute(base, 4)[1])
 
@@ -166,7 +166,7 @@ def clusters(n, width, count, spread):
 @pytest.mark.parametrize("spread", [0.1, 1e-3, 1e-5])
 def test_knn_in_tight_clusters(monkeypatch, spread, many):
     monkeypatch.setattr(knn_module, "MANY", many)
-    base = clusters(1000, 50, 4, spread)
+    base = clusters(500, 50, 4, spread)
     _, index, redone = knn_module._search(base, 15, None, None, None, "euclidean")
     assert torch.equal(index, brute(base, 15)[1])
     assert spread < 0.1 or not redone.any()
@@ -176,9 +176,9 @@ def test_knn_in_tight_clusters(monkeypatch, spread, many):
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("labels", [None, 10])
 def test_knn_among_identical_rows_searches_few_again(share, value, labels):
-    base = torch.randn(800, 50)
-    base[torch.rand(800) < share] = value
-    groups = None if labels is None else torch.randint(labels, (800,))
+    base = torch.randn(400, 50)
+    base[torch.rand(400) < share] = value
+    groups = None if labels is None else torch.randint(labels, (400,))
     _, index, redone = knn_module._search(base, 15, None, groups, None, "euclidean")
     assert torch.equal(index, brute(base, 15, groups=groups)[1])
     assert value == 0 or labels or redone.float().mean() < 0.05
@@ -258,7 +258,7 @@ def test_the_bound_holds_for_tensor_cores_that_cut():
 
 
 def test_knn_equals_sklearn_on_clusters():
-    base = torch.cat([torch.randn(3000, 50) + 4 * torch.randn(50) for _ in range(3)])
+    base = torch.cat([torch.randn(1000, 50) + 4 * torch.randn(50) for _ in range(3)])
     distance, index = (
         NearestNeighbors(n_neighbors=16, algorithm="brute")
         .fit(base.double())

@@ -7,6 +7,7 @@ leaves unwritten shows as NaN.
 """
 
 import importlib
+import itertools
 import math
 import os
 import subprocess
@@ -15,7 +16,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
+from jobs import run_ranks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,53 +240,34 @@ def test_loss_names_the_bad_argument(error, name, arguments, options):
         log_sum_loss(*arguments, **options)
 
 
-GROUP_PROGRAM = """
-import sys, torch, torch.distributed as dist
-from kernels import log_sum_loss
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-for normalize in ("both", "student", "student-affine", "none"):
-    for reduction in ("batch", "row"):
+def share_loss() -> int:
+    """A rank of two: its rows give the loss of all rows, and its share of the gradients."""
+    dist.init_process_group("gloo")
+    part = slice(0, 6) if dist.get_rank() == 0 else slice(6, 10)
+    for normalize, reduction in itertools.product(logsum.NORMALIZE, ("batch", "row")):
         torch.manual_seed(0)
-        leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64).requires_grad_()
-        student, weight, teacher = leaf(10, 4), leaf(4, 5), torch.randn(10, 5, dtype=torch.float64)
-        extra = {"scale": leaf(5), "shift": leaf(5)} if normalize == "student-affine" else {}
-        part = slice(0, 6) if rank == 0 else slice(6, 10)
-        options = dict(normalize=normalize, reduction=reduction, **extra)
+        shapes = [(10, 4), (4, 5)] + [(5,), (5,)] * (normalize == "student-affine")
+        leaves = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+        student, weight, *extra = leaves
+        teacher = torch.randn(10, 5, dtype=torch.float64)
+        options = {"normalize": normalize, "reduction": reduction}
+        options |= dict(zip(("scale", "shift"), extra, strict=False))
         whole = log_sum_loss(student, weight, teacher, **options)
         world = dist.group.WORLD
         shared = log_sum_loss(student[part], weight, teacher[part], group=world, **options)
         torch.testing.assert_close(shared, whole)
-        leaves = [student, weight, *extra.values()]
         gradients = [torch.autograd.grad(loss, leaves) for loss in (shared, whole)]
-        for ours, expected in zip(*gradients):
+        for ours, expected in zip(*gradients, strict=True):
             dist.all_reduce(ours)
             torch.testing.assert_close(ours / dist.get_world_size(), expected)
-dist.destroy_process_group()
-"""
+    dist.destroy_process_group()
+    return 0
 
 
 @pytest.mark.slow
-def test_loss_over_a_process_group_equals_one_process(tmp_path):
-    program = tmp_path / "group.py"
-    program.write_text(GROUP_PROGRAM)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        program,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_loss_over_a_process_group_equals_one_process():
+    for done in run_ranks(share_loss):
+        assert done.returncode == 0, done.stderr
 
 
 def test_loss_refuses_a_second_derivative():

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from jobs import run
 from networks import TINY, batch, images, preprocess
 from PIL import Image
 

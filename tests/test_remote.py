@@ -1,6 +1,7 @@
 """Slides that are served: the same coordinates and pixels as at hand, whatever the server does."""
 
 import re
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -25,14 +26,17 @@ FLAGS = "--workers", "1", "--mpp", "0.42", "--assume-mpp", "0.42"  # one real sl
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
-    """Content by file name: tiles on and off the grid of patches; real slides where there are."""
+    """Content by file name: tiles on and off the grid of patches."""
     folder = tmp_path_factory.mktemp("slides")
     write_slide(folder / "a.svs", section(1280, 1280), mpp=None)
     write_slide(folder / "b.svs", section(1200, 1200, 1), mpp=None, tile_size=240)
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for path in sorted((SHARED / "slides").glob("*.svs")) if SHARED else ():
-        found[path.name] = path.read_bytes()
-    return found
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def real_slides():
+    """Content by file name of real slides, where there are."""
+    paths = sorted((SHARED / "slides").glob("*.svs")) if SHARED else []
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def command(data, name, *more):
@@ -46,36 +50,50 @@ def tiled(data, server, *more):
     return command(data, "far", "--remote", data / "list.txt", *more)
 
 
-@pytest.fixture
-def far(tmp_path, slides):
+@pytest.fixture(scope="module")
+def tiled_once(tmp_path_factory, slides):
     """A cohort tiled where it is served: its data folder, its server."""
+    data = tmp_path_factory.mktemp("far")
     with serve({name: (name, body) for name, body in slides.items()}) as server:
-        assert tiled(tmp_path, server) == 0
-        server.seen.clear()
-        server.sent.clear()
-        yield SimpleNamespace(data=tmp_path, server=server, folder=tmp_path / "tiles" / "far")
+        assert tiled(data, server) == 0
+        yield SimpleNamespace(data=data, server=server)
 
 
-def test_served_slides_give_the_coordinates_and_pixels_of_those_at_hand(far, slides, capsys):
-    near = far.data / "slides" / "near"
+@pytest.fixture
+def far(tiled_once, tmp_path, slides):
+    """A copy of that cohort, and its server without faults."""
+    server = tiled_once.server
+    shutil.copytree(tiled_once.data, tmp_path, dirs_exist_ok=True)
+    server.files = {name: (name, body) for name, body in slides.items()}
+    server.always, server.faults, server.etag = None, [], '"one"'
+    server.seen.clear()
+    server.sent.clear()
+    return SimpleNamespace(data=tmp_path, server=server, folder=tmp_path / "tiles" / "far")
+
+
+def test_served_slides_give_the_coordinates_and_pixels_of_those_at_hand(tmp_path, slides):
+    slides = slides | real_slides()
+    near, folders = tmp_path / "slides" / "near", tmp_path / "tiles"
     near.mkdir(parents=True)
     for name, body in slides.items():
         (near / name).write_bytes(body)
-    assert command(far.data, "near") == 0
-    (_, theirs), (_, ours) = tree(far.data / "tiles" / "near"), tree(far.folder)
-    assert ours == theirs and len(ours) == len(slides)
-    here, there = PatchIndex(far.data / "tiles" / "near"), PatchIndex(far.folder, cache=1 << 30)
-    there.ahead(range(len(there)))
-    for i in range(len(here)):
-        assert np.array_equal(here.read(i), there.read(i))
-    there.close()
-    again = PatchIndex(far.folder, cache=1 << 30)
-    far.server.always = 503
-    for i in range(len(here)):
-        assert np.array_equal(here.read(i), again.read(i))  # all is kept on disk
-    batches = [Batches(index, np.zeros(len(slides), bool), 0, 4, 48, "slide") for index in
-               (here, again)]  # fmt: skip
-    assert (batches[0][1][0] == batches[1][1][0]).all()
+    assert command(tmp_path, "near") == 0
+    with serve({name: (name, body) for name, body in slides.items()}) as server:
+        assert tiled(tmp_path, server) == 0
+        (_, theirs), (_, ours) = tree(folders / "near"), tree(folders / "far")
+        assert ours == theirs and len(ours) == len(slides)
+        here, there = PatchIndex(folders / "near"), PatchIndex(folders / "far", cache=1 << 30)
+        there.ahead(range(len(there)))
+        for i in range(len(here)):
+            assert np.array_equal(here.read(i), there.read(i))
+        there.close()
+        again = PatchIndex(folders / "far", cache=1 << 30)
+        server.always = 503
+        for i in range(len(here)):
+            assert np.array_equal(here.read(i), again.read(i))  # all is kept on disk
+        held_out = np.zeros(len(slides), bool)
+        of_near, of_far = (Batches(index, held_out, 0, 4, 48, "slide") for index in (here, again))
+        assert (of_near[0][1][0] == of_far[0][1][0]).all()
 
 
 @pytest.mark.parametrize("change", ["etag", "length"])
@@ -227,12 +245,12 @@ def test_what_needs_openslide_is_downloaded_and_what_has_no_tissue_is_remembered
 
 
 @pytest.mark.slow
-def test_the_plan_is_an_estimate_that_holds_within_a_factor_of_two(tmp_path, slides, capsys):
+def test_the_plan_is_an_estimate_that_holds_within_a_factor_of_two(tmp_path, capsys):
     """Of slides of more than a megabyte; below 6,400 px a thumbnail takes all of them. In training
     eight, where tiles are not the patches."""
     image = cut_out(np.tile(stained(2048, 2048), (4, 4, 1)))
     large = write_slide(tmp_path / "large.svs", image, mpp=None).read_bytes()
-    files = {name: body for name, body in slides.items() if len(body) > 1e6} | {"large.svs": large}
+    files = real_slides() | {"large.svs": large}
     planned = {name: min(len(body), tile.FIRST + len(body) / 16) for name, body in files.items()}
     with serve({name: (name, body) for name, body in files.items()}) as server:
         assert tiled(tmp_path, server) == 0

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED, torchrun
+from conftest import SHARED
+from jobs import main_of, run_ranks
 from servers import serve
 from training import command, fails, same, stopped_at, write_cohort
 
@@ -85,11 +86,14 @@ def test_a_run_on_served_slides_equals_one_on_those_at_hand(
 
 @pytest.mark.slow
 def test_two_ranks_on_one_cache_equal_two_on_slides_at_hand(served, tmp_path):
+    loading = "--workers", 2
+
     def ranks(data, name):
-        done = torchrun(2, "distill.py", *command(data, tmp_path, name, "--workers", 2))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "damaged" not in done.stdout + done.stderr
-        return re.search("([0-9]+)% of ([0-9]+) tiles were in the cache", done.stdout)
+        first, second = run_ranks(main_of("distill.py", *command(data, tmp_path, name, *loading)))
+        for done in (first, second):
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "damaged" not in done.stdout + done.stderr
+        return re.search("([0-9]+)% of ([0-9]+) tiles were in the cache", first.stdout)
 
     assert not ranks(served.near, "near")
     assert int(ranks(served.far, "far")[2]) > 80

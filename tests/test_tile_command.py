@@ -78,9 +78,8 @@ def zoo(tmp_path_factory, sound):
     write_slide(folder / "tiny.svs", section(200, 200), levels=())
     damaged = bytearray(sound)
     page = tifffile.TiffFile(folder / "good.svs").pages[0]
-    damaged[page.dataoffsets[5] : page.dataoffsets[5] + page.databytecounts[5]] = bytes(
-        page.databytecounts[5]
-    )
+    start, count = page.dataoffsets[10], page.databytecounts[10]  # at x=256, y=256
+    damaged[start : start + count] = bytes(count)
     (folder / "damaged.svs").write_bytes(damaged)
     # Cut behind the directories: opens, but tiles are gone.
     tifffile.imwrite(
@@ -260,9 +259,12 @@ def test_names_with_controls_do_not_reach_the_terminal(tmp_path, sound):
     )
 
 
-def test_masks_and_mpp_of_the_user(tmp_path, sound):
-    folder = put(tmp_path, sound, "a.svs", "b.svs")
-    write_slide(folder / "c.svs", section(1024, 1024), mpp=None)
+def test_masks_and_mpp_of_the_user(tmp_path):
+    image = section(1024, 1024)
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    for name, mpp in (("a", 0.25), ("b", 0.25), ("c", None)):
+        write_slide(folder / f"{name}.svs", image, mpp=mpp)
     (tmp_path / "masks").mkdir()
     mask = np.zeros((64, 64), np.uint8)
     mask[16:32, 16:48] = 255
@@ -474,7 +476,7 @@ def test_another_run_with_other_settings_is_noticed(finished, monkeypatch, capsy
 
 
 def test_two_runs_at_once_share_the_work(tmp_path, sound):
-    put(tmp_path, sound, *(f"s{n}.svs" for n in range(8)))
+    put(tmp_path, sound, *(f"s{n}.svs" for n in range(16)))
     runs = [
         subprocess.Popen(command(tmp_path, "--workers", 1), stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -482,16 +484,16 @@ def test_two_runs_at_once_share_the_work(tmp_path, sound):
     outputs = [process.communicate(timeout=120)[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0]
     assert all(
-        output.splitlines()[-1].startswith("8 slides done, 0 skipped, 0 failed")
+        output.splitlines()[-1].startswith("16 slides done, 0 skipped, 0 failed")
         for output in outputs
     )
-    assert len(rows(tmp_path)) == 8 and len(tree(tmp_path / "tiles" / "mine")[1]) == 8
+    assert len(rows(tmp_path)) == 16 and len(tree(tmp_path / "tiles" / "mine")[1]) == 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "kills"), [(0, 7), (1, 7)])
 def test_killed_at_any_moment_it_goes_on(tmp_path, sound, seed, kills):
-    names = [f"s{n}.svs" for n in range(6)]
+    names = [f"s{n}.svs" for n in range(12)]
     put(tmp_path / "whole", sound, *names)
     put(tmp_path / "killed", sound, *names)
     assert run(tmp_path / "whole", "--save-patches").returncode == 0

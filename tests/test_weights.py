@@ -44,12 +44,13 @@ def published(tmp_path_factory, kind, **config):
 
 @pytest.fixture(scope="module")
 def hibou_b(tmp_path_factory):
+    """Hibou-B's widths with 2 of its 12 blocks."""
     return published(
         tmp_path_factory,
         "Dinov2WithRegisters",
         patch_size=14,
         hidden_size=768,
-        num_hidden_layers=12,
+        num_hidden_layers=2,
         num_attention_heads=12,
         use_swiglu_ffn=True,
         num_register_tokens=4,
@@ -72,8 +73,9 @@ def hibou_l(tmp_path_factory):
 
 
 @pytest.fixture
-def short_l(monkeypatch):
-    for name in ("hibou-l", "phikon-v2"):
+def two_blocks(monkeypatch):
+    """As many as the published networks above have."""
+    for name in ("hibou-b", "h0-mini", "hibou-l", "phikon-v2"):
         entry = REGISTRY[name]
         monkeypatch.setitem(
             REGISTRY, name, dataclasses.replace(entry, args={**entry.args, "depth": 2})
@@ -86,7 +88,7 @@ def off(name, weights, x, tokens):
         return float((load_model(name, str(weights)).tokens(x) - tokens).abs().max() / tokens.std())
 
 
-def test_hibou_b_equals_transformers(hibou_b):
+def test_hibou_b_equals_transformers(hibou_b, two_blocks):
     folder, state, x, tokens = hibou_b
     assert {
         "embeddings.position_embeddings",
@@ -100,7 +102,7 @@ def test_hibou_b_equals_transformers(hibou_b):
         torch.testing.assert_close(model(x), tokens[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_hibou_b_in_the_layout_of_dinov2_itself(hibou_b, tmp_path):
+def test_hibou_b_in_the_layout_of_dinov2_itself(hibou_b, two_blocks, tmp_path):
     _, state, x, tokens = hibou_b
     out = {
         "cls_token": state["embeddings.cls_token"],
@@ -108,7 +110,7 @@ def test_hibou_b_in_the_layout_of_dinov2_itself(hibou_b, tmp_path):
         "register_tokens": state["embeddings.register_tokens"],
         "mask_token": state["embeddings.mask_token"],
     }
-    for i in range(12):
+    for i in range(2):
         old, new = f"encoder.layer.{i}.", f"blocks.{i}."
         for w in ("weight", "bias"):
             out[new + f"attn.qkv.{w}"] = torch.cat(
@@ -132,7 +134,7 @@ def test_hibou_b_in_the_layout_of_dinov2_itself(hibou_b, tmp_path):
     assert off("hibou-b", tmp_path / "hibou-b.pth", x, tokens) < 1e-4
 
 
-def test_hibou_l_equals_transformers_and_each_wrong_map_is_caught(hibou_l, short_l, tmp_path):
+def test_hibou_l_equals_transformers_and_each_wrong_map_is_caught(hibou_l, two_blocks, tmp_path):
     folder, state, x, tokens = hibou_l
     assert off("hibou-l", folder, x, tokens) < 1e-4
 
@@ -163,7 +165,7 @@ def test_hibou_l_equals_transformers_and_each_wrong_map_is_caught(hibou_l, short
         assert corrupted(change) > 0.01, change.__name__
 
 
-def test_phikon_equals_transformers(tmp_path_factory, short_l):
+def test_phikon_equals_transformers(tmp_path_factory, two_blocks):
     folder, _, x, tokens = published(
         tmp_path_factory,
         "Dinov2",
@@ -192,12 +194,12 @@ def test_phikon_and_midnight_equal_transformers(tmp_path_factory, monkeypatch):
         assert off(name, folder, x, tokens) < 3e-4  # ViT's norms add 1e-12, timm's 1e-6
 
 
-def test_check_names_the_model_that_a_file_fits(hibou_b, capsys):
+def test_check_names_the_model_that_a_file_fits(hibou_b, two_blocks, capsys):
     folder = hibou_b[0]
     assert main(["--check", str(folder)]) == 0
     assert "fits h0-mini and hibou-b" in capsys.readouterr().out
     assert main(["hibou-b", "--check", str(folder), "--device", "cpu"]) == 0
-    assert "85,739,520" in capsys.readouterr().out
+    assert "14,835,200 parameters" in capsys.readouterr().out
     assert main(["uni", "--check", str(folder)]) == 1
     error = capsys.readouterr().err
     assert (
@@ -476,7 +478,7 @@ def hub(monkeypatch, tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.seen = {}, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     point_hub_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
