@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from argparse import Namespace
 from pathlib import Path
 
 import h5py
@@ -92,10 +91,10 @@ def test_h5_as_trident_reads_it(cohort, name):
 
 def test_geojson_and_mask_round_trip(cohort, tmp_path):
     with Slide(cohort.parents[1] / "slides" / "mine" / "a.svs") as slide:
-        mask = tile_slide(slide).mask
+        tiling = tile_slide(slide)
+        mask = tiling.mask
         mask[40:44, 30:40] = False  # a hole
         path = tmp_path / "a.geojson"
-        tiling = Namespace(mask=mask, scale=1536 / mask.shape[1])
         write_geojson(path, slide, tiling)
         again = read_mask(path, mask.shape, tiling.scale)
         Image.fromarray(mask).resize((500, 500)).save(tmp_path / "a.png")
