@@ -91,7 +91,7 @@ def write_contact_sheet(folder: Path) -> None:
             # An empty place shows what cannot be read; the slide's row tells of it.
             with contextlib.suppress(PatchError):
                 patch = Image.fromarray(index.read(number))
-                patch = patch.resize((128, 128), Image.Resampling.LANCZOS)
+                patch = patch.resize((128, 128), Image.Resampling.BOX)
                 sheet.paste(patch, (column * 132 + 4, top + 14))
     with atomic(folder / "contact.jpg") as temporary:
         sheet.save(temporary, quality=90)
