@@ -8,7 +8,6 @@ first where somebody has drawn the tissue.
 import json
 import re
 from functools import reduce
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -181,26 +180,21 @@ def mean_in_squares(mask: NDArray, places: NDArray, side: float) -> NDArray:
 
     All in its pixels and not necessarily whole; beyond its edges it is 0.
     """
-    total = np.pad(mask, ((1, 0), (1, 0))).cumsum(axis=1, dtype=np.int32)
-    for above, row in pairwise(total):  # several times the speed of cumsum(axis=0)
-        row += above
-    inside = np.zeros(len(places))
-    for below in (side, 0):
-        for right in (side, 0):
-            part = _between(total, np.add(places, (right, below)))
-            inside += part if right == below else -part
-    return inside / side**2
+    (lefts, column), (tops, row) = (np.unique(line, return_inverse=True) for line in places.T)
+    bands = _sums_of_rows(mask, tops, side)
+    return _sums_of_rows(bands.T, lefts, side)[column, row] / side**2
 
 
-def _between(table: NDArray, places: NDArray) -> NDArray:
-    """Bilinear values of a table at `places` (N, 2; x, y), at its edges of those beyond."""
-    last = np.subtract(table.shape[::-1], 1)
-    places = places.clip(0, last)
-    x, y = corner = np.minimum(places.astype(int), last - 1).T
-    right, down = places.T - corner
-    upper = table[y, x] * (1 - right) + table[y, x + 1] * right
-    lower = table[y + 1, x] * (1 - right) + table[y + 1, x + 1] * right
-    return upper * (1 - down) + lower * down
+def _sums_of_rows(values: NDArray, starts: NDArray, side: float) -> NDArray:
+    """(N, w) sums of the rows of (h, w) from each of N starts on, as far as `side` goes."""
+    total = np.zeros((len(values) + 1, values.shape[1]))
+    for above, row, line in zip(total, total[1:], values, strict=False):
+        np.add(above, line, out=row)  # several times the speed of cumsum(axis=0)
+    ends = np.clip([starts, starts + side], 0, len(values))
+    below = np.minimum(ends.astype(int), len(values) - 1)
+    part = (ends - below)[..., None]
+    first, last = total[below] * (1 - part) + total[below + 1] * part
+    return last - first
 
 
 def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> NDArray:
