@@ -19,7 +19,7 @@ from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Size, Slide
 
 # Classes of annotations that are not tissue.
-NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
+NOT_TISSUE = re.compile("(.*: *)?(ignore|background|exclude|art[ei]fact)", re.IGNORECASE)
 
 
 # Colour, and change of light from pixel to pixel, as shares of the glass's light: less change is
@@ -62,8 +62,8 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
-    mask = _areas(mask, mask, smallest)
-    mask = ~_areas(~mask, ~mask, smallest)
+    mask = areas(mask, mask, smallest)
+    mask = ~areas(~mask, ~mask, smallest)
     # Stitching gaps and transparent parts are pure white.
     mask &= ~(void | pen | _opened(low == 255))
     return mask, pen
@@ -121,12 +121,12 @@ def _ink(
     pure = (blue_share > 0.65) & (red_share < 0.25)  # red
     pen |= pure & (green > 0.65)
     pen = _opened(pen & ~void)
-    pen = _areas(pen, pen, 12)
+    pen = areas(pen, pen, 12)
     # A stroke has weaker parts, and a pale rim.
     weak = (red_share > 0.93) & (red > 0.3)
     pure = (blue_share > 0.6) & (red_share < 0.3)
     weak |= pure & (green > 0.4)
-    return _grow(_areas(pen | weak, pen, 1), 3)
+    return _grow(areas(pen | weak, pen, 1), 3)
 
 
 def _around(plane: NDArray, gather: np.ufunc) -> NDArray:
@@ -151,7 +151,7 @@ def _opened(mask: NDArray) -> NDArray:
     return whole[:, :-1] | whole[:, 1:]
 
 
-def _areas(mask: NDArray, counted: NDArray, least: float) -> NDArray:
+def areas(mask: NDArray, counted: NDArray, least: float) -> NDArray:
     """The connected areas of a mask (by edges) that hold at least `least` px of `counted`."""
     wide = np.pad(mask, ((0, 0), (1, 1)))
     ends = np.flatnonzero(np.diff(wide.ravel()))
@@ -250,11 +250,14 @@ def read_mask(path: Path, shape: Size, scale: float, origin: Size = (0, 0)) -> N
     """
     if path.suffix.lower() in (".geojson", ".json"):
         return _draw_polygons(path, shape, scale, origin)
-    with Image.open(path) as picture:
-        # Labels as stored: neither a palette's colours nor transparency.
-        plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
-        labels = np.asarray(picture if plain else picture.convert("RGB"))
-        lossy = picture.format == "JPEG"
+    try:
+        with Image.open(path) as picture:
+            # Labels as stored: neither a palette's colours nor transparency.
+            plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
+            labels = np.asarray(picture if plain else picture.convert("RGB"))
+            lossy = picture.format == "JPEG"
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a mask ({error})") from error
     values = np.atleast_3d(labels).max(axis=2)
     height, width = values.shape
     aspect = width / height * shape[0] / shape[1]
@@ -272,7 +275,7 @@ def _draw_polygons(path: Path, shape: Size, scale: float, origin: Size) -> NDArr
     """Each polygon on its own, so that a hole erases only what is its own."""
     drawn = {wanted: np.zeros(shape, bool) for wanted in (True, False)}
     try:
-        features = json.loads(path.read_text(encoding="utf-8"))
+        features = json.loads(path.read_bytes())
         for polygon, wanted in _polygons(features):
             piece = Image.new("1", shape[::-1])
             draw = ImageDraw.Draw(piece)
@@ -283,7 +286,7 @@ def _draw_polygons(path: Path, shape: Size, scale: float, origin: Size) -> NDArr
                     raise ValueError("coordinates that are no numbers or lie far outside")
                 draw.polygon(corners.ravel().tolist(), fill=int(number == 0))
             drawn[wanted] |= np.asarray(piece)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
     return drawn[True] & ~drawn[False]
 
@@ -306,9 +309,9 @@ def _polygons(node, wanted=True):
 
 
 def _class_of(node: dict) -> str:
-    """The name of a feature's class, as QuPath writes it; "" for none."""
+    """The name of a feature's class, as QuPath writes it, after those above it; "" for none."""
     kind = (node.get("properties") or {}).get("classification") or {}
-    return kind.get("name") or ""
+    return ": ".join(kind.get("names") or [kind.get("name") or ""])
 
 
 def find_mask(folder: Path, name: str) -> Path:
