@@ -141,7 +141,7 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
     for given in rows:
         row = {column: one_line(str(value)) for column, value in given.items()}
         new[row["slide"]] = row | {"check": _check(row)}
-    with locked(folder / ".locks" / "slides.csv"):
+    with locked(folder / ".locks.csv"):  # not in the folder of locks that bear slides' names
         clear_leftovers(path)
         merged = read_rows(folder, []) | new
         with (

@@ -563,3 +563,11 @@ def test_names_as_long_as_a_file_system_takes(tmp_path, sound):
     assert found[216] == ("done", "") and found[251][0] == "failed"
     assert "File name too long" in found[251][1]
     assert len(PatchIndex(tmp_path / "tiles" / "mine").read(0)) == 256
+
+
+def test_a_slide_called_as_the_table_is(tmp_path, sound):
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "slides.csv.svs").write_bytes(sound)
+    assert tile.main(["--cancer", "mine", "--data", str(tmp_path)]) == 0
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["slides.csv"]
