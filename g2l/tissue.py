@@ -48,24 +48,29 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     void = (high < 25) & (high - low < 10)  # black borders
     light, density = [], []  # relative to the glass
     for plane, white in zip(planes, _glass(planes, low, high), strict=True):
-        through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
+        through = np.arange(256, dtype=np.float32) / white
+        through = np.minimum(through, 1)
         light.append(through.take(plane))
-        density.append(-np.log10(np.maximum(through, 1 / 255)).take(plane))
+        dense = -np.log10(np.maximum(through, 1 / 255))
+        density.append(dense.take(plane))
     # Of neighbours: of tissue 0.05 and more, of faint tissue half of that, of glass below 0.01.
     change = _around(_change(light[1]), np.add) / 9
     pen = _ink(density[0], density[1], density[2], void, change)
 
-    chroma = reduce(np.maximum, light) - reduce(np.minimum, light)
+    chroma = reduce(np.maximum, light)
+    chroma -= reduce(np.minimum, light)
     least = np.where(change > FLAT, FAINT, GLOW)
-    mask = (_around(chroma, np.add) / 9 > least) & ~pen
-    mask &= chroma > 0.4 * _around(chroma, np.maximum)  # or what is smoothed widens it
+    mask = _around(chroma, np.add) / 9 > least
+    most = _around(chroma, np.maximum)
+    mask &= chroma > 0.4 * most  # or what is smoothed widens it
+    mask &= ~pen
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
     mask = areas(mask, mask, smallest)
     mask = ~areas(~mask, ~mask, smallest)
-    # Stitching gaps and transparent parts are pure white.
-    mask &= ~(void | pen | _opened(low == 255))
+    gap = _opened(low == 255)  # stitching gaps and transparent parts are pure white
+    mask &= ~(void | pen | gap)
     return mask, pen
 
 
@@ -83,7 +88,8 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     A tinted or dim lamp is no colour of the tissue. Pure white is no glass: it was not scanned.
     """
     green = planes[1].astype(np.int16)
-    flat = (low > 60) & (low < 254) & (high - low < 64)
+    flat = (low > 60) & (low < 254)
+    flat &= high - low < 64
     flat &= _change(green) <= 3
     share = flat.mean()
     if share <= 0.01:
@@ -114,7 +120,8 @@ def _ink(
     blue_share = blue / most
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
     plain = (change < FLAT) | (blue_share < 0.3)  # dense haematoxylin is neither
-    pen |= (red_share > 0.97) & (red > 0.7) & plain  # dark blue
+    dark = (red_share > 0.97) & (red > 0.7)
+    pen |= dark & plain  # dark blue
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
     mixed = (blue_share > 0.8) & (red_share > 0.6)  # black, brown, green on tissue
     pen |= mixed & (green > 0.3)
@@ -131,9 +138,11 @@ def _ink(
 
 def _around(plane: NDArray, gather: np.ufunc) -> NDArray:
     """What `gather` makes of each pixel and its eight neighbours, at edges of those beside them."""
-    rows = np.pad(plane, 1, "edge")
-    rows = gather(gather(rows[:-2], rows[1:-1]), rows[2:])
-    return gather(gather(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    wide = np.pad(plane, 1, "edge")
+    rows = gather(wide[:-2], wide[1:-1])
+    rows = gather(rows, wide[2:])
+    sides = gather(rows[:, :-2], rows[:, 1:-1])
+    return gather(sides, rows[:, 2:])
 
 
 def _grow(mask: NDArray, by: int) -> NDArray:
@@ -146,33 +155,33 @@ def _grow(mask: NDArray, by: int) -> NDArray:
 def _opened(mask: NDArray) -> NDArray:
     """The squares of 2 px that lie within the mask; narrower marks are chance."""
     whole = mask[:-1] & mask[1:]
-    whole = np.pad(whole[:, :-1] & whole[:, 1:], 1)
+    whole = whole[:, :-1] & whole[:, 1:]
+    whole = np.pad(whole, 1)
     whole = whole[:-1] | whole[1:]
     return whole[:, :-1] | whole[:, 1:]
 
 
 def areas(mask: NDArray, counted: NDArray, least: float) -> NDArray:
     """The connected areas of a mask (by edges) that hold at least `least` px of `counted`."""
-    wide = np.pad(mask, ((0, 0), (1, 1)))
-    ends = np.flatnonzero(np.diff(wide.ravel()))
-    starts, ends = ends[::2] + 1, ends[1::2] + 1  # runs in rows, which are the nodes of a graph
-    first = np.searchsorted(ends, starts - wide.shape[1], "right")  # of those that touch from above
-    count = np.searchsorted(starts, ends - wide.shape[1]) - first
-    below = np.repeat(np.arange(len(starts)), count)
-    above = np.arange(len(below)) + np.repeat(first - np.cumsum(count) + count, count)
-    area = np.arange(len(starts))
+    begins = mask.copy()
+    begins[:, 1:] &= ~mask[:, :-1]  # of runs in rows, which are the nodes of a graph
+    runs = begins.cumsum().reshape(mask.shape)
+    touching = mask[1:] & mask[:-1]
+    touching &= begins[1:] | begins[:-1]
+    below = runs[1:][touching]
+    above = runs[:-1][touching]
+    area = np.arange(runs.max() + 1)
     while (area[above] != area[below]).any():
-        pair = area[above], area[below]
-        np.minimum.at(area, np.maximum(*pair), np.minimum(*pair))
+        one = area[above]
+        other = area[below]
+        low = np.minimum(one, other)
+        np.minimum.at(area, np.maximum(one, other), low)
         while (area != area[area]).any():
             area = area[area]
-    places = np.flatnonzero(np.pad(counted, ((0, 0), (1, 1))))
-    held = np.searchsorted(places, ends) - np.searchsorted(places, starts)
-    kept = np.bincount(area, held)[area] >= least
-    steps = np.zeros(wide.size, np.int8)
-    steps[starts[kept]] = 1
-    steps[ends[kept]] = -1
-    return steps.cumsum(dtype=np.int8).astype(bool).reshape(wide.shape)[:, 1:-1]
+    found = area[runs[counted]]
+    held = np.bincount(found, minlength=len(area))
+    kept = held[area] >= least
+    return mask & kept[runs]
 
 
 def mean_in_squares(mask: NDArray, places: NDArray, side: float) -> NDArray:
@@ -180,9 +189,11 @@ def mean_in_squares(mask: NDArray, places: NDArray, side: float) -> NDArray:
 
     All in its pixels and not necessarily whole; beyond its edges it is 0.
     """
-    (lefts, column), (tops, row) = (np.unique(line, return_inverse=True) for line in places.T)
+    lefts, column = np.unique(places[:, 0], return_inverse=True)
+    tops, row = np.unique(places[:, 1], return_inverse=True)
     bands = _sums_of_rows(mask, tops, side)
-    return _sums_of_rows(bands.T, lefts, side)[column, row] / side**2
+    inside = _sums_of_rows(bands.T, lefts, side)
+    return inside[column, row] / side**2
 
 
 def _sums_of_rows(values: NDArray, starts: NDArray, side: float) -> NDArray:
@@ -191,9 +202,9 @@ def _sums_of_rows(values: NDArray, starts: NDArray, side: float) -> NDArray:
     for above, row, line in zip(total, total[1:], values, strict=False):
         np.add(above, line, out=row)  # several times the speed of cumsum(axis=0)
     ends = np.clip([starts, starts + side], 0, len(values))
-    below = np.minimum(ends.astype(int), len(values) - 1)
-    part = (ends - below)[..., None]
-    first, last = total[below] * (1 - part) + total[below + 1] * part
+    whole = np.minimum(ends.astype(int), len(values) - 1)
+    part = (ends - whole)[..., None]
+    first, last = total[whole] + part * values[whole]
     return last - first
 
 
@@ -219,8 +230,8 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
         green = image[..., 1].astype(np.float32)
         squares = sliding_window_view(green, (side, side))
         fine = squares[places[:, 1], places[:, 0]]
-        coarse = fine[:, ::2] + fine[:, 1::2]
-        coarse = coarse[..., ::2] + coarse[..., 1::2]
+        halved = fine[:, ::2] + fine[:, 1::2]
+        coarse = halved[..., ::2] + halved[..., 1::2]
         # 10: noise of compression, all that strong blur leaves.
         sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)
         ratio = sharp / np.maximum(_laplacian_power(coarse / 4), 1)
