@@ -12,7 +12,7 @@ STEP = 5  # px; of so many columns and rows one is taken, wherever blocks of 8 b
 
 def optical_density(pixels: ndarray) -> ndarray:
     """-ln of the light let through, natural units, of RGB pixels (..., 3) uint8."""
-    return -np.log((pixels + 1.0) / 256)
+    return -np.log(np.arange(1, 257) / 256).take(pixels)
 
 
 class ColourSums:

@@ -4,9 +4,12 @@
 measure each patch, drop what is inked or blurred.
 """
 
+import functools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,18 @@ class Tiling:
     warnings: list[str]
     unreadable: list[str]  # patches left out, where and why
     colours: ColourSums  # of a sample of the patches
+
+    @functools.cached_property
+    def outlines(self) -> list[list[NDArray]]:
+        """Polygons of the mask in its pixels (edges are whole numbers): outer ring, then holes."""
+        from contourpy import FillType, contour_generator
+
+        padded = np.pad(self.mask.astype(np.float32), 1)
+        generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
+        polygons = []
+        for corners, starts in zip(*generator.filled(0.5, 2), strict=True):
+            polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])
+        return polygons
 
     def take(self, kept: NDArray | list[int]) -> None:
         """Keep these patches only (a mask or numbers)."""

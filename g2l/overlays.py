@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from g2l.errors import PatchError
@@ -24,11 +21,12 @@ def write_thumbnail(
 ) -> None:
     """Thumbnail; of a slide that was tiled with tissue's outline and the grid of patches kept."""
     flat = len(slide.levels) == 1 and slide.width * slide.height > 1e8
-    if tiling and flat:  # not to read all of it once more
+    if tiling and (flat or 2 * max(tiling.image.shape) > max_side):  # no need to read once more
         image = tiling.image[: int(slide.height / tiling.scale), : int(slide.width / tiling.scale)]
     else:
         image = slide.thumbnail(max_side)
     picture = Image.fromarray(image)
+    picture.thumbnail((max_side, max_side), Image.Resampling.BOX)
     if tiling:
         _draw_grid(picture, tiling, picture.width / slide.width)
     with atomic(path) as temporary:
@@ -48,28 +46,15 @@ def _draw_grid(picture: Image.Image, tiling: Tiling, zoom: float) -> None:
     corners = np.concatenate([first, np.maximum(first, last)], axis=1)
     for corner in corners.tolist():
         draw.rectangle(corner, fill, edge)
-    for polygon in outlines(tiling.mask):
+    for polygon in tiling.outlines:
         for ring in polygon:
             draw.line((ring * tiling.scale * zoom).ravel().tolist(), GREEN, 2)
-
-
-def outlines(mask: NDArray) -> list[list[NDArray]]:
-    """Polygons of a mask in its pixels (edges are whole numbers): the outer ring, then holes."""
-    from contourpy import FillType, contour_generator
-
-    padded = np.pad(mask.astype(np.float32), 1)
-    generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
-    points, offsets = generator.filled(0.5, 2)
-    polygons = []
-    for corners, starts in zip(points, offsets, strict=True):
-        polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])
-    return polygons
 
 
 def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
     """The tissue's outline, one annotation per piece, in the frame of QuPath (Slide.origin)."""
     features = []
-    for number, polygon in enumerate(outlines(tiling.mask), 1):
+    for number, polygon in enumerate(tiling.outlines, 1):
         rings = []
         for ring in polygon:
             corners = np.round(ring * tiling.scale).clip(0, [slide.width, slide.height])
@@ -106,7 +91,7 @@ def write_contact_sheet(folder: Path) -> None:
             # An empty place shows what cannot be read; the slide's row tells of it.
             with contextlib.suppress(PatchError):
                 patch = Image.fromarray(index.read(number))
-                patch = patch.resize((128, 128), Image.Resampling.LANCZOS)
+                patch = patch.resize((128, 128), Image.Resampling.BOX)
                 sheet.paste(patch, (column * 132 + 4, top + 14))
     with atomic(folder / "contact.jpg") as temporary:
         sheet.save(temporary, quality=90)

@@ -137,9 +137,13 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
     other's rows.
     """
     path = folder / "slides.csv"
-    with locked(folder / ".locks" / "slides.csv"):
+    new = {}
+    for given in rows:
+        row = {column: one_line(str(value)) for column, value in given.items()}
+        new[row["slide"]] = row | {"check": _check(row)}
+    with locked(folder / ".locks.csv"):  # not in the folder of locks that bear slides' names
         clear_leftovers(path)
-        merged = read_rows(folder, []) | {row["slide"]: row for row in rows}
+        merged = read_rows(folder, []) | new
         with (
             atomic(path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -147,9 +151,7 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
             writer = csv.DictWriter(file, COLUMNS)  # refuses a column that it does not know
             writer.writeheader()
             for name in sorted(merged):
-                row = {column: one_line(str(value)) for column, value in merged[name].items()}
-                row["check"] = _check(row)
-                writer.writerow({column: _plain(text) for column, text in row.items()})
+                writer.writerow({column: _plain(text) for column, text in merged[name].items()})
 
 
 def _plain(text: str) -> str:

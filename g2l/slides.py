@@ -391,9 +391,9 @@ def level_factor(whole: Size, level: Size, tile: Size = (1, 1)) -> float | None:
     ratios = large / small
     factors = np.arange(1, 2 * math.ceil(ratios.max()) + 1)[:, None]
     padded = -(-large // (factors * side)) * side
-    fits = (small == large // factors) | (small == padded)
-    fits |= small == -(-large // factors)
-    whole_factors = factors[fits.all(axis=1), 0].tolist()
+    cut = (small == large // factors) | (small == -(-large // factors))
+    fits = cut.all(axis=1) | (small == padded).all(axis=1)
+    whole_factors = factors[fits, 0].tolist()
     powers = [factor for factor in whole_factors if factor & (factor - 1) == 0]
     if len(powers or whole_factors) == 1:
         return float((powers or whole_factors)[0])

@@ -7,6 +7,7 @@ first where somebody has drawn the tissue.
 
 import json
 import re
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from g2l.errors import SkippedSlide, UserError
 from g2l.slides import Size, Slide
 
 # Classes of annotations that are not tissue.
-NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
+NOT_TISSUE = re.compile("(.*: *)?(ignore|background|exclude|art[ei]fact)", re.IGNORECASE)
 
 
 # Colour, and change of light from pixel to pixel, as shares of the glass's light: less change is
@@ -26,8 +27,6 @@ NOT_TISSUE = re.compile("ignore|background|exclude|art[ei]fact", re.IGNORECASE)
 FLAT = 0.02
 FAINT = 0.035
 GLOW = 0.13
-
-SQUARE = np.ones((2, 2))  # px; narrower marks are chance
 
 # Ratio of the Laplacian's power between octaves, and the blur in patch pixels that leaves it.
 BLUR = (
@@ -43,34 +42,34 @@ def find_tissue(image: NDArray, smallest: float) -> tuple[NDArray, NDArray]:
     glow of eosin only colour. Tissue and holes in it smaller than `smallest` px are dropped and
     filled.
     """
-    from scipy import ndimage
-
     planes = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
-    low = np.minimum.reduce(planes)  # several times the speed of image.min(axis=2)
-    high = np.maximum.reduce(planes)
+    low = reduce(np.minimum, planes)  # many times the speed of image.min(axis=2)
+    high = reduce(np.maximum, planes)
     void = (high < 25) & (high - low < 10)  # black borders
     light, density = [], []  # relative to the glass
     for plane, white in zip(planes, _glass(planes, low, high), strict=True):
-        through = np.minimum(np.arange(256, dtype=np.float32) / white, 1)
-        light.append(through[plane])
-        density.append(-np.log10(np.maximum(through, 1 / 255))[plane])
+        through = np.arange(256, dtype=np.float32) / white
+        through = np.minimum(through, 1)
+        light.append(through.take(plane))
+        dense = -np.log10(np.maximum(through, 1 / 255))
+        density.append(dense.take(plane))
     # Of neighbours: of tissue 0.05 and more, of faint tissue half of that, of glass below 0.01.
-    change = ndimage.uniform_filter(_change(light[1]), 3)
+    change = _around(_change(light[1]), np.add) / 9
     pen = _ink(density[0], density[1], density[2], void, change)
 
-    chroma = np.maximum.reduce(light)
-    chroma -= np.minimum.reduce(light)
+    chroma = reduce(np.maximum, light)
+    chroma -= reduce(np.minimum, light)
     least = np.where(change > FLAT, FAINT, GLOW)
-    mask = (ndimage.uniform_filter(chroma, 3) > least) & ~pen
-    mask &= chroma > 0.4 * ndimage.maximum_filter(chroma, 3)  # or what is smoothed widens it
+    mask = _around(chroma, np.add) / 9 > least
+    most = _around(chroma, np.maximum)
+    mask &= chroma > 0.4 * most  # or what is smoothed widens it
+    mask &= ~pen
     mask &= ~_grow(void, 2)  # coloured fringe of compressed black edges
     mask = _grow(mask, 1)
     mask = ~_grow(~mask, 1)
-    mask = _without_specks(mask, smallest)
-    mask = ~_without_specks(~mask, smallest)
-    gap = ndimage.binary_opening(
-        low == 255, SQUARE
-    )  # stitching gaps and transparent parts are pure white
+    mask = areas(mask, mask, smallest)
+    mask = ~areas(~mask, ~mask, smallest)
+    gap = _opened(low == 255)  # stitching gaps and transparent parts are pure white
     mask &= ~(void | pen | gap)
     return mask, pen
 
@@ -89,7 +88,8 @@ def _glass(planes: list[NDArray], low: NDArray, high: NDArray) -> list[float]:
     A tinted or dim lamp is no colour of the tissue. Pure white is no glass: it was not scanned.
     """
     green = planes[1].astype(np.int16)
-    flat = (low > 60) & (low < 254) & (high - low < 64)
+    flat = (low > 60) & (low < 254)
+    flat &= high - low < 64
     flat &= _change(green) <= 3
     share = flat.mean()
     if share <= 0.01:
@@ -115,63 +115,97 @@ def _ink(
     Ink absorbs where neither haematoxylin nor eosin does (their densities: Ruifrok and Johnston
     2001): in any mixture of the two stains red <= 1.15 green and blue <= 0.7 green or so.
     """
-    from scipy import ndimage
-
     most = np.maximum(green, 1e-6)
     red_share = red / most
     blue_share = blue / most
     pen = red > 1.15 * green + 0.08  # blue, green, turquoise
     plain = (change < FLAT) | (blue_share < 0.3)  # dense haematoxylin is neither
-    pen |= (red_share > 0.97) & (red > 0.7) & plain  # dark blue
+    dark = (red_share > 0.97) & (red > 0.7)
+    pen |= dark & plain  # dark blue
     pen |= blue > 1.1 * green + 0.08  # yellow, orange
     mixed = (blue_share > 0.8) & (red_share > 0.6)  # black, brown, green on tissue
     pen |= mixed & (green > 0.3)
     pure = (blue_share > 0.65) & (red_share < 0.25)  # red
     pen |= pure & (green > 0.65)
-    pen = _without_specks(ndimage.binary_opening(pen & ~void, SQUARE), 12)
+    pen = _opened(pen & ~void)
+    pen = areas(pen, pen, 12)
     # A stroke has weaker parts, and a pale rim.
     weak = (red_share > 0.93) & (red > 0.3)
     pure = (blue_share > 0.6) & (red_share < 0.3)
     weak |= pure & (green > 0.4)
-    whole = ndimage.binary_propagation(pen, mask=pen | weak)
-    return _grow(whole, 3)
+    return _grow(areas(pen | weak, pen, 1), 3)
+
+
+def _around(plane: NDArray, gather: np.ufunc) -> NDArray:
+    """What `gather` makes of each pixel and its eight neighbours, at edges of those beside them."""
+    wide = np.pad(plane, 1, "edge")
+    rows = gather(wide[:-2], wide[1:-1])
+    rows = gather(rows, wide[2:])
+    sides = gather(rows[:, :-2], rows[:, 1:-1])
+    return gather(sides, rows[:, 2:])
 
 
 def _grow(mask: NDArray, by: int) -> NDArray:
-    """The mask dilated by a square of side 2 by + 1 (shifts: 15 times scipy.ndimage's speed)."""
+    """The mask dilated by a square of side 2 by + 1."""
     for _ in range(by):
-        rows = np.pad(mask, 1)
-        rows = rows[:-2] | rows[1:-1] | rows[2:]
-        mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+        mask = _around(mask, np.logical_or)
     return mask
 
 
-def _without_specks(mask: NDArray, smallest: float) -> NDArray:
-    """The mask without its connected areas of fewer than `smallest` pixels."""
-    from scipy import ndimage
+def _opened(mask: NDArray) -> NDArray:
+    """The squares of 2 px that lie within the mask; narrower marks are chance."""
+    whole = mask[:-1] & mask[1:]
+    whole = whole[:, :-1] & whole[:, 1:]
+    whole = np.pad(whole, 1)
+    whole = whole[:-1] | whole[1:]
+    return whole[:, :-1] | whole[:, 1:]
 
-    labels, _ = ndimage.label(mask)
-    keep = np.bincount(labels.ravel()) >= smallest
-    keep[0] = False
-    return keep[labels]
+
+def areas(mask: NDArray, counted: NDArray, least: float) -> NDArray:
+    """The connected areas of a mask (by edges) that hold at least `least` px of `counted`."""
+    begins = mask.copy()
+    begins[:, 1:] &= ~mask[:, :-1]  # of runs in rows, which are the nodes of a graph
+    runs = begins.cumsum().reshape(mask.shape)
+    touching = mask[1:] & mask[:-1]
+    touching &= begins[1:] | begins[:-1]
+    below = runs[1:][touching]
+    above = runs[:-1][touching]
+    area = np.arange(runs.max() + 1)
+    while (area[above] != area[below]).any():
+        one = area[above]
+        other = area[below]
+        low = np.minimum(one, other)
+        np.minimum.at(area, np.maximum(one, other), low)
+        while (area != area[area]).any():
+            area = area[area]
+    found = area[runs[counted]]
+    held = np.bincount(found, minlength=len(area))
+    kept = held[area] >= least
+    return mask & kept[runs]
 
 
-def mean_in_squares(values: NDArray, places: NDArray, side: float) -> NDArray:
-    """(N,) mean of an (h, w) array in squares of `side` at `places` (N, 2; x, y).
+def mean_in_squares(mask: NDArray, places: NDArray, side: float) -> NDArray:
+    """(N,) mean of an (h, w) mask in squares of `side` at `places` (N, 2; x, y).
 
     All in its pixels and not necessarily whole; beyond its edges it is 0.
     """
-    from scipy import ndimage
+    lefts, column = np.unique(places[:, 0], return_inverse=True)
+    tops, row = np.unique(places[:, 1], return_inverse=True)
+    bands = _sums_of_rows(mask, tops, side)
+    inside = _sums_of_rows(bands.T, lefts, side)
+    return inside[column, row] / side**2
 
-    total = values.cumsum(axis=0, dtype=float).cumsum(axis=1)
-    total = np.pad(total, ((1, 0), (1, 0)))
-    inside = np.zeros(len(places))
-    for below in (side, 0):
-        for right in (side, 0):
-            corner = np.add(places, (right, below)).T[::-1]
-            part = ndimage.map_coordinates(total, corner, order=1, mode="nearest")
-            inside += part if right == below else -part
-    return inside / side**2
+
+def _sums_of_rows(values: NDArray, starts: NDArray, side: float) -> NDArray:
+    """(N, w) sums of the rows of (h, w) from each of N starts on, as far as `side` goes."""
+    total = np.zeros((len(values) + 1, values.shape[1]))
+    for above, row, line in zip(total, total[1:], values, strict=False):
+        np.add(above, line, out=row)  # several times the speed of cumsum(axis=0)
+    ends = np.clip([starts, starts + side], 0, len(values))
+    whole = np.minimum(ends.astype(int), len(values) - 1)
+    part = (ends - whole)[..., None]
+    first, last = total[whole] + part * values[whole]
+    return last - first
 
 
 def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> NDArray:
@@ -196,8 +230,8 @@ def measure_blur(slide: Slide, coords: NDArray, size0: int, patch_size: int) -> 
         green = image[..., 1].astype(np.float32)
         squares = sliding_window_view(green, (side, side))
         fine = squares[places[:, 1], places[:, 0]]
-        coarse = fine[:, ::2] + fine[:, 1::2]
-        coarse = coarse[..., ::2] + coarse[..., 1::2]
+        halved = fine[:, ::2] + fine[:, 1::2]
+        coarse = halved[..., ::2] + halved[..., 1::2]
         # 10: noise of compression, all that strong blur leaves.
         sharp = np.maximum(_laplacian_power(fine, 2) - 10, 0)
         ratio = sharp / np.maximum(_laplacian_power(coarse / 4), 1)
@@ -227,11 +261,14 @@ def read_mask(path: Path, shape: Size, scale: float, origin: Size = (0, 0)) -> N
     """
     if path.suffix.lower() in (".geojson", ".json"):
         return _draw_polygons(path, shape, scale, origin)
-    with Image.open(path) as picture:
-        # Labels as stored: neither a palette's colours nor transparency.
-        plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
-        labels = np.asarray(picture if plain else picture.convert("RGB"))
-        lossy = picture.format == "JPEG"
+    try:
+        with Image.open(path) as picture:
+            # Labels as stored: neither a palette's colours nor transparency.
+            plain = picture.mode in ("1", "L", "P", "I", "I;16", "F")
+            labels = np.asarray(picture if plain else picture.convert("RGB"))
+            lossy = picture.format == "JPEG"
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a mask ({error})") from error
     values = np.atleast_3d(labels).max(axis=2)
     height, width = values.shape
     aspect = width / height * shape[0] / shape[1]
@@ -249,7 +286,7 @@ def _draw_polygons(path: Path, shape: Size, scale: float, origin: Size) -> NDArr
     """Each polygon on its own, so that a hole erases only what is its own."""
     drawn = {wanted: np.zeros(shape, bool) for wanted in (True, False)}
     try:
-        features = json.loads(path.read_text(encoding="utf-8"))
+        features = json.loads(path.read_bytes())
         for polygon, wanted in _polygons(features):
             piece = Image.new("1", shape[::-1])
             draw = ImageDraw.Draw(piece)
@@ -260,7 +297,7 @@ def _draw_polygons(path: Path, shape: Size, scale: float, origin: Size) -> NDArr
                     raise ValueError("coordinates that are no numbers or lie far outside")
                 draw.polygon(corners.ravel().tolist(), fill=int(number == 0))
             drawn[wanted] |= np.asarray(piece)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected GeoJSON polygons in level-0 pixels ({error})") from error
     return drawn[True] & ~drawn[False]
 
@@ -283,9 +320,9 @@ def _polygons(node, wanted=True):
 
 
 def _class_of(node: dict) -> str:
-    """The name of a feature's class, as QuPath writes it; "" for none."""
+    """The name of a feature's class, as QuPath writes it, after those above it; "" for none."""
     kind = (node.get("properties") or {}).get("classification") or {}
-    return kind.get("name") or ""
+    return ": ".join(kind.get("names") or [kind.get("name") or ""])
 
 
 def find_mask(folder: Path, name: str) -> Path:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from argparse import Namespace
 from pathlib import Path
 
 import h5py
@@ -92,10 +91,10 @@ def test_h5_as_trident_reads_it(cohort, name):
 
 def test_geojson_and_mask_round_trip(cohort, tmp_path):
     with Slide(cohort.parents[1] / "slides" / "mine" / "a.svs") as slide:
-        mask = tile_slide(slide).mask
+        tiling = tile_slide(slide)
+        mask = tiling.mask
         mask[40:44, 30:40] = False  # a hole
         path = tmp_path / "a.geojson"
-        tiling = Namespace(mask=mask, scale=1536 / mask.shape[1])
         write_geojson(path, slide, tiling)
         again = read_mask(path, mask.shape, tiling.scale)
         Image.fromarray(mask).resize((500, 500)).save(tmp_path / "a.png")
@@ -564,3 +563,11 @@ def test_names_as_long_as_a_file_system_takes(tmp_path, sound):
     assert found[216] == ("done", "") and found[251][0] == "failed"
     assert "File name too long" in found[251][1]
     assert len(PatchIndex(tmp_path / "tiles" / "mine").read(0)) == 256
+
+
+def test_a_slide_called_as_the_table_is(tmp_path, sound):
+    folder = tmp_path / "slides" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "slides.csv.svs").write_bytes(sound)
+    assert tile.main(["--cancer", "mine", "--data", str(tmp_path)]) == 0
+    assert PatchIndex(tmp_path / "tiles" / "mine").slides == ["slides.csv"]

@@ -465,6 +465,7 @@ def test_a_picture_of_the_glass_is_no_level(tmp_path):
         ((2560, 1280), (256, 256), 4),
         ((1500, 1250), (250, 250), None),
         ((1250, 2500), (1, 1), None),
+        ((1250, 768), (256, 256), None),  # cut in width to an eighth, padded in height: chance
     ],
 )
 def test_level_factors(level, tile, factor):

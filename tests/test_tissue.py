@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from argparse import Namespace
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import scenes
 from mirax import write_mirax
 from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
 from synthetic import BACKGROUND, section, stained, write_slide
 
 from g2l.errors import SkippedSlide, UserError
 from g2l.grid import choose_size, tile_slide
 from g2l.overlays import write_geojson
 from g2l.slides import Slide
-from g2l.tissue import find_tissue, measure_blur, read_mask
+from g2l.tissue import areas, find_tissue, mean_in_squares, measure_blur, read_mask
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,33 @@ def test_tissue_is_told_from_greys_black_borders_and_gaps():
     truth[98:102] = False
     assert (mask & truth).sum() / (mask | truth).sum() > 0.93
     assert not mask[:40].any() and not mask[160:].any() and not pen[10:-10].any()
+
+
+@pytest.mark.parametrize("density", [0, 0.3, 0.6, 0.9, 1])
+def test_areas_are_scipys(density):
+    rng = np.random.default_rng(int(10 * density))
+    for size in ((1, 1), (1, 40), (40, 1), (60, 70)):
+        mask = rng.random(size) < density
+        counted = mask & (rng.random(size) < 0.2)
+        labels, _ = ndimage.label(mask)
+        held = np.bincount(labels[counted], minlength=labels.max() + 1)
+        for least in (1, 3, 1000):
+            assert np.array_equal(areas(mask, counted, least), mask & (held >= least)[labels])
+
+
+def test_means_in_squares_are_scipys():
+    rng = np.random.default_rng(0)
+    mask = rng.random((50, 70)) < 0.5
+    places = rng.random((200, 2)) * (70, 50)
+    total = np.pad(mask.cumsum(axis=0, dtype=float).cumsum(axis=1), ((1, 0), (1, 0)))
+    for side in (8, 7.3, 90):
+
+        def at(right, below, side=side):
+            corner = np.add(places, (right * side, below * side)).T[::-1]
+            return ndimage.map_coordinates(total, corner, order=1, mode="nearest")
+
+        means = (at(1, 1) - at(0, 1) - at(1, 0) + at(0, 0)) / side**2
+        np.testing.assert_allclose(mean_in_squares(mask, places, side), means, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +328,24 @@ def test_classes_that_mean_not_this_are_cut_out(tmp_path, name):
         assert mask[50, 50] and not mask[10, 10]
 
 
+def test_a_class_below_another_is_cut_out(tmp_path):
+    """QuPath writes the names of derived classes one by one, or joined by colons."""
+    tissue, other = (
+        feature((0, 0, 2048), name="Tumor"),
+        feature((0, 0, 1024), name="Tumor: Ignore*"),
+    )
+    assert not drawn(tmp_path, tissue, other)[10, 10]
+    other["properties"]["classification"] = {"names": ["Tumor", "Ignore*"]}
+    assert not drawn(tmp_path, tissue, other)[10, 10]
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
+def test_outlines_in_other_encodings(tmp_path, code):
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(feature((0, 0, 1024))), encoding=code)
+    assert read_mask(path, (64, 64), 32).sum() == 32**2
+
+
 @pytest.mark.parametrize("place", [float("nan"), 1e12])
 def test_coordinates_that_are_none_are_told(tmp_path, place):
     with pytest.raises(UserError, match="no numbers or lie far outside"):
@@ -325,6 +372,23 @@ def test_a_lossy_mask_is_cut_at_the_middle(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.jpg", quality=50)
     mask = read_mask(tmp_path / "a.jpg", (400, 600), 32)
     assert np.array_equal(mask, values > 0)
+
+
+def hostile(path):
+    """Masks that cannot be read, by their names."""
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100), np.uint8)
+    Image.fromarray(noise).save(path / "cut.png")
+    os.truncate(path / "cut.png", 3000)
+    (path / "text.png").write_text("hello")
+    Image.new("1", (20000, 20000)).save(path / "vast.png")
+    (path / "deep.geojson").write_text("[" * 100_000 + "]" * 100_000)
+    return "cut.png", "text.png", "vast.png", "deep.geojson"
+
+
+def test_masks_that_cannot_be_read_are_named(tmp_path):
+    for name in hostile(tmp_path):
+        with pytest.raises(UserError, match=name):
+            read_mask(tmp_path / name, (100, 100), 32)
 
 
 def test_a_mask_of_another_aspect_is_refused(tmp_path):
