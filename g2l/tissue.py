@@ -163,25 +163,11 @@ def _opened(mask: NDArray) -> NDArray:
 
 def areas(mask: NDArray, counted: NDArray, least: float) -> NDArray:
     """The connected areas of a mask (by edges) that hold at least `least` px of `counted`."""
-    begins = mask.copy()
-    begins[:, 1:] &= ~mask[:, :-1]  # of runs in rows, which are the nodes of a graph
-    runs = begins.cumsum().reshape(mask.shape)
-    touching = mask[1:] & mask[:-1]
-    touching &= begins[1:] | begins[:-1]
-    below = runs[1:][touching]
-    above = runs[:-1][touching]
-    area = np.arange(runs.max() + 1)
-    while (area[above] != area[below]).any():
-        one = area[above]
-        other = area[below]
-        low = np.minimum(one, other)
-        np.minimum.at(area, np.maximum(one, other), low)
-        while (area != area[area]).any():
-            area = area[area]
-    found = area[runs[counted]]
-    held = np.bincount(found, minlength=len(area))
-    kept = held[area] >= least
-    return mask & kept[runs]
+    from scipy import ndimage
+
+    labels, number = ndimage.label(mask)
+    held = np.bincount(labels[counted], minlength=number + 1)
+    return mask & (held >= least)[labels]
 
 
 def mean_in_squares(mask: NDArray, places: NDArray, side: float) -> NDArray:

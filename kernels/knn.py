@@ -18,7 +18,7 @@ Triton: knn_triton.py.
 """
 
 import numbers
-from math import ceil, inf
+from math import ceil, inf, isfinite
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def _check_rows(name, x, base):
         )
     if torch.compiler.is_compiling():
         return
-    if not x.isfinite().all():
+    if len(x) and not all(map(isfinite, x.aminmax())):
         raise ValueError(f"{name}: contains NaN or infinity")
 
 
@@ -351,7 +351,8 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
         dropped = bound[:, -1]
         redone[rows] = (distance[:, -1] >= dropped) & dropped.isfinite()
     left = redone.nonzero().squeeze(1)
-    for rows in left.split(max(1, 2**22 // len(base))):
+    parts = left.split(max(1, 2**22 // len(base))) if len(left) else ()
+    for rows in parts:
         row, index = screen.below(rows, distances[rows, -1])
         distance = _differences(base, query, rows[row], index.unsqueeze(1), metric)
         found = _nearest_pairs(row, index, distance.squeeze(1), len(rows), k)

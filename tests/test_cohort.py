@@ -436,13 +436,3 @@ def test_import_is_light():
         ).stdout
         == "[]\n"
     )
-
-
-def test_tissue_is_found_without_scipy():
-    """Its import would take longer than the search."""
-    code = (
-        "import sys, numpy; from g2l.tissue import find_tissue; "
-        "find_tissue(numpy.full((64, 64, 3), 240, 'uint8'), 16); print('scipy' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout == "False\n"

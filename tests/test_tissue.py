@@ -18,7 +18,7 @@ from g2l.errors import SkippedSlide, UserError
 from g2l.grid import choose_size, tile_slide
 from g2l.overlays import write_geojson
 from g2l.slides import Slide
-from g2l.tissue import areas, find_tissue, mean_in_squares, measure_blur, read_mask
+from g2l.tissue import find_tissue, mean_in_squares, measure_blur, read_mask
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +98,6 @@ def test_tissue_is_told_from_greys_black_borders_and_gaps():
     truth[98:102] = False
     assert (mask & truth).sum() / (mask | truth).sum() > 0.93
     assert not mask[:40].any() and not mask[160:].any() and not pen[10:-10].any()
-
-
-@pytest.mark.parametrize("density", [0, 0.3, 0.6, 0.9, 1])
-def test_areas_are_scipys(density):
-    rng = np.random.default_rng(int(10 * density))
-    for size in ((1, 1), (1, 40), (40, 1), (60, 70)):
-        mask = rng.random(size) < density
-        counted = mask & (rng.random(size) < 0.2)
-        labels, _ = ndimage.label(mask)
-        held = np.bincount(labels[counted], minlength=labels.max() + 1)
-        for least in (1, 3, 1000):
-            assert np.array_equal(areas(mask, counted, least), mask & (held >= least)[labels])
 
 
 def test_means_in_squares_are_scipys():
