@@ -599,7 +599,7 @@ def test_more_ranks_than_slides(data):
 
 
 @pytest.mark.slow
-def test_two_at_once_and_ctrl_c(data):
+def test_two_at_once_and_ctrl_c(data, monkeypatch):
     for _ in range(4):
         both = [Forked(main_of("embed.py", *command(data))) for _ in range(2)]
         for process in both:
@@ -607,12 +607,20 @@ def test_two_at_once_and_ctrl_c(data):
             assert done.returncode == 0, done.stderr
         assert len(list(folder(data).glob("*.h5"))) == 6
         shutil.rmtree(folder(data))
+    read = PatchIndex.read
+
+    def slowly(self, number):
+        time.sleep(0.02)
+        return read(self, number)
+
+    monkeypatch.setattr(PatchIndex, "read", slowly)
     process = Forked(main_of("embed.py", *command(data, "--workers", "1")))
     while not list(folder(data).glob("[!.]*.h5")) and process.poll() is None:
         time.sleep(0.003)
     os.kill(process.pid, signal.SIGINT)
     done = process.finish(20)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    monkeypatch.setattr(PatchIndex, "read", read)
     assert embed.main(command(data)) == 0
     assert len(list(folder(data).glob("*.h5"))) == 6
 
