@@ -196,6 +196,7 @@ def two_ranks(data, tmp_path_factory):
     return runs / "r"
 
 
+@pytest.mark.slow
 def test_a_rank_leaves_the_job_when_it_is_done(data, tmp_path, one_rank):
     assert distill.main(command(data, tmp_path, "r", "--max-steps", 2)) == 0
 

@@ -1,6 +1,7 @@
 """CKA of layers: against a plain formula, and evaluate.py's protocol of it."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -57,6 +58,7 @@ def test_layers_are_means_over_places_in_the_networks_order(tmp_path):
     torch.testing.assert_close(layers[0], tokens.mean(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_map_by_the_command(tmp_path, capsys):
     place = folder(tmp_path)
     out = tmp_path / "r"

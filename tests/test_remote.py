@@ -71,6 +71,7 @@ def far(tiled_once, tmp_path, slides):
     return SimpleNamespace(data=tmp_path, server=server, folder=tmp_path / "tiles" / "far")
 
 
+@pytest.mark.slow
 def test_served_slides_give_the_coordinates_and_pixels_of_those_at_hand(tmp_path, slides):
     slides = slides | real_slides()
     near, folders = tmp_path / "slides" / "near", tmp_path / "tiles"
