@@ -599,7 +599,7 @@ def test_more_ranks_than_slides(data):
 
 
 @pytest.mark.slow
-def test_two_at_once_and_ctrl_c(data, monkeypatch):
+def test_two_at_once_and_ctrl_c(data, monkeypatch, signals):
     for _ in range(4):
         both = [Forked(main_of("embed.py", *command(data))) for _ in range(2)]
         for process in both:
@@ -614,7 +614,10 @@ def test_two_at_once_and_ctrl_c(data, monkeypatch):
         return read(self, number)
 
     monkeypatch.setattr(PatchIndex, "read", slowly)
-    process = Forked(main_of("embed.py", *command(data, "--workers", "1")))
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where tests run behind a shell
+    process = Forked(main_of("embed.py", *command(data, "--workers", "1", "--batch-size", "8")))
     while not list(folder(data).glob("[!.]*.h5")) and process.poll() is None:
         time.sleep(0.003)
     os.kill(process.pid, signal.SIGINT)
