@@ -71,6 +71,7 @@ def measure(runs: dict, device: torch.device, seconds: float) -> dict[str, dict]
 
 def _timed(run):
     time.sleep(0.1)  # idle threads of the library before spin on a core for a while
+    run()  # its own threads sleep, too, and waking them takes up to 8 ms
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

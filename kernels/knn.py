@@ -221,11 +221,9 @@ class _Screen:
         largest errors.
         """
         scores, least = self._block(rows)
-        if self.own is not None:
-            self._hide_own(scores, least, rows)
         columns, bound = _least(scores, least, self.panel, count)
         columns = columns.clamp(max=self.n - 1)
-        squares = self.squares_q[rows, None] + self.squares_b[columns]
+        squares = self.squares_q[rows, None] + self.squares_b.take(columns)
         error = squares * (4 * self.gamma) + 4 * TINY
         return columns, bound + self.half_q[rows, None], error
 
@@ -243,21 +241,13 @@ class _Screen:
             torch.amin(score.unflatten(1, (SET, -1)), 1, out=minima)
         return scores, least
 
-    def _hide_own(self, scores, least, rows):
-        """Infinity for the row of base that a query is itself; its set's minimum is taken again."""
-        own = self.own[rows, None]
-        column = own.clamp(min=0)
-        score = scores.gather(1, column).masked_fill_(own >= 0, inf)
-        scores.scatter_(1, column, score)
-        sets = self.panel // SET
-        panel = column // self.panel
-        place = column % sets
-        step = torch.arange(0, self.panel, sets, device=scores.device)
-        members = scores.gather(1, panel * self.panel + place + step)
-        least.scatter_(1, panel * sets + place, members.amin(1, keepdim=True))
-
     def _mask(self, score, rows, start):
-        """Infinity for rows of the queries' own groups in a panel."""
+        """Infinity for the queries themselves and rows of their own groups in a panel."""
+        if self.own is not None:
+            column = self.own[rows] - start
+            inside = (column >= 0) & (column < score.shape[1])
+            row = inside.nonzero().squeeze(1)
+            score[row, column[row]] = inf
         if self.groups is not None:
             groups = self.groups[start : start + score.shape[1]]
             same = self.labels[rows, None] == groups
@@ -267,9 +257,6 @@ class _Screen:
         """Pairs (place in rows (R,), row of base) that may be nearer than limit (R,)."""
         score = self.probe[rows] @ self.table[: self.n].T
         self._mask(score, rows, 0)
-        if self.own is not None:
-            columns = torch.arange(self.n, device=score.device)
-            score[columns == self.own[rows, None]] = inf
         possible = score.add_(self.half_q[rows, None]) <= limit.unsqueeze(1)
         return (possible & score.isfinite()).nonzero(as_tuple=True)
 
@@ -287,7 +274,7 @@ def _least(scores, least, panel, count):
     columns = _smallest(least, count, bits)
     for values, sets in reversed(levels):
         step = torch.arange(0, SET * sets, sets, device=values.device)
-        first = columns // sets * (sets * SET) + columns % sets
+        first = columns + columns // sets * (sets * (SET - 1))  # of the set's members
         columns = (first.unsqueeze(2) + step).flatten(1)
         members = values.gather(1, columns)
         chosen = _smallest(members, count, bits)
