@@ -258,7 +258,7 @@ class _Screen:
         score = self.probe[rows] @ self.table[: self.n].T
         self._mask(score, rows, 0)
         possible = score.add_(self.half_q[rows, None]) <= limit.unsqueeze(1)
-        return (possible & score.isfinite()).nonzero(as_tuple=True)
+        return (possible & (score < inf)).nonzero(as_tuple=True)
 
 
 def _least(scores, least, panel, count):
@@ -280,8 +280,8 @@ def _least(scores, least, panel, count):
         chosen = _smallest(members, count, bits)
         columns = columns.gather(1, chosen)
     bound = members.gather(1, chosen)
-    blind = bound[:, -1].abs() * 2.0 ** (bits - 49)  # of each of up to 8 levels
-    bound[:, -1] -= blind.masked_fill(blind.isinf(), 0)
+    finite = bound[:, -1].abs().clamp(max=torch.finfo(bound.dtype).max)
+    bound[:, -1] -= finite * 2.0 ** (bits - 49)  # the blindness of each of up to 8 levels
     return columns, bound
 
 
@@ -320,14 +320,14 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
         distance = bound[:, :k].double()
         index = columns[:, :k].clone()
         following = bound[:, 1 : k + 1]
-        settled = ((bound + error)[:, :k] < following) | following.isinf()
+        settled = ((bound + error)[:, :k] < following) | (following == inf)
         # fp32, which is returned, shows nothing of a 2^30th
         settled &= distance > 2.0**30 * error[:, :k]
         sure = settled.all(1) & (not exactly)
         again = (~sure).nonzero().squeeze(1)
         if len(again):
             exact = _differences(base, query, start + again, columns[again], metric)
-            exact = exact.masked_fill_(bound[again].isinf(), inf)
+            exact = exact.masked_fill_(bound[again] == inf, inf)
             columns, order = columns[again].sort(dim=1)
             exact = exact.gather(1, order)
             exact, by_distance = exact.sort(dim=1, stable=True)
@@ -336,7 +336,7 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
         distances[rows] = distance
         indices[rows] = index
         dropped = bound[:, -1]
-        redone[rows] = (distance[:, -1] >= dropped) & dropped.isfinite()
+        redone[rows] = (distance[:, -1] >= dropped) & (dropped < inf)
     left = redone.nonzero().squeeze(1)
     parts = left.split(max(1, 2**22 // len(base))) if len(left) else ()
     for rows in parts:
@@ -344,7 +344,7 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
         distance = _differences(base, query, rows[row], index.unsqueeze(1), metric)
         found = _nearest_pairs(row, index, distance.squeeze(1), len(rows), k)
         distances[rows], indices[rows] = found
-    indices.masked_fill_(distances.isinf(), -1)
+    indices.masked_fill_(distances == inf, -1)
     return distances, indices, redone
 
 
@@ -428,7 +428,7 @@ def _distances(base, k, query, own, groups, labels, metric):
 def _check_resolved(base, query, distance, index):
     """Raise ValueError where rows that differ came out at a distance too small for fp64 squares."""
     row, place = (distance < UNRESOLVED).nonzero(as_tuple=True)
-    if (query[row] != base[index[row, place]]).any():
+    if len(row) and (query[row] != base[index[row, place]]).any():
         raise ValueError(
             "base: holds rows that differ by less than 1e-144 of the largest number; "
             "fp64 cannot tell their distances"
