@@ -57,10 +57,19 @@ def canvas(
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
-    from matplotlib import pyplot
+    from matplotlib import cycler, pyplot
 
+    looks = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLORS)
+    matplotlib.rcParams["axes.prop_cycle"] = looks
     size = (width * columns, height * rows)
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **more)
+
+
+def key_below(figure, axis) -> None:
+    """The key of an axis's lines, below the figure, where it hides none of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() // 2.5))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def save_figure(
@@ -116,8 +125,7 @@ def draw_figure1(study: Study, on: str) -> None:
         against(axis, sizes, heights, margins, study)
         axis.set_xlabel(label)
     axes[0, 0].set_ylabel(f"kNN accuracy, {name}, with 95 % interval over folds")
-    handles = axes[0, 1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=1 + (len(heights) > 3))
+    key_below(figure, axes[0, 1])
     save_figure(figure, study.results / "figure1.png")
 
 
@@ -236,9 +244,9 @@ def draw_curve(
     for name in [*map(display, predictions), "chance"]:
         keys = [("k curve", f"k = {k}", name, benchmark.name) for k in CURVE]
         heights = [mean.get(key, (np.nan,))[0] for key in keys]  # NaN: a larger k than was taken
-        axes[0, 0].plot(CURVE, heights, "o-", label=name)
+        axes[0, 0].plot(CURVE, heights, marker="o", label=name)
     axes[0, 0].set(xlabel="k", ylabel="accuracy, all folds together")
-    axes[0, 0].legend()
+    key_below(figure, axes[0, 0])
     figure.suptitle(f"{benchmark.name}: kNN over k")
     return figure
 

@@ -22,7 +22,7 @@ from g2l.benchmarks import Benchmark
 from g2l.files import safe
 from g2l.paper import FIGURES, paper_figure
 from g2l.pathorob import LEAST, QUARTETS
-from g2l.pictures import COLORS, canvas, draw_sheet
+from g2l.pictures import COLORS, canvas, draw_sheet, key_below
 from g2l.protocols import FEW, RESAMPLES
 from g2l.report import escaped, markdown, ranked
 from g2l.results import read_metrics
@@ -340,17 +340,16 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
     figure, axes = canvas(1, 2, 5.2, 4)
     rules = {"robustness index": index_of, "bounded index": bounded_of}
     for axis, (label, rule) in zip(axes[0], rules.items(), strict=True):
-        axis.set_prop_cycle(color=COLORS)
         for name, samples in counts.items():
             curves = np.array([rule(count.sum(1)) for count in samples])
             k = np.arange(1, curves.shape[1] + 1)
-            (line,) = axis.plot(k, curves.mean(0), "k--" * (name == "chance"), label=name)
+            (line,) = axis.plot(k, curves.mean(0), "k-." * (name == "chance"), label=name)
             color = line.get_color()
             axis.fill_between(k, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
         axis.set(xlabel="neighbours k", ylabel=label, xticks=[1, *KS])
         axis.grid()
     axes[0, 1].set_ylim(0, 1)
-    axes[0, 0].legend()
+    key_below(figure, axes[0, 0])
     figure.suptitle(
         f"{title}: tissue against centre among nearest neighbours (shaded: range of samples)"
     )
@@ -434,24 +433,23 @@ def draw_shift(kind: str, strengths: list[float], image: ndarray, found: dict):
     """
     nothing = SHIFTS[kind]["nothing"]
     steps = sorted({*strengths, nothing})
-    figure, axes = canvas(1, 3, 4.2, 4.6)
+    figure, axes = canvas(1, 3, 4.2, 5)
     labels = {
         "cosine": "cosine to itself unchanged\n(dotted: mean of two patches)",
         "distance": "distance to itself / median distance",
         "first": "share still nearest to itself",
     }
     for axis, (metric, label) in zip(axes[0], labels.items(), strict=True):
-        axis.set_prop_cycle(color=COLORS)
         for name in dict.fromkeys(name for name, _, _ in found):
             curve = [found[name, kind, s][metric] for s in steps]
-            (line,) = axis.plot(steps, curve, "o-", ms=3, label=name)
+            (line,) = axis.plot(steps, curve, marker="o", ms=3, label=name)
             if metric == "cosine":
                 others = found[name, kind, nothing]["others"]
                 axis.axhline(others, color=line.get_color(), ls=":", lw=1)
         axis.set(xlabel=SHIFTS[kind]["meaning"], ylabel=label)
         axis.grid()
     axes[0, 2].set_ylim(-0.02, 1.02)
-    axes[0, 1].legend()
+    key_below(figure, axes[0, 1])
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.66), w_pad=0.1)
     strip = figure.add_axes((0.03, 0.72, 0.94, 0.22))
     shown = [image if s == nothing else shift(image, kind, s) for s in steps]
