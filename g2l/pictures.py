@@ -39,6 +39,8 @@ STYLE: Any = {
     "figure.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    # a ninth line is dashed
+    "axes.prop_cycle": f"cycler(linestyle=['-', '--', ':']) * cycler(color={COLORS})",
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be called $5
@@ -57,10 +59,8 @@ def canvas(
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
-    from matplotlib import cycler, pyplot
+    from matplotlib import pyplot
 
-    looks = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLORS)
-    matplotlib.rcParams["axes.prop_cycle"] = looks
     size = (width * columns, height * rows)
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **more)
 

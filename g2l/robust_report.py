@@ -343,7 +343,8 @@ def draw_index(title: str, counts: dict[str, list[ndarray]]):
         for name, samples in counts.items():
             curves = np.array([rule(count.sum(1)) for count in samples])
             k = np.arange(1, curves.shape[1] + 1)
-            (line,) = axis.plot(k, curves.mean(0), "k-." * (name == "chance"), label=name)
+            look = ("k-.",) if name == "chance" else ()
+            (line,) = axis.plot(k, curves.mean(0), *look, label=name)
             color = line.get_color()
             axis.fill_between(k, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
         axis.set(xlabel="neighbours k", ylabel=label, xticks=[1, *KS])
