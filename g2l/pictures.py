@@ -68,7 +68,8 @@ def canvas(
 def key_below(figure, axis) -> None:
     """The key of an axis's lines, below the figure, where it hides none of them."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = max(1, int(figure.get_figwidth() // 2.5))
+    inches = 0.5 + 0.055 * max(map(len, labels))
+    columns = max(1, int(figure.get_figwidth() // inches))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
