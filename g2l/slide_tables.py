@@ -140,12 +140,14 @@ class TiledSlide(Sequence[Any]):
         """What is kept of the slide in a folder of the cohort."""
         return self.patches.folder / folder / f"{self.patches.slides[self.number]}{ending}"
 
-    def embedded(self, name: str, fingerprint: str, preprocessing: str) -> SlideFeatures | None:
+    def embedded(
+        self, name: str, fingerprint: str, preprocessing: str, stored: str
+    ) -> SlideFeatures | None:
         """What embed.py has computed from these patches by this very model, if it has."""
         from g2l.embeddings import Coordinates, Origin, SlideFeatures
 
         where = Coordinates.read(self.file("patches", "_patches.h5"))
-        origin = Origin(name, fingerprint, preprocessing, where.key, "float32")
+        origin = Origin(name, fingerprint, preprocessing, where.key, stored)
         for folder in self.patches.folder.glob("features_*/"):
             held = SlideFeatures(folder, self.patches.slides[self.number], origin, where)
             if held.state() == "done":
@@ -171,15 +173,26 @@ class TiledSlides(ImageSource):
         """
         from g2l.embeddings import preprocessing_of, read_features
 
-        about = model.name, model.fingerprint, preprocessing_of(model)
+        held = embedded(self, model.name, model.fingerprint, preprocessing_of(model))
         rows = {}
-        for i, slide in enumerate(self.items):
-            held = slide.embedded(*about)
-            if held:
-                mean = read_features(held.path)[0].mean(0, dtype=np.float64)
-                lost = told(held.unreadable(), "patches could not be read")
+        for i, features in enumerate(held):
+            if features:
+                mean = read_features(features.path)[0].mean(0, dtype=np.float64)
+                lost = told(features.unreadable(), "patches could not be read")
                 rows[i] = mean.astype(np.float32), lost
         return rows
+
+
+def embedded(slides: Sequence[TiledSlide], *model: str) -> list[SlideFeatures | None]:
+    """Of each slide what embed.py has computed in fp32, if it has; says where there is fp16 alone,
+    which is too coarse to stand for it.
+    """
+    held = [slide.embedded(*model, "float32") for slide in slides]
+    lacking = [slide for slide, known in zip(slides, held, strict=True) if not known]
+    coarse = sum(slide.embedded(*model, "float16") is not None for slide in lacking)
+    if coarse:
+        warn(f"{model[0]}: the features of {coarse} slides are there in fp16, and not taken")
+    return held
 
 
 def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
@@ -187,7 +200,7 @@ def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
     them.
     """
     model = about["display"], about["fingerprint"], about["preprocessing"]
-    held = [slide.embedded(*model) for slide in benchmark.slides]
+    held = embedded(benchmark.slides, *model)
     return [found.path for found in held if found] if all(held) else []
 
 
