@@ -542,23 +542,21 @@ def build_parser() -> ArgumentParser:
     add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
     out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
-    flag(out, "--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
-    out.add_argument(
-        "--slide", choices=["mean"], help="one vector a slide too, in features_<model>_mean.h5"
-    )
-    out.add_argument(
+    add = functools.partial(flag, out)
+    add("--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
+    add("--slide", "one vector a slide too, in features_<model>_mean.h5", choices=["mean"])
+    add(
         "--precision-out",
+        "half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
+        "fp32",
         choices=["fp32", "fp16"],
-        default="fp32",
-        help="half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
     )
-    out.add_argument(
-        "--format",
-        choices=["stamp"],
-        help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
+    add("--format", "features_<model>_stamp/<slide>.h5 too, as STAMP reads it", choices=["stamp"])
+    add(
+        "--redo",
+        "make features anew that came from other weights, preprocessing or patches, that are "
+        "damaged or lack patches",
     )
-    redo = "make features anew that came from other weights, preprocessing or patches, that are "
-    flag(out, "--redo", redo + "damaged or lack patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
     add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from g2l.arguments import Help, add_running_arguments, directory, whole
+from g2l.arguments import Help, add_running_arguments, flag, whole
 from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
@@ -172,89 +172,82 @@ def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    what = parser.add_argument_group("what to compare")
-    what.add_argument(
-        "--models",
+    add = functools.partial(flag, parser.add_argument_group("what to compare"))
+    registered = "registry names, timm:NAME, or folders such as runs/NAME/student"
+    add("--models NAME", registered, [], nargs="+")
+    add("--teacher NAME", "CKA is measured to it; with --all: h-optimus-0 if at hand")
+    add("--baseline NAME", "student before distillation; with --all: hibou-l if at hand")
+    add(
+        "--benchmarks NAME",
+        f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}",
+        [],
         nargs="+",
-        default=[],
-        metavar="NAME",
-        help="registry names, timm:NAME, or folders such as runs/NAME/student",
-    )
-    teacher = "CKA is measured to it; with --all: h-optimus-0 if at hand"
-    what.add_argument("--teacher", metavar="NAME", help=teacher)
-    before = "student before distillation; with --all: hibou-l if at hand"
-    what.add_argument("--baseline", metavar="NAME", help=before)
-    what.add_argument(
-        "--benchmarks",
-        nargs="+",
-        default=[],
-        metavar="NAME",
         choices=list(PUBLISHED),
-        help=f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}",
     )
-    what.add_argument(
-        "--benchmark",
+    add(
+        "--benchmark DIR",
+        "your own: folders with images and a labels.csv (image,label,group[,center])",
+        [],
         nargs="+",
-        default=[],
-        metavar="DIR",
-        type=directory,
-        help="your own: folders with images and a labels.csv (image,label,group[,center])",
     )
-    everything = (
+    add(
+        "--all",
         "every benchmark whose data, and without --models every model whose weights are at "
+        "hand; says what is missing and where it is",
     )
-    everything += "hand; says what is missing and where it is"
-    what.add_argument("--all", action="store_true", help=everything)
-    figure = "benchmark of Figure 1, or mean; the first measured where it is not"
-    what.add_argument("--figure1", default="tp53", metavar="NAME", help=figure)
-    what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
-    other = "write what that benchmark needs to evaluate the students of --models, and stop"
-    what.add_argument("--export", choices=list(TOOLS), help=other)
+    add(
+        "--figure1 NAME",
+        "benchmark of Figure 1, or mean; the first measured where it is not",
+        "tp53",
+    )
+    add("--list", "show the published benchmarks and stop")
+    add(
+        "--export",
+        "write what that benchmark needs to evaluate the students of --models, and stop",
+        choices=list(TOOLS),
+    )
     add_choice_arguments(parser)
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    data = "its benchmarks/NAME hold published data sets"
-    where.add_argument("--data", default=Path("data"), type=Path, help=data)
+    flag(where, "--data DIR", "its benchmarks/NAME hold published data sets", Path("data"))
     running = add_running_arguments(where, parser.add_argument_group("running"))
-    as_json = "print the metrics as JSON instead of the summary"
-    running.add_argument("--json", action="store_true", help=as_json)
+    flag(running, "--json", "print the metrics as JSON instead of the summary")
     add_protocol_arguments(parser.add_argument_group("protocols"))
     return parser
 
 
 def add_protocol_arguments(how) -> None:
     """The flags that change numbers."""
-    votes = functools.partial(whole, most=64)
-    more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES)
-    how.add_argument(
-        "--protocols",
+    add = functools.partial(flag, how)
+    add(
+        "--protocols NAME",
+        "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES),
+        [],
         nargs="+",
-        default=[],
-        metavar="NAME",
         choices=list(TITLES),
-        help=more,
     )
-    how.add_argument("--k", type=votes, default=15, help="neighbours that vote, 1 to 64")
-    how.add_argument("--pca-dims", type=whole, default=50, help="principal axes before kNN")
-    how.add_argument(
+    votes = functools.partial(whole, most=64)
+    add("--k N", "neighbours that vote, 1 to 64", 15, type=votes)
+    add("--pca-dims N", "principal axes before kNN", 50)
+    add(
         "--pca",
+        "fit the axes on the training folds, or on everything (leaks; perhaps the paper's way)",
+        "fold",
         choices=["fold", "all"],
-        default="fold",
-        help="fit the axes on the training folds, or on everything (leaks; perhaps the paper's "
-        "way)",
     )
     several = functools.partial(whole, least=2)
-    folds = "folds of kNN; fewer where there are fewer groups"
-    how.add_argument("--folds", type=several, default=10, help=folds)
-    how.add_argument("--seeds", type=whole, default=5, help="6:2:2 splits of the linear probe")
-    loose = "also split without regard to patients, to compare with published numbers"
-    how.add_argument("--paper-splits", action="store_true", help=loose)
-    how.add_argument(
+    add("--folds N", "folds of kNN; fewer where there are fewer groups", 10, type=several)
+    add("--seeds N", "6:2:2 splits of the linear probe", 5)
+    add(
+        "--paper-splits",
+        "also split without regard to patients, to compare with published numbers",
+    )
+    add(
         "--leaks",
-        choices=["exclude", "mark"],
-        default="exclude",
-        help="images of patients or slides that a student was distilled on: leave out for all "
+        "images of patients or slides that a student was distilled on: leave out for all "
         "models, or only mark",
+        "exclude",
+        choices=["exclude", "mark"],
     )
 
 

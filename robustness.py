@@ -584,9 +584,7 @@ def build_parser() -> ArgumentParser:
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
-    run.add_argument(
-        "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"
-    )
+    flag(run, "--map", "layout of the embedding map", "tsne", choices=["tsne", "pca"])
     return parser
 
 

@@ -154,11 +154,11 @@ def add_cohort_arguments(group) -> None:
         "TCGA barcode, else all up to and including the first part between underscores that holds "
         "a digit (P1 for P1_a, case_001 for case_001_HE)",
     )
-    group.add_argument(
+    add(
         "--strategy",
-        choices=("diagnostic", "tissue", "both"),
-        help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
+        "which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
         "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
+        choices=("diagnostic", "tissue", "both"),
     )
     add(
         "--exclude FILE",

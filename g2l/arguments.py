@@ -77,18 +77,13 @@ KINDS: dict[str, Callable[[str], Any]] = {
 
 def flag(group, usage: str, help: str, default: Any = None, **options) -> None:
     """Add a flag to a parser or group: "--mpp UM" takes a value of that kind (see KINDS; text where
-    it names none), "--yes" takes none. `options` are those of add_argument.
+    it names none), "--yes" takes none but one of `choices`. `options` are those of add_argument.
     """
     name, _, kind = usage.partition(" ")
-    if kind:
-        options = {
-            "type": KINDS.get(kind),
-            "metavar": kind,
-            "default": default,
-        } | options
-    else:
-        options["action"] = "store_true"
-    group.add_argument(name, help=help, **options)
+    taken: dict[str, Any] = {"action": "store_true"}
+    if kind or "choices" in options:
+        taken = {"type": KINDS.get(kind), "metavar": kind or None, "default": default}
+    group.add_argument(name, help=help, **taken | options)
 
 
 def add_running_arguments(where, run):

@@ -6,6 +6,7 @@ PyTorch is imported by what needs it: a command shows its flags without.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -91,24 +92,23 @@ def describe_device(device: torch.device) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads models; `model_options` turns them into arguments."""
-    group = parser.add_argument_group("models")
-    flag(
-        group,
+    add = functools.partial(flag, parser.add_argument_group("models"))
+    add(
         "--weights [NAME=]FILE",
         "weights by model: a safetensors or .bin file, a folder, or `random`; default: the hub's "
         "cache, or the hub",
         nargs="+",
         action="extend",
     )
-    flag(group, "--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
-    group.add_argument(
+    add("--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
+    add(
         "--precision",
-        default="auto",
+        "of matrix products; auto is fp32 on a CPU and the model's own half precision on a GPU; "
+        "bf16 doubles the speed of recent CPUs too",
+        "auto",
         choices=list(PRECISIONS),
-        help="of matrix products; auto is fp32 on a CPU and the model's own half precision on a "
-        "GPU; bf16 doubles the speed of recent CPUs too",
     )
-    flag(group, "--compile", "compile models with torch.compile (a minute of start)")
+    add("--compile", "compile models with torch.compile (a minute of start)")
 
 
 def model_options(args: argparse.Namespace) -> dict:
