@@ -15,12 +15,9 @@ The story: `name_models` and `name_benchmarks` say what is compared, `extract` m
 imported only by what needs it, so that the flags are checked at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +26,16 @@ from typing import Any
 from g2l.arguments import Help, add_running_arguments, flag, whole
 from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
-from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
+from g2l.errors import (
+    GO_ON,
+    WORKERS,
+    UserError,
+    exit_status,
+    explain,
+    one_line,
+    rank_of_torchrun,
+    warn,
+)
 from g2l.exports import TOOLS, export
 from g2l.field import TITLES
 from g2l.files import safe
@@ -90,12 +96,9 @@ def name_benchmarks(args: argparse.Namespace) -> list[str]:
     for name in PUBLISHED if args.all else ():
         if at_hand(args.data, name):
             names.append(name)
-        elif name not in names and int(os.environ.get("RANK", 0)) == 0:
+        elif name not in names and rank_of_torchrun() == 0:
             where = args.data / "benchmarks" / name
-            print(
-                f"benchmark {name} is not in {where}; from {SECTIONS[name]['where from']}",
-                file=sys.stderr,
-            )
+            warn(f"benchmark {name} is not in {where}; from {SECTIONS[name]['where from']}")
     return list(dict.fromkeys(names))
 
 

@@ -58,13 +58,13 @@ from g2l.patches import PatchIndex
 from g2l.pathorob import shortcut_rows
 from g2l.pictures import is_drawn, save_figure
 from g2l.plism import compare, interval, load_plism, plism_slides, plism_table, summary
+from g2l.protocols import codes
 from g2l.registry import pretrained_on
 from g2l.report import provenance
 from g2l.results import claim, record
 from g2l.robust import (
     BLIND_WIDTH,
     KS,
-    codes,
     deciding,
     draw_sample,
     fitting,
@@ -318,10 +318,8 @@ def study(args: Namespace, load: dict) -> int:
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
-    gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
-    if gathered is None:
-        return 0
-    arrays, fine, cards, failures = gathered
+    drawn = index.draw(np.flatnonzero(unseen))
+    arrays, fine, cards, failures = gather([drawn], args, load)
     index.take({model: parts[0] for model, parts in arrays.items()}, fine)
     base = index.base()
     rows = [*index.measure(), *index.design()]
@@ -361,11 +359,11 @@ def study(args: Namespace, load: dict) -> int:
 
 def gather(
     parts: list[Benchmark], args: Namespace, load: dict
-) -> tuple[dict, ndarray, dict, list[str]] | None:
+) -> tuple[dict, ndarray, dict, list[str]]:
     """Features (n, dim) of each part by model, rows (n,) that all models could read in all parts,
     cards of the models, and what failed.
 
-    Under torchrun all ranks share the images, then one goes on alone: None on the others.
+    Under torchrun all ranks share the images, then one goes on alone: the others end here.
     """
     from g2l.ranks import leave_distributed, setup_distributed
 
@@ -386,7 +384,7 @@ def gather(
         raise UserError("; ".join(failures))
     leave_distributed()
     if rank:
-        return None
+        sys.exit()
     fine = np.all([np.isfinite(array).all(1) for read in x.values() for array in read], 0)
     return x, fine, cards, failures
 
@@ -434,10 +432,7 @@ def perturb(args: Namespace, load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, fine, _, failures = gathered
+    x, fine, _, failures = gather(parts, args, load)
     found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
@@ -479,10 +474,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
 def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, fine, _, failures = gathered
+    x, fine, _, failures = gather(parts, args, load)
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)
     width = (len(fine), BLIND_WIDTH)

@@ -39,7 +39,15 @@ from g2l.cohort import (
     select,
     slide_of,
 )
-from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status, explain
+from g2l.errors import (
+    PatchError,
+    SkippedSlide,
+    UserError,
+    disk_full,
+    exit_status,
+    explain,
+    rank_of_torchrun,
+)
 from g2l.files import flush, locked, write_text
 from g2l.gdc import ask_gdc, downloaded_mark
 from g2l.overlays import write_contact_sheet
@@ -238,15 +246,14 @@ def add_patch_arguments(parser: ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status. Under torchrun rank 0 speaks for all."""
     args = build_parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", 0))
-    with contextlib.redirect_stdout(None if rank else sys.stdout):
+    with contextlib.redirect_stdout(None if rank_of_torchrun() else sys.stdout):
         return exit_status(functools.partial(run, args), REMEDIES)
 
 
 def run(args: Namespace) -> int:
     """From flags to slides.csv; 1 where a slide failed or the download was declined."""
     check(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_of_torchrun(), int(os.environ.get("WORLD_SIZE", 1))
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
@@ -500,7 +507,7 @@ def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
     A slide whose reader takes the process down (some damaged files do) is recorded as failed.
     """
     busy, fetched = [], 0
-    shown = not int(os.environ.get("RANK", 0))
+    shown = rank_of_torchrun() == 0
     with (
         Progress(len(slides), "slide", interval=60, shown=shown) as progress,
         Pool(functools.partial(do_slide, job), workers) as pool,

@@ -115,5 +115,7 @@ def model_options(args: argparse.Namespace) -> dict:
     """Keyword arguments for `load_model` from the flags of `add_model_arguments`."""
     import torch
 
-    dtype = getattr(torch, PRECISIONS[args.precision], None)
-    return dict(device=pick_device(args.device), dtype=dtype, compile=args.compile)
+    options = {"device": pick_device(args.device), "compile": args.compile}
+    if PRECISIONS[args.precision]:
+        options["dtype"] = getattr(torch, PRECISIONS[args.precision])
+    return options

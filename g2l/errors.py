@@ -87,10 +87,15 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def rank_of_torchrun() -> int:
+    """This process's number among those that torchrun started; 0 speaks for all."""
+    return int(os.environ.get("RANK", 0))
+
+
 def say_error(text: str) -> None:
     """One line on standard error, with the rank where there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ['RANK']}: " if several else ""
+    rank = f"rank {rank_of_torchrun()}: " if several else ""
     lines = "\n".join(map(one_line, text.split("\n")))
     warn(f"error: {rank}{lines}")
 

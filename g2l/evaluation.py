@@ -7,11 +7,8 @@ of its inputs is not measured again. Features are the largest thing in memory: `
 of one model when its turn comes.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +19,7 @@ from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, cohort_of, leaked
 from g2l.dense import dense_rows
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.features import data_stamp, display
 from g2l.field import PROTOCOLS, Given
 from g2l.files import digest, safe
@@ -34,6 +31,7 @@ from g2l.protocols import (
     BLIND_WIDTH,
     by_lot,
     cka_rows,
+    codes,
     macro_auc,
     nearest,
     paired,
@@ -182,7 +180,7 @@ def predict(
             }
             predictions["scores"] = scores.reshape(-1, len(labels), classes)
             if study.protocols:
-                group = np.unique(benchmark.groups, return_inverse=True)[1]
+                group = codes(benchmark.groups)
                 patients = int(group.max()) + 1
                 given = Given(
                     x=x,
@@ -324,7 +322,7 @@ def measure_models(
             save_predictions(path, key, known)
             what = ", ".join(["kNN", "linear probe", *study.protocols])
             took = f"{what}: {time.perf_counter() - start:.1f} s"
-            print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
+            warn(f"{shown} on {benchmark.name}: {took}")
         predictions[name] = known
         rows += found
     del predictions["chance"]

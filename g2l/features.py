@@ -345,7 +345,6 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     it new. Equal networks (a student before and after distillation) are timed once: timed twice,
     the machine's noise would part them.
     """
-    options = {key: value for key, value in options.items() if value is not None}
     how = sorted(options.items(), key=str), CARD_VERSION
     key = digest(name, weights, how, [stamp(path) for path in _local_files(name, weights)])
     path = results / "features" / safe(display(name)) / "model.json"

@@ -4,8 +4,6 @@ Its answers come from the network: names choose no path, sizes and numbers are b
 is verified.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

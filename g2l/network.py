@@ -3,8 +3,6 @@
 `Client.ask` hands each good answer to a function of the caller, which says what it should be.
 """
 
-from __future__ import annotations
-
 import contextlib
 import netrc
 import time

@@ -5,11 +5,8 @@ holds the rows that this run measured or found under its own keys: tables and pi
 from these alone.
 """
 
-from __future__ import annotations
-
 import json
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import atomic, check_unpacked, digest, locked, read_json, write_text
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error)
@@ -101,10 +98,7 @@ def read_metrics(results: Path) -> list[dict]:
         with atomic(aside) as temporary:
             temporary.write_bytes(data)
         which = ", ".join(damaged[:5])
-        print(
-            f"{path}: damaged in line {which}; measured again ({aside.name})",
-            file=sys.stderr,
-        )
+        warn(f"{path}: damaged in line {which}; measured again ({aside.name})")
     return rows
 
 
@@ -166,6 +160,6 @@ def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
         RuntimeError,
         *DAMAGED,
     ) as error:
-        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        warn(f"{path}: damaged ({error}), made again")
         return None
     return arrays if about == f"{key} {sorted(arrays)}" else None

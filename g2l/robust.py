@@ -9,7 +9,6 @@ resamples patients.
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
@@ -19,11 +18,6 @@ from g2l.protocols import FEW, recall, resamplings, vote
 KS = (3, 5, 10, 20)
 BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
-
-
-def codes(values: Sequence | ndarray) -> ndarray:
-    """Small integers for any labels (n,), numbered in sorted order."""
-    return np.unique(np.asarray(values), return_inverse=True)[1].ravel()
 
 
 def alike(*parts: ndarray) -> tuple[ndarray, ndarray]:

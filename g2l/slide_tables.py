@@ -9,7 +9,6 @@ labelled slides cannot be used, and why, is told before anything is computed.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark, Choices, make_benchmark, told
 from g2l.cohort import patient_of
-from g2l.errors import SkippedSlide, UserError, explain, warn
+from g2l.errors import SkippedSlide, UserError, explain, rank_of_torchrun, warn
 from g2l.files import digest, read_table, stamp, write_table
 from g2l.grid import choose_size
 from g2l.images import MPP, PATCH, ImageSource, SlidePatches, open_slide
@@ -173,7 +172,7 @@ class TiledSlides(ImageSource):
         """
         from g2l.embeddings import preprocessing_of, read_features
 
-        held = embedded(self, model.name, model.fingerprint, preprocessing_of(model))
+        held = embedded(self, (model.name, model.fingerprint, preprocessing_of(model)))
         rows = {}
         for i, features in enumerate(held):
             if features:
@@ -183,9 +182,11 @@ class TiledSlides(ImageSource):
         return rows
 
 
-def embedded(slides: Sequence[TiledSlide], *model: str) -> list[SlideFeatures | None]:
-    """Of each slide what embed.py has computed in fp32, if it has; says where there is fp16 alone,
-    which is too coarse to stand for it.
+def embedded(
+    slides: Sequence[TiledSlide], model: tuple[str, str, str]
+) -> list[SlideFeatures | None]:
+    """Of each slide what embed.py has computed in fp32 by a model (name, fingerprint and
+    preprocessing), if it has; says where there is fp16 alone, which is too coarse to stand for it.
     """
     held = [slide.embedded(*model, "float32") for slide in slides]
     lacking = [slide for slide, known in zip(slides, held, strict=True) if not known]
@@ -200,7 +201,7 @@ def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
     them.
     """
     model = about["display"], about["fingerprint"], about["preprocessing"]
-    held = embedded(benchmark.slides, *model)
+    held = embedded(benchmark.slides, model)
     return [found.path for found in held if found] if all(held) else []
 
 
@@ -262,7 +263,7 @@ def slide_benchmark(
     if choices.draw:
         rows, note = drawn(name, rows, choices)
         notes.append(note)
-    if notes and not int(os.environ.get("RANK", 0)):
+    if notes and rank_of_torchrun() == 0:
         warn(f"{name}: {'; '.join(notes)}")
     items = [slides[slide][1] for slide, _, _ in rows]
     images = TiledSlides(items) if tiled else SlidePatches(items)

@@ -719,7 +719,7 @@ def test_features_that_embed_has_kept_in_fp16_are_named_and_not_taken(cohort, ca
     assert b.images.embedded(load_model("timm:test_vit", "random", input_size=64)) == {}
     told = "timm:test_vit: the features of 2 slides are there in fp16, and not taken\n"
     assert capsys.readouterr().err == told
-    assert embedded(b.slides, "timm:test_vit", "another fingerprint", "{}") == [None, None]
+    assert embedded(b.slides, ("timm:test_vit", "another fingerprint", "{}")) == [None, None]
     assert capsys.readouterr().err == ""
 
 
