@@ -211,8 +211,12 @@ class IndexStudy:
             f"data of {found.name}": digest(read),
             f"patches of {found.name}, {settings}": digest(drawn),
         }
-        base = {"benchmark": found.name, "protocol": "robustness", "settings": settings}
-        return base | {"proof": proof}
+        return {
+            "benchmark": found.name,
+            "protocol": "robustness",
+            "settings": settings,
+            "proof": proof,
+        }
 
     def measure(self) -> Iterator[dict]:
         """Rows of results of chance and every model, sample by sample, then of each class and
@@ -239,13 +243,13 @@ class IndexStudy:
             for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
                 drawn = zip(self.counts[name], self.samples, strict=True)
                 each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in drawn]
-                row = {
+                yield {
                     "model": name,
                     "metric": f"index_by_{field}",
                     field: kind,
                     "k": k,
+                    "value": np.mean(each),
                 }
-                yield row | {"value": np.mean(each)}
 
     def shortcuts(self) -> Iterator[dict]:
         """Rows of PathoROB's other measures, on the patches of all samples."""
@@ -265,8 +269,14 @@ class IndexStudy:
             cell = (self.labels == i) & (self.centers == j)
             drawn = int(cell[self.samples[0]].sum())
             there = int(cell[self.pool].sum())
-            row = {"model": "data", "metric": "cell", "class": kind, "center": site}
-            yield row | {"value": drawn, "available": there}
+            yield {
+                "model": "data",
+                "metric": "cell",
+                "class": kind,
+                "center": site,
+                "value": drawn,
+                "available": there,
+            }
         shares = [deciding(*self.who[:3, sample]) for sample in self.samples]
         yield {"model": "data", "metric": "deciding", "value": np.mean(shares)}
 

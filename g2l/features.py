@@ -353,10 +353,8 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         return known
     model = loaded_model(name, weights, tuple(sorted(options.items())))
     network = digest(repr(model.net), model.embedding, model.input_size, model.dtype, how)
-    timed = None
-    for other in map(read_json, sorted(path.parents[1].glob("*/model.json"))):
-        if other.get("network") == network:
-            timed = timed or other["ms_per_image"]
+    others = map(read_json, sorted(path.parents[1].glob("*/model.json")))
+    timed = [other["ms_per_image"] for other in others if other.get("network") == network]
     known = {
         "key": key,
         "name": name,
@@ -364,7 +362,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         "parameters": model.parameters_count,
         "weights": weights or ("its own" if Path(name).exists() else "hub"),
         "network": network,
-        "ms_per_image": timed or milliseconds(model),
+        "ms_per_image": timed[0] if timed else milliseconds(model),
         "preprocessing": preprocessing_of(model),
     }
     for name in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
@@ -444,8 +442,14 @@ def features(
         array, errors, display(name), benchmark, max_unreadable, told=together and rank == 0
     )
     if not fresh and rank == 0:
-        held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
-        held |= {"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes}
+        held = {
+            "errors": errors,
+            "key": key,
+            "fingerprint": about["fingerprint"],
+            "ids": benchmark.ids,
+            "groups": benchmark.groups,
+            "classes": benchmark.classes,
+        }
         names = np.frombuffer(json.dumps(held).encode(), np.uint8)
         arrays = {"features": array, "labels": benchmark.labels, "names": names}
         with atomic(path) as temporary:

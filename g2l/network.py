@@ -102,9 +102,12 @@ class Client:
         import urllib3
 
         own = urllib3.make_headers(basic_auth=_credentials(host.hostname))
-        options: dict[str, Any] = {"maxsize": self.connections, "retries": False}
-        options["headers"] = own | {"Accept-Encoding": "identity"}
-        options["timeout"] = urllib3.Timeout(connect=10, read=PATIENCE)
+        options: dict[str, Any] = {
+            "maxsize": self.connections,
+            "retries": False,
+            "headers": own | {"Accept-Encoding": "identity"},
+            "timeout": urllib3.Timeout(connect=10, read=PATIENCE),
+        }
         proxy = urllib.request.getproxies().get(host.scheme)
         if not proxy or urllib.request.proxy_bypass(host.netloc):
             return urllib3.PoolManager(**options)

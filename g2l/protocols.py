@@ -334,8 +334,7 @@ def cka_rows(
     for i, j in itertools.permutations(range(len(names)), 2):
         base = {"model": names[i], "other": names[j], "protocol": "cka"}
         for metric, value in ("unbiased", unbiased), ("biased", biased):
-            row = {"metric": metric, "value": float(value[i, j])}
-            rows.append(base | row)
+            rows.append(base | {"metric": metric, "value": float(value[i, j])})
     if teacher not in names:
         return rows
     left_out = cka_to_teacher(tensors, groups, teacher)
@@ -356,9 +355,11 @@ def cka_rows(
                 "other": baseline,
                 "protocol": "paired",
                 "metric": "cka",
+                "value": gain,
+                "low": gain - margin,
+                "high": gain + margin,
             }
-            ends = {"low": gain - margin, "high": gain + margin}
-            rows.append(row | {"value": gain} | ends)
+            rows.append(row)
     return rows
 
 

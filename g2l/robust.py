@@ -272,6 +272,14 @@ def intervals(
         for k in fitting(values.shape[1]):
             value, *resampled = values[:, k - 1]
             low, high = np.percentile(resampled, [2.5, 97.5]) if enough else (np.nan, np.nan)
-            row = {"model": one, "other": other, "metric": metric, "k": k}
-            rows.append(row | {"value": float(value), "low": float(low), "high": float(high)})
+            row = {
+                "model": one,
+                "other": other,
+                "metric": metric,
+                "k": k,
+                "value": float(value),
+                "low": float(low),
+                "high": float(high),
+            }
+            rows.append(row)
     return rows

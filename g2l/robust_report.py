@@ -8,6 +8,7 @@ follow.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -24,11 +25,12 @@ from g2l.paper import FIGURES, paper_figure
 from g2l.pathorob import LEAST, QUARTETS
 from g2l.pictures import COLORS, canvas, draw_sheet
 from g2l.protocols import FEW, RESAMPLES
-from g2l.report import escaped, markdown, ranked
+from g2l.report import escaped, markdown, ranked, score
 from g2l.results import read_metrics
 from g2l.robust import DECIDING, KS, bounded_of, index_of
 from g2l.shifts import SHIFTS, shift, unit
 
+two = functools.partial(score, digits=2)
 KINDS = {
     (True, False): ("same tissue, other centre", "#009e73"),
     (True, True): ("same tissue, same centre", "#56b4e9"),
@@ -119,13 +121,6 @@ class Readings:
             return two(None)
         drawn = model == "chance" and metric not in ("index", "bounded")
         return two(values.mean(), np.std(values) if drawn else 0)
-
-
-def two(value: float | None, spread: float = 0.0) -> str:
-    """Two decimals, with the spread where there is one, or a dash for what is not defined."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    return f"{value:.2f}" + (f" ± {spread:.2f}" if spread else "")
 
 
 def section(held: Readings) -> str:
