@@ -97,8 +97,8 @@ def name_benchmarks(args: argparse.Namespace) -> list[str]:
         if at_hand(args.data, name):
             names.append(name)
         elif name not in names and rank_of_torchrun() == 0:
-            where = args.data / "benchmarks" / name
-            warn(f"benchmark {name} is not in {where}; from {SECTIONS[name]['where from']}")
+            where = f"{args.data / 'benchmarks' / name}; from {SECTIONS[name]['where from']}"
+            warn(f"benchmark {name} is not in {where}")
     return list(dict.fromkeys(names))
 
 
@@ -169,8 +169,8 @@ def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
     if as_json:
         print(json.dumps([row for row in study.rows if row["benchmark"]]))
     else:
-        report = study.results / "report.html"
-        print(f"{summarize(study)}\n\ntables, pictures and how to read them: {report}")
+        where = f"tables, pictures and how to read them: {study.results / 'report.html'}"
+        print(f"{summarize(study)}\n\n{where}")
 
 
 def build_parser() -> argparse.ArgumentParser:

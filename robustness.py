@@ -422,10 +422,9 @@ def some_patches(args: Namespace) -> Benchmark:
 def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     """The same patches, each changed in one way."""
     source = patches.images
-    files = getattr(source, "files", ())
-    rule = getattr(source, "rule", "")
     change = partial(shift, kind=kind, strength=strength)
-    images = ImageSource(source, change, files, f"{rule} {kind} {strength:g}")
+    rule = f"{getattr(source, 'rule', '')} {kind} {strength:g}"
+    images = ImageSource(source, change, getattr(source, "files", ()), rule)
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
 
 
@@ -504,11 +503,11 @@ def plism(args: Namespace, load: dict) -> int:
     gains = {}
     for one, other in itertools.combinations(list(draws)[:-1], 2):
         gains[one, other] = interval(draws[one] - draws[other], blocks)
-    pieces = len(np.unique(blocks))
     text = plism_table(
         found,
         gains,
-        f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
+        f"{len(blocks)} tiles of {len(np.unique(blocks))} blocks of tissue in each of "
+        f"{len(parts)} slides, "
         f"{kinds.shape[1]} pairs of slides.",
     )
     out = args.results / "robustness" / "plism.md"

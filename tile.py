@@ -520,8 +520,8 @@ def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
             elif kind == "died":
                 why = "an error of this program ended it, printed above"
                 if content < 0:
-                    name = signal.Signals(-content).name
-                    why = f"its reader died ({name}): damaged, or too little memory"
+                    name = f"({signal.Signals(-content).name})"
+                    why = f"its reader died {name}: damaged, or too little memory"
                 row = first_facts(slide, job) | {"reason": why}
                 write_rows(job.folder, [row])
                 tell_slide(progress, row)

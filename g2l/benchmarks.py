@@ -181,9 +181,9 @@ def files_of(table: Path, ids: list[str], masks: list[str]) -> list[Path]:
     files = [Path(os.path.normpath(folder / name)) for name in ids]
     twice = [file for file, count in Counter(files).items() if count > 1]
     if twice:
-        first = ids[files.index(twice[0])]
         raise UserError(
-            f"{table}: {len(twice)} images are listed more than once, first {first}; list each once"
+            f"{table}: {len(twice)} images are listed more than once, first "
+            f"{ids[files.index(twice[0])]}; list each once"
         )
     if not any(file.is_file() for file in files):
         raise UserError(
@@ -221,15 +221,21 @@ def make_benchmark(
         raise UserError(f"{root}: no labelled images of {name} in it{found}", mend="benchmark data")
     for image, label, _ in rows:
         if label not in classes:
-            known = ", ".join(classes)
-            raise UserError(f"{root}: {image} is labelled {label}; {name} knows {known}")
+            known = f"{name} knows {', '.join(classes)}"
+            raise UserError(f"{root}: {image} is labelled {label}; {known}")
     table = root / "patients.csv"
     if table.is_file():
         lines = read_table(table, ("group", "patient"))
         patients = {row["group"]: row["patient"] for row in lines}
     ids, kinds, groups = map(list, zip(*rows, strict=True))
     if patients:
-        groups = patients_of(groups, patients, root)
+        lost = sorted(set(groups) - set(patients))
+        if lost:
+            raise UserError(
+                f"{root}: its table of patients has no patient for {len(lost)} groups, first "
+                f"{lost[0]}; add them"
+            )
+        groups = [patients[group] for group in groups]
     return Benchmark(
         name,
         level,
@@ -242,17 +248,6 @@ def make_benchmark(
         origin=str(root.resolve()),
         unit="patient" if patients else "",
     )
-
-
-def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> list[str]:
-    """The patient of each group; UserError for one that has none."""
-    lost = sorted(set(groups) - set(patients))
-    if lost:
-        raise UserError(
-            f"{root}: its table of patients has no patient for {len(lost)} groups"
-            f", first {lost[0]}; add them"
-        )
-    return [patients[group] for group in groups]
 
 
 def cohort_of(about: dict) -> set[str]:

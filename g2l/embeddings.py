@@ -60,12 +60,9 @@ class Coordinates:
     @functools.cached_property
     def key(self) -> str:
         """Changes when the patches would."""
-        size = (
-            self.attributes.get("patch_size"),
-            self.attributes.get("patch_size_level0"),
-        )
+        sides = [int(self.attributes.get(f"patch_size{end}", 0)) for end in ("", "_level0")]
         pixels = hashlib.sha256(np.ascontiguousarray(self.coords).data).hexdigest()
-        return digest(pixels, [int(value or 0) for value in size])
+        return digest(pixels, sides)
 
 
 @dataclass(eq=False)

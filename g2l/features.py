@@ -442,14 +442,8 @@ def features(
         array, errors, display(name), benchmark, max_unreadable, told=together and rank == 0
     )
     if not fresh and rank == 0:
-        held = {
-            "errors": errors,
-            "key": key,
-            "fingerprint": about["fingerprint"],
-            "ids": benchmark.ids,
-            "groups": benchmark.groups,
-            "classes": benchmark.classes,
-        }
+        held = {"errors": errors, "key": key, "fingerprint": about["fingerprint"]}
+        held |= {"ids": benchmark.ids, "groups": benchmark.groups, "classes": benchmark.classes}
         names = np.frombuffer(json.dumps(held).encode(), np.uint8)
         arrays = {"features": array, "labels": benchmark.labels, "names": names}
         with atomic(path) as temporary:
@@ -474,8 +468,7 @@ def _refuse_broken(
     lost = np.flatnonzero(~np.isfinite(array).all(1)).tolist()
     many = f"{len(lost)} of {len(array)}"
     if errors and told:
-        partly = len(named) - len(lost)
-        warn(f"{benchmark.name}: {many} unreadable, {partly} partly, first:")
+        warn(f"{benchmark.name}: {many} unreadable, {len(named) - len(lost)} partly, first:")
         for i, why in errors[:5]:
             warn(f"  {ids[i]}: {why}")
     broken = sorted(set(lost) - set(named))

@@ -103,8 +103,8 @@ def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
                 yield False
                 return
             if time.monotonic() > end:
-                who = path.read_text() or "another process"
-                raise UserError(f"{path}: waited {limit:.0f} s for {who}, which holds it")
+                who = f"{path.read_text() or 'another process'}, which holds it"
+                raise UserError(f"{path}: waited {limit:.0f} s for {who}")
             time.sleep(0.05)
         with contextlib.suppress(OSError):  # a full disk takes no name, and the lock is ours
             os.truncate(path, 0)

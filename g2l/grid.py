@@ -237,8 +237,10 @@ def _unreadable(
         if not errors:
             return []
     if not keep.any():
-        first = next(iter(errors.values()))
-        raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, {first}")
+        raise UserError(
+            f"{slide.path}: none of its {len(errors)} patches can be read, "
+            f"{next(iter(errors.values()))}"
+        )
     return list(errors.values())
 
 

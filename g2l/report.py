@@ -83,9 +83,8 @@ def provenance(device: object) -> str:
 
     setting = describe_setting()
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-    command = f"python {setting['command']}"
-    revision = setting["revision"] or "unknown"
-    return f"\nMade by `{command}`, revision {revision}, with {versions}, on {device}.\n"
+    made = f"`python {setting['command']}`, revision {setting['revision'] or 'unknown'}"
+    return f"\nMade by {made}, with {versions}, on {device}.\n"
 
 
 class Tables:

@@ -97,8 +97,8 @@ def read_metrics(results: Path) -> list[dict]:
     if damaged and (not aside.is_file() or aside.read_bytes() != data):
         with atomic(aside) as temporary:
             temporary.write_bytes(data)
-        which = ", ".join(damaged[:5])
-        warn(f"{path}: damaged in line {which}; measured again ({aside.name})")
+        which = f"line {', '.join(damaged[:5])}"
+        warn(f"{path}: damaged in {which}; measured again ({aside.name})")
     return rows
 
 

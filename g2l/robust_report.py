@@ -186,8 +186,8 @@ def index_table(held: Readings) -> str:
     rows = zip([*names, "*chance*"], *columns, [*prints, ""], strict=True)
     text = markdown(["model", *(f"k = {k}" for k in held.ks), "fingerprint"], [*map(list, rows)])
     if seen:
-        of = ", ".join(seen)
-        text += f"\n† was distilled on patients of this benchmark ({of}); they can be left out.\n"
+        of = f"of this benchmark ({', '.join(seen)})"
+        text += f"\n† was distilled on patients {of}; they can be left out.\n"
     if known:
         text += f"\n‡ {escaped('; '.join(known))}.\n"
     return text

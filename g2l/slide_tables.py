@@ -88,10 +88,9 @@ def read_labels(table: Path, words: dict[str, str]) -> Labels:
     by = "slide_id" if "slide_id" in rows[0] else "patient"
     labels = Labels(by)
     if by not in rows[0] or not rows[0].keys() & {"label", "time"}:
-        found = ", ".join(rows[0])
         raise UserError(
             f"{table}: needed are the columns slide_id or patient, and label or time and event; "
-            f"found: {found}"
+            f"found: {', '.join(rows[0])}"
         )
     for row in rows:
         patient = row.get("patient", "")
@@ -304,10 +303,11 @@ def drawn(name: str, rows: list[tuple], choices: Choices) -> tuple[list[tuple], 
     kept = free[: choices.draw]
     path = choices.results / f"{name}-drawn.csv"
     write_table(path, [("slide_id", "label", "patient"), *sorted(kept)])
-    held = f"{len(rows) - len(free)} of patients that a student has seen held out"
-    return [
-        row for row in rows if row in kept
-    ], f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
+    note = (
+        f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {len(rows) - len(free)} "
+        f"of patients that a student has seen held out: {path}"
+    )
+    return [row for row in rows if row in kept], note
 
 
 def load_slides_table(table: Path, choices: Choices) -> Benchmark:

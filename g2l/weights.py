@@ -170,8 +170,8 @@ def _state_dict(content: object, path: Path) -> State:
     items = list(content.items()) if isinstance(content, dict) else []
     if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         inside = f" of {', '.join(str(key) for key, _ in items[:3])}" if items else ""
-        kind = type(content).__name__
-        raise UserError(f"{path}: expected a state dict (names and tensors), found {kind}{inside}")
+        found = f"{type(content).__name__}{inside}"
+        raise UserError(f"{path}: expected a state dict (names and tensors), found {found}")
     return dict(items)
 
 
