@@ -306,7 +306,7 @@ def run(args: argparse.Namespace) -> int:
         baseline=baseline,
         cards=cards,
         device_used=str(device),
-        load=lambda name: loaded_model(name, weights[name], tuple(sorted(options.items()))),
+        load=lambda name: loaded_model(name, weights[name], **options),
     )
     study, lost = evaluate_all(found, readable, embed, study, failures)
     texts = [one_line(explain(error, REMEDIES) or "") for error in failures]

@@ -331,10 +331,8 @@ def data_stamp(benchmark: Benchmark) -> str:
     return benchmark.stamp
 
 
-@functools.lru_cache(maxsize=1)  # models come one after another: never two in memory
-def loaded_model(name: str, weights: str | None, options: tuple) -> Model:
-    """The model in use, loaded once; `options` are load_model's, as sorted pairs."""
-    return load_model(name, weights, **dict(options))
+# The model in use, loaded once: models come one after another, never two in memory.
+loaded_model = functools.lru_cache(maxsize=1)(load_model)
 
 
 def card(name: str, results: Path, *, weights: str | None = None, **options: Any) -> dict:
@@ -351,7 +349,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     known = read_json(path)
     if known.get("key") == key:
         return known
-    model = loaded_model(name, weights, tuple(sorted(options.items())))
+    model = loaded_model(name, weights, **options)
     network = digest(repr(model.net), model.embedding, model.input_size, model.dtype, how)
     others = map(read_json, sorted(path.parents[1].glob("*/model.json")))
     timed = [other["ms_per_image"] for other in others if other.get("network") == network]
@@ -430,7 +428,7 @@ def features(
         if rank == 0:
             warn(f"{display(name)} on {benchmark.name}: {len(benchmark)} images")
         array = extract_features(
-            loaded_model(name, weights, tuple(sorted(options.items()))),
+            loaded_model(name, weights, **options),
             benchmark.images,
             key=key,
             batch_size=batch_size,

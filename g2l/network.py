@@ -7,6 +7,7 @@ import contextlib
 import netrc
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -22,6 +23,7 @@ def pause(attempt: int, least: float = 0) -> None:
     time.sleep(max(min(2.0 ** (attempt - 1), 60), min(least, 300)) * RETRY_SECONDS)
 
 
+@dataclass
 class Client:
     """Connections of one process to servers, directly or by the proxy of the environment.
 
@@ -29,10 +31,9 @@ class Client:
     ~/.netrc. Each of up to `connections` threads has a connection: none waits for another's.
     """
 
-    def __init__(self, hosts: Collection[str] = (), connections: int = 1):
-        self.hosts = hosts
-        self.connections = connections
-        self.pools: dict[str, Any] = {}
+    hosts: Collection[str] = ()
+    connections: int = 1
+    pools: dict[str, Any] = field(default_factory=dict)
 
     def ask(
         self,
