@@ -142,7 +142,7 @@ def extract(
     """
     from g2l.features import display, readable_rows
 
-    cards: dict[str, dict] = {}
+    cards = {}
     readable: dict[str, dict] = {benchmark.name: {} for benchmark in found}
     for name in models:
         for benchmark in found:
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
         options["input_size"] = args.input_size
     rank, _, device = setup_distributed(args.device)
     found, failed = load_benchmarks(args.benchmark, published, choices)
-    failures: list[UserError] = list(failed)
+    failures = list(failed)
 
     def embed(name: str, benchmark: Benchmark, together: bool = True) -> Any:
         return features(

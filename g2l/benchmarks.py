@@ -122,7 +122,7 @@ def choices_of(
 ) -> Choices:
     """What the flags say; patients that students among the models have seen are not drawn."""
     flags = {name: value for name, value in vars(args).items() if hasattr(Choices, name)}
-    seen: set[str] = set()
+    seen = set()
     for name in models:
         seen |= cohort_of({"metadata": read_json(Path(name) / "config.json").get("g2l", {})})
     return Choices(**flags, seen=seen, remedies=remedies)
@@ -218,7 +218,7 @@ def make_benchmark(
     """
     if not rows:
         found = "".join(f"; {note}" for note in notes)
-        raise UserError(f"{root}: no labelled images of {name} in it{found}", mend="benchmark data")
+        raise UserError(f"{root}: no labelled images of {name} in it{found}", "benchmark data")
     for image, label, _ in rows:
         if label not in classes:
             known = f"{name} knows {', '.join(classes)}"

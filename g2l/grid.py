@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +47,7 @@ class Tiling:
         from contourpy import FillType, contour_generator
 
         padded = np.pad(self.mask.astype(np.float32), 1)
-        generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
+        generator = contour_generator(z=padded, fill_type=FillType.OuterOffset)
         polygons = []
         for corners, starts in zip(*generator.filled(0.5, 2), strict=True):
             polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])

@@ -188,7 +188,7 @@ def typical(features: ndarray, count: int) -> ndarray:
     kinds = KMeans(min(count, len(features)), random_state=0, n_init=1).fit(features)
     centres = torch.from_numpy(kinds.cluster_centers_.astype(np.float32))
     nearest = kernels.knn(torch.from_numpy(features), 1, centres)
-    return np.unique(np.asarray(nearest))
+    return np.unique(nearest)
 
 
 def nearest_over(
@@ -238,7 +238,7 @@ def draw_similar(
             pixels = slide.read(x, y, side, index.patch_size)
         return pixels, f"{slide.name}\n{text}", frame
 
-    places: list[tuple[int, int]] = []
+    places = []
     for at, features in enumerate(tables):
         rows = spread(len(features), max(1, SAMPLE // len(tables)))
         places += [(at, row) for row in rows]

@@ -424,7 +424,7 @@ class PatchIndex:
 
         What is wrong is for `read` to find.
         """
-        spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        spans = defaultdict(list)
         size = self.patch_size
         for i in numbers:
             number, row = self.locate(i)

@@ -173,7 +173,7 @@ def draw_benchmark(
     """
     folder = study.results / "pictures"
     mean = means(study.rows)
-    draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
+    draws = {"confusion": draw_confusion, "cka": draw_cka}
     if "k-curve" in study.protocols:
         draws["k-curve"] = draw_curve
     for kind, draw in draws.items():
@@ -320,7 +320,7 @@ def worth_seeing(
     """
     luck = np.random.default_rng(0).random(len(labels))
     sure = (labels[neighbors] == guess[:, None]).mean(1)
-    rows: list[int] = []
+    rows = []
     for order, hits in (
         (luck, guess == labels),
         (luck - sure * neighbors.size, guess != labels),

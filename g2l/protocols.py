@@ -25,7 +25,7 @@ FEW = 6  # groups: with five, even one model better in each is no evidence (sign
 
 def codes(values: Sequence | ndarray) -> ndarray:
     """Small integers for any labels (n,), numbered in sorted order."""
-    return np.unique(np.asarray(values), return_inverse=True)[1].ravel()
+    return np.unique(values, return_inverse=True)[1].ravel()
 
 
 def split(
@@ -405,9 +405,8 @@ def resampled(
     for scores in predicted["scores"]:
         test = np.flatnonzero(np.isfinite(scores[:, 0]))
         rows = group[test]
-        areas = []
-        for block in np.array_split(times, 1 + len(times) * len(test) // 2**23):
-            areas.append(macro_auc(scores[test], labels[test], block[:, rows]))
+        blocks = np.array_split(times, 1 + len(times) * len(test) // 2**23)
+        areas = [macro_auc(scores[test], labels[test], block[:, rows]) for block in blocks]
         value = np.concatenate(areas)
         if np.isfinite(value[0]):  # a test part of one class has no AUC
             each.append(value)

@@ -585,5 +585,5 @@ def load_benchmarks(
     named = [benchmark.name for benchmark in found]
     twice = [name for name in named if named.count(name) > 1]
     if twice:
-        raise UserError(f"two benchmarks are called {twice[0]}", mend="benchmark names")
+        raise UserError(f"two benchmarks are called {twice[0]}", "benchmark names")
     return found, failed

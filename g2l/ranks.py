@@ -117,7 +117,7 @@ def gather_values(value: Any) -> list:
     if not in_job():
         return [value]
     _meet()
-    values: list = [None] * dist.get_world_size()
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -262,7 +262,7 @@ def intervals(
     draws = {name: bootstrap(counts[name], groups) for name in counts if name != "chance"}
     enough = len(np.unique(np.concatenate(groups))) >= FEW
     rows = []
-    pairs: list[tuple] = [(name, None) for name in draws]
+    pairs = [(name, None) for name in draws]
     for one, other in [*pairs, *itertools.combinations(draws, 2)]:
         metric = "index_interval"
         values = draws[one]

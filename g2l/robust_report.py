@@ -175,7 +175,7 @@ def index_table(held: Readings) -> str:
     names = []
     prints = []
     seen = []
-    known: list[str] = []
+    known = []
     for name, row in held.models.items():
         met = row.get("pretrained", [])
         known += met
