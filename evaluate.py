@@ -41,20 +41,6 @@ from g2l.field import TITLES
 from g2l.files import safe
 from g2l.published import PUBLISHED, SECTIONS, at_hand, list_benchmarks, load_benchmarks
 
-# The flags that go to Study as they are.
-STUDY_FLAGS = [
-    "results",
-    "k",
-    "pca_dims",
-    "pca",
-    "folds",
-    "seeds",
-    "paper_splits",
-    "leaks",
-    "protocols",
-    "no_pictures",
-]
-
 TILED = "tile.py {} makes patches of it, which --cancer takes"
 REMEDIES = MODEL_REMEDIES | {
     "mpp": TILED.format("--assume-mpp or --manifest"),
@@ -299,11 +285,12 @@ def run(args: argparse.Namespace) -> int:
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
         return 0
+    flags = {
+        name: value for name, value in vars(args).items() if name in Study.__dataclass_fields__
+    }
+    flags |= {"models": list(cards), "teacher": teacher, "baseline": baseline}
     study = Study(
-        **{name: getattr(args, name) for name in STUDY_FLAGS},
-        models=list(cards),
-        teacher=teacher,
-        baseline=baseline,
+        **flags,
         cards=cards,
         device_used=str(device),
         load=lambda name: loaded_model(name, weights[name], **options),

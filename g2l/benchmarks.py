@@ -160,10 +160,9 @@ def load_folder(folder: Path) -> Benchmark:
     )
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
-    name = folder.resolve().name
     images = ImageFiles(files_of(table, ids, [row.get("mask", "") for row in rows]))
     labelled = [(row["image"], row["label"], row["group"]) for row in rows]
-    made = make_benchmark(name, "patch", images, labelled, classes, table)
+    made = make_benchmark(folder.resolve().name, "patch", images, labelled, classes, table)
     if "center" in rows[0]:
         made.centers = [row["center"] for row in rows]
     if "mask" in rows[0]:

@@ -182,11 +182,11 @@ def separator(header: str) -> str:
     return max(",;\t", key=header.count)
 
 
-def clear_stale(folder: Path, seconds: float = 600) -> None:
-    """Remove the temporary files of killed runs below a folder: those untouched for so long."""
+def clear_stale(folder: Path) -> None:
+    """Remove the temporary files of killed runs below a folder: those untouched for ten minutes."""
     for path in folder.rglob(".*.tmp.*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > seconds:
+            if time.time() - path.stat().st_mtime > 600:
                 path.unlink()
 
 

@@ -46,9 +46,8 @@ def by_components(features: ndarray) -> ndarray:
 def by_similarity(features: ndarray, row: int) -> ndarray:
     """(N, D) -> (N,): cosine of the angle to the features of one patch."""
     features = np.asarray(features, np.float32)  # squares are too large for fp16
-    query = features[row]
     lengths = np.sqrt(np.einsum("ij,ij->i", features, features))  # without a copy
-    return features @ query / np.maximum(lengths * lengths[row], 1e-12)
+    return features @ features[row] / np.maximum(lengths * lengths[row], 1e-12)
 
 
 def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:

@@ -288,16 +288,10 @@ def draw_gallery(
     neighbors = predicted["neighbors"]
     lines = []
     for row in worth_seeing(labels, guess, neighbors):
-        told = (
-            "right" if guess[row] == labels[row] else f"predicted {benchmark.classes[guess[row]]}"
-        )
-        line = [
-            (
-                picture(benchmark, row),
-                f"{benchmark.classes[labels[row]]}\n{told}",
-                "query",
-            )
-        ]
+        told = f"predicted {benchmark.classes[guess[row]]}"
+        told = "right" if guess[row] == labels[row] else told
+        text = f"{benchmark.classes[labels[row]]}\n{told}"
+        line = [(picture(benchmark, row), text, "query")]
         for i in neighbors[row, :6][neighbors[row, :6] >= 0]:
             frame = "the query's class" if labels[i] == labels[row] else "another class"
             line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))

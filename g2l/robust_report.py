@@ -125,17 +125,20 @@ class Readings:
 
 def section(held: Readings) -> str:
     """The part of table3.md on one benchmark and way of sampling."""
-    parts = [what_was_drawn(held), index_table(held), behind(held), over_patients(held)]
-    parts.append(shortcuts(held))
-    parts += [one_by_one(held, "class", "class"), one_by_one(held, "center", "centre")]
+    parts = [
+        what_was_drawn(held),
+        index_table(held),
+        behind(held),
+        over_patients(held),
+        shortcuts(held),
+        one_by_one(held, "class", "class"),
+        one_by_one(held, "center", "centre"),
+    ]
     files = [file for row in held.of("pictures") for file in row["files"]]
     parts += ["### Pictures\n"][: len(files)]
     for file in files:
-        parts.append(
-            "!["
-            f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
-            f"](robustness/{safe(held.benchmark)}/{file})\n"
-        )
+        title = f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
+        parts.append(f"![{title}](robustness/{safe(held.benchmark)}/{file})\n")
     parts.append(patches_table(held))
     return "\n".join(parts) + "\n"
 
@@ -408,13 +411,8 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
         line = []
         for j, frame in zip([i, *rows[i]], ["query", *frames], strict=True):
             if j >= 0:
-                line.append(
-                    (
-                        benchmark.images[int(sample[j])],
-                        f"{benchmark.classes[labels[j]]}\n{centers[j]}",
-                        frame,
-                    )
-                )
+                text = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
+                line.append((benchmark.images[int(sample[j])], text, frame))
         lines.append(line)
     title = f"{name}: neighbours that share the centre but not the tissue"
     if not lines:

@@ -70,8 +70,7 @@ class Codec:
                 image = _jpeg2000(data, shrink)
             elif data[:2] == b"\xff\xd8":
                 data = self.standalone(data)
-                least = shape[:2]
-                image = simplejpeg.decode_jpeg(data, "RGB", False, False, *least, shrink)
+                image = simplejpeg.decode_jpeg(data, "RGB", False, False, *shape[:2], shrink)
             else:
                 raise ValueError("no JPEG where one should be")
         except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
