@@ -288,8 +288,8 @@ def draw_gallery(
     neighbors = predicted["neighbors"]
     lines = []
     for row in worth_seeing(labels, guess, neighbors):
-        told = f"predicted {benchmark.classes[guess[row]]}"
-        told = "right" if guess[row] == labels[row] else told
+        right = guess[row] == labels[row]
+        told = "right" if right else f"predicted {benchmark.classes[guess[row]]}"
         text = f"{benchmark.classes[labels[row]]}\n{told}"
         line = [(picture(benchmark, row), text, "query")]
         for i in neighbors[row, :6][neighbors[row, :6] >= 0]:
