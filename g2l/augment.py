@@ -56,9 +56,9 @@ def draw_params(
     centre = np.array([1, 1, 1, 0])  # hue is shifted, the others are scaled
     low = centre - JITTER
     high = centre + JITTER
-    factors = low + (high - low) * u[:, 5:9]
+    factors = (low + (high - low) * u[:, 5:9]).astype(np.float32)
     low, high = BLUR_SIGMA
-    sigma = low + (high - low) * u[:, 14]
+    sigma = (low + (high - low) * u[:, 14]).astype(np.float32)
     corners = (u[:, :2] * span).astype(np.int64)
     top, left = corners.T
     hflip, vflip = u[:, 2:4].T < FLIP_P
@@ -69,11 +69,7 @@ def draw_params(
     number = first + np.arange(count)
     arrays = [top, left, hflip, vflip, jitter, factors, order, blur, sigma]
     arrays += [number, unknown, unknown]
-    found = Params(*map(torch.from_numpy, arrays))
-    return found._replace(
-        factors=found.factors.float(),
-        sigma=found.sigma.float(),
-    )
+    return Params(*map(torch.from_numpy, arrays))
 
 
 def augment(images: Tensor, crop: int, params: Params) -> Tensor:

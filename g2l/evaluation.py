@@ -420,9 +420,7 @@ def evaluate_all(
         each = readable[benchmark.name]
         if not each:
             continue
-        unreadable = [int((~kept).sum()) for kept in each.values()]
-        if any(unreadable):
-            lost[benchmark.name] = max(unreadable)
+        lost[benchmark.name] = max(int((~kept).sum()) for kept in each.values())
         load = functools.partial(embed, benchmark=benchmark, together=False)
         try:
             new = evaluate_benchmark(benchmark, each, load, study)
