@@ -31,7 +31,7 @@ import torch.fx.experimental.optimization
 from numpy import ndarray
 
 from g2l import heatmap
-from g2l.arguments import Help, count, flag, whole
+from g2l.arguments import count, flag, in_group, parser_of, whole
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -528,8 +528,8 @@ def place(text: str) -> tuple[int, int]:
 
 def build_parser() -> ArgumentParser:
     """Arguments of embed.py."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    add = functools.partial(flag, parser.add_argument_group("what"))
+    parser = parser_of(__doc__)
+    add = in_group(parser, "what")
     add("--cancer NAME", "cohort: the name given to tile.py", required=True)
     add(
         "--models NAME",
@@ -541,8 +541,7 @@ def build_parser() -> ArgumentParser:
     add("--data DIR", "folder that tile.py filled", Path("data"))
     add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
-    out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
-    add = functools.partial(flag, out)
+    add = in_group(parser, "what to write beside features_<model>/<slide>.h5")
     add("--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
     add("--slide", "one vector a slide too, in features_<model>_mean.h5", choices=["mean"])
     add(
@@ -570,7 +569,7 @@ def build_parser() -> ArgumentParser:
         nargs="?",
         const=8,
     )
-    add = functools.partial(flag, parser.add_argument_group("running"))
+    add = in_group(parser, "running")
     add("--input-size PX", "side of the network's input in pixels, if not the published one")
     add("--batch-size N", "patches a forward pass; default: by device and memory")
     add(

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from g2l.arguments import Help, add_running_arguments, flag, whole
+from g2l.arguments import add_running_arguments, flag, in_group, parser_of, whole
 from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
 from g2l.errors import (
@@ -160,8 +160,8 @@ def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    add = functools.partial(flag, parser.add_argument_group("what to compare"))
+    parser = parser_of(__doc__)
+    add = in_group(parser, "what to compare")
     registered = "registry names, timm:NAME, or folders such as runs/NAME/student"
     add("--models NAME", registered, [], nargs="+")
     add("--teacher NAME", "CKA is measured to it; with --all: h-optimus-0 if at hand")
@@ -201,13 +201,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag(where, "--data DIR", "its benchmarks/NAME hold published data sets", Path("data"))
     running = add_running_arguments(where, parser.add_argument_group("running"))
     flag(running, "--json", "print the metrics as JSON instead of the summary")
-    add_protocol_arguments(parser.add_argument_group("protocols"))
+    add_protocol_arguments(parser)
     return parser
 
 
-def add_protocol_arguments(how) -> None:
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that change numbers."""
-    add = functools.partial(flag, how)
+    add = in_group(parser, "protocols")
     add(
         "--protocols NAME",
         "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES),
@@ -296,8 +296,7 @@ def run(args: argparse.Namespace) -> int:
         load=lambda name: loaded_model(name, weights[name], **options),
     )
     study, lost = evaluate_all(found, readable, embed, study, failures)
-    texts = [one_line(explain(error, REMEDIES) or "") for error in failures]
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(one_line(explain(e, REMEDIES) or "") for e in failures))
     if study.found:
         show(study, texts, args.json, args.figure1)
     return report_failures(texts, lost)

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import Help, add_running_arguments, count, flag
+from g2l.arguments import add_running_arguments, count, flag, in_group, parser_of
 from g2l.benchmarks import Benchmark, leaked
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
@@ -518,7 +518,7 @@ def plism(args: Namespace, load: dict) -> int:
 
 def add_index_arguments(parser: ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
-    add = partial(flag, parser.add_argument_group("sampling"))
+    add = in_group(parser, "sampling")
     add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
     add("--per-center", "so many of each class and centre instead")
     add("--samples N", "number of seeded samples, which show the spread", 5)
@@ -529,7 +529,7 @@ def add_index_arguments(parser: ArgumentParser) -> None:
     )
     add("--patch-size PX", "TIGER: side of a patch, px of 0.5 µm", 224)
     add("--min-fraction SHARE", "TIGER: how much of a patch its class must cover", 0.75)
-    add = partial(flag, parser.add_argument_group("index"))
+    add = in_group(parser, "index")
     add(
         "--include-same-slide",
         "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
@@ -540,9 +540,7 @@ def add_index_arguments(parser: ArgumentParser) -> None:
 
 def add_shift_arguments(parser: ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
-    add = partial(
-        flag, parser.add_argument_group("shifts of stain and scanner, instead of the index")
-    )
+    add = in_group(parser, "shifts of stain and scanner, instead of the index")
     add(
         "--perturb KIND",
         f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
@@ -563,7 +561,7 @@ def add_shift_arguments(parser: ArgumentParser) -> None:
 
 def build_parser() -> ArgumentParser:
     """The command line of this script."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser = parser_of(__doc__)
     flag(
         parser,
         "--models NAME",

@@ -28,7 +28,7 @@ from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, count, flag, positive, whole
+from g2l.arguments import Help, count, in_group, positive, whole
 from g2l.cohort import (
     Cohort,
     CohortSlide,
@@ -107,10 +107,10 @@ def build_parser() -> ArgumentParser:
         "Run the same command again at any time: it does only what is missing.",
         formatter_class=Help,
     )
-    add_cohort_arguments(parser.add_argument_group("cohort"))
-    add_grid_arguments(parser.add_argument_group("magnification"))
+    add_cohort_arguments(parser)
+    add_grid_arguments(parser)
     add_patch_arguments(parser)
-    add = functools.partial(flag, parser.add_argument_group("slides that are served"))
+    add = in_group(parser, "slides that are served")
     add(
         "--download",
         "fetch the slides of a TCGA project, as many at a time as there are --workers",
@@ -132,8 +132,8 @@ def build_parser() -> ArgumentParser:
         "--download and --save-patches)",
     )
     add("--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
-    flag(
-        parser.add_argument_group("work"),
+    add = in_group(parser, "work")
+    add(
         "--workers N",
         "processes, of up to 1 GB each (default: one per CPU, at most 16); to use several "
         "machines, start this script by torchrun on a shared disk",
@@ -141,9 +141,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def add_cohort_arguments(group) -> None:
+def add_cohort_arguments(parser: ArgumentParser) -> None:
     """Which slides."""
-    add = functools.partial(flag, group)
+    add = in_group(parser, "cohort")
     add(
         "--cancer NAME",
         "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
@@ -182,9 +182,9 @@ def add_cohort_arguments(group) -> None:
     add("--seed N", "another seed draws another sample", 0, type=int)
 
 
-def add_grid_arguments(group) -> None:
+def add_grid_arguments(parser: ArgumentParser) -> None:
     """How patches lie on a slide."""
-    add = functools.partial(flag, group)
+    add = in_group(parser, "magnification")
     add(
         "--mpp UM",
         "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
@@ -211,7 +211,7 @@ def add_grid_arguments(group) -> None:
 
 def add_patch_arguments(parser: ArgumentParser) -> None:
     """Which patches are kept, and what is written of them."""
-    add = functools.partial(flag, parser.add_argument_group("tissue and quality of a patch"))
+    add = in_group(parser, "tissue and quality of a patch")
     add("--min-tissue SHARE", "least share of tissue", 0.5)
     add(
         "--max-pen SHARE",
@@ -229,7 +229,7 @@ def add_patch_arguments(parser: ArgumentParser) -> None:
         "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
         "slide that is not 0 in tissue",
     )
-    add = functools.partial(flag, parser.add_argument_group("patches on disk"))
+    add = in_group(parser, "patches on disk")
     add(
         "--save-patches",
         "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "

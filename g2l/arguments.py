@@ -86,6 +86,16 @@ def flag(group, usage: str, help: str, default: Any = None, **options) -> None:
     group.add_argument(name, help=help, **taken | options)
 
 
+def in_group(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """What adds flags to a new group of a parser; see `flag`."""
+    return functools.partial(flag, parser.add_argument_group(title))
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A command's parser, described by the first paragraph of its docstring."""
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=Help)
+
+
 def add_running_arguments(where, run):
     """Add the flags that evaluate.py and robustness.py share to two argument groups; returns the
     second.

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import flag
+from g2l.arguments import in_group
 from g2l.cohort import hashed, hashed_cohort, patient_of
 from g2l.errors import UserError, warn
 from g2l.files import files_below, read_json, read_table
@@ -89,7 +89,7 @@ class Choices:
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Choices; `choices_of` reads them."""
-    add = functools.partial(flag, parser.add_argument_group("slides and regions of benchmarks"))
+    add = in_group(parser, "slides and regions of benchmarks")
     add(
         "--cancer NAME",
         "take the patches of slides, and features by embed.py, from these cohorts of tile.py",

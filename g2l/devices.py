@@ -6,11 +6,10 @@ PyTorch is imported by what needs it: a command shows its flags without.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 from typing import TYPE_CHECKING
 
-from g2l.arguments import flag
+from g2l.arguments import in_group
 from g2l.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def describe_device(device: torch.device) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads models; `model_options` turns them into arguments."""
-    add = functools.partial(flag, parser.add_argument_group("models"))
+    add = in_group(parser, "models")
     add(
         "--weights [NAME=]FILE",
         "weights by model: a safetensors or .bin file, a folder, or `random`; default: the hub's "
