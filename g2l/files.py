@@ -281,5 +281,5 @@ def stamp(path: Path) -> list:
     except OSError:  # a missing file is a state like any other
         return []
     if S_ISDIR(found.st_mode):
-        return [line for inner in sorted(Path(path).iterdir()) for line in stamp(inner)]
-    return [[Path(path).name, found.st_size, found.st_mtime_ns]]
+        return [line for inner in sorted(path.iterdir()) for line in stamp(inner)]
+    return [[path.name, found.st_size, found.st_mtime_ns]]

@@ -543,7 +543,7 @@ def list_benchmarks(data: Path) -> str:
 
 def at_hand(data: Path, name: str) -> bool:
     """Whether there is anything below data/benchmarks/NAME."""
-    folder = Path(data) / "benchmarks" / name
+    folder = data / "benchmarks" / name
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -574,7 +574,7 @@ def load_benchmarks(
     for what in wanted:
         try:
             if what in choices.slides_table:
-                found.append(load_slides_table(Path(what), choices))
+                found.append(load_slides_table(what, choices))
             elif isinstance(what, Path):
                 found.append(load_multicentre(what, SIDE, 0.5)[0])
             else:

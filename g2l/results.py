@@ -59,7 +59,6 @@ def record(
     replaced as a whole. A field that a row lacks counts as None; NaN becomes null. key: of what the
     rows depend on, see `recorded`. Whole or not at all; safe when several processes write.
     """
-    results.mkdir(parents=True, exist_ok=True)
     finite = [without_nan(row) for row in rows]
     if key:
         proof = {"key": key, "sum": digest(finite)}
@@ -83,7 +82,7 @@ def read_metrics(results: Path) -> list[dict]:
     Damaged lines are left out: what they held is measured again. The file as it was is kept beside
     it, and named.
     """
-    path = Path(results) / "metrics.jsonl"
+    path = results / "metrics.jsonl"
     data = path.read_bytes() if path.is_file() else b""
     rows = []
     damaged = []
