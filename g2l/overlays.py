@@ -14,18 +14,19 @@ from g2l.patches import PatchIndex
 from g2l.slides import Slide
 
 GREEN = 0, 140, 60
-MOST_PX = 1600  # of a thumbnail's longer side
 
 
-def write_thumbnail(path: Path, slide: Slide, tiling: Tiling | None = None) -> None:
+def write_thumbnail(
+    path: Path, slide: Slide, tiling: Tiling | None = None, max_side: int = 1600
+) -> None:
     """Thumbnail; of a slide that was tiled with tissue's outline and the grid of patches kept."""
     flat = len(slide.levels) == 1 and slide.width * slide.height > 1e8
-    if tiling and (flat or 2 * max(tiling.image.shape) > MOST_PX):  # no need to read once more
+    if tiling and (flat or 2 * max(tiling.image.shape) > max_side):  # no need to read once more
         image = tiling.image[: int(slide.height / tiling.scale), : int(slide.width / tiling.scale)]
     else:
-        image = slide.thumbnail(MOST_PX)
+        image = slide.thumbnail(max_side)
     picture = Image.fromarray(image)
-    picture.thumbnail((MOST_PX, MOST_PX), Image.Resampling.BOX)
+    picture.thumbnail((max_side, max_side), Image.Resampling.BOX)
     if tiling:
         _draw_grid(picture, tiling, picture.width / slide.width)
     with atomic(path) as temporary:
