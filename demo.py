@@ -27,7 +27,7 @@ from numpy import ndarray
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from g2l.arguments import Help, flag
+from g2l.arguments import flag, parser_of
 from g2l.errors import UserError, exit_status
 from g2l.files import aligned, atomic, write_text
 from g2l.progress import Progress
@@ -557,7 +557,7 @@ def demo(folder: Path, max_steps: int, count: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of demo.py."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    parser = parser_of(__doc__)
     flag(parser, "--folder DIR", "everything is written below it", Path("demo"), type=Path)
     flag(
         parser, "--max-steps N", "steps of distillation; with more, the student becomes better", 150

@@ -31,7 +31,7 @@ import torch.fx.experimental.optimization
 from numpy import ndarray
 
 from g2l import heatmap
-from g2l.arguments import Help, count, flag, whole
+from g2l.arguments import count, flag, in_group, parser_of, whole
 from g2l.devices import (
     MODEL_REMEDIES,
     add_model_arguments,
@@ -182,7 +182,7 @@ def missing(targets: Targets, redo: bool) -> list[int]:
         raise UserError(
             f"{other[0]}, one of {len(other)}, was made from other weights, preprocessing or "
             "patches, or is damaged",
-            mend="redo",
+            "redo",
         )
     return [number for number, state in states.items() if state != "done"]
 
@@ -528,8 +528,8 @@ def place(text: str) -> tuple[int, int]:
 
 def build_parser() -> ArgumentParser:
     """Arguments of embed.py."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    add = functools.partial(flag, parser.add_argument_group("what"))
+    parser = parser_of(__doc__)
+    add = in_group(parser, "what")
     add("--cancer NAME", "cohort: the name given to tile.py", required=True)
     add(
         "--models NAME",
@@ -541,24 +541,21 @@ def build_parser() -> ArgumentParser:
     add("--data DIR", "folder that tile.py filled", Path("data"))
     add("--slides DIR", "folder of the slides, where they are not where tile.py found them")
     add_model_arguments(parser)
-    out = parser.add_argument_group("what to write beside features_<model>/<slide>.h5")
-    flag(out, "--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
-    out.add_argument(
-        "--slide", choices=["mean"], help="one vector a slide too, in features_<model>_mean.h5"
-    )
-    out.add_argument(
+    add = in_group(parser, "what to write beside features_<model>/<slide>.h5")
+    add("--pt", "pt_files/<slide>.pt too, for CLAM, eva and TransMIL")
+    add("--slide", "one vector a slide too, in features_<model>_mean.h5", choices=["mean"])
+    add(
         "--precision-out",
+        "half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
+        "fp32",
         choices=["fp32", "fp16"],
-        default="fp32",
-        help="half the disk; TRIDENT's ABMIL tutorial and all that reads --pt need fp32",
     )
-    out.add_argument(
-        "--format",
-        choices=["stamp"],
-        help="features_<model>_stamp/<slide>.h5 too, as STAMP reads it",
+    add("--format", "features_<model>_stamp/<slide>.h5 too, as STAMP reads it", choices=["stamp"])
+    add(
+        "--redo",
+        "make features anew that came from other weights, preprocessing or patches, that are "
+        "damaged or lack patches",
     )
-    redo = "make features anew that came from other weights, preprocessing or patches, that are "
-    flag(out, "--redo", redo + "damaged or lack patches")
     see = parser.add_argument_group("pictures, below heatmaps/, with GeoJSON for QuPath")
     add = functools.partial(flag, see)
     add("--heatmap SLIDE", "a slide's patches in colours: their features' principal components, or")
@@ -572,7 +569,7 @@ def build_parser() -> ArgumentParser:
         nargs="?",
         const=8,
     )
-    add = functools.partial(flag, parser.add_argument_group("running"))
+    add = in_group(parser, "running")
     add("--input-size PX", "side of the network's input in pixels, if not the published one")
     add("--batch-size N", "patches a forward pass; default: by device and memory")
     add(

@@ -15,39 +15,31 @@ The story: `name_models` and `name_benchmarks` say what is compared, `extract` m
 imported only by what needs it, so that the flags are checked at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from g2l.arguments import Help, add_running_arguments, directory, whole
+from g2l.arguments import add_running_arguments, flag, in_group, parser_of, whole
 from g2l.benchmarks import Benchmark, add_choice_arguments, choices_of
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options
-from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain, one_line
+from g2l.errors import (
+    GO_ON,
+    WORKERS,
+    UserError,
+    exit_status,
+    explain,
+    one_line,
+    rank_of_torchrun,
+    warn,
+)
 from g2l.exports import TOOLS, export
 from g2l.field import TITLES
 from g2l.files import safe
 from g2l.published import PUBLISHED, SECTIONS, at_hand, list_benchmarks, load_benchmarks
-
-# The flags that go to Study as they are.
-STUDY_FLAGS = [
-    "results",
-    "k",
-    "pca_dims",
-    "pca",
-    "folds",
-    "seeds",
-    "paper_splits",
-    "leaks",
-    "protocols",
-    "no_pictures",
-]
 
 TILED = "tile.py {} makes patches of it, which --cancer takes"
 REMEDIES = MODEL_REMEDIES | {
@@ -90,12 +82,9 @@ def name_benchmarks(args: argparse.Namespace) -> list[str]:
     for name in PUBLISHED if args.all else ():
         if at_hand(args.data, name):
             names.append(name)
-        elif name not in names and int(os.environ.get("RANK", 0)) == 0:
-            where = args.data / "benchmarks" / name
-            print(
-                f"benchmark {name} is not in {where}; from {SECTIONS[name]['where from']}",
-                file=sys.stderr,
-            )
+        elif name not in names and rank_of_torchrun() == 0:
+            where = f"{args.data / 'benchmarks' / name}; from {SECTIONS[name]['where from']}"
+            warn(f"benchmark {name} is not in {where}")
     return list(dict.fromkeys(names))
 
 
@@ -139,7 +128,7 @@ def extract(
     """
     from g2l.features import display, readable_rows
 
-    cards: dict[str, dict] = {}
+    cards = {}
     readable: dict[str, dict] = {benchmark.name: {} for benchmark in found}
     for name in models:
         for benchmark in found:
@@ -166,95 +155,88 @@ def show(study: Any, failures: list[str], as_json: bool, on: str) -> None:
     if as_json:
         print(json.dumps([row for row in study.rows if row["benchmark"]]))
     else:
-        report = study.results / "report.html"
-        print(f"{summarize(study)}\n\ntables, pictures and how to read them: {report}")
+        where = f"tables, pictures and how to read them: {study.results / 'report.html'}"
+        print(f"{summarize(study)}\n\n{where}")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    what = parser.add_argument_group("what to compare")
-    what.add_argument(
-        "--models",
+    parser = parser_of(__doc__)
+    add = in_group(parser, "what to compare")
+    registered = "registry names, timm:NAME, or folders such as runs/NAME/student"
+    add("--models NAME", registered, [], nargs="+")
+    add("--teacher NAME", "CKA is measured to it; with --all: h-optimus-0 if at hand")
+    add("--baseline NAME", "student before distillation; with --all: hibou-l if at hand")
+    add(
+        "--benchmarks NAME",
+        f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}",
+        [],
         nargs="+",
-        default=[],
-        metavar="NAME",
-        help="registry names, timm:NAME, or folders such as runs/NAME/student",
-    )
-    teacher = "CKA is measured to it; with --all: h-optimus-0 if at hand"
-    what.add_argument("--teacher", metavar="NAME", help=teacher)
-    before = "student before distillation; with --all: hibou-l if at hand"
-    what.add_argument("--baseline", metavar="NAME", help=before)
-    what.add_argument(
-        "--benchmarks",
-        nargs="+",
-        default=[],
-        metavar="NAME",
         choices=list(PUBLISHED),
-        help=f"published ones, below DATA/benchmarks/NAME: {', '.join(PUBLISHED)}",
     )
-    what.add_argument(
-        "--benchmark",
+    add(
+        "--benchmark DIR",
+        "your own: folders with images and a labels.csv (image,label,group[,center])",
+        [],
         nargs="+",
-        default=[],
-        metavar="DIR",
-        type=directory,
-        help="your own: folders with images and a labels.csv (image,label,group[,center])",
     )
-    everything = (
+    add(
+        "--all",
         "every benchmark whose data, and without --models every model whose weights are at "
+        "hand; says what is missing and where it is",
     )
-    everything += "hand; says what is missing and where it is"
-    what.add_argument("--all", action="store_true", help=everything)
-    figure = "benchmark of Figure 1, or mean; the first measured where it is not"
-    what.add_argument("--figure1", default="tp53", metavar="NAME", help=figure)
-    what.add_argument("--list", action="store_true", help="show the published benchmarks and stop")
-    other = "write what that benchmark needs to evaluate the students of --models, and stop"
-    what.add_argument("--export", choices=list(TOOLS), help=other)
+    add(
+        "--figure1 NAME",
+        "benchmark of Figure 1, or mean; the first measured where it is not",
+        "tp53",
+    )
+    add("--list", "show the published benchmarks and stop")
+    add(
+        "--export",
+        "write what that benchmark needs to evaluate the students of --models, and stop",
+        choices=list(TOOLS),
+    )
     add_choice_arguments(parser)
     add_model_arguments(parser)
     where = parser.add_argument_group("where")
-    data = "its benchmarks/NAME hold published data sets"
-    where.add_argument("--data", default=Path("data"), type=Path, help=data)
+    flag(where, "--data DIR", "its benchmarks/NAME hold published data sets", Path("data"))
     running = add_running_arguments(where, parser.add_argument_group("running"))
-    as_json = "print the metrics as JSON instead of the summary"
-    running.add_argument("--json", action="store_true", help=as_json)
-    add_protocol_arguments(parser.add_argument_group("protocols"))
+    flag(running, "--json", "print the metrics as JSON instead of the summary")
+    add_protocol_arguments(parser)
     return parser
 
 
-def add_protocol_arguments(how) -> None:
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that change numbers."""
-    votes = functools.partial(whole, most=64)
-    more = "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES)
-    how.add_argument(
-        "--protocols",
+    add = in_group(parser, "protocols")
+    add(
+        "--protocols NAME",
+        "beside the paper's; each with its chance level, in table2.md: " + ", ".join(TITLES),
+        [],
         nargs="+",
-        default=[],
-        metavar="NAME",
         choices=list(TITLES),
-        help=more,
     )
-    how.add_argument("--k", type=votes, default=15, help="neighbours that vote, 1 to 64")
-    how.add_argument("--pca-dims", type=whole, default=50, help="principal axes before kNN")
-    how.add_argument(
+    votes = functools.partial(whole, most=64)
+    add("--k N", "neighbours that vote, 1 to 64", 15, type=votes)
+    add("--pca-dims N", "principal axes before kNN", 50)
+    add(
         "--pca",
+        "fit the axes on the training folds, or on everything (leaks; perhaps the paper's way)",
+        "fold",
         choices=["fold", "all"],
-        default="fold",
-        help="fit the axes on the training folds, or on everything (leaks; perhaps the paper's "
-        "way)",
     )
     several = functools.partial(whole, least=2)
-    folds = "folds of kNN; fewer where there are fewer groups"
-    how.add_argument("--folds", type=several, default=10, help=folds)
-    how.add_argument("--seeds", type=whole, default=5, help="6:2:2 splits of the linear probe")
-    loose = "also split without regard to patients, to compare with published numbers"
-    how.add_argument("--paper-splits", action="store_true", help=loose)
-    how.add_argument(
+    add("--folds N", "folds of kNN; fewer where there are fewer groups", 10, type=several)
+    add("--seeds N", "6:2:2 splits of the linear probe", 5)
+    add(
+        "--paper-splits",
+        "also split without regard to patients, to compare with published numbers",
+    )
+    add(
         "--leaks",
-        choices=["exclude", "mark"],
-        default="exclude",
-        help="images of patients or slides that a student was distilled on: leave out for all "
+        "images of patients or slides that a student was distilled on: leave out for all "
         "models, or only mark",
+        "exclude",
+        choices=["exclude", "mark"],
     )
 
 
@@ -279,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
         options["input_size"] = args.input_size
     rank, _, device = setup_distributed(args.device)
     found, failed = load_benchmarks(args.benchmark, published, choices)
-    failures: list[UserError] = list(failed)
+    failures = list(failed)
 
     def embed(name: str, benchmark: Benchmark, together: bool = True) -> Any:
         return features(
@@ -303,18 +285,18 @@ def run(args: argparse.Namespace) -> int:
     leave_distributed()
     if rank != 0:  # the other ranks only share the images
         return 0
+    flags = {
+        name: value for name, value in vars(args).items() if name in Study.__dataclass_fields__
+    }
+    flags |= {"models": list(cards), "teacher": teacher, "baseline": baseline}
     study = Study(
-        **{name: getattr(args, name) for name in STUDY_FLAGS},
-        models=list(cards),
-        teacher=teacher,
-        baseline=baseline,
+        **flags,
         cards=cards,
         device_used=str(device),
-        load=lambda name: loaded_model(name, weights[name], tuple(sorted(options.items()))),
+        load=lambda name: loaded_model(name, weights[name], **options),
     )
     study, lost = evaluate_all(found, readable, embed, study, failures)
-    texts = [one_line(explain(error, REMEDIES) or "") for error in failures]
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(one_line(explain(e, REMEDIES) or "") for e in failures))
     if study.found:
         show(study, texts, args.json, args.figure1)
     return report_failures(texts, lost)

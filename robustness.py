@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import Help, add_running_arguments, count, flag
+from g2l.arguments import add_running_arguments, count, flag, in_group, parser_of
 from g2l.benchmarks import Benchmark, leaked
 from g2l.devices import MODEL_REMEDIES, add_model_arguments, model_options, pick_device
 from g2l.errors import GO_ON, WORKERS, UserError, exit_status, explain
@@ -58,13 +58,13 @@ from g2l.patches import PatchIndex
 from g2l.pathorob import shortcut_rows
 from g2l.pictures import is_drawn, save_figure
 from g2l.plism import compare, interval, load_plism, plism_slides, plism_table, summary
+from g2l.protocols import codes
 from g2l.registry import pretrained_on
 from g2l.report import provenance
 from g2l.results import claim, record
 from g2l.robust import (
     BLIND_WIDTH,
     KS,
-    codes,
     deciding,
     draw_sample,
     fitting,
@@ -121,7 +121,7 @@ class IndexStudy:
         self.benchmark = found
         self.slides = slides
         if found.centers is None:
-            raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
+            raise UserError(f"{folder / 'labels.csv'}: no column center", "centres")
         names = found.labels, found.centers, slides, found.groups
         self.who = np.stack([codes(kind) for kind in names])
         self.labels, self.centers, _, self.groups = self.who
@@ -132,7 +132,7 @@ class IndexStudy:
             raise UserError(
                 f"{found.name}: {classes} classes and {centers} centres; the index sets one "
                 "against the other and needs two of each",
-                mend="design",
+                "design",
             )
         by_group = slides == found.groups and (folder / "labels.csv").is_file()
         self.kin = "of the same group" if by_group else "on the same slide"
@@ -159,7 +159,7 @@ class IndexStudy:
         found = self.benchmark
         self.pool = pool
         if not len(pool):
-            raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
+            raise UserError(f"{found.name}: the students saw every patient of it", "seen")
         for seed in range(args.seed, args.seed + (args.samples if args.per_class else 1)):
             classes, centers, slides = self.who[:3, pool]
             rows = draw_sample(classes, centers, slides, args.per_class, args.per_center, seed)
@@ -187,10 +187,10 @@ class IndexStudy:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
             if min(classes, centers) < 2 or len(sample) <= KS[0]:
                 lack = f"a sample has fewer than two classes, two centres or {KS[0] + 1} patches"
-                raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
+                raise UserError(f"{self.benchmark.name}: {lack}", "sample")
             if slides < 2:
                 lack = f"slide {self.slides[sample[0]]}, whose own are no neighbours"
-                raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
+                raise UserError(f"{self.benchmark.name}: all patches are of {lack}", "slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
 
@@ -211,8 +211,12 @@ class IndexStudy:
             f"data of {found.name}": digest(read),
             f"patches of {found.name}, {settings}": digest(drawn),
         }
-        base = {"benchmark": found.name, "protocol": "robustness", "settings": settings}
-        return base | {"proof": proof}
+        return {
+            "benchmark": found.name,
+            "protocol": "robustness",
+            "settings": settings,
+            "proof": proof,
+        }
 
     def measure(self) -> Iterator[dict]:
         """Rows of results of chance and every model, sample by sample, then of each class and
@@ -239,13 +243,13 @@ class IndexStudy:
             for (i, kind), name in itertools.product(enumerate(kinds), self.counts):
                 drawn = zip(self.counts[name], self.samples, strict=True)
                 each = [index_of(c[:, target[s] == i, k - 1].sum(1)) for c, s in drawn]
-                row = {
+                yield {
                     "model": name,
                     "metric": f"index_by_{field}",
                     field: kind,
                     "k": k,
+                    "value": np.mean(each),
                 }
-                yield row | {"value": np.mean(each)}
 
     def shortcuts(self) -> Iterator[dict]:
         """Rows of PathoROB's other measures, on the patches of all samples."""
@@ -265,8 +269,14 @@ class IndexStudy:
             cell = (self.labels == i) & (self.centers == j)
             drawn = int(cell[self.samples[0]].sum())
             there = int(cell[self.pool].sum())
-            row = {"model": "data", "metric": "cell", "class": kind, "center": site}
-            yield row | {"value": drawn, "available": there}
+            yield {
+                "model": "data",
+                "metric": "cell",
+                "class": kind,
+                "center": site,
+                "value": drawn,
+                "available": there,
+            }
         shares = [deciding(*self.who[:3, sample]) for sample in self.samples]
         yield {"model": "data", "metric": "deciding", "value": np.mean(shares)}
 
@@ -318,10 +328,8 @@ def study(args: Namespace, load: dict) -> int:
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
-    gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
-    if gathered is None:
-        return 0
-    arrays, fine, cards, failures = gathered
+    drawn = index.draw(np.flatnonzero(unseen))
+    arrays, fine, cards, failures = gather([drawn], args, load)
     index.take({model: parts[0] for model, parts in arrays.items()}, fine)
     base = index.base()
     rows = [*index.measure(), *index.design()]
@@ -361,11 +369,11 @@ def study(args: Namespace, load: dict) -> int:
 
 def gather(
     parts: list[Benchmark], args: Namespace, load: dict
-) -> tuple[dict, ndarray, dict, list[str]] | None:
+) -> tuple[dict, ndarray, dict, list[str]]:
     """Features (n, dim) of each part by model, rows (n,) that all models could read in all parts,
     cards of the models, and what failed.
 
-    Under torchrun all ranks share the images, then one goes on alone: None on the others.
+    Under torchrun all ranks share the images, then one goes on alone: the others end here.
     """
     from g2l.ranks import leave_distributed, setup_distributed
 
@@ -386,7 +394,7 @@ def gather(
         raise UserError("; ".join(failures))
     leave_distributed()
     if rank:
-        return None
+        sys.exit()
     fine = np.all([np.isfinite(array).all(1) for read in x.values() for array in read], 0)
     return x, fine, cards, failures
 
@@ -398,7 +406,7 @@ def some_patches(args: Namespace) -> Benchmark:
         stream = (index.draw(args.seed, n) for n in range(20 * args.patches))
         rows = list(dict.fromkeys(stream))[: args.patches]
         places = [(index.slides[slide], row) for slide, row in map(index.locate, rows)]
-        files: list[Path] = []
+        files = []
         table = read_rows(index.folder)
         for slide, _ in places:  # another slide, file of coordinates or shard: other patches
             coordinates = index.folder / "patches" / f"{slide}_patches.h5"
@@ -414,10 +422,9 @@ def some_patches(args: Namespace) -> Benchmark:
 def shifted(patches: Benchmark, kind: str, strength: float) -> Benchmark:
     """The same patches, each changed in one way."""
     source = patches.images
-    files = getattr(source, "files", ())
-    rule = getattr(source, "rule", "")
     change = partial(shift, kind=kind, strength=strength)
-    images = ImageSource(source, change, files, f"{rule} {kind} {strength:g}")
+    rule = f"{getattr(source, 'rule', '')} {kind} {strength:g}"
+    images = ImageSource(source, change, getattr(source, "files", ()), rule)
     return dataclasses.replace(patches, name=f"{patches.name}-{kind}{strength:g}", images=images)
 
 
@@ -434,10 +441,7 @@ def perturb(args: Namespace, load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, fine, _, failures = gathered
+    x, fine, _, failures = gather(parts, args, load)
     found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
@@ -479,10 +483,7 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
 def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
-    gathered = gather(parts, args, load)
-    if gathered is None:
-        return 0
-    x, fine, _, failures = gathered
+    x, fine, _, failures = gather(parts, args, load)
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)
     width = (len(fine), BLIND_WIDTH)
@@ -502,11 +503,11 @@ def plism(args: Namespace, load: dict) -> int:
     gains = {}
     for one, other in itertools.combinations(list(draws)[:-1], 2):
         gains[one, other] = interval(draws[one] - draws[other], blocks)
-    pieces = len(np.unique(blocks))
     text = plism_table(
         found,
         gains,
-        f"{len(blocks)} tiles of {pieces} blocks of tissue in each of {len(parts)} slides, "
+        f"{len(blocks)} tiles of {len(np.unique(blocks))} blocks of tissue in each of "
+        f"{len(parts)} slides, "
         f"{kinds.shape[1]} pairs of slides.",
     )
     out = args.results / "robustness" / "plism.md"
@@ -517,7 +518,7 @@ def plism(args: Namespace, load: dict) -> int:
 
 def add_index_arguments(parser: ArgumentParser) -> None:
     """Flags on which patches are drawn and how they are compared."""
-    add = partial(flag, parser.add_argument_group("sampling"))
+    add = in_group(parser, "sampling")
     add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
     add("--per-center", "so many of each class and centre instead")
     add("--samples N", "number of seeded samples, which show the spread", 5)
@@ -528,7 +529,7 @@ def add_index_arguments(parser: ArgumentParser) -> None:
     )
     add("--patch-size PX", "TIGER: side of a patch, px of 0.5 µm", 224)
     add("--min-fraction SHARE", "TIGER: how much of a patch its class must cover", 0.75)
-    add = partial(flag, parser.add_argument_group("index"))
+    add = in_group(parser, "index")
     add(
         "--include-same-slide",
         "let neighbours come from the patch's own slide, as the paper seems to; it raises the "
@@ -539,9 +540,7 @@ def add_index_arguments(parser: ArgumentParser) -> None:
 
 def add_shift_arguments(parser: ArgumentParser) -> None:
     """Flags of the shifts of stain and scanner."""
-    add = partial(
-        flag, parser.add_argument_group("shifts of stain and scanner, instead of the index")
-    )
+    add = in_group(parser, "shifts of stain and scanner, instead of the index")
     add(
         "--perturb KIND",
         f"change patches and follow the features: {', '.join(SHIFTS)}; needs no centres, any "
@@ -562,7 +561,7 @@ def add_shift_arguments(parser: ArgumentParser) -> None:
 
 def build_parser() -> ArgumentParser:
     """The command line of this script."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser = parser_of(__doc__)
     flag(
         parser,
         "--models NAME",
@@ -584,9 +583,7 @@ def build_parser() -> ArgumentParser:
     add_index_arguments(parser)
     add_shift_arguments(parser)
     run = add_running_arguments(where, parser.add_argument_group("running"))
-    run.add_argument(
-        "--map", default="tsne", choices=["tsne", "pca"], help="layout of the embedding map"
-    )
+    flag(run, "--map", "layout of the embedding map", "tsne", choices=["tsne", "pca"])
     return parser
 
 
@@ -596,7 +593,7 @@ def run(args: Namespace) -> int:
 
     models = args.models or models_at_hand(args.weights or (), args.runs)
     if not models:
-        raise UserError("no model is named and none is at hand", mend="models")
+        raise UserError("no model is named and none is at hand", "models")
     check_names(models)
     claim(args.results, origins_of(models))
     options = model_options(args)

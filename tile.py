@@ -28,7 +28,7 @@ from time import perf_counter
 
 from PIL import Image
 
-from g2l.arguments import Help, count, flag, positive, whole
+from g2l.arguments import Help, count, in_group, positive, whole
 from g2l.cohort import (
     Cohort,
     CohortSlide,
@@ -39,7 +39,15 @@ from g2l.cohort import (
     select,
     slide_of,
 )
-from g2l.errors import PatchError, SkippedSlide, UserError, disk_full, exit_status, explain
+from g2l.errors import (
+    PatchError,
+    SkippedSlide,
+    UserError,
+    disk_full,
+    exit_status,
+    explain,
+    rank_of_torchrun,
+)
 from g2l.files import flush, locked, write_text
 from g2l.gdc import ask_gdc, downloaded_mark
 from g2l.overlays import write_contact_sheet
@@ -99,10 +107,10 @@ def build_parser() -> ArgumentParser:
         "Run the same command again at any time: it does only what is missing.",
         formatter_class=Help,
     )
-    add_cohort_arguments(parser.add_argument_group("cohort"))
-    add_grid_arguments(parser.add_argument_group("magnification"))
+    add_cohort_arguments(parser)
+    add_grid_arguments(parser)
     add_patch_arguments(parser)
-    add = functools.partial(flag, parser.add_argument_group("slides that are served"))
+    add = in_group(parser, "slides that are served")
     add(
         "--download",
         "fetch the slides of a TCGA project, as many at a time as there are --workers",
@@ -124,8 +132,8 @@ def build_parser() -> ArgumentParser:
         "--download and --save-patches)",
     )
     add("--gdc-url URL", "address of the server", "https://api.gdc.cancer.gov")
-    flag(
-        parser.add_argument_group("work"),
+    add = in_group(parser, "work")
+    add(
         "--workers N",
         "processes, of up to 1 GB each (default: one per CPU, at most 16); to use several "
         "machines, start this script by torchrun on a shared disk",
@@ -133,9 +141,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def add_cohort_arguments(group) -> None:
+def add_cohort_arguments(parser: ArgumentParser) -> None:
     """Which slides."""
-    add = functools.partial(flag, group)
+    add = in_group(parser, "cohort")
     add(
         "--cancer NAME",
         "a TCGA project (brca, prad, ...) or any name of yours; output goes to DATA/tiles/NAME",
@@ -154,11 +162,11 @@ def add_cohort_arguments(group) -> None:
         "TCGA barcode, else all up to and including the first part between underscores that holds "
         "a digit (P1 for P1_a, case_001 for case_001_HE)",
     )
-    group.add_argument(
+    add(
         "--strategy",
-        choices=("diagnostic", "tissue", "both"),
-        help="which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
+        "which sections of TCGA: diagnostic (paraffin, DX), tissue (frozen: TS, BS, MS), or "
         "both, paraffin first (default: diagnostic with --download, both for slides at hand)",
+        choices=("diagnostic", "tissue", "both"),
     )
     add(
         "--exclude FILE",
@@ -174,9 +182,9 @@ def add_cohort_arguments(group) -> None:
     add("--seed N", "another seed draws another sample", 0, type=int)
 
 
-def add_grid_arguments(group) -> None:
+def add_grid_arguments(parser: ArgumentParser) -> None:
     """How patches lie on a slide."""
-    add = functools.partial(flag, group)
+    add = in_group(parser, "magnification")
     add(
         "--mpp UM",
         "µm per pixel of the patches; slides within 20 %% of it are taken as they are (0.25 is "
@@ -203,7 +211,7 @@ def add_grid_arguments(group) -> None:
 
 def add_patch_arguments(parser: ArgumentParser) -> None:
     """Which patches are kept, and what is written of them."""
-    add = functools.partial(flag, parser.add_argument_group("tissue and quality of a patch"))
+    add = in_group(parser, "tissue and quality of a patch")
     add("--min-tissue SHARE", "least share of tissue", 0.5)
     add(
         "--max-pen SHARE",
@@ -221,7 +229,7 @@ def add_patch_arguments(parser: ArgumentParser) -> None:
         "your own outlines of the tissue: <slide>.geojson (from QuPath), or an image of the whole "
         "slide that is not 0 in tissue",
     )
-    add = functools.partial(flag, parser.add_argument_group("patches on disk"))
+    add = in_group(parser, "patches on disk")
     add(
         "--save-patches",
         "also write the patches as JPEG files to DATA/tiles/NAME/shards (WebDataset tars; 10 to "
@@ -238,15 +246,14 @@ def add_patch_arguments(parser: ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status. Under torchrun rank 0 speaks for all."""
     args = build_parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", 0))
-    with contextlib.redirect_stdout(None if rank else sys.stdout):
+    with contextlib.redirect_stdout(None if rank_of_torchrun() else sys.stdout):
         return exit_status(functools.partial(run, args), REMEDIES)
 
 
 def run(args: Namespace) -> int:
     """From flags to slides.csv; 1 where a slide failed or the download was declined."""
     check(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_of_torchrun(), int(os.environ.get("WORLD_SIZE", 1))
     job, workers = job_of(args), args.workers or cpu_share()
     damaged: list[str] = []
     known = read_rows(job.folder, damaged)
@@ -500,7 +507,7 @@ def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
     A slide whose reader takes the process down (some damaged files do) is recorded as failed.
     """
     busy, fetched = [], 0
-    shown = not int(os.environ.get("RANK", 0))
+    shown = rank_of_torchrun() == 0
     with (
         Progress(len(slides), "slide", interval=60, shown=shown) as progress,
         Pool(functools.partial(do_slide, job), workers) as pool,
@@ -513,8 +520,8 @@ def work_through(slides: Cohort, job: Job, workers: int) -> Cohort:
             elif kind == "died":
                 why = "an error of this program ended it, printed above"
                 if content < 0:
-                    name = signal.Signals(-content).name
-                    why = f"its reader died ({name}): damaged, or too little memory"
+                    name = f"({signal.Signals(-content).name})"
+                    why = f"its reader died {name}: damaged, or too little memory"
                 row = first_facts(slide, job) | {"reason": why}
                 write_rows(job.folder, [row])
                 tell_slide(progress, row)

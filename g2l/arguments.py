@@ -77,18 +77,23 @@ KINDS: dict[str, Callable[[str], Any]] = {
 
 def flag(group, usage: str, help: str, default: Any = None, **options) -> None:
     """Add a flag to a parser or group: "--mpp UM" takes a value of that kind (see KINDS; text where
-    it names none), "--yes" takes none. `options` are those of add_argument.
+    it names none), "--yes" takes none but one of `choices`. `options` are those of add_argument.
     """
     name, _, kind = usage.partition(" ")
-    if kind:
-        options = {
-            "type": KINDS.get(kind),
-            "metavar": kind,
-            "default": default,
-        } | options
-    else:
-        options["action"] = "store_true"
-    group.add_argument(name, help=help, **options)
+    taken: dict[str, Any] = {"action": "store_true"}
+    if kind or "choices" in options:
+        taken = {"type": KINDS.get(kind), "metavar": kind or None, "default": default}
+    group.add_argument(name, help=help, **taken | options)
+
+
+def in_group(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """What adds flags to a new group of a parser; see `flag`."""
+    return functools.partial(flag, parser.add_argument_group(title))
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A command's parser, described by the first paragraph of its docstring."""
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=Help)
 
 
 def add_running_arguments(where, run):

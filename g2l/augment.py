@@ -56,9 +56,9 @@ def draw_params(
     centre = np.array([1, 1, 1, 0])  # hue is shifted, the others are scaled
     low = centre - JITTER
     high = centre + JITTER
-    factors = low + (high - low) * u[:, 5:9]
+    factors = (low + (high - low) * u[:, 5:9]).astype(np.float32)
     low, high = BLUR_SIGMA
-    sigma = low + (high - low) * u[:, 14]
+    sigma = (low + (high - low) * u[:, 14]).astype(np.float32)
     corners = (u[:, :2] * span).astype(np.int64)
     top, left = corners.T
     hflip, vflip = u[:, 2:4].T < FLIP_P
@@ -69,11 +69,7 @@ def draw_params(
     number = first + np.arange(count)
     arrays = [top, left, hflip, vflip, jitter, factors, order, blur, sigma]
     arrays += [number, unknown, unknown]
-    found = Params(*map(torch.from_numpy, arrays))
-    return found._replace(
-        factors=found.factors.float(),
-        sigma=found.sigma.float(),
-    )
+    return Params(*map(torch.from_numpy, arrays))
 
 
 def augment(images: Tensor, crop: int, params: Params) -> Tensor:
@@ -211,21 +207,21 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor, size: int = BLUR_SIZE) -> Tensor:
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of each image (B, 3, H, W) with its own sigma (B,), edges reflected.
 
-    size x size taps. Shifted sums are eight times as fast as conv2d on a CPU.
+    BLUR_SIZE x BLUR_SIZE taps. Shifted sums are eight times as fast as conv2d on a CPU.
     """
-    offsets = torch.arange(size, dtype=torch.float32) - size // 2
+    offsets = torch.arange(BLUR_SIZE, dtype=torch.float32) - BLUR_SIZE // 2
     exponents = -0.5 * (offsets / sigma[:, None].float().cpu()) ** 2
     taps = torch.softmax(exponents, dim=1)  # exp, divided by its sum
     taps = _send(taps, x.device).to(x.dtype)
     weights = taps[..., None, None, None].unbind(1)
     sides = x.shape
-    x = F.pad(x, (size // 2,) * 4, mode="reflect")
+    x = F.pad(x, (BLUR_SIZE // 2,) * 4, mode="reflect")
     for axis in (2, 3):
         source = x
         x = source.narrow(axis, 0, sides[axis]) * weights[0]
-        for i in range(1, size):
+        for i in range(1, BLUR_SIZE):
             x.addcmul_(source.narrow(axis, i, sides[axis]), weights[i])
     return x

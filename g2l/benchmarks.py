@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from g2l.arguments import flag
+from g2l.arguments import in_group
 from g2l.cohort import hashed, hashed_cohort, patient_of
 from g2l.errors import UserError, warn
 from g2l.files import files_below, read_json, read_table
@@ -89,7 +89,7 @@ class Choices:
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Choices; `choices_of` reads them."""
-    add = functools.partial(flag, parser.add_argument_group("slides and regions of benchmarks"))
+    add = in_group(parser, "slides and regions of benchmarks")
     add(
         "--cancer NAME",
         "take the patches of slides, and features by embed.py, from these cohorts of tile.py",
@@ -122,7 +122,7 @@ def choices_of(
 ) -> Choices:
     """What the flags say; patients that students among the models have seen are not drawn."""
     flags = {name: value for name, value in vars(args).items() if hasattr(Choices, name)}
-    seen: set[str] = set()
+    seen = set()
     for name in models:
         seen |= cohort_of({"metadata": read_json(Path(name) / "config.json").get("g2l", {})})
     return Choices(**flags, seen=seen, remedies=remedies)
@@ -160,10 +160,9 @@ def load_folder(folder: Path) -> Benchmark:
     )
     ids = [row["image"] for row in rows]
     classes = sorted({row["label"] for row in rows})
-    name = folder.resolve().name
     images = ImageFiles(files_of(table, ids, [row.get("mask", "") for row in rows]))
     labelled = [(row["image"], row["label"], row["group"]) for row in rows]
-    made = make_benchmark(name, "patch", images, labelled, classes, table)
+    made = make_benchmark(folder.resolve().name, "patch", images, labelled, classes, table)
     if "center" in rows[0]:
         made.centers = [row["center"] for row in rows]
     if "mask" in rows[0]:
@@ -181,9 +180,9 @@ def files_of(table: Path, ids: list[str], masks: list[str]) -> list[Path]:
     files = [Path(os.path.normpath(folder / name)) for name in ids]
     twice = [file for file, count in Counter(files).items() if count > 1]
     if twice:
-        first = ids[files.index(twice[0])]
         raise UserError(
-            f"{table}: {len(twice)} images are listed more than once, first {first}; list each once"
+            f"{table}: {len(twice)} images are listed more than once, first "
+            f"{ids[files.index(twice[0])]}; list each once"
         )
     if not any(file.is_file() for file in files):
         raise UserError(
@@ -218,18 +217,24 @@ def make_benchmark(
     """
     if not rows:
         found = "".join(f"; {note}" for note in notes)
-        raise UserError(f"{root}: no labelled images of {name} in it{found}", mend="benchmark data")
+        raise UserError(f"{root}: no labelled images of {name} in it{found}", "benchmark data")
     for image, label, _ in rows:
         if label not in classes:
-            known = ", ".join(classes)
-            raise UserError(f"{root}: {image} is labelled {label}; {name} knows {known}")
+            known = f"{name} knows {', '.join(classes)}"
+            raise UserError(f"{root}: {image} is labelled {label}; {known}")
     table = root / "patients.csv"
     if table.is_file():
         lines = read_table(table, ("group", "patient"))
         patients = {row["group"]: row["patient"] for row in lines}
     ids, kinds, groups = map(list, zip(*rows, strict=True))
     if patients:
-        groups = patients_of(groups, patients, root)
+        lost = sorted(set(groups) - set(patients))
+        if lost:
+            raise UserError(
+                f"{root}: its table of patients has no patient for {len(lost)} groups, first "
+                f"{lost[0]}; add them"
+            )
+        groups = [patients[group] for group in groups]
     return Benchmark(
         name,
         level,
@@ -242,17 +247,6 @@ def make_benchmark(
         origin=str(root.resolve()),
         unit="patient" if patients else "",
     )
-
-
-def patients_of(groups: list[str], patients: Mapping[str, str], root: Path) -> list[str]:
-    """The patient of each group; UserError for one that has none."""
-    lost = sorted(set(groups) - set(patients))
-    if lost:
-        raise UserError(
-            f"{root}: its table of patients has no patient for {len(lost)} groups"
-            f", first {lost[0]}; add them"
-        )
-    return [patients[group] for group in groups]
 
 
 def cohort_of(about: dict) -> set[str]:

@@ -138,7 +138,7 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
     """A name for each slide: its stem; where several share it, with the folder or the suffix, until
     it is one's own.
     """
-    names: dict[str, Path] = {}
+    names = {}
     stems = Counter(slide_name(path) for path in paths)
     for path in paths:
         stem = slide_name(path)

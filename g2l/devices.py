@@ -9,7 +9,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from g2l.arguments import flag
+from g2l.arguments import in_group
 from g2l.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ def pick_device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):  # ROCm is cuda too
-        raise UserError(f"device {device}: expected cpu, cuda, cuda:N or auto", mend="device")
+        raise UserError(f"device {device}: expected cpu, cuda, cuda:N or auto", "device")
     if chosen.type == "cpu":
         return chosen
     if not torch.cuda.is_available():
-        raise UserError(f"device {device}: PyTorch sees no GPU here", mend="no gpu")
+        raise UserError(f"device {device}: PyTorch sees no GPU here", "no gpu")
     index = int(os.environ.get("LOCAL_RANK", 0)) if chosen.index is None else chosen.index
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(
             f"cuda:{index}: this machine has {count} GPUs, and each takes one process of torchrun",
-            mend="device",
+            "device",
         )
     return torch.device("cuda", index)
 
@@ -91,29 +91,30 @@ def describe_device(device: torch.device) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads models; `model_options` turns them into arguments."""
-    group = parser.add_argument_group("models")
-    flag(
-        group,
+    add = in_group(parser, "models")
+    add(
         "--weights [NAME=]FILE",
         "weights by model: a safetensors or .bin file, a folder, or `random`; default: the hub's "
         "cache, or the hub",
         nargs="+",
         action="extend",
     )
-    flag(group, "--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
-    group.add_argument(
+    add("--device NAME", "cpu, cuda or cuda:1; auto takes a GPU if there is one", "auto")
+    add(
         "--precision",
-        default="auto",
+        "of matrix products; auto is fp32 on a CPU and the model's own half precision on a GPU; "
+        "bf16 doubles the speed of recent CPUs too",
+        "auto",
         choices=list(PRECISIONS),
-        help="of matrix products; auto is fp32 on a CPU and the model's own half precision on a "
-        "GPU; bf16 doubles the speed of recent CPUs too",
     )
-    flag(group, "--compile", "compile models with torch.compile (a minute of start)")
+    add("--compile", "compile models with torch.compile (a minute of start)")
 
 
 def model_options(args: argparse.Namespace) -> dict:
     """Keyword arguments for `load_model` from the flags of `add_model_arguments`."""
     import torch
 
-    dtype = getattr(torch, PRECISIONS[args.precision], None)
-    return dict(device=pick_device(args.device), dtype=dtype, compile=args.compile)
+    options = {"device": pick_device(args.device), "compile": args.compile}
+    if PRECISIONS[args.precision]:
+        options["dtype"] = getattr(torch, PRECISIONS[args.precision])
+    return options

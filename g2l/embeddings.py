@@ -20,7 +20,7 @@ from numpy import ndarray
 from g2l.errors import UserError
 from g2l.files import atomic, check_room, digest, flush, locked
 from g2l.models import Model
-from g2l.patches import open_h5
+from g2l.patches import new_h5, open_h5
 
 PIECE = 16384  # patches of a part at most: 100 MB of 1,536 numbers
 SAME = "level0_mpp", "slide_bytes"  # attributes that differ where equal places are other tissue
@@ -60,12 +60,9 @@ class Coordinates:
     @functools.cached_property
     def key(self) -> str:
         """Changes when the patches would."""
-        size = (
-            self.attributes.get("patch_size"),
-            self.attributes.get("patch_size_level0"),
-        )
+        sides = [int(self.attributes.get(f"patch_size{end}", 0)) for end in ("", "_level0")]
         pixels = hashlib.sha256(np.ascontiguousarray(self.coords).data).hexdigest()
-        return digest(pixels, [int(value or 0) for value in size])
+        return digest(pixels, sides)
 
 
 @dataclass(eq=False)
@@ -139,22 +136,20 @@ class SlideFeatures:
         start = 0
         for made in exports_of(self.path):  # of earlier features
             made.unlink(missing_ok=True)
-        with atomic(self.path) as temporary:
-            check_room(temporary, len(rows) * (4 * width + 32))
-            with open_h5(temporary, "w") as file:
-                # Contiguous: read ten times as fast as TRIDENT's chunks.
-                features = file.create_dataset("features", (len(rows), width), self.origin.stored)
-                for part in parts:
-                    block = np.load(part)["features"].astype(self.origin.stored)
-                    features[start : start + len(block)] = block
-                    checksum.update(block.data)
-                    start += len(block)
-                features.attrs.update(name=self.slide, savetodir=str(self.path.parent))
-                coords = file.create_dataset("coords", data=self.where.coords[rows])
-                coords.attrs.update(self.where.attributes)
-                file["unreadable"] = np.delete(self.where.coords, rows, 0)
-                file.attrs.update(asdict(self.origin), sha256=checksum.hexdigest())
-            flush(temporary)
+        with new_h5(self.path, len(rows) * (4 * width + 32)) as file:
+            # Contiguous: read ten times as fast as TRIDENT's chunks.
+            features = file.create_dataset("features", (len(rows), width), self.origin.stored)
+            for part in parts:
+                block = np.load(part)["features"].astype(self.origin.stored)
+                features[start : start + len(block)] = block
+                checksum.update(block.data)
+                start += len(block)
+            features.attrs.update(name=self.slide, savetodir=str(self.path.parent))
+            coords = file.create_dataset("coords", data=self.where.coords[rows])
+            coords.attrs.update(self.where.attributes)
+            file["unreadable"] = np.delete(self.where.coords, rows, 0)
+            file.attrs.update(asdict(self.origin), sha256=checksum.hexdigest())
+        flush(self.path)
 
 
 def read_features(path: Path) -> tuple[ndarray, ndarray]:
@@ -200,21 +195,17 @@ def write_stamp(path: Path, features: ndarray, where: Coordinates, model: str) -
     about = where.attributes
     mpp = float(about["level0_mpp"])
     side = mpp * int(about["patch_size_level0"])
-    with atomic(path) as temporary:
-        check_room(temporary, features.nbytes + where.coords.nbytes)
-        with open_h5(temporary, "w") as file:
-            file["feats"] = features
-            file["coords"] = where.coords * mpp
-            file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
-            file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
-            file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
+    with new_h5(path, features.nbytes + where.coords.nbytes) as file:
+        file["feats"] = features
+        file["coords"] = where.coords * mpp
+        file.attrs.update(unit="um", tile_size=side, tile_size_um=side, feat_type="tile")
+        file.attrs.update(tile_size_px=int(about["patch_size"]), extractor=model)
+        file.attrs["stamp_version"] = "2.0.0"  # the first with this layout: no reader is older
 
 
 def write_means(path: Path, names: list[tuple[str, str]], means: ndarray) -> None:
     """One vector a slide: h5 with `features` (S, D), and `slides` and `patients` by `names`."""
     slides, patients = zip(*names, strict=True)
-    with atomic(path) as temporary:
-        check_room(temporary, means.nbytes)
-        with open_h5(temporary, "w") as file:
-            file["features"] = means.astype(np.float32)
-            file["slides"], file["patients"] = slides, patients
+    with new_h5(path, means.nbytes) as file:
+        file["features"] = means.astype(np.float32)
+        file["slides"], file["patients"] = slides, patients

@@ -65,7 +65,6 @@ def one_line(text: str) -> str:
 def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     """What a user is told of an error; None where it is a fault of this program."""
     text = str(error)
-    kind = type(error).__name__
     if isinstance(error, UserError):
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
@@ -74,7 +73,7 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     if isinstance(error, OSError) or disk_full(error) or "I/O error" in text:
         cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
         return f"{cause} and {GO_ON}"
-    if kind == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":
         return f"{text.split('. ')[0]}; {remedies.get('memory', 'take a smaller batch')}"
     lost = "WORLD_SIZE" in os.environ and re.search("onnection|imed out", text)
     if lost and isinstance(error, RuntimeError):
@@ -87,10 +86,15 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def rank_of_torchrun() -> int:
+    """This process's number among those that torchrun started; 0 speaks for all."""
+    return int(os.environ.get("RANK", 0))
+
+
 def say_error(text: str) -> None:
     """One line on standard error, with the rank where there are several."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ['RANK']}: " if several else ""
+    rank = f"rank {rank_of_torchrun()}: " if several else ""
     lines = "\n".join(map(one_line, text.split("\n")))
     warn(f"error: {rank}{lines}")
 

@@ -7,11 +7,8 @@ of its inputs is not measured again. Features are the largest thing in memory: `
 of one model when its turn comes.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +19,7 @@ from numpy import ndarray
 
 from g2l.benchmarks import Benchmark, cohort_of, leaked
 from g2l.dense import dense_rows
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.features import data_stamp, display
 from g2l.field import PROTOCOLS, Given
 from g2l.files import digest, safe
@@ -34,6 +31,7 @@ from g2l.protocols import (
     BLIND_WIDTH,
     by_lot,
     cka_rows,
+    codes,
     macro_auc,
     nearest,
     paired,
@@ -91,7 +89,7 @@ def without_leaks(
                 f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
             )
     if not keep.any():
-        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", "leaks")
     return keep, notes, marked
 
 
@@ -126,8 +124,13 @@ def describe_design(benchmark: Benchmark, folds: int) -> tuple[dict, list[str]]:
     if groups < folds:
         few = "; too few for the probe's 6:2:2" if groups < 5 else ""
         notes.append(f"{groups} groups: as many folds at most{few}")
-    about = {"level": benchmark.level, "classes": classes, "counts": counts.tolist()}
-    return about | {"groups": groups}, notes
+    about = {
+        "level": benchmark.level,
+        "classes": classes,
+        "counts": counts.tolist(),
+        "groups": groups,
+    }
+    return about, notes
 
 
 def make_folds(benchmark: Benchmark, study: Study) -> Folds:
@@ -135,11 +138,9 @@ def make_folds(benchmark: Benchmark, study: Study) -> Folds:
     folds = {}
     for ending, grouped in {"": True, "-ungrouped": False}.items():
         if grouped or study.paper_splits:
-            labels = benchmark.labels
-            groups = benchmark.groups
-            own = split(labels, groups, study.folds, grouped=grouped)
-            tenths = own if study.folds == 10 else split(labels, groups, 10, grouped=grouped)
-            folds[ending] = own, tenths
+            cut = functools.partial(split, benchmark.labels, benchmark.groups, grouped=grouped)
+            own = cut(study.folds)
+            folds[ending] = own, own if study.folds == 10 else cut(10)
     return folds
 
 
@@ -179,10 +180,10 @@ def predict(
                 "fold": fold,
                 "knn": guess,
                 "neighbors": neighbors.astype(np.int32),
+                "scores": scores.reshape(-1, len(labels), classes),
             }
-            predictions["scores"] = scores.reshape(-1, len(labels), classes)
             if study.protocols:
-                group = np.unique(benchmark.groups, return_inverse=True)[1]
+                group = codes(benchmark.groups)
                 patients = int(group.max()) + 1
                 given = Given(
                     x=x,
@@ -270,8 +271,8 @@ def blind_rows(benchmark: Benchmark, folds: Folds, study: Study) -> list[dict]:
             if np.isfinite(row["value"]):
                 found.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
         for (protocol, metric), values in found.items():
-            row = {"protocol": protocol, "metric": metric, "draw": draw}
-            rows.append(row | {"value": np.mean(values)})
+            value = np.mean(values)
+            rows.append({"protocol": protocol, "metric": metric, "draw": draw, "value": value})
     return rows
 
 
@@ -324,7 +325,7 @@ def measure_models(
             save_predictions(path, key, known)
             what = ", ".join(["kNN", "linear probe", *study.protocols])
             took = f"{what}: {time.perf_counter() - start:.1f} s"
-            print(f"{shown} on {benchmark.name}: {took}", file=sys.stderr)
+            warn(f"{shown} on {benchmark.name}: {took}")
         predictions[name] = known
         rows += found
     del predictions["chance"]
@@ -335,14 +336,13 @@ def compare_models(
     benchmark: Benchmark, load: Load, predictions: Predictions, study: Study
 ) -> list[dict]:
     """Rows of results on pairs of models: CKA of all, differences to teacher and baseline."""
-    labels = benchmark.labels
     groups = benchmark.groups
     teacher = study.teacher
     x = {name: load(name) for name in predictions}
     rows = cka_rows(x, groups, teacher, study.device_used, study.baseline)
     figures = {}
     for name, known in predictions.items():
-        figures[name] = resampled(known, labels, groups)
+        figures[name] = resampled(known, benchmark.labels, groups)
         measures = zip(known.get("measures", ()), known.get("resampled", ()), strict=True)
         for kind, values in measures:
             figures[name][str(kind)] = values, len(set(groups)), 1
@@ -381,8 +381,10 @@ def evaluate_benchmark(
     compared = recorded(study.results, key)
     if not compared:
         new = compare_models(benchmark, load_kept, predictions, study)
-        data: dict = {"model": "data", "benchmark": benchmark.name, "protocol": "data"}
-        data |= {
+        data = {
+            "model": "data",
+            "benchmark": benchmark.name,
+            "protocol": "data",
             "metric": "images",
             "value": len(benchmark),
             "notes": notes,
@@ -418,9 +420,7 @@ def evaluate_all(
         each = readable[benchmark.name]
         if not each:
             continue
-        unreadable = [int((~kept).sum()) for kept in each.values()]
-        if any(unreadable):
-            lost[benchmark.name] = max(unreadable)
+        lost[benchmark.name] = max(int((~kept).sum()) for kept in each.values())
         load = functools.partial(embed, benchmark=benchmark, together=False)
         try:
             new = evaluate_benchmark(benchmark, each, load, study)
@@ -441,18 +441,25 @@ def without_patches(
         return []
     text = f"abmil on {benchmark.name}: no features of the patches of every slide by"
     lacking = [name for name in models if display(name) not in measured]
-    return [UserError(f"{text} {display(name)}", mend="bags") for name in lacking]
+    return [UserError(f"{text} {display(name)}", "bags") for name in lacking]
 
 
 def model_rows(study: Study) -> list[dict]:
     """One row for each model: what it is and what it costs."""
     rows = []
     for name, about in study.cards.items():
-        meta = {
-            k: v for k, v in about["metadata"].items() if k not in ("hashed", "patients", "slides")
+        told = about["metadata"].items()
+        row = {
+            "model": display(name),
+            "benchmark": "",
+            "protocol": "model",
+            "metric": "parameters",
+            "value": about["parameters"],
+            "metadata": {k: v for k, v in told if k not in ("hashed", "patients", "slides")},
+            "ms_per_image": about["ms_per_image"],
+            "device": study.device_used,
+            "weights": about["weights"],
+            "key": about["key"],
         }
-        row: dict = {"model": display(name), "benchmark": "", "protocol": "model"}
-        row |= {"metric": "parameters", "value": about["parameters"], "metadata": meta}
-        row |= {"ms_per_image": about["ms_per_image"], "device": study.device_used}
-        rows.append(row | {"weights": about["weights"], "key": about["key"]})
+        rows.append(row)
     return record(study.results, rows)

@@ -163,7 +163,7 @@ class Forward:
         name = self.model.name
         if self.batch_size == 1:
             raise UserError(
-                f"{name}: not enough memory on {self.device} for one image", mend="one image"
+                f"{name}: not enough memory on {self.device} for one image", "one image"
             ) from None
         self.batch_size = (self.batch_size + 1) // 2
         warn(f"{name}: out of memory on {self.device}, batch size now {self.batch_size}")
@@ -331,10 +331,8 @@ def data_stamp(benchmark: Benchmark) -> str:
     return benchmark.stamp
 
 
-@functools.lru_cache(maxsize=1)  # models come one after another: never two in memory
-def loaded_model(name: str, weights: str | None, options: tuple) -> Model:
-    """The model in use, loaded once; `options` are load_model's, as sorted pairs."""
-    return load_model(name, weights, **dict(options))
+# The model in use, loaded once: models come one after another, never two in memory.
+loaded_model = functools.lru_cache(maxsize=1)(load_model)
 
 
 def card(name: str, results: Path, *, weights: str | None = None, **options: Any) -> dict:
@@ -345,19 +343,16 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
     it new. Equal networks (a student before and after distillation) are timed once: timed twice,
     the machine's noise would part them.
     """
-    options = {key: value for key, value in options.items() if value is not None}
     how = sorted(options.items(), key=str), CARD_VERSION
     key = digest(name, weights, how, [stamp(path) for path in _local_files(name, weights)])
     path = results / "features" / safe(display(name)) / "model.json"
     known = read_json(path)
     if known.get("key") == key:
         return known
-    model = loaded_model(name, weights, tuple(sorted(options.items())))
+    model = loaded_model(name, weights, **options)
     network = digest(repr(model.net), model.embedding, model.input_size, model.dtype, how)
-    timed = None
-    for other in map(read_json, sorted(path.parents[1].glob("*/model.json"))):
-        if other.get("network") == network:
-            timed = timed or other["ms_per_image"]
+    others = map(read_json, sorted(path.parents[1].glob("*/model.json")))
+    timed = [other["ms_per_image"] for other in others if other.get("network") == network]
     known = {
         "key": key,
         "name": name,
@@ -365,7 +360,7 @@ def card(name: str, results: Path, *, weights: str | None = None, **options: Any
         "parameters": model.parameters_count,
         "weights": weights or ("its own" if Path(name).exists() else "hub"),
         "network": network,
-        "ms_per_image": timed or milliseconds(model),
+        "ms_per_image": timed[0] if timed else milliseconds(model),
         "preprocessing": preprocessing_of(model),
     }
     for name in ("fingerprint", "dim", "input_size", "metadata", "embedding"):
@@ -433,7 +428,7 @@ def features(
         if rank == 0:
             warn(f"{display(name)} on {benchmark.name}: {len(benchmark)} images")
         array = extract_features(
-            loaded_model(name, weights, tuple(sorted(options.items()))),
+            loaded_model(name, weights, **options),
             benchmark.images,
             key=key,
             batch_size=batch_size,
@@ -471,8 +466,7 @@ def _refuse_broken(
     lost = np.flatnonzero(~np.isfinite(array).all(1)).tolist()
     many = f"{len(lost)} of {len(array)}"
     if errors and told:
-        partly = len(named) - len(lost)
-        warn(f"{benchmark.name}: {many} unreadable, {partly} partly, first:")
+        warn(f"{benchmark.name}: {many} unreadable, {len(named) - len(lost)} partly, first:")
         for i, why in errors[:5]:
             warn(f"  {ids[i]}: {why}")
     broken = sorted(set(lost) - set(named))
@@ -480,13 +474,13 @@ def _refuse_broken(
         raise UserError(
             f"{model}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
             f"infinite, first {ids[broken[0]]}",
-            mend="broken features",
+            "broken features",
         )
     if len(lost) > max_unreadable * len(array):
         first = lost[0]
         raise UserError(
             f"{benchmark.name}: {many} images cannot be read, first {ids[first]} ({named[first]})",
-            mend="unreadable",
+            "unreadable",
         )
 
 

@@ -103,8 +103,8 @@ def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
                 yield False
                 return
             if time.monotonic() > end:
-                who = path.read_text() or "another process"
-                raise UserError(f"{path}: waited {limit:.0f} s for {who}, which holds it")
+                who = f"{path.read_text() or 'another process'}, which holds it"
+                raise UserError(f"{path}: waited {limit:.0f} s for {who}")
             time.sleep(0.05)
         with contextlib.suppress(OSError):  # a full disk takes no name, and the lock is ours
             os.truncate(path, 0)
@@ -182,11 +182,11 @@ def separator(header: str) -> str:
     return max(",;\t", key=header.count)
 
 
-def clear_stale(folder: Path, seconds: float = 600) -> None:
-    """Remove the temporary files of killed runs below a folder: those untouched for so long."""
+def clear_stale(folder: Path) -> None:
+    """Remove the temporary files of killed runs below a folder: those untouched for ten minutes."""
     for path in folder.rglob(".*.tmp.*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > seconds:
+            if time.time() - path.stat().st_mtime > 600:
                 path.unlink()
 
 
@@ -281,5 +281,5 @@ def stamp(path: Path) -> list:
     except OSError:  # a missing file is a state like any other
         return []
     if S_ISDIR(found.st_mode):
-        return [line for inner in sorted(Path(path).iterdir()) for line in stamp(inner)]
-    return [[Path(path).name, found.st_size, found.st_mtime_ns]]
+        return [line for inner in sorted(path.iterdir()) for line in stamp(inner)]
+    return [[path.name, found.st_size, found.st_mtime_ns]]

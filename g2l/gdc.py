@@ -4,8 +4,6 @@ Its answers come from the network: names choose no path, sizes and numbers are b
 is verified.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -49,9 +47,8 @@ def ask_gdc(
             clauses["experimental_strategy"] = [f"{strategy.capitalize()} Slide"]
     else:
         raise UserError(f"{project}: the GDC knows the TCGA projects {', '.join(TCGA)}", "cancer")
-    content = []
-    for field, values in clauses.items():
-        content.append({"op": "in", "content": {"field": field, "value": values}})
+    every = [{"field": field, "value": values} for field, values in clauses.items()]
+    content = [{"op": "in", "content": clause} for clause in every]
     query = {
         "filters": {"op": "and", "content": content},
         "fields": "file_id,file_name,file_size,md5sum",

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +47,7 @@ class Tiling:
         from contourpy import FillType, contour_generator
 
         padded = np.pad(self.mask.astype(np.float32), 1)
-        generator: Any = contour_generator(z=padded, fill_type=FillType.OuterOffset)
+        generator = contour_generator(z=padded, fill_type=FillType.OuterOffset)
         polygons = []
         for corners, starts in zip(*generator.filled(0.5, 2), strict=True):
             polygons.append([corners[a:b] - 0.5 for a, b in pairwise(starts)])
@@ -237,8 +236,10 @@ def _unreadable(
         if not errors:
             return []
     if not keep.any():
-        first = next(iter(errors.values()))
-        raise UserError(f"{slide.path}: none of its {len(errors)} patches can be read, {first}")
+        raise UserError(
+            f"{slide.path}: none of its {len(errors)} patches can be read, "
+            f"{next(iter(errors.values()))}"
+        )
     return list(errors.values())
 
 

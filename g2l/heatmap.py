@@ -46,9 +46,8 @@ def by_components(features: ndarray) -> ndarray:
 def by_similarity(features: ndarray, row: int) -> ndarray:
     """(N, D) -> (N,): cosine of the angle to the features of one patch."""
     features = np.asarray(features, np.float32)  # squares are too large for fp16
-    query = features[row]
     lengths = np.sqrt(np.einsum("ij,ij->i", features, features))  # without a copy
-    return features @ query / np.maximum(lengths * lengths[row], 1e-12)
+    return features @ features[row] / np.maximum(lengths * lengths[row], 1e-12)
 
 
 def patch_at(coords: ndarray, side: int, place: tuple[int, int]) -> int:
@@ -188,7 +187,7 @@ def typical(features: ndarray, count: int) -> ndarray:
     kinds = KMeans(min(count, len(features)), random_state=0, n_init=1).fit(features)
     centres = torch.from_numpy(kinds.cluster_centers_.astype(np.float32))
     nearest = kernels.knn(torch.from_numpy(features), 1, centres)
-    return np.unique(np.asarray(nearest))
+    return np.unique(nearest)
 
 
 def nearest_over(
@@ -238,7 +237,7 @@ def draw_similar(
             pixels = slide.read(x, y, side, index.patch_size)
         return pixels, f"{slide.name}\n{text}", frame
 
-    places: list[tuple[int, int]] = []
+    places = []
     for at, features in enumerate(tables):
         rows = spread(len(features), max(1, SAMPLE // len(tables)))
         places += [(at, row) for row in rows]

@@ -45,11 +45,9 @@ def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     sample, _ = drawn(benchmark)
     if len(sample) < 4:
         raise UserError(f"{benchmark.name}: CKA of layers needs 4 images, {len(sample)} are there")
-    layers = {}
-    for name in models:
-        layers[name] = look(study.load(name), sample)
+    layers = {name: look(study.load(name), sample) for name in models}
     target = layers[teacher]
-    rows: list[dict] = []
+    rows = []
     for name, own in layers.items():
         table = torch.as_tensor(cka(own, target)).cpu().numpy()
         held = table.round(4).astype(object)

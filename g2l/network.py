@@ -3,12 +3,11 @@
 `Client.ask` hands each good answer to a function of the caller, which says what it should be.
 """
 
-from __future__ import annotations
-
 import contextlib
 import netrc
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -24,6 +23,7 @@ def pause(attempt: int, least: float = 0) -> None:
     time.sleep(max(min(2.0 ** (attempt - 1), 60), min(least, 300)) * RETRY_SECONDS)
 
 
+@dataclass
 class Client:
     """Connections of one process to servers, directly or by the proxy of the environment.
 
@@ -31,10 +31,9 @@ class Client:
     ~/.netrc. Each of up to `connections` threads has a connection: none waits for another's.
     """
 
-    def __init__(self, hosts: Collection[str] = (), connections: int = 1):
-        self.hosts = hosts
-        self.connections = connections
-        self.pools: dict[str, Any] = {}
+    hosts: Collection[str] = ()
+    connections: int = 1
+    pools: dict[str, Any] = field(default_factory=dict)
 
     def ask(
         self,
@@ -104,9 +103,12 @@ class Client:
         import urllib3
 
         own = urllib3.make_headers(basic_auth=_credentials(host.hostname))
-        options: dict[str, Any] = {"maxsize": self.connections, "retries": False}
-        options["headers"] = own | {"Accept-Encoding": "identity"}
-        options["timeout"] = urllib3.Timeout(connect=10, read=PATIENCE)
+        options: dict[str, Any] = {
+            "maxsize": self.connections,
+            "retries": False,
+            "headers": own | {"Accept-Encoding": "identity"},
+            "timeout": urllib3.Timeout(connect=10, read=PATIENCE),
+        }
         proxy = urllib.request.getproxies().get(host.scheme)
         if not proxy or urllib.request.proxy_bypass(host.netloc):
             return urllib3.PoolManager(**options)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from g2l.errors import PatchError
-from g2l.files import atomic
+from g2l.files import atomic, write_text
 from g2l.grid import Tiling
 from g2l.patches import PatchIndex
 from g2l.slides import Slide
@@ -70,8 +70,7 @@ def write_geojson(path: Path, slide: Slide, tiling: Tiling) -> None:
             },
         }
         features.append(feature)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def write_contact_sheet(folder: Path) -> None:

@@ -12,7 +12,7 @@ import resource
 import struct
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,12 @@ def write_coords(
     }
     if native:
         attributes["patch_level"] = 0
-    with atomic(path) as temporary:
-        check_room(temporary, 16 << 20)
-        with open_h5(temporary, "w") as file:
-            file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
-            for name, values in tiling.measures.items():
-                file[name] = values
-            if source:
-                _write_source(file.create_group("compressed"), **source)
+    with new_h5(path, 16 << 20) as file:
+        file.create_dataset("coords", data=tiling.coords).attrs.update(attributes)
+        for name, values in tiling.measures.items():
+            file[name] = values
+        if source:
+            _write_source(file.create_group("compressed"), **source)
 
 
 def _write_source(group: Any, codec: Codec, columns: int, offset: Any, bytes: Any) -> None:
@@ -426,7 +424,7 @@ class PatchIndex:
 
         What is wrong is for `read` to find.
         """
-        spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        spans = defaultdict(list)
         size = self.patch_size
         for i in numbers:
             number, row = self.locate(i)
@@ -575,3 +573,12 @@ def open_h5(path: Path, mode: str) -> Any:
     import h5py
 
     return h5py.File(path, mode)
+
+
+@contextlib.contextmanager
+def new_h5(path: Path, size: int) -> Iterator[Any]:
+    """A new HDF5 file of about `size` bytes, written whole or not at all."""
+    with atomic(path) as temporary:
+        check_room(temporary, size)
+        with open_h5(temporary, "w") as file:
+            yield file

@@ -182,7 +182,7 @@ def draw_benchmark(
     """
     folder = study.results / "pictures"
     mean = means(study.rows)
-    draws: dict[str, Any] = {"confusion": draw_confusion, "cka": draw_cka}
+    draws = {"confusion": draw_confusion, "cka": draw_cka}
     if "k-curve" in study.protocols:
         draws["k-curve"] = draw_curve
     for kind, draw in draws.items():
@@ -297,16 +297,10 @@ def draw_gallery(
     neighbors = predicted["neighbors"]
     lines = []
     for row in worth_seeing(labels, guess, neighbors):
-        told = (
-            "right" if guess[row] == labels[row] else f"predicted {benchmark.classes[guess[row]]}"
-        )
-        line = [
-            (
-                picture(benchmark, row),
-                f"{benchmark.classes[labels[row]]}\n{told}",
-                "query",
-            )
-        ]
+        right = guess[row] == labels[row]
+        told = "right" if right else f"predicted {benchmark.classes[guess[row]]}"
+        text = f"{benchmark.classes[labels[row]]}\n{told}"
+        line = [(picture(benchmark, row), text, "query")]
         for i in neighbors[row, :6][neighbors[row, :6] >= 0]:
             frame = "the query's class" if labels[i] == labels[row] else "another class"
             line.append((picture(benchmark, i), benchmark.classes[labels[i]], frame))
@@ -329,7 +323,7 @@ def worth_seeing(
     """
     luck = np.random.default_rng(0).random(len(labels))
     sure = (labels[neighbors] == guess[:, None]).mean(1)
-    rows: list[int] = []
+    rows = []
     for order, hits in (
         (luck, guess == labels),
         (luck - sure * neighbors.size, guess != labels),

@@ -5,8 +5,6 @@ the neighbours of features that know nothing; `macro_auc` and `recall` are the s
 (in a room of its own); `cka_rows` compares features, `paired` predictions.
 """
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -25,6 +23,11 @@ RESAMPLES = 1000  # of whole groups, for intervals
 FEW = 6  # groups: with five, even one model better in each is no evidence (sign test: 2 / 2^5)
 
 
+def codes(values: Sequence | ndarray) -> ndarray:
+    """Small integers for any labels (n,), numbered in sorted order."""
+    return np.unique(values, return_inverse=True)[1].ravel()
+
+
 def split(
     labels: ndarray,
     groups: Sequence[str],
@@ -39,7 +42,7 @@ def split(
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    group = codes(groups)
     n_groups = int(group.max()) + 1
     n = min(n, int(np.bincount(labels).max()))
     if grouped:
@@ -57,7 +60,7 @@ def split(
         for number, (_, test) in enumerate(folds.split(labels, labels, group)):
             fold[test] = number
     # a fold may come out empty when groups differ much in size
-    return np.unique(fold, return_inverse=True)[1]
+    return codes(fold)
 
 
 def centred(x: ndarray, device: str) -> Tensor:
@@ -126,9 +129,7 @@ def nearest(
     distances = np.full((len(x), k), np.inf)
     tests = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
     inside = [moments(z[test]) for test in tests]
-    total = torch.zeros_like(inside[0], dtype=torch.float64)
-    for own in inside:
-        total += own
+    total = sum(inside, torch.zeros_like(inside[0], dtype=torch.float64))
     fitted = [pca_axes(total - own if pca == "fold" else total, dims) for own in inside]
     together = z @ torch.cat([axes for _, axes in fitted], 1).to(z)
     sizes = [axes.shape[1] for _, axes in fitted]
@@ -258,7 +259,7 @@ def cka_to_teacher(
     Parts are up to ten, of whole groups. The chance level is the biased estimator's mean over all
     permutations of one side's rows: tr K tr L / ((n - 1) |K| |L|), Gram matrices K and L centred.
     """
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    group = codes(groups)
     part = np.random.default_rng(0).permutation(group.max() + 1)[group] % 10
     parts = [torch.from_numpy(np.flatnonzero(part == p)) for p in np.unique(part)]
     middle = {name: rows.mean(0) for name, rows in x.items()}
@@ -279,9 +280,7 @@ def cka_to_teacher(
             rows = extended(one, part)
             beside = rows if one == other else extended(other, part)
             inside.append(rows.T @ beside)
-        total = torch.zeros_like(inside[0], dtype=torch.float64)
-        for own in inside:
-            total += own
+        total = sum(inside, torch.zeros_like(inside[0], dtype=torch.float64))
         return total, torch.stack([hsic(total - own) for own in inside])
 
     own = {}
@@ -335,8 +334,7 @@ def cka_rows(
     for i, j in itertools.permutations(range(len(names)), 2):
         base = {"model": names[i], "other": names[j], "protocol": "cka"}
         for metric, value in ("unbiased", unbiased), ("biased", biased):
-            row = {"metric": metric, "value": float(value[i, j])}
-            rows.append(base | row)
+            rows.append(base | {"metric": metric, "value": float(value[i, j])})
     if teacher not in names:
         return rows
     left_out = cka_to_teacher(tensors, groups, teacher)
@@ -357,9 +355,11 @@ def cka_rows(
                 "other": baseline,
                 "protocol": "paired",
                 "metric": "cka",
+                "value": gain,
+                "low": gain - margin,
+                "high": gain + margin,
             }
-            ends = {"low": gain - margin, "high": gain + margin}
-            rows.append(row | {"value": gain} | ends)
+            rows.append(row)
     return rows
 
 
@@ -386,7 +386,7 @@ def resampled(
     are first, and how many groups were tested in how many folds or seeds. kNN accuracy is a mean
     over folds, each counting alike, and AUC one over seeds.
     """
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    group = codes(groups)
     n_groups = group.max() + 1
     times = resamplings(n_groups)
     fold = predicted["fold"]
@@ -405,9 +405,8 @@ def resampled(
     for scores in predicted["scores"]:
         test = np.flatnonzero(np.isfinite(scores[:, 0]))
         rows = group[test]
-        areas = []
-        for block in np.array_split(times, 1 + len(times) * len(test) // 2**23):
-            areas.append(macro_auc(scores[test], labels[test], block[:, rows]))
+        blocks = np.array_split(times, 1 + len(times) * len(test) // 2**23)
+        areas = [macro_auc(scores[test], labels[test], block[:, rows]) for block in blocks]
         value = np.concatenate(areas)
         if np.isfinite(value[0]):  # a test part of one class has no AUC
             each.append(value)

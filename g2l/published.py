@@ -67,8 +67,8 @@ def load_tp53(root: Path, choices: Choices) -> Found:
     found = find_files(root, "*.csv", "labels: slide_id,label[,patient] or patient,label")
     tables = [f for f in found if f.name != "patients.csv"]
     if len(tables) != 1:
-        names = ", ".join(f.name for f in tables)
-        raise UserError(f"{root}: {len(tables)} tables of labels ({names}); leave one")
+        names = f"({', '.join(f.name for f in tables)})"
+        raise UserError(f"{root}: {len(tables)} tables of labels {names}; leave one")
     below = files_below(root) + files_below(root.parent.parent / "slides" / "brca")
     files = [f for f in below if f.suffix.lower() == ".svs"]
     labels = read_labels(tables[0], TP53_WORDS)
@@ -170,12 +170,10 @@ def load_breakhis(root: Path, choices: Choices) -> Found:
                     files.append(f)
                     rows.append((f.name, breakhis_class(task, match), match[3]))
             images = Regions(files, choices.region_size)
-            result.append(
-                make_benchmark(
-                    f"breakhis-{task}-{zoom}x", "region", images, rows, classes, root, notes
-                )
-            )
-            result[-1].source = f"breakhis-{zoom}x"  # both tasks share the images
+            name = f"breakhis-{task}-{zoom}x"
+            made = make_benchmark(name, "region", images, rows, classes, root, notes)
+            made.source = f"breakhis-{zoom}x"  # both tasks share the images
+            result.append(made)
     return result or [make_benchmark("breakhis", "region", [], [], [], root)]
 
 
@@ -545,7 +543,7 @@ def list_benchmarks(data: Path) -> str:
 
 def at_hand(data: Path, name: str) -> bool:
     """Whether there is anything below data/benchmarks/NAME."""
-    folder = Path(data) / "benchmarks" / name
+    folder = data / "benchmarks" / name
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -556,9 +554,11 @@ def load_published(name: str, choices: Choices) -> Found:
     images = {b.source or b.name: len(b) for b in loaded}  # tasks that share them count once
     count = f"{sum(images.values()):,} found, published {about['published count']}"
     for benchmark in loaded:
-        group = benchmark.unit or about["group"]
-        mpp = benchmark.mpp or about["µm per pixel"]
-        benchmark.notes[:0] = [count, f"groups are {group}s; µm per pixel: {mpp}"]
+        groups = f"groups are {benchmark.unit or about['group']}s"
+        benchmark.notes[:0] = [
+            count,
+            f"{groups}; µm per pixel: {benchmark.mpp or about['µm per pixel']}",
+        ]
     return loaded
 
 
@@ -574,7 +574,7 @@ def load_benchmarks(
     for what in wanted:
         try:
             if what in choices.slides_table:
-                found.append(load_slides_table(Path(what), choices))
+                found.append(load_slides_table(what, choices))
             elif isinstance(what, Path):
                 found.append(load_multicentre(what, SIDE, 0.5)[0])
             else:
@@ -585,5 +585,5 @@ def load_benchmarks(
     named = [benchmark.name for benchmark in found]
     twice = [name for name in named if named.count(name) > 1]
     if twice:
-        raise UserError(f"two benchmarks are called {twice[0]}", mend="benchmark names")
+        raise UserError(f"two benchmarks are called {twice[0]}", "benchmark names")
     return found, failed

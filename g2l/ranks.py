@@ -88,8 +88,8 @@ def _meet() -> None:
         late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
         waited = time.monotonic() - start
         if late and waited >= RANK_WAIT:
-            who = late[1].strip(", ")
-            raise UserError(f"waited {waited:.0f} s for rank {who}, which stands still") from None
+            who = f"rank {late[1].strip(', ')}, which stands still"
+            raise UserError(f"waited {waited:.0f} s for {who}") from None
         raise RuntimeError(f"connection to another rank lost: {error}") from None
 
 
@@ -117,7 +117,7 @@ def gather_values(value: Any) -> list:
     if not in_job():
         return [value]
     _meet()
-    values: list = [None] * dist.get_world_size()
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -6,8 +6,6 @@ messages goes through the pipe, and no space in /dev/shm is asked for. `ahead` d
 the network: a thread takes the batches and prepares them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import multiprocessing

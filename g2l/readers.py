@@ -4,8 +4,6 @@
 not know the format tifffile, then FastSlide (other pixels by up to 49 grey levels where both read).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -193,19 +194,22 @@ class Link:
         return RemoteFile(self, address, size, etag)
 
 
+@dataclass(eq=False)
 class RemoteFile:
     """One slide at an address, read by spans. One that has changed since it was opened, or since
     it was tiled, is a UserError."""
 
-    def __init__(self, link: Link, address: str, size: int, etag: str):
-        self.link = link
-        self.address = address
-        self.name = address.partition("?")[0]  # without what signs it
-        self.size = size
-        self.etag = etag
-        self.facts: dict[str, int | str] = {"slide_bytes": size, "slide_etag": etag}
-        self.twin: Twin | None = None
-        self.coming: dict[Span, tuple[Future, int]] = {}  # what is fetched, from where on
+    link: Link
+    address: str
+    size: int
+    etag: str
+    twin: Twin | None = None
+    # what is fetched, from where on
+    coming: dict[Span, tuple[Future, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = self.address.partition("?")[0]  # without what signs it
+        self.facts = {"slide_bytes": self.size, "slide_etag": self.etag}
 
     def _fetch(self, offset: int, count: int) -> bytes:
         data, size, etag = self.link.fetch(self.address, offset, count)

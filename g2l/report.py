@@ -83,9 +83,8 @@ def provenance(device: object) -> str:
 
     setting = describe_setting()
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-    command = f"python {setting['command']}"
-    revision = setting["revision"] or "unknown"
-    return f"\nMade by `{command}`, revision {revision}, with {versions}, on {device}.\n"
+    made = f"`python {setting['command']}`, revision {setting['revision'] or 'unknown'}"
+    return f"\nMade by {made}, with {versions}, on {device}.\n"
 
 
 class Tables:
@@ -318,11 +317,11 @@ class Tables:
         return lines + [f"  note: {note}" for note in data["notes"]]
 
 
-def score(value: float | None, spread: float | None = None) -> str:
-    """Three decimals, with the spread where there is one; a dash for what was not measured."""
-    if value is None:
+def score(value: float | None, spread: float | None = None, digits: int = 3) -> str:
+    """A number with its spread where there is one; a dash for what is not measured or defined."""
+    if value is None or not np.isfinite(value):
         return "–"
-    return f"{value:.3f}" + (f" ± {spread:.3f}" if spread else "")
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
 
 
 def verdict(row: dict) -> str:
@@ -380,10 +379,7 @@ def write_report(study: Study, tables: str, failures: list[str]) -> None:
     shown = not study.no_pictures
     if shown and (results / "figure1.png").is_file():
         text.append("![accuracy against size and time](figure1.png)")
-    text += [
-        "## Models\n\n" + model_table(study),
-        "## Benchmarks\n\n" + benchmark_table(study),
-    ]
+    text += ["## Models\n\n" + model_table(study), "## Benchmarks\n\n" + benchmark_table(study)]
     text.append(tables.replace("\n## ", "\n### ").replace("# Table", "## Table"))
     if shown:
         text += [f"## {escaped(b.name)}\n\n" + picture_links(study, b.name) for b in study.found]
@@ -404,8 +400,11 @@ def model_table(study: Study) -> str:
             size,
             str(card["dim"]),
             card["embedding"],
+            str(card["input_size"]),
+            time,
+            card["weights"],
         ]
-        rows.append([*row, str(card["input_size"]), time, card["weights"]])
+        rows.append(row)
     return markdown(head.format(study.device_used), rows)
 
 

@@ -5,11 +5,8 @@ holds the rows that this run measured or found under its own keys: tables and pi
 from these alone.
 """
 
-from __future__ import annotations
-
 import json
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.files import atomic, check_unpacked, digest, locked, read_json, write_text
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error)
@@ -62,7 +59,6 @@ def record(
     replaced as a whole. A field that a row lacks counts as None; NaN becomes null. key: of what the
     rows depend on, see `recorded`. Whole or not at all; safe when several processes write.
     """
-    results.mkdir(parents=True, exist_ok=True)
     finite = [without_nan(row) for row in rows]
     if key:
         proof = {"key": key, "sum": digest(finite)}
@@ -86,7 +82,7 @@ def read_metrics(results: Path) -> list[dict]:
     Damaged lines are left out: what they held is measured again. The file as it was is kept beside
     it, and named.
     """
-    path = Path(results) / "metrics.jsonl"
+    path = results / "metrics.jsonl"
     data = path.read_bytes() if path.is_file() else b""
     rows = []
     damaged = []
@@ -100,11 +96,8 @@ def read_metrics(results: Path) -> list[dict]:
     if damaged and (not aside.is_file() or aside.read_bytes() != data):
         with atomic(aside) as temporary:
             temporary.write_bytes(data)
-        which = ", ".join(damaged[:5])
-        print(
-            f"{path}: damaged in line {which}; measured again ({aside.name})",
-            file=sys.stderr,
-        )
+        which = f"line {', '.join(damaged[:5])}"
+        warn(f"{path}: damaged in {which}; measured again ({aside.name})")
     return rows
 
 
@@ -138,7 +131,7 @@ def claim(results: Path, origins: dict[str, str]) -> None:
         for name, origin in origins.items():
             other = known.get(name, origin)
             if other != origin and (Path(other).exists() or not Path(other).is_absolute()):
-                raise UserError(f"{results} holds the {name} of {other}, not {origin}", mend="name")
+                raise UserError(f"{results} holds the {name} of {other}, not {origin}", "name")
         write_text(path, json.dumps(known | origins, indent=1))
 
 
@@ -166,6 +159,6 @@ def load_predictions(path: Path, key: str) -> dict[str, np.ndarray] | None:
         RuntimeError,
         *DAMAGED,
     ) as error:
-        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        warn(f"{path}: damaged ({error}), made again")
         return None
     return arrays if about == f"{key} {sorted(arrays)}" else None

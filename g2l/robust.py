@@ -9,7 +9,6 @@ resamples patients.
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
@@ -19,11 +18,6 @@ from g2l.protocols import FEW, recall, resamplings, vote
 KS = (3, 5, 10, 20)
 BLIND_WIDTH = 32  # of random features
 DECIDING = 0.5  # share of the patches that must be able to decide, or no reading is given
-
-
-def codes(values: Sequence | ndarray) -> ndarray:
-    """Small integers for any labels (n,), numbered in sorted order."""
-    return np.unique(np.asarray(values), return_inverse=True)[1].ravel()
 
 
 def alike(*parts: ndarray) -> tuple[ndarray, ndarray]:
@@ -268,7 +262,7 @@ def intervals(
     draws = {name: bootstrap(counts[name], groups) for name in counts if name != "chance"}
     enough = len(np.unique(np.concatenate(groups))) >= FEW
     rows = []
-    pairs: list[tuple] = [(name, None) for name in draws]
+    pairs = [(name, None) for name in draws]
     for one, other in [*pairs, *itertools.combinations(draws, 2)]:
         metric = "index_interval"
         values = draws[one]
@@ -278,6 +272,14 @@ def intervals(
         for k in fitting(values.shape[1]):
             value, *resampled = values[:, k - 1]
             low, high = np.percentile(resampled, [2.5, 97.5]) if enough else (np.nan, np.nan)
-            row = {"model": one, "other": other, "metric": metric, "k": k}
-            rows.append(row | {"value": float(value), "low": float(low), "high": float(high)})
+            row = {
+                "model": one,
+                "other": other,
+                "metric": metric,
+                "k": k,
+                "value": float(value),
+                "low": float(low),
+                "high": float(high),
+            }
+            rows.append(row)
     return rows

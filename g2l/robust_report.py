@@ -8,6 +8,7 @@ follow.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -24,11 +25,12 @@ from g2l.paper import FIGURES, paper_figure
 from g2l.pathorob import LEAST, QUARTETS
 from g2l.pictures import COLORS, canvas, draw_sheet, key_below
 from g2l.protocols import FEW, RESAMPLES
-from g2l.report import escaped, markdown, ranked
+from g2l.report import escaped, markdown, ranked, score
 from g2l.results import read_metrics
 from g2l.robust import DECIDING, KS, bounded_of, index_of
 from g2l.shifts import SHIFTS, shift, unit
 
+two = functools.partial(score, digits=2)
 KINDS = {
     (True, False): ("same tissue, other centre", "#009e73"),
     (True, True): ("same tissue, same centre", "#56b4e9"),
@@ -121,26 +123,22 @@ class Readings:
         return two(values.mean(), np.std(values) if drawn else 0)
 
 
-def two(value: float | None, spread: float = 0.0) -> str:
-    """Two decimals, with the spread where there is one, or a dash for what is not defined."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    return f"{value:.2f}" + (f" ± {spread:.2f}" if spread else "")
-
-
 def section(held: Readings) -> str:
     """The part of table3.md on one benchmark and way of sampling."""
-    parts = [what_was_drawn(held), index_table(held), behind(held), over_patients(held)]
-    parts.append(shortcuts(held))
-    parts += [one_by_one(held, "class", "class"), one_by_one(held, "center", "centre")]
+    parts = [
+        what_was_drawn(held),
+        index_table(held),
+        behind(held),
+        over_patients(held),
+        shortcuts(held),
+        one_by_one(held, "class", "class"),
+        one_by_one(held, "center", "centre"),
+    ]
     files = [file for row in held.of("pictures") for file in row["files"]]
     parts += ["### Pictures\n"][: len(files)]
     for file in files:
-        parts.append(
-            "!["
-            f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
-            f"](robustness/{safe(held.benchmark)}/{file})\n"
-        )
+        title = f"{file.removesuffix('.png')} of {escaped(held.benchmark)}"
+        parts.append(f"![{title}](robustness/{safe(held.benchmark)}/{file})\n")
     parts.append(patches_table(held))
     return "\n".join(parts) + "\n"
 
@@ -180,7 +178,7 @@ def index_table(held: Readings) -> str:
     names = []
     prints = []
     seen = []
-    known: list[str] = []
+    known = []
     for name, row in held.models.items():
         met = row.get("pretrained", [])
         known += met
@@ -191,8 +189,8 @@ def index_table(held: Readings) -> str:
     rows = zip([*names, "*chance*"], *columns, [*prints, ""], strict=True)
     text = markdown(["model", *(f"k = {k}" for k in held.ks), "fingerprint"], [*map(list, rows)])
     if seen:
-        of = ", ".join(seen)
-        text += f"\n† was distilled on patients of this benchmark ({of}); they can be left out.\n"
+        of = f"of this benchmark ({', '.join(seen)})"
+        text += f"\n† was distilled on patients {of}; they can be left out.\n"
     if known:
         text += f"\n‡ {escaped('; '.join(known))}.\n"
     return text
@@ -413,13 +411,8 @@ def draw_misled(name: str, benchmark: Benchmark, sample: ndarray, rows: ndarray)
         line = []
         for j, frame in zip([i, *rows[i]], ["query", *frames], strict=True):
             if j >= 0:
-                line.append(
-                    (
-                        benchmark.images[int(sample[j])],
-                        f"{benchmark.classes[labels[j]]}\n{centers[j]}",
-                        frame,
-                    )
-                )
+                text = f"{benchmark.classes[labels[j]]}\n{centers[j]}"
+                line.append((benchmark.images[int(sample[j])], text, frame))
         lines.append(line)
     title = f"{name}: neighbours that share the centre but not the tissue"
     if not lines:

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from g2l.errors import UserError, one_line
-from g2l.files import atomic, clear_leftovers, locked, read_text, separator
+from g2l.files import clear_leftovers, locked, read_text, separator, write_table
 
 COLUMNS = (
     "slide",  # its name, and that of its files
@@ -139,19 +139,15 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
     path = folder / "slides.csv"
     new = {}
     for given in rows:
-        row = {column: one_line(str(value)) for column, value in given.items()}
+        if unknown := given.keys() - set(COLUMNS):
+            raise ValueError(f"slides.csv has no column {unknown}")
+        row = {column: one_line(str(given.get(column, ""))) for column in COLUMNS}
         new[row["slide"]] = row | {"check": _check(row)}
     with locked(folder / ".locks.csv"):  # not in the folder of locks that bear slides' names
         clear_leftovers(path)
         merged = read_rows(folder, []) | new
-        with (
-            atomic(path) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.DictWriter(file, COLUMNS)  # refuses a column that it does not know
-            writer.writeheader()
-            for name in sorted(merged):
-                writer.writerow({column: _plain(text) for column, text in merged[name].items()})
+        table = [map(_plain, merged[name].values()) for name in sorted(merged)]
+        write_table(path, [COLUMNS, *table])
 
 
 def _plain(text: str) -> str:

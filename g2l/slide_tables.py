@@ -9,7 +9,6 @@ labelled slides cannot be used, and why, is told before anything is computed.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import numpy as np
 
 from g2l.benchmarks import Benchmark, Choices, make_benchmark, told
 from g2l.cohort import patient_of
-from g2l.errors import SkippedSlide, UserError, explain, warn
+from g2l.errors import SkippedSlide, UserError, explain, rank_of_torchrun, warn
 from g2l.files import digest, read_table, stamp, write_table
 from g2l.grid import choose_size
 from g2l.images import MPP, PATCH, ImageSource, SlidePatches, open_slide
@@ -89,10 +88,9 @@ def read_labels(table: Path, words: dict[str, str]) -> Labels:
     by = "slide_id" if "slide_id" in rows[0] else "patient"
     labels = Labels(by)
     if by not in rows[0] or not rows[0].keys() & {"label", "time"}:
-        found = ", ".join(rows[0])
         raise UserError(
             f"{table}: needed are the columns slide_id or patient, and label or time and event; "
-            f"found: {found}"
+            f"found: {', '.join(rows[0])}"
         )
     for row in rows:
         patient = row.get("patient", "")
@@ -140,12 +138,14 @@ class TiledSlide(Sequence[Any]):
         """What is kept of the slide in a folder of the cohort."""
         return self.patches.folder / folder / f"{self.patches.slides[self.number]}{ending}"
 
-    def embedded(self, name: str, fingerprint: str, preprocessing: str) -> SlideFeatures | None:
+    def embedded(
+        self, name: str, fingerprint: str, preprocessing: str, stored: str
+    ) -> SlideFeatures | None:
         """What embed.py has computed from these patches by this very model, if it has."""
         from g2l.embeddings import Coordinates, Origin, SlideFeatures
 
         where = Coordinates.read(self.file("patches", "_patches.h5"))
-        origin = Origin(name, fingerprint, preprocessing, where.key, "float32")
+        origin = Origin(name, fingerprint, preprocessing, where.key, stored)
         for folder in self.patches.folder.glob("features_*/"):
             held = SlideFeatures(folder, self.patches.slides[self.number], origin, where)
             if held.state() == "done":
@@ -171,15 +171,28 @@ class TiledSlides(ImageSource):
         """
         from g2l.embeddings import preprocessing_of, read_features
 
-        about = model.name, model.fingerprint, preprocessing_of(model)
+        held = embedded(self, (model.name, model.fingerprint, preprocessing_of(model)))
         rows = {}
-        for i, slide in enumerate(self.items):
-            held = slide.embedded(*about)
-            if held:
-                mean = read_features(held.path)[0].mean(0, dtype=np.float64)
-                lost = told(held.unreadable(), "patches could not be read")
+        for i, features in enumerate(held):
+            if features:
+                mean = read_features(features.path)[0].mean(0, dtype=np.float64)
+                lost = told(features.unreadable(), "patches could not be read")
                 rows[i] = mean.astype(np.float32), lost
         return rows
+
+
+def embedded(
+    slides: Sequence[TiledSlide], model: tuple[str, str, str]
+) -> list[SlideFeatures | None]:
+    """Of each slide what embed.py has computed in fp32 by a model (name, fingerprint and
+    preprocessing), if it has; says where there is fp16 alone, which is too coarse to stand for it.
+    """
+    held = [slide.embedded(*model, "float32") for slide in slides]
+    lacking = [slide for slide, known in zip(slides, held, strict=True) if not known]
+    coarse = sum(slide.embedded(*model, "float16") is not None for slide in lacking)
+    if coarse:
+        warn(f"{model[0]}: the features of {coarse} slides are there in fp16, and not taken")
+    return held
 
 
 def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
@@ -187,7 +200,7 @@ def bags_of(benchmark: Benchmark, about: dict) -> list[Path]:
     them.
     """
     model = about["display"], about["fingerprint"], about["preprocessing"]
-    held = [slide.embedded(*model) for slide in benchmark.slides]
+    held = embedded(benchmark.slides, model)
     return [found.path for found in held if found] if all(held) else []
 
 
@@ -249,7 +262,7 @@ def slide_benchmark(
     if choices.draw:
         rows, note = drawn(name, rows, choices)
         notes.append(note)
-    if notes and not int(os.environ.get("RANK", 0)):
+    if notes and rank_of_torchrun() == 0:
         warn(f"{name}: {'; '.join(notes)}")
     items = [slides[slide][1] for slide, _, _ in rows]
     images = TiledSlides(items) if tiled else SlidePatches(items)
@@ -290,10 +303,11 @@ def drawn(name: str, rows: list[tuple], choices: Choices) -> tuple[list[tuple], 
     kept = free[: choices.draw]
     path = choices.results / f"{name}-drawn.csv"
     write_table(path, [("slide_id", "label", "patient"), *sorted(kept)])
-    held = f"{len(rows) - len(free)} of patients that a student has seen held out"
-    return [
-        row for row in rows if row in kept
-    ], f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {held}: {path}"
+    note = (
+        f"{len(kept)} of {len(rows)} slides drawn by seed {choices.seed}, {len(rows) - len(free)} "
+        f"of patients that a student has seen held out: {path}"
+    )
+    return [row for row in rows if row in kept], note
 
 
 def load_slides_table(table: Path, choices: Choices) -> Benchmark:

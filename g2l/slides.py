@@ -169,16 +169,12 @@ class Slide:
                 self._add_level((page.imagewidth, page.imagelength), -1, tiles)
 
     def _equals_openslide(self, tiles: Tiles) -> bool:
-        w, h = self.levels[0].side
         fullest = np.argsort(-tiles.counts, kind="stable")
         for index in fullest[:3].tolist():  # three, in case one is damaged
-            row, column = divmod(index, tiles.columns)
-            x = column * w
-            y = row * h
-            part = x, y, min(w, self.width - x), min(h, self.height - y)
             with contextlib.suppress(PatchError):
-                ours = tiles.decode(self.file, index)[: part[3], : part[2]]
-                return np.array_equal(ours, self._reader.region(0, part))
+                ours = tiles.decode(self.file, index)
+                theirs = self._by_reader(self.levels[0], *divmod(index, tiles.columns))
+                return np.array_equal(ours[: len(theirs), : theirs.shape[1]], theirs)
         return False
 
     def _choose_drafts(self, bottom: Tiles) -> None:
@@ -216,6 +212,10 @@ class Slide:
             except PatchError:
                 if level.number < 0 or self.remote:
                     raise
+        return self._by_reader(level, row, column)
+
+    def _by_reader(self, level: Level, row: int, column: int) -> NDArray:
+        """A tile, as far as the level goes, as the reader shows it."""
         w, h = level.side
         x = column * w
         y = row * h

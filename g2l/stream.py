@@ -172,9 +172,8 @@ def embeddings_of(model: Model, images: Tensor, batch: int) -> Tensor:
     """float32 (N, dim) of uint8 images (N, 3, S, S), in eval mode, `batch` at a time."""
     training = model.training
     model.eval()
-    parts = []
-    for part in images.split(batch):
-        parts.append(model(model.normalize(part.to(model.device))).float())
+    inputs = (model.normalize(part.to(model.device)) for part in images.split(batch))
+    parts = [model(x).float() for x in inputs]
     model.train(training)
     return torch.cat(parts)
 

@@ -27,7 +27,7 @@ def trials(specs: Sequence[str], known: Collection[str]) -> list[Trial]:
 
     Raises UserError for a name that is not of `known` or is given twice, and for an empty value.
     """
-    axes: dict[str, list[str]] = {}
+    axes = {}
     for spec in specs:
         name, _, text = spec.partition("=")
         name = name.replace("-", "_")

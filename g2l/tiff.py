@@ -9,7 +9,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -70,8 +70,7 @@ class Codec:
                 image = _jpeg2000(data, shrink)
             elif data[:2] == b"\xff\xd8":
                 data = self.standalone(data)
-                least = shape[:2]
-                image = simplejpeg.decode_jpeg(data, "RGB", False, False, *least, shrink)
+                image = simplejpeg.decode_jpeg(data, "RGB", False, False, *shape[:2], shrink)
             else:
                 raise ValueError("no JPEG where one should be")
         except (RuntimeError, ValueError, OSError) as error:  # the libraries' own errors
@@ -165,13 +164,13 @@ class Tiles:
         return file.decoded(*self.span(index), lambda data: self.codec.decode(data, shrink))
 
 
+@dataclass(eq=False)
 class Recent:
     """The decoded tiles asked for last: as many as fit into `limit` bytes, and at least four."""
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.bytes = 0
-        self.tiles: OrderedDict[Hashable, NDArray] = OrderedDict()
+    limit: int
+    bytes: int = 0
+    tiles: OrderedDict[Hashable, NDArray] = field(default_factory=OrderedDict)
 
     def get(self, key: Hashable, decode: Callable[[], NDArray]) -> NDArray:
         """The tile kept under `key`, else what decode() gives."""

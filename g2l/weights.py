@@ -38,7 +38,7 @@ def parse_weights(specs: Sequence[str] | None, names: Sequence[str]) -> dict[str
     Without NAME a value is for the only model; `random` without NAME is for every model that is no
     folder.
     """
-    weights: dict[str, str | None] = dict.fromkeys(names)
+    weights = dict.fromkeys(names)
     for spec in specs or ():
         name = next((n for n in weights if spec.startswith(n + "=")), None)
         if name:
@@ -70,7 +70,7 @@ def weight_file(path: str | Path) -> Path:
             )
         return found[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such file", mend="weights")
+        raise UserError(f"{path}: no such file", "weights")
     part = re.search(r"-\d+-of-\d+\.safetensors$", path.name)
     return index if part and index.is_file() else path
 
@@ -95,7 +95,7 @@ def _read_shards(index: Path) -> State:
     for file in _shards(index):
         shard = index.parent / Path(file).name  # beside the index, wherever it says
         if not shard.is_file():
-            raise UserError(f"{shard}: no such file; {index.name} names it", mend="weights")
+            raise UserError(f"{shard}: no such file; {index.name} names it", "weights")
         state |= read_weights(shard)
     return state
 
@@ -170,8 +170,8 @@ def _state_dict(content: object, path: Path) -> State:
     items = list(content.items()) if isinstance(content, dict) else []
     if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         inside = f" of {', '.join(str(key) for key, _ in items[:3])}" if items else ""
-        kind = type(content).__name__
-        raise UserError(f"{path}: expected a state dict (names and tensors), found {kind}{inside}")
+        found = f"{type(content).__name__}{inside}"
+        raise UserError(f"{path}: expected a state dict (names and tensors), found {found}")
     return dict(items)
 
 
@@ -193,7 +193,7 @@ def read_config(folder: Path) -> dict:
             raise UserError(
                 f"{path}: in transformers' format, not timm's; name the model and give this "
                 "folder as its weights",
-                mend="weights",
+                "weights",
             )
         args = dict(config.get("model_args") or {})
         if bad := sorted(k for k in args if k.startswith(("pretrained", "checkpoint", "cache"))):
@@ -292,7 +292,7 @@ def explained(repository: str) -> Iterator[None]:
         why = f"not fetched from {page}: {str(error).splitlines()[0]}; try again"
     else:
         return
-    raise UserError(f"{repository}: {why}", mend="weights") from None
+    raise UserError(f"{repository}: {why}", "weights") from None
 
 
 def verify(path: Path) -> None:

@@ -12,7 +12,7 @@ Row = dict[str, str]  # text by the letters of its column
 
 def read_sheets(path: Path) -> list[list[Row]]:
     """The rows of every sheet of an .xlsx file, without empty cells; UserError for what is none."""
-    strings: list[str] = []
+    strings = []
     sheets = []
     try:
         check_unpacked(path)

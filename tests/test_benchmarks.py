@@ -705,6 +705,24 @@ def test_features_that_embed_has_computed_are_taken_as_they_are(cohort, monkeypa
     assert bags_of(b, about | {"fingerprint": "other"}) == []
 
 
+def test_features_that_embed_has_kept_in_fp16_are_named_and_not_taken(cohort, capsys):
+    import embed
+    from g2l.slide_tables import embedded
+
+    name = ["--models", "timm:test_vit", "--weights", "random", "--input-size", "64"]
+    command = ["--cancer", "brca", "--data", str(cohort), *name, "--device", "cpu"]
+    assert embed.main([*command, "--workers", "0", "--precision-out", "fp16"]) == 0
+    (cohort / "mine.csv").write_text("patient,label\nTCGA-A1-0000,a\nTCGA-A1-0001,b\n")
+    choices = Choices(data=cohort, cancer=["brca"], slides_table=[cohort / "mine.csv"])
+    (b,), _ = load_benchmarks([], [], choices)
+    capsys.readouterr()
+    assert b.images.embedded(load_model("timm:test_vit", "random", input_size=64)) == {}
+    told = "timm:test_vit: the features of 2 slides are there in fp16, and not taken\n"
+    assert capsys.readouterr().err == told
+    assert embedded(b.slides, ("timm:test_vit", "another fingerprint", "{}")) == [None, None]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_table_of_times_and_events_is_read_by_slide_and_patient(cohort):
     (cohort / "mine.csv").write_text(
         "slide_id,patient,time,event\nTCGA-A1-0000-01Z-00-DX1,TCGA-A1-0000,12.5,1\n"

@@ -787,7 +787,7 @@ def test_weights_replaced_in_the_hubs_cache_are_another_model(tmp_path, monkeypa
     loaded = [load_model(ONE, "random", input_size=32) for _ in "ab"]
     loaded[0].fingerprint = "before"
     loaded[1].fingerprint = "after"
-    monkeypatch.setattr(g2l.features, "loaded_model", lambda *_: loaded.pop(0))
+    monkeypatch.setattr(g2l.features, "loaded_model", lambda *_, **__: loaded.pop(0))
     blob = tmp_path / "blob"
     blob.write_text("weights")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(blob))

@@ -18,8 +18,9 @@ from g2l.benchmarks import Benchmark
 from g2l.errors import UserError
 from g2l.multicentre import load_multicentre
 from g2l.pictures import save_figure
+from g2l.protocols import codes
 from g2l.results import read_metrics
-from g2l.robust import KS, codes
+from g2l.robust import KS
 from g2l.robust_report import draw_map
 
 
