@@ -182,7 +182,7 @@ def missing(targets: Targets, redo: bool) -> list[int]:
         raise UserError(
             f"{other[0]}, one of {len(other)}, was made from other weights, preprocessing or "
             "patches, or is damaged",
-            "redo",
+            mend="redo",
         )
     return [number for number, state in states.items() if state != "done"]
 

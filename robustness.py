@@ -121,7 +121,7 @@ class IndexStudy:
         self.benchmark = found
         self.slides = slides
         if found.centers is None:
-            raise UserError(f"{folder / 'labels.csv'}: no column center", "centres")
+            raise UserError(f"{folder / 'labels.csv'}: no column center", mend="centres")
         names = found.labels, found.centers, slides, found.groups
         self.who = np.stack([codes(kind) for kind in names])
         self.labels, self.centers, _, self.groups = self.who
@@ -132,7 +132,7 @@ class IndexStudy:
             raise UserError(
                 f"{found.name}: {classes} classes and {centers} centres; the index sets one "
                 "against the other and needs two of each",
-                "design",
+                mend="design",
             )
         by_group = slides == found.groups and (folder / "labels.csv").is_file()
         self.kin = "of the same group" if by_group else "on the same slide"
@@ -159,7 +159,7 @@ class IndexStudy:
         found = self.benchmark
         self.pool = pool
         if not len(pool):
-            raise UserError(f"{found.name}: the students saw every patient of it", "seen")
+            raise UserError(f"{found.name}: the students saw every patient of it", mend="seen")
         for seed in range(args.seed, args.seed + (args.samples if args.per_class else 1)):
             classes, centers, slides = self.who[:3, pool]
             rows = draw_sample(classes, centers, slides, args.per_class, args.per_center, seed)
@@ -187,10 +187,10 @@ class IndexStudy:
             classes, centers, slides = (len(np.unique(kind)) for kind in self.who[:3, sample])
             if min(classes, centers) < 2 or len(sample) <= KS[0]:
                 lack = f"a sample has fewer than two classes, two centres or {KS[0] + 1} patches"
-                raise UserError(f"{self.benchmark.name}: {lack}", "sample")
+                raise UserError(f"{self.benchmark.name}: {lack}", mend="sample")
             if slides < 2:
                 lack = f"slide {self.slides[sample[0]]}, whose own are no neighbours"
-                raise UserError(f"{self.benchmark.name}: all patches are of {lack}", "slides")
+                raise UserError(f"{self.benchmark.name}: all patches are of {lack}", mend="slides")
         if all(np.array_equal(self.samples[0], other) for other in self.samples):
             del self.samples[1:]  # each draw took everything: their spread would say nothing
 
@@ -593,7 +593,7 @@ def run(args: Namespace) -> int:
 
     models = args.models or models_at_hand(args.weights or (), args.runs)
     if not models:
-        raise UserError("no model is named and none is at hand", "models")
+        raise UserError("no model is named and none is at hand", mend="models")
     check_names(models)
     claim(args.results, origins_of(models))
     options = model_options(args)

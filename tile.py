@@ -396,7 +396,7 @@ def settle_earlier(
         if other := now.get(os.path.realpath(slide.path)):
             reasons[slide.name] = SkippedSlide(f"is {other} now")
         elif held & slide.patients:
-            reasons[slide.name] = SkippedSlide("held out", "exclude")
+            reasons[slide.name] = SkippedSlide("held out", mend="exclude")
         elif row["status"] == "done":
             stay.append(slide.name)
             size, mpp = int(row["patch_size"]), float(row["target_mpp"])
@@ -404,7 +404,7 @@ def settle_earlier(
                 raise UserError(
                     f"{job.folder}: "
                     f"{slide.name} of an earlier run has patches of {size} px at {mpp} µm/px",
-                    "settings",
+                    mend="settings",
                 )
     if stay:
         names = ", ".join(stay[:5]) + ", ..." * (len(stay) > 5)
@@ -615,7 +615,8 @@ def summarize(slides: Cohort, job: Job) -> int:
     for row, slide in zip(rows, slides, strict=True):
         if row["status"] == "done" and not job.settings.made(row, slide):
             raise UserError(
-                f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile", "settings"
+                f"{job.folder}: another run has tiled {slide.name} otherwise meanwhile",
+                mend="settings",
             )
     write_clam_list(job.folder)
     if done:

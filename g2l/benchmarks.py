@@ -217,7 +217,7 @@ def make_benchmark(
     """
     if not rows:
         found = "".join(f"; {note}" for note in notes)
-        raise UserError(f"{root}: no labelled images of {name} in it{found}", "benchmark data")
+        raise UserError(f"{root}: no labelled images of {name} in it{found}", mend="benchmark data")
     for image, label, _ in rows:
         if label not in classes:
             known = f"{name} knows {', '.join(classes)}"

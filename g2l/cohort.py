@@ -168,7 +168,7 @@ def read_manifest(path: Path) -> Cohort:
         if name:
             listed.append(_listed(path, name, cells))
     if not listed:
-        raise UserError(f"{path}: names no slides", "manifest")
+        raise UserError(f"{path}: names no slides", mend="manifest")
     return listed
 
 
@@ -185,7 +185,9 @@ def _listed(manifest: Path, name: str, cells: dict[str, str]) -> CohortSlide:
         ),  # above 0
     ):
         if not re.fullmatch(pattern, text):
-            raise UserError(f"{manifest}: {text}: expected {what} in the row of {name}", "manifest")
+            raise UserError(
+                f"{manifest}: {text}: expected {what} in the row of {name}", mend="manifest"
+            )
     patient = cells.get("patient", "")
     if patient.upper().startswith("TCGA-"):  # a sample's barcode: benchmarks name patients
         patient = patient_of(patient)
@@ -223,9 +225,11 @@ def local_slides(folder: Path, manifest: Path | None = None) -> tuple[Cohort, li
         named = name_slides(at_hand)
         slides = [CohortSlide(name, path, size=size_of(path)) for name, path in named.items()]
     elif folder.is_dir():
-        raise UserError(f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})", "slides")
+        raise UserError(
+            f"{folder}: no slides in it (looked for {', '.join(SUFFIXES)})", mend="slides"
+        )
     else:
-        raise UserError(f"{folder}: no such folder", "slides")
+        raise UserError(f"{folder}: no such folder", mend="slides")
     return slides, notes + join_copies(slides)
 
 
@@ -260,7 +264,7 @@ def _named_slides(folder: Path, at_hand: list[Path], manifest: Path) -> tuple[Co
     if not slides:
         raise UserError(
             f"{manifest}: none of its {len(missing)} slides is in {folder}, first {missing[0]}",
-            "slides",
+            mend="slides",
         )
     return list(slides.values()), missing
 
@@ -339,16 +343,16 @@ def select(
         section = re.match(r"TCGA-\w\w-\w{4}-\w{3}-\w\w-([A-Z]+)", slide.name)
         kind = "diagnostic" if not section or section[1].startswith("DX") else "tissue"
         if held & slide.patients:
-            reasons[slide.name] = SkippedSlide("held out", "exclude")
+            reasons[slide.name] = SkippedSlide("held out", mend="exclude")
         elif strategy not in ("both", kind):
-            reasons[slide.name] = SkippedSlide(f"a {kind} slide", "strategy")
+            reasons[slide.name] = SkippedSlide(f"a {kind} slide", mend="strategy")
         else:
             order = hashlib.sha256(f"{seed}:{slide.name}".encode()).hexdigest()
             wanted.append((kind != "diagnostic", order, slide.name, slide))
     wanted.sort()
     limit = limit or len(wanted)
     for *_, slide in wanted[limit:]:
-        reasons[slide.name] = SkippedSlide(f"not in the sample of {limit}", "sample")
+        reasons[slide.name] = SkippedSlide(f"not in the sample of {limit}", mend="sample")
     chosen = [slide for *_, slide in wanted[:limit]]
     return sorted(chosen, key=str), reasons
 

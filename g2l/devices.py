@@ -39,17 +39,17 @@ def pick_device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):  # ROCm is cuda too
-        raise UserError(f"device {device}: expected cpu, cuda, cuda:N or auto", "device")
+        raise UserError(f"device {device}: expected cpu, cuda, cuda:N or auto", mend="device")
     if chosen.type == "cpu":
         return chosen
     if not torch.cuda.is_available():
-        raise UserError(f"device {device}: PyTorch sees no GPU here", "no gpu")
+        raise UserError(f"device {device}: PyTorch sees no GPU here", mend="no gpu")
     index = int(os.environ.get("LOCAL_RANK", 0)) if chosen.index is None else chosen.index
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(
             f"cuda:{index}: this machine has {count} GPUs, and each takes one process of torchrun",
-            "device",
+            mend="device",
         )
     return torch.device("cuda", index)
 

@@ -166,9 +166,9 @@ def read_features(path: Path) -> tuple[ndarray, ndarray]:
             # Changes stay in memory, so PyTorch may take the array for its own.
             features = np.memmap(path, data.dtype, "c", place, data.shape)
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: no features of a slide ({error})", "embed") from error
+        raise UserError(f"{path}: no features of a slide ({error})", mend="embed") from error
     if hashlib.sha256(features.data).hexdigest() != checksum:
-        raise UserError(f"{path}: damaged: its checksum is another", "embed")
+        raise UserError(f"{path}: damaged: its checksum is another", mend="embed")
     return features, coords
 
 

@@ -89,7 +89,7 @@ def without_leaks(
                 f"the cohort of {display(name)} is not recorded: shared patients cannot be found"
             )
     if not keep.any():
-        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", "leaks")
+        raise UserError(f"{benchmark.name}: no image is left ({'; '.join(notes)})", mend="leaks")
     return keep, notes, marked
 
 
@@ -441,7 +441,7 @@ def without_patches(
         return []
     text = f"abmil on {benchmark.name}: no features of the patches of every slide by"
     lacking = [name for name in models if display(name) not in measured]
-    return [UserError(f"{text} {display(name)}", "bags") for name in lacking]
+    return [UserError(f"{text} {display(name)}", mend="bags") for name in lacking]
 
 
 def model_rows(study: Study) -> list[dict]:

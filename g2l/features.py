@@ -163,7 +163,7 @@ class Forward:
         name = self.model.name
         if self.batch_size == 1:
             raise UserError(
-                f"{name}: not enough memory on {self.device} for one image", "one image"
+                f"{name}: not enough memory on {self.device} for one image", mend="one image"
             ) from None
         self.batch_size = (self.batch_size + 1) // 2
         warn(f"{name}: out of memory on {self.device}, batch size now {self.batch_size}")
@@ -474,13 +474,13 @@ def _refuse_broken(
         raise UserError(
             f"{model}: {len(broken)} of {len(array)} embeddings on {benchmark.name} are NaN or "
             f"infinite, first {ids[broken[0]]}",
-            "broken features",
+            mend="broken features",
         )
     if len(lost) > max_unreadable * len(array):
         first = lost[0]
         raise UserError(
             f"{benchmark.name}: {many} images cannot be read, first {ids[first]} ({named[first]})",
-            "unreadable",
+            mend="unreadable",
         )
 
 

@@ -46,7 +46,9 @@ def ask_gdc(
         if strategy != "both":
             clauses["experimental_strategy"] = [f"{strategy.capitalize()} Slide"]
     else:
-        raise UserError(f"{project}: the GDC knows the TCGA projects {', '.join(TCGA)}", "cancer")
+        raise UserError(
+            f"{project}: the GDC knows the TCGA projects {', '.join(TCGA)}", mend="cancer"
+        )
     every = [{"field": field, "value": values} for field, values in clauses.items()]
     content = [{"op": "in", "content": clause} for clause in every]
     query = {
@@ -127,7 +129,9 @@ def check_own(source: CohortSlide) -> None:
     """Raises UserError where a slide that was there before is not the one that the server has."""
     path = source.path
     if not downloaded_mark(path).exists() and not verify(source, path):
-        raise UserError(f"{path}: size or md5 is not what the server states; move it away", "own")
+        raise UserError(
+            f"{path}: size or md5 is not what the server states; move it away", mend="own"
+        )
 
 
 def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> None:
@@ -154,7 +158,7 @@ def download(source: CohortSlide, url: str, report: Callable[[int], None]) -> No
         failures = 0 if before < now < source.size else failures + 1
         pause(failures)
     why = f"not fetched after {failures} tries: {reason}"
-    raise UserError(f"{url.partition('?')[0]}: {why}", "later")
+    raise UserError(f"{url.partition('?')[0]}: {why}", mend="later")
 
 
 def _fetch(url: str, partial: Path, have: int, size: int, report: Callable[[int], None]) -> str:

@@ -69,16 +69,16 @@ def choose_size(
     slide does not fit.
     """
     if slide.mpp is None:
-        raise SkippedSlide(slide.mpp_source or "no µm per pixel in the file", "mpp")
+        raise SkippedSlide(slide.mpp_source or "no µm per pixel in the file", mend="mpp")
     if 0.8 * mpp - 1e-9 <= slide.mpp <= 1.2 * mpp + 1e-9:
         return patch_size, slide.mpp
     kind = "coarser" if slide.mpp > mpp else "finer"
     text = f"{slide.mpp:.4g} µm/px is {kind} than {mpp:g} (± 20 %)"
     if not resample:
-        raise SkippedSlide(text, "magnification")
+        raise SkippedSlide(text, mend="magnification")
     if slide.mpp > 1.5 * mpp and not enlarge:
         text += f", and enlarging it {slide.mpp / mpp:.2g} times adds no detail"
-        raise SkippedSlide(text, "enlarge")
+        raise SkippedSlide(text, mend="enlarge")
     size0 = max(1, round(patch_size * mpp / slide.mpp))
     return size0, slide.mpp * size0 / patch_size
 
@@ -196,9 +196,9 @@ def _lay_grid(slide: Slide, size0: int, step: float) -> NDArray:
 def _no_tissue(tissue: NDArray, pen: NDArray, least: float) -> SkippedSlide:
     """Why there is no patch."""
     if tissue.any():
-        return SkippedSlide(f"no patch has {least:.0%} of tissue", "tissue")
+        return SkippedSlide(f"no patch has {least:.0%} of tissue", mend="tissue")
     if pen.mean() > 0.02:
-        return SkippedSlide("no tissue found, but much that has the colour of ink", "pen")
+        return SkippedSlide("no tissue found, but much that has the colour of ink", mend="pen")
     return SkippedSlide("no tissue found")
 
 
@@ -208,7 +208,7 @@ def _keep(bad: dict[str, NDArray]) -> tuple[NDArray, list[str]]:
     shares = ", ".join(f"{values.mean():.0%} for {name}" for name, values in bad.items())
     if not keep.any():
         worst = max(bad, key=lambda name: bad[name].mean())
-        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {shares}", worst)
+        raise SkippedSlide(f"all {len(keep)} tissue patches dropped, {shares}", mend=worst)
     if keep.mean() >= 0.5:
         return keep, []
     return keep, [f"{1 - keep.mean():.0%} of the tissue patches dropped: {shares}"]

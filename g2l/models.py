@@ -409,7 +409,8 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
             if not hub:
                 raise
             raise UserError(
-                f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}", "weights"
+                f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}",
+                mend="weights",
             ) from None
 
 

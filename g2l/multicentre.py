@@ -144,7 +144,7 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> Sited:
         raise UserError(
             f"{folder}: no patch of {size} px is covered to {min_fraction:.0%} by one tissue class "
             f"in the {len(regions)} regions of TIGER's roi-level-annotations",
-            "coverage",
+            mend="coverage",
         )
     patients, centers = zip(*map(tiger_origin, slides), strict=True)
     ids = [f"{path.stem} {x},{y} {size}px" for path, x, y in patches]

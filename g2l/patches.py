@@ -500,7 +500,7 @@ def _finished_rows(folder: Path) -> list[dict[str, str]]:
     """Rows of the slides that have patches, all of one kind; UserError else."""
     rows = list(read_rows(folder).values())
     if not rows:
-        raise UserError(f"{folder}/slides.csv: not found or empty; run tile.py first", "tile")
+        raise UserError(f"{folder}/slides.csv: not found or empty; run tile.py first", mend="tile")
     rows = [row for row in rows if row["status"] == "done" and int(row["patches"])]
     if not rows:
         raise UserError(f"{folder}: no slide has patches; slides.csv gives each slide's reason")

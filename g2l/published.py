@@ -581,9 +581,9 @@ def load_benchmarks(
                 found += load_published(what, choices)
         except (UserError, PermissionError) as error:
             name = f"{what}: " if isinstance(what, str) else ""
-            failed.append(UserError(f"{name}{error}", getattr(error, "mend", "")))
+            failed.append(UserError(f"{name}{error}", mend=getattr(error, "mend", "")))
     named = [benchmark.name for benchmark in found]
     twice = [name for name in named if named.count(name) > 1]
     if twice:
-        raise UserError(f"two benchmarks are called {twice[0]}", "benchmark names")
+        raise UserError(f"two benchmarks are called {twice[0]}", mend="benchmark names")
     return found, failed

@@ -208,12 +208,12 @@ def loading(what: str, workers: int) -> Iterator[dict]:
         raise
     except OSError as error:
         last = str(error).strip().splitlines()[-1]
-        raise UserError(f"{what} cannot be loaded ({last})", "workers") from None
+        raise UserError(f"{what} cannot be loaded ({last})", mend="workers") from None
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
         raise UserError(
-            f"the {workers} loading processes gave nothing for {WAIT:.0f} s", "stuck"
+            f"the {workers} loading processes gave nothing for {WAIT:.0f} s", mend="stuck"
         ) from None
     finally:
         end_workers()  # a loader would give each that is stuck another five seconds

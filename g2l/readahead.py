@@ -119,7 +119,7 @@ class Reader:
             try:
                 if not self.pipe.poll(ranks.WAIT):
                     text = f"the process that reads patches gave nothing for {ranks.WAIT:.0f} s"
-                    raise UserError(text, "stuck")
+                    raise UserError(text, mend="stuck")
                 found = self.pipe.recv()
                 break
             except (EOFError, ConnectionResetError):

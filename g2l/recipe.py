@@ -334,7 +334,7 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
                 raise UserError(
                     f"{model.name}: its pooled features have {said.whole.shape[-1]} numbers"
                     f" and its patch tokens {cells[-1]}",
-                    "tokens",
+                    mend="tokens",
                 )
         widths.append(said.rows(args.tokens).shape[-1])
     distiller = Distiller(student, widths[0], widths[1:], args, cells).to(device)
@@ -488,7 +488,7 @@ def projected(distiller: Distiller, images: Tensor, batch: int) -> Network:
         if not isinstance(head, nn.Linear) or head.in_features != features.shape[1]:
             raise UserError(
                 f"{student.name}: timm's head for it does not take its embedding",
-                "head",
+                mend="head",
             )
         head.to(features.device)
         head.weight.copy_((distiller.projector / spread).T)

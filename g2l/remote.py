@@ -286,7 +286,9 @@ class RemoteFile:
                 for page in (*tiff.pages, *(tiff.pages.first.pages or ())):
                     _ = page.dataoffsets, page.databytecounts, page.jpegtables
         except (tifffile.TiffFileError, ValueError, IndexError, TypeError) as error:
-            raise SkippedSlide(f"its pixels need OpenSlide: no TIFF ({error})", "rest") from error
+            raise SkippedSlide(
+                f"its pixels need OpenSlide: no TIFF ({error})", mend="rest"
+            ) from error
         return self.twin.path
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ def claim(results: Path, origins: dict[str, str]) -> None:
         for name, origin in origins.items():
             other = known.get(name, origin)
             if other != origin and (Path(other).exists() or not Path(other).is_absolute()):
-                raise UserError(f"{results} holds the {name} of {other}, not {origin}", "name")
+                raise UserError(f"{results} holds the {name} of {other}, not {origin}", mend="name")
         write_text(path, json.dumps(known | origins, indent=1))
 
 

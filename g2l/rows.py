@@ -80,7 +80,7 @@ def read_rows(folder: Path, damaged: list[str] | None = None) -> Rows:
             rows[row["slide"]] = {column: row[column] for column in COLUMNS}
         elif any(cells):
             if damaged is None:
-                raise UserError(f"{path}, line {number}: damaged ({fault})", "table")
+                raise UserError(f"{path}, line {number}: damaged ({fault})", mend="table")
             damaged.append(f"{path}, line {number}: {fault}")
     return rows
 
@@ -94,7 +94,7 @@ def _header(path: Path, header: list[str], damaged: list[str] | None) -> list[st
         return header
     fault = f"{path}: no column {', '.join(missing)} in its first line"
     if damaged is None or len(header) != len(COLUMNS):
-        raise UserError(fault, "table")
+        raise UserError(fault, mend="table")
     damaged.append(fault)
     return list(COLUMNS)  # each row proves by its checksum that this is right
 

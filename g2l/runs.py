@@ -61,7 +61,7 @@ class Run:
         if not self.main:
             return
         if not self.lock.enter_context(locked(folder / ".lock", wait=False)):
-            raise UserError(f"{folder}: another process trains this run; wait for it", "name")
+            raise UserError(f"{folder}: another process trains this run; wait for it", mend="name")
         for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink()
 
@@ -133,7 +133,7 @@ class Run:
             raise UserError(
                 f"{self.folder}: checkpoints and student take {needed / 1e9:,.2f} GB, "
                 f"and {free / 1e9:,.2f} GB are free",
-                "room",
+                mend="room",
             )
 
     def save(self, state: dict) -> None:
@@ -152,7 +152,8 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             why = str(error).splitlines()[0]
             raise UserError(
-                f"{self.folder}: checkpoint of step {state['step']} not written ({why})", "room"
+                f"{self.folder}: checkpoint of step {state['step']} not written ({why})",
+                mend="room",
             ) from None
 
     def changes(self, old: dict, new: dict) -> str:
@@ -170,7 +171,7 @@ class Run:
             raise UserError(
                 f"{self.folder} was begun otherwise: {changed}"
                 ". Give what it was begun with to go on",
-                "name",
+                mend="name",
             )
 
     def finished(self, identity: dict) -> int:
@@ -202,7 +203,9 @@ class Run:
         if agree(state is not None) and not self.main:
             path = next(filter(Path.exists, self.checkpoints), None)
             if path is None:
-                raise UserError(f"{self.folder}: no checkpoint seen on {platform.node()}", "shared")
+                raise UserError(
+                    f"{self.folder}: no checkpoint seen on {platform.node()}", mend="shared"
+                )
             state = read_checkpoint(path)
         return state
 
@@ -227,7 +230,7 @@ class Run:
         if list(self.folder.glob("checkpoint*.damaged")):
             raise UserError(
                 f"{self.folder}: no whole checkpoint is left; remove the folder to begin anew",
-                "name",
+                mend="name",
             )
         return None
 
@@ -320,7 +323,7 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(
             f"{path}: written by a later version of this program (checkpoint version "
             f"{state['version']}; this one reads {VERSION}); go on with that one",
-            "name",
+            mend="name",
         )
     if not {"identity", "distiller", "optimizer"} <= state.keys():
         raise ValueError("not a checkpoint of distill.py")

@@ -315,7 +315,7 @@ def load_slides_table(table: Path, choices: Choices) -> Benchmark:
     tile.py that hold them.
     """
     if not choices.cancer:
-        raise UserError(f"{table}: in which cohort its slides are is not said", "cohort")
+        raise UserError(f"{table}: in which cohort its slides are is not said", mend="cohort")
     labels = read_labels(table, {})
     classes = sorted(set(labels.classes.values()))
     made = slide_benchmark(table.stem, labels, [], classes, table, choices)

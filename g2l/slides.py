@@ -108,7 +108,7 @@ class Slide:
             self._open_tiles()
         if remote and not all(level.tiles for level in (*self.levels, *self.drafts)):
             self.close()
-            raise SkippedSlide(f"its pixels need OpenSlide ({self.vendor})", "rest")
+            raise SkippedSlide(f"its pixels need OpenSlide ({self.vendor})", mend="rest")
         self.mpp, self.mpp_source = (mpp, "given") if mpp else find_mpp(properties)
         x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
         self.origin = x, y

@@ -204,7 +204,7 @@ class Heldout:
             problem = unreadable[-1] if unreadable else "their patients have no more"
             mend = "moved" if unreadable else "held out"
             raise UserError(
-                f"only {len(patches)} of {count} held-out patches can be read: {problem}", mend
+                f"only {len(patches)} of {count} held-out patches can be read: {problem}", mend=mend
             )
         stacked = np.stack(list(patches.values()))
         self.images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()

@@ -55,7 +55,7 @@ class TeacherCache:
             os.pwrite(self.rows, data, first * self.width)
             os.pwrite(self.sums, self._checksums(data, params), 4 * first)
         except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror}", "room") from None
+            raise UserError(f"{self.folder}: {error.strerror}", mend="room") from None
 
     def _checksums(self, data: bytes, params: Params) -> bytes:
         """CRC-32 of each row and the patch it is of: another patch in its place is noticed."""

@@ -198,11 +198,11 @@ def _refuse_whole(slide: Slide, limits: Limits) -> None:
     choice = limits.mpp, limits.patch_size, limits.resample, limits.enlarge
     size0, _ = choose_size(slide, *choice)
     if size0 != limits.patch_size:
-        raise SkippedSlide("its patches are resampled, so not its compressed tiles", "rest")
+        raise SkippedSlide("its patches are resampled, so not its compressed tiles", mend="rest")
     needed = slide.cost(size0 / (size0 // 8 * 2))  # of measure_blur
     if needed > max(MOST_READ, slide.file.size / 8):
         why = "to find its tissue, for want of a level at low power"
-        raise SkippedSlide(f"{needed / 1e6:,.0f} MB would have to be read {why}", "rest")
+        raise SkippedSlide(f"{needed / 1e6:,.0f} MB would have to be read {why}", mend="rest")
 
 
 def _facts(slide: Slide) -> dict[str, Any]:

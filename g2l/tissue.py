@@ -315,4 +315,4 @@ def find_mask(folder: Path, name: str) -> Path:
         path = folder / f"{name}{suffix}"
         if path.is_file():
             return path
-    raise SkippedSlide(f"no mask {name}.geojson or {name}.png in {folder}", "masks")
+    raise SkippedSlide(f"no mask {name}.geojson or {name}.png in {folder}", mend="masks")

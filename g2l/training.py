@@ -212,7 +212,7 @@ class Training:
             raise UserError(
                 f"{self.unreadable} of {drawn} patches could not be read, the last: {failures[-1]}"
                 f"; {path} has all",
-                "unreadable",
+                mend="unreadable",
             )
 
     def collect(self, everything: bool) -> None:
@@ -225,7 +225,7 @@ class Training:
             step = self.stop.steps + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 text = f"step {step}: the loss is {loss} and the gradient norm {norm}"
-                raise UserError(f"{text}. The last checkpoint is older", "diverged")
+                raise UserError(f"{text}. The last checkpoint is older", mend="diverged")
             if self.stop.update(loss) and not self.ended:
                 self.ended = f"stop rule ({self.args.stop}) at step {step}"
             lr, weight_decay = self.schedule(step - 1)
@@ -256,7 +256,7 @@ class Training:
             raise UserError(
                 f"step {self.done}: the student gives the same features for every patch"
                 ", so there is nothing to learn from",
-                "constant",
+                mend="constant",
             )
         cka = result["cka"]
         if cka > self.best.get("cka", -math.inf):
@@ -355,4 +355,4 @@ class Training:
                 finished[name] = checksums(run.folder / name)
             run.write_config({**self.config, "finished": finished})
         except OSError as error:
-            raise UserError(f"{run.folder}: student not written ({error})", "export") from None
+            raise UserError(f"{run.folder}: student not written ({error})", mend="export") from None

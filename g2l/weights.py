@@ -70,7 +70,7 @@ def weight_file(path: str | Path) -> Path:
             )
         return found[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such file", "weights")
+        raise UserError(f"{path}: no such file", mend="weights")
     part = re.search(r"-\d+-of-\d+\.safetensors$", path.name)
     return index if part and index.is_file() else path
 
@@ -95,7 +95,7 @@ def _read_shards(index: Path) -> State:
     for file in _shards(index):
         shard = index.parent / Path(file).name  # beside the index, wherever it says
         if not shard.is_file():
-            raise UserError(f"{shard}: no such file; {index.name} names it", "weights")
+            raise UserError(f"{shard}: no such file; {index.name} names it", mend="weights")
         state |= read_weights(shard)
     return state
 
@@ -193,7 +193,7 @@ def read_config(folder: Path) -> dict:
             raise UserError(
                 f"{path}: in transformers' format, not timm's; name the model and give this "
                 "folder as its weights",
-                "weights",
+                mend="weights",
             )
         args = dict(config.get("model_args") or {})
         if bad := sorted(k for k in args if k.startswith(("pretrained", "checkpoint", "cache"))):
@@ -292,7 +292,7 @@ def explained(repository: str) -> Iterator[None]:
         why = f"not fetched from {page}: {str(error).splitlines()[0]}; try again"
     else:
         return
-    raise UserError(f"{repository}: {why}", "weights") from None
+    raise UserError(f"{repository}: {why}", mend="weights") from None
 
 
 def verify(path: Path) -> None:
