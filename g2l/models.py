@@ -566,6 +566,8 @@ def check_nameless(path: str, args: Namespace) -> None:
         return
     fits = identify(read_weights(weight_file(path)))
     if not fits:
+        if Path(path).is_dir():
+            read_config(Path(path))  # a student whose config.json is lost or damaged: it says so
         raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
     print(f"{path}: fits {' and '.join(fits)}")
 

@@ -276,7 +276,20 @@ def test_the_card_tells_what_the_run_was(kept, capsys):
     assert "fits r-projected" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["card", "weights", "config", "other weights", "no card"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "card",
+        "weights",
+        "config",
+        "preprocessing",
+        "other weights",
+        "no card",
+        "no config",
+        "half a config",
+        "no text",
+    ],
+)
 def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsys):
     import shutil
 
@@ -292,6 +305,16 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     elif what == "config":
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"steps": 12', '"steps": 13'))
+    elif what == "preprocessing":
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "half a config":
+        (folder / "config.json").write_text('{"architecture": ')
+    elif what == "no text":
+        readme.write_bytes(readme.read_bytes().replace(b"in 12 steps", b"in 12 st\xe9ps"))
     elif what == "other weights":
         shutil.copy(kept / "student-projected" / "model.safetensors", folder)
     else:
@@ -300,4 +323,9 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
         (folder / "model.safetensors").write_bytes(content)
     assert models.main(["--check", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert ("README.md" if what in ("card", "config", "no card") else "model.safetensors") in error
+    if what in ("weights", "other weights"):
+        assert "model.safetensors" in error
+    elif what in ("no config", "half a config"):
+        assert "config.json" in error
+    else:
+        assert "README.md" in error and "config.json does not" not in error
