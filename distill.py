@@ -74,6 +74,7 @@ def distill(args: Namespace) -> int:
     rank, world, device = setup_distributed(args.device)
     folder = Path(args.runs) / (args.name or default_name(args))
     words = {name: flag_of(name) for name in vars(args)}
+    words["targets"] = "what the student has to match (--teacher-cache rounds it)"
     exports = ["student", "student-projected"][: 1 + args.keep_projector]
     run = Run(folder, args.keep, rank == 0, words, exports)
     with Signals() as signals, contextlib.closing(run):
@@ -354,6 +355,8 @@ def check(args: Namespace) -> None:
             raise UserError(f"{flag_of(name)} {value}: expected a number of at least {least}{why}")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
+    if args.warmup > args.max_steps:
+        raise UserError(f"--warmup {args.warmup}: longer than --max-steps {args.max_steps}")
     weights = args.teacher_weight
     if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
         raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")

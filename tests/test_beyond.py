@@ -240,6 +240,21 @@ def test_licences_are_told_for_each_teacher(data, tmp_path, capsys, monkeypatch)
     assert "timm:test_vit4 is not in the registry" in card and "bioptimus/H0-mini" in card
 
 
+def test_a_projector_that_cannot_be_kept_is_refused_before_training(
+    data, kept, tmp_path, capsys, monkeypatch
+):
+    teacher = ["--teacher", "timm:test_vit4", "--student"]
+    pair = [*teacher, str(kept / "student-projected")]
+    parts = "a projector of its own", "student beside it"
+    fails(command(data, tmp_path, "r", pair=pair), *parts, capsys=capsys)
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}
+    more = {"args": small, "dim": 64, "embedding": "cls+mean"}
+    monkeypatch.setitem(REGISTRY, "h0-mini", dataclasses.replace(REGISTRY["h0-mini"], **more))
+    flags = "--keep-projector", "--tokens", "all"
+    arguments = command(data, tmp_path, "m", *flags, pair=[*teacher, "h0-mini"])
+    fails(arguments, "does not take its embedding", capsys=capsys)
+
+
 def test_what_cannot_be_is_refused(data, tmp_path, capsys):
     for more, parts in [
         ((*MIXED, "--teacher-cache", tmp_path / "c"), ("--teacher-cache", "patch-cosine")),
@@ -247,6 +262,7 @@ def test_what_cannot_be_is_refused(data, tmp_path, capsys):
         (("--teacher-weight", 1, 2), ("--teacher-weight", "each teacher")),
         (("--loss", "relation"), ("beside",)),
         ((*MIXED, "--sync"), ("--sync",)),
+        (("--warmup", 13), ("--warmup 13", "--max-steps 12")),
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)
     assert not (tmp_path / "r").exists()
