@@ -70,6 +70,10 @@ def test_ranks_share_the_cache_with_one_process(data, tmp_path):
     np.testing.assert_allclose([row[1] for row in first], [row[1] for row in second], rtol=2e-3)
 
 
-def test_what_cannot_be_kept_is_refused(data, tmp_path, capsys):
+def test_what_cannot_be_kept_is_refused(data, tmp_path, capsys, monkeypatch):
     more = ["--teacher-cache", tmp_path / "kept", "--tokens", "all", *VIT]
     fails(command(data, tmp_path, "r", *more), "--tokens cls", capsys=capsys)
+    short = ["--max-steps", 2]
+    assert distill.main(command(data, tmp_path, "r", *short)) == 0
+    kept = [*short, "--teacher-cache", tmp_path / "kept"]
+    fails(command(data, tmp_path, "r", *kept), "--teacher-cache", "fp16", capsys=capsys)
