@@ -377,6 +377,7 @@ def check_tokens(args: Namespace) -> None:
 
 
 REMEDIES = MODEL_REMEDIES | {
+    "cache": f"make room, or take another folder by --teacher-cache, and {GO_ON}",
     "constant": "check --weights of the student, or lower --lr",
     "diverged": "lower --lr, set --grad-clip 1 or take --precision fp32, under another --name",
     "export": "make room and run the same command again, which exports from the checkpoint",
@@ -387,6 +388,7 @@ REMEDIES = MODEL_REMEDIES | {
     "room": f"make room, or write elsewhere by --runs, and {GO_ON}",
     "stuck": f"is the storage of the slides still there? Take other --workers, and {GO_ON}",
     "shared": "--runs must be a folder that all machines share",
+    "targets": "go without --teacher-cache, under another --name",
     "tokens": "take --tokens cls or patch",
     "head": "go without --keep-projector",
     "unreadable": "mend them or raise --max-unreadable",

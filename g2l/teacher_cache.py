@@ -48,14 +48,19 @@ class TeacherCache:
         return torch.from_numpy(np.frombuffer(data, np.float16).reshape(count, -1).copy())
 
     def put(self, params: Params, rows: Tensor) -> None:
-        """Keep fp16 rows (B, dim), first themselves and then their checksums."""
+        """Keep fp16 rows (B, dim), first themselves and then their checksums.
+
+        UserError where they are not finite, or cannot be written.
+        """
+        if not rows.isfinite().all():
+            raise UserError(f"{self.folder}: the teacher's answer is not finite in fp16", "targets")
         first = int(params.number[0])
         data = rows.cpu().numpy().tobytes()
         try:
             os.pwrite(self.rows, data, first * self.width)
             os.pwrite(self.sums, self._checksums(data, params), 4 * first)
         except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror}", "room") from None
+            raise UserError(f"{self.folder}: {error.strerror}", "cache") from None
 
     def _checksums(self, data: bytes, params: Params) -> bytes:
         """CRC-32 of each row and the patch it is of: another patch in its place is noticed."""

@@ -8,6 +8,7 @@ from training import CNN, VIT, command, fails, losses, same
 
 import distill
 from g2l.augment import draw_params
+from g2l.errors import UserError
 from g2l.recipe import look
 from g2l.teacher_cache import TeacherCache
 
@@ -56,6 +57,21 @@ def test_a_second_run_asks_the_teacher_nothing_and_a_sweep_agrees(data, tmp_path
     alone += ["--teacher-cache", str(tmp_path / "new")]
     assert distill.main(alone) == 0
     same(tmp_path / "mse", tmp_path / "alone")
+
+
+def test_rows_that_cannot_be_written_or_held_in_fp16_are_refused(
+    data, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    arguments = command(data, tmp_path, "r", "--teacher-cache", tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)
+        fails(arguments, "kept: No space left", "--teacher-cache", capsys=capsys)
+    rows = torch.full((4, 6), torch.inf).half()
+    with pytest.raises(UserError, match="not finite in fp16"):
+        TeacherCache(tmp_path, "key", 6).put(draw_params(0, 8, 4, 64, 48), rows)
 
 
 def test_ranks_share_the_cache_with_one_process(data, tmp_path):
