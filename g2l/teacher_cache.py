@@ -63,9 +63,9 @@ class TeacherCache:
             raise UserError(f"{self.folder}: {error.strerror}", "cache") from None
 
     def _checksums(self, data: bytes, params: Params) -> bytes:
-        """CRC-32 of each row and the patch it is of: another patch in its place is noticed."""
+        """CRC-32 of each row, begun with that of its patch: other pixels are noticed."""
         sums = []
-        for number, patch in enumerate(params.patch.tolist()):
+        for number, patch in enumerate(params.pixels.tolist()):
             row = data[number * self.width : (number + 1) * self.width]
             sums.append(zlib.crc32(row, patch & 0xFFFFFFFF))
         return np.array(sums, np.uint32).tobytes()
