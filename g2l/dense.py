@@ -62,11 +62,7 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
         rows += [{"model": display(name), **row} for row in found]
         if name == study.teacher:
             target = grids
-    if len(benchmark.masks) and not any("seed" in row for row in rows):
-        warn(
-            f"{benchmark.name}: masks of fewer than two classes, or of too few groups for the "
-            "probe's 6:2:2; nothing is said of the tissue of patch tokens"
-        )
+    tell_unprobed(benchmark, rows)
     shape = len(grids), BLIND_WIDTH, *grids.shape[2:]
     for draw in range(BLIND_DRAWS):
         luck = torch.Generator().manual_seed(draw)
@@ -74,6 +70,15 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
         rows += [{"model": "chance", "draw": draw, **row} for row in found]
     rows = [{"benchmark": benchmark.name, "protocol": "dense", **row} for row in rows]
     return record(study.results, rows, key=key)
+
+
+def tell_unprobed(benchmark: Benchmark, rows: list[dict]) -> None:
+    """Say where masks gave no probe, whose rows have a seed."""
+    if len(benchmark.masks) and not any("seed" in row for row in rows):
+        warn(
+            f"{benchmark.name}: masks of fewer than two classes, or of too few groups for the "
+            "probe's 6:2:2; nothing is said of the tissue of patch tokens"
+        )
 
 
 def drawn(benchmark: Benchmark) -> tuple[Benchmark, ndarray]:
