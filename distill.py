@@ -74,6 +74,7 @@ def distill(args: Namespace) -> int:
     rank, world, device = setup_distributed(args.device)
     folder = Path(args.runs) / (args.name or default_name(args))
     words = {name: flag_of(name) for name in vars(args)}
+    words["targets"] = "what the student has to match (--teacher-cache rounds it)"
     exports = ["student", "student-projected"][: 1 + args.keep_projector]
     run = Run(folder, args.keep, rank == 0, words, exports)
     with Signals() as signals, contextlib.closing(run):
@@ -354,6 +355,8 @@ def check(args: Namespace) -> None:
             raise UserError(f"{flag_of(name)} {value}: expected a number of at least {least}{why}")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
+    if args.warmup > args.max_steps:
+        raise UserError(f"--warmup {args.warmup}: longer than --max-steps {args.max_steps}")
     weights = args.teacher_weight
     if len(weights) not in (1, len(args.teacher)) or not all(0 < w < math.inf for w in weights):
         raise UserError(f"--teacher-weight {weights}: expected a number above 0 for each teacher")
@@ -374,6 +377,7 @@ def check_tokens(args: Namespace) -> None:
 
 
 REMEDIES = MODEL_REMEDIES | {
+    "cache": f"make room, or take another folder by --teacher-cache, and {GO_ON}",
     "constant": "check --weights of the student, or lower --lr",
     "diverged": "lower --lr, set --grad-clip 1 or take --precision fp32, under another --name",
     "export": "make room and run the same command again, which exports from the checkpoint",
@@ -384,6 +388,7 @@ REMEDIES = MODEL_REMEDIES | {
     "room": f"make room, or write elsewhere by --runs, and {GO_ON}",
     "stuck": f"is the storage of the slides still there? Take other --workers, and {GO_ON}",
     "shared": "--runs must be a folder that all machines share",
+    "targets": "go without --teacher-cache, under another --name",
     "tokens": "take --tokens cls or patch",
     "head": "go without --keep-projector",
     "unreadable": "mend them or raise --max-unreadable",

@@ -34,7 +34,7 @@ class Params(NamedTuple):
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float32, pixels
     number: Tensor  # (B,) int64: of the sample
-    patch: Tensor  # (B,) int64: number of the patch in its index; -1: not known
+    pixels: Tensor  # (B,) int64: CRC-32 of the patch as it was read; -1: not known
     slide: Tensor  # (B,) int64: number of its slide; -1: not known
 
 

@@ -166,7 +166,8 @@ def load_folder(folder: Path) -> Benchmark:
     if "center" in rows[0]:
         made.centers = [row["center"] for row in rows]
     if "mask" in rows[0]:
-        made.masks = ImageSource([folder / row["mask"] for row in rows], read_mask)
+        masks = [folder / row["mask"] for row in rows]
+        made.masks = ImageSource(masks, read_mask, masks)
     made.origin = str(folder.resolve())
     return made
 

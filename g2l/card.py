@@ -10,7 +10,7 @@ from pathlib import Path
 
 from g2l.cohort import hashed_cohort
 from g2l.errors import UserError
-from g2l.files import read_json
+from g2l.files import digest, read_json
 from g2l.registry import PLUS, REGISTRY, find
 from g2l.weights import tensors_digest
 
@@ -65,7 +65,7 @@ By chance, with the same rows in random order: unbiased {facts[floor][0]:.4f} on
 ## Made with
 
 {made}
-- SHA-256 of the tensors: {config[sha256]}
+- SHA-256 of the tensors: {config[sha256]}; digest of what config.json says: {said}
 """
 PROJECTED = """
 It gives {num_classes} projected features, each standardised; CKA below is of its own \
@@ -98,6 +98,7 @@ def card(config: Mapping) -> str:
     each = facts["patients"].items()
     return CARD.format(
         config=config,
+        said=digest(config),
         about=about,
         facts=facts,
         header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header),
@@ -127,7 +128,7 @@ def check_card(folder: Path) -> None:
             "the tensors of model.safetensors are not those that config.json was written of"
         )
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+        text = (folder / "README.md").read_text("utf-8", "replace").splitlines()
         lost = [line for line in card(config).splitlines() if line not in text]
     except FileNotFoundError:
         wrong.append("README.md is missing")

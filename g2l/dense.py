@@ -15,8 +15,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import UserError
-from g2l.features import data_stamp, display
+from g2l.errors import UserError, warn
+from g2l.features import data_stamp, display, watched
 from g2l.files import digest
 from g2l.models import Model, resized
 from g2l.probe import linear_probe
@@ -24,7 +24,7 @@ from g2l.protocols import BLIND_DRAWS, BLIND_WIDTH, cka_rows, recall, split
 from g2l.results import Study, record, recorded
 from g2l.robust import draw_sample
 
-VERSION = 1  # raised on purpose when the same input would give other numbers
+VERSION = 2  # raised on purpose when the same input would give other numbers
 IMAGES = 300  # of a benchmark, at most
 GRID = 16  # rows and columns of tokens, at most; finer ones are resampled
 PLACES = 12  # tokens of each image that are compared
@@ -33,16 +33,19 @@ BATCH = 16  # images
 
 def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> list[dict]:
     """Rows of results on the patch tokens of each model, recorded; none for regions and slides, and
-    where there is neither a teacher nor a mask.
+    where there is neither a teacher nor a mask, which is told.
     """
-    if benchmark.level != "patch" or not (study.teacher in models or len(benchmark.masks)):
+    if benchmark.level != "patch":
+        return []
+    if study.teacher not in models and not len(benchmark.masks):
+        warn(f"{benchmark.name}: neither masks nor a teacher, so nothing is said of patch tokens")
         return []
     prints = [study.cards[name]["fingerprint"] for name in models]
     about = [
         benchmark.name,
         benchmark.groups,
         benchmark.labels.tolist(),
-        len(benchmark.masks),
+        watched(benchmark.masks),
         data_stamp(benchmark),
         study.teacher,
         study.seeds,
@@ -59,6 +62,7 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
         rows += [{"model": display(name), **row} for row in found]
         if name == study.teacher:
             target = grids
+    tell_unprobed(benchmark, rows)
     shape = len(grids), BLIND_WIDTH, *grids.shape[2:]
     for draw in range(BLIND_DRAWS):
         luck = torch.Generator().manual_seed(draw)
@@ -66,6 +70,15 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
         rows += [{"model": "chance", "draw": draw, **row} for row in found]
     rows = [{"benchmark": benchmark.name, "protocol": "dense", **row} for row in rows]
     return record(study.results, rows, key=key)
+
+
+def tell_unprobed(benchmark: Benchmark, rows: list[dict]) -> None:
+    """Say where masks gave no probe, whose rows have a seed."""
+    if len(benchmark.masks) and not any("seed" in row for row in rows):
+        warn(
+            f"{benchmark.name}: masks of fewer than two classes, or of too few groups for the "
+            "probe's 6:2:2; nothing is said of the tissue of patch tokens"
+        )
 
 
 def drawn(benchmark: Benchmark) -> tuple[Benchmark, ndarray]:
@@ -209,6 +222,8 @@ def segmentation(grids: Tensor, classes: ndarray, group: ndarray, study: Study) 
         guess = scores[test].argmax(1)
         truth = labels[test]
         present = np.unique(truth)
+        if len(present) < 2:  # one class alone is no test
+            continue
         shared = jaccard_score(truth, guess, labels=present, average="macro")
         base = {"seed": seed}
         rows.append(base | {"metric": "balanced accuracy", "value": recall(guess, truth)})

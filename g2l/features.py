@@ -325,10 +325,14 @@ def data_stamp(benchmark: Benchmark) -> str:
     """Fingerprint of a benchmark's images: ids, and size and time of every file. Labels are not in
     it."""
     if not benchmark.stamp:
-        files = dict.fromkeys(map(Path, getattr(benchmark.images, "files", [])))
-        rule = getattr(benchmark.images, "rule", "")
-        benchmark.stamp = digest(benchmark.ids, [stamp(file) for file in files], rule)
+        benchmark.stamp = digest(benchmark.ids, *watched(benchmark.images))
     return benchmark.stamp
+
+
+def watched(source: Sequence) -> tuple[list, str]:
+    """Size and time of every file of an image source, and how it is cut."""
+    files = dict.fromkeys(map(Path, getattr(source, "files", [])))
+    return [stamp(file) for file in files], getattr(source, "rule", "")
 
 
 # The model in use, loaded once: models come one after another, never two in memory.

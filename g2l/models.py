@@ -1,5 +1,4 @@
-"""Every foundation model of the paper, loaded as its authors meant, as a timm network and without
-remote code.
+"""Every foundation model of the paper as a timm network, loaded as its authors meant.
 
     python -m g2l.models                              the registry as a table
     python -m g2l.models hibou-l --check FILE         do these weights fit?
@@ -325,8 +324,7 @@ def load_model(
     """Build a model, give it its weights, and put it on a device in eval mode.
 
     name: of REGISTRY or its hub repository, "timm:NAME", "hf-hub:OWNER/NAME", a folder in timm's
-    format (such as
-        runs/NAME/student), or a weight file in one.
+    format (such as runs/NAME/student), or a weight file in one.
     weights: None for the hub (a folder's own for a folder), "random", or a file or folder; then no
     network is touched. dtype: of weights and matrix products; None = fp32 on CPU, the model's own
     half precision on a GPU. input_size: side in pixels if not the published one. Position
@@ -408,10 +406,8 @@ def build(plan: Blueprint, *, empty: bool, hub: bool = False) -> Network:
         except RuntimeError as error:
             if not hub:
                 raise
-            raise UserError(
-                f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}",
-                mend="weights",
-            ) from None
+            text = f"{plan.name}: timm has no weights to load: {str(error).splitlines()[0]}"
+            raise UserError(text, mend="weights") from None
 
 
 def _randomize(net: Network, name: str) -> None:
@@ -567,6 +563,8 @@ def check_nameless(path: str, args: Namespace) -> None:
         return
     fits = identify(read_weights(weight_file(path)))
     if not fits:
+        if Path(path).is_dir():
+            read_config(Path(path))  # a student whose config.json is lost or damaged: it says so
         raise UserError(f"{path}: readable, but fits no model of the registry", mend="registry")
     print(f"{path}: fits {' and '.join(fits)}")
 

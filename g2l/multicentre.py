@@ -67,7 +67,7 @@ class Region:
 
     def mask(self) -> ndarray | None:
         """Class values (H, W) of the region's pixels; None where image or mask cannot be used."""
-        path = self.path.parent.parent / "masks" / self.path.name
+        path = mask_of(self.path)
         try:
             with Image.open(self.path) as region, Image.open(path) as image:
                 mask = np.asarray(image)
@@ -152,7 +152,8 @@ def load_tiger(folder: Path, size: int, min_fraction: float) -> Sited:
     images = Squares(patches, size)
     kinds = np.array(labels, np.int64)
     found = Benchmark("tiger", "patch", images, ids, kinds, classes, list(patients), list(centers))
-    found.masks = ImageSource(patches, partial(cut_mask, size=size))
+    masks = [mask_of(path) for path, _, _ in patches]
+    found.masks = ImageSource(patches, partial(cut_mask, size=size), masks)
     return found, slides
 
 
@@ -165,7 +166,12 @@ def cut_mask(patch: tuple[Path, int, int], size: int) -> ndarray:
 @lru_cache(maxsize=1)  # patches of a region follow one another
 def region_classes(path: Path) -> ndarray:
     """Classes (H, W) of a region's pixels."""
-    return read_mask(path.parent.parent / "masks" / path.name)
+    return read_mask(mask_of(path))
+
+
+def mask_of(region: Path) -> Path:
+    """Where the mask of a region's image lies."""
+    return region.parent.parent / "masks" / region.name
 
 
 def tell_passed(folder: Path, names: list[str], why: str) -> None:

@@ -38,12 +38,15 @@ BLOCK = 2048  # tiles compared at once
 
 
 def plism_slides(folder: Path) -> list[tuple[str, str, Path]]:
-    """Staining, scanner and file of each slide of PLISM below a folder; empty for other data."""
-    found = []
+    """Staining, scanner and file of each slide of PLISM below a folder; empty for other data.
+
+    A slide that is there twice counts once.
+    """
+    found = {}
     for path in files_below(folder) if folder.is_dir() else ():
         if match := re.fullmatch(SLIDE, path.name):
-            found.append((match[1], match[2], path))
-    return found
+            found[match[1], match[2]] = path
+    return [(*kind, path) for kind, path in found.items()]
 
 
 def load_plism(folder: Path, count: int, seed: int) -> tuple[list[Benchmark], ndarray, ndarray]:
@@ -51,13 +54,16 @@ def load_plism(folder: Path, count: int, seed: int) -> tuple[list[Benchmark], nd
 
     kinds (4, P) bool says of each pair of slides (in the order of itertools.combinations) which of
     KINDS it is, blocks (n,) which tiles lie in one connected piece of tissue. UserError where
-    there are fewer than two slides or three tiles.
+    there are fewer than two slides or three tiles, and for a damaged file.
     """
     slides = plism_slides(folder)
     common: set[str] = set()
     for number, (_, _, path) in enumerate(slides):
-        with open_h5(path, "r") as file:
-            common = common & set(file) if number else set(file)
+        try:
+            with open_h5(path, "r") as file:
+                common = common & set(file) if number else set(file)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
     names = sorted(common, key=place_of)
     if len(slides) < 2 or len(names) < 3:
         raise UserError(

@@ -283,7 +283,8 @@ def with_masks(found: Found, maps: Maps, values: Values) -> Found:
         core, x, y = square
         return whole(core)[y : y + SIDE, x : x + SIDE]
 
-    found[0].masks = ImageSource(squares.items, cut)
+    files = itertools.chain(*maps.values())
+    found[0].masks = ImageSource(squares.items, cut, rule=digest([stamp(file) for file in files]))
     return found
 
 

@@ -320,6 +320,8 @@ def build(args: Namespace, teachers: Sequence[Model], student: Model) -> tuple[D
     """
     models = [student, *teachers]
     device = student.device
+    if student.net.num_classes:
+        raise UserError(f"{student.name}: has a projector of its own; take the student beside it")
     student.eval()
     flops = 2 * flops_per_image(student) + sum(map(flops_per_image, models))
     sample = torch.zeros(1, 3, args.crop, args.crop, device=device)
@@ -479,17 +481,19 @@ def projected(distiller: Distiller, images: Tensor, batch: int) -> Network:
     """
     student = distiller.student
     features = embeddings_of(student, images, batch)
+    width, columns = distiller.projector.shape
     with torch.no_grad():
-        rows = features.double() @ distiller.projector.double()
-        spread = rows.std(0, correction=0) + 1e-6
         net = copy.deepcopy(student.net).eval()
-        net.reset_classifier(rows.shape[1])
+        net.reset_classifier(columns)
         head = net.get_classifier()
-        if not isinstance(head, nn.Linear) or head.in_features != features.shape[1]:
+        taken = head.in_features if isinstance(head, nn.Linear) else 0
+        if not taken == width == features.shape[1]:
             raise UserError(
                 f"{student.name}: timm's head for it does not take its embedding",
                 mend="head",
             )
+        rows = features.double() @ distiller.projector.double()
+        spread = rows.std(0, correction=0) + 1e-6
         head.to(features.device)
         head.weight.copy_((distiller.projector / spread).T)
         head.bias.copy_(-rows.mean(0) / spread)

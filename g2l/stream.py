@@ -5,6 +5,7 @@
 """
 
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,11 @@ class Batches(torch.utils.data.Dataset):
         for n in range(first, first + self.batch_size):
             pixels, i = self._read(n, unreadable)
             patches.append(pixels)
-            drawn.append((i, self.index.locate(i)[0]))
+            drawn.append((zlib.crc32(np.ascontiguousarray(pixels).data), self.index.locate(i)[0]))
         images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         params = draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop)
-        patch, slide = torch.tensor(drawn).T.contiguous()
-        return images, params._replace(patch=patch, slide=slide), unreadable
+        sums, slide = torch.tensor(drawn).T.contiguous()
+        return images, params._replace(pixels=sums, slide=slide), unreadable
 
     def pack(self, item: Item) -> tuple:
         """What a process sends: arrays, which go through the pipe, not tensors; and what it has

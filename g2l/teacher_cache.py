@@ -48,19 +48,26 @@ class TeacherCache:
         return torch.from_numpy(np.frombuffer(data, np.float16).reshape(count, -1).copy())
 
     def put(self, params: Params, rows: Tensor) -> None:
-        """Keep fp16 rows (B, dim), first themselves and then their checksums."""
+        """Keep fp16 rows (B, dim), first themselves and then their checksums.
+
+        UserError where they are not finite, or cannot be written.
+        """
+        if not rows.isfinite().all():
+            raise UserError(
+                f"{self.folder}: the teacher's answer is not finite in fp16", mend="targets"
+            )
         first = int(params.number[0])
         data = rows.cpu().numpy().tobytes()
         try:
             os.pwrite(self.rows, data, first * self.width)
             os.pwrite(self.sums, self._checksums(data, params), 4 * first)
         except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror}", mend="room") from None
+            raise UserError(f"{self.folder}: {error.strerror}", mend="cache") from None
 
     def _checksums(self, data: bytes, params: Params) -> bytes:
-        """CRC-32 of each row and the patch it is of: another patch in its place is noticed."""
+        """CRC-32 of each row, begun with that of its patch: other pixels are noticed."""
         sums = []
-        for number, patch in enumerate(params.patch.tolist()):
+        for number, patch in enumerate(params.pixels.tolist()):
             row = data[number * self.width : (number + 1) * self.width]
             sums.append(zlib.crc32(row, patch & 0xFFFFFFFF))
         return np.array(sums, np.uint32).tobytes()

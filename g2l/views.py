@@ -38,8 +38,8 @@ MEAN_PATCHES = 64  # of a slide, for the teacher's mean
 
 
 def parse_views(text: str) -> list[str]:
-    """Kinds of VIEWS from their names with commas between; UserError for another name."""
-    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    """Kinds of VIEWS from their names with commas or blanks between; UserError for another name."""
+    kinds = text.replace(",", " ").split()
     for kind in kinds:
         if kind not in VIEWS:
             raise UserError(f"student view {kind!r}: expected any of {', '.join(VIEWS)}")

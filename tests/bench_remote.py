@@ -133,7 +133,7 @@ def measure(name, folder, args, server, cache=0):
     start, used = time.monotonic(), cpu_of(server)
     for _, params, (*unreadable, counts) in load(batches, range(args.batches), args.workers, False):
         problems += len(unreadable)
-        drawn.update(params.patch.tolist())
+        drawn.update(params.pixels.tolist())
         for key, value in json.loads(counts).items():
             total[key] = total.get(key, 0) + value
     seconds = time.monotonic() - start

@@ -240,6 +240,21 @@ def test_licences_are_told_for_each_teacher(data, tmp_path, capsys, monkeypatch)
     assert "timm:test_vit4 is not in the registry" in card and "bioptimus/H0-mini" in card
 
 
+def test_a_projector_that_cannot_be_kept_is_refused_before_training(
+    data, kept, tmp_path, capsys, monkeypatch
+):
+    teacher = ["--teacher", "timm:test_vit4", "--student"]
+    pair = [*teacher, str(kept / "student-projected")]
+    parts = "a projector of its own", "student beside it"
+    fails(command(data, tmp_path, "r", pair=pair), *parts, capsys=capsys)
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}
+    more = {"args": small, "dim": 64, "embedding": "cls+mean"}
+    monkeypatch.setitem(REGISTRY, "h0-mini", dataclasses.replace(REGISTRY["h0-mini"], **more))
+    flags = "--keep-projector", "--tokens", "all"
+    arguments = command(data, tmp_path, "m", *flags, pair=[*teacher, "h0-mini"])
+    fails(arguments, "does not take its embedding", capsys=capsys)
+
+
 def test_what_cannot_be_is_refused(data, tmp_path, capsys):
     for more, parts in [
         ((*MIXED, "--teacher-cache", tmp_path / "c"), ("--teacher-cache", "patch-cosine")),
@@ -247,6 +262,7 @@ def test_what_cannot_be_is_refused(data, tmp_path, capsys):
         (("--teacher-weight", 1, 2), ("--teacher-weight", "each teacher")),
         (("--loss", "relation"), ("beside",)),
         ((*MIXED, "--sync"), ("--sync",)),
+        (("--warmup", 13), ("--warmup 13", "--max-steps 12")),
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)
     assert not (tmp_path / "r").exists()
@@ -276,7 +292,20 @@ def test_the_card_tells_what_the_run_was(kept, capsys):
     assert "fits r-projected" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["card", "weights", "config", "other weights", "no card"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "card",
+        "weights",
+        "config",
+        "preprocessing",
+        "other weights",
+        "no card",
+        "no config",
+        "half a config",
+        "no text",
+    ],
+)
 def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsys):
     import shutil
 
@@ -292,6 +321,16 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     elif what == "config":
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"steps": 12', '"steps": 13'))
+    elif what == "preprocessing":
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "half a config":
+        (folder / "config.json").write_text('{"architecture": ')
+    elif what == "no text":
+        readme.write_bytes(readme.read_bytes().replace(b"in 12 steps", b"in 12 st\xe9ps"))
     elif what == "other weights":
         shutil.copy(kept / "student-projected" / "model.safetensors", folder)
     else:
@@ -300,4 +339,9 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
         (folder / "model.safetensors").write_bytes(content)
     assert models.main(["--check", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert ("README.md" if what in ("card", "config", "no card") else "model.safetensors") in error
+    if what in ("weights", "other weights"):
+        assert "model.safetensors" in error
+    elif what in ("no config", "half a config"):
+        assert "config.json" in error
+    else:
+        assert "README.md" in error and "config.json does not" not in error

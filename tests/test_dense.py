@@ -9,7 +9,7 @@ from PIL import Image
 import evaluate
 import g2l.dense
 from g2l.benchmarks import load_folder
-from g2l.dense import alignment, classes_of, look, resized, segmentation
+from g2l.dense import alignment, classes_of, dense_rows, look, resized, segmentation
 from g2l.errors import UserError
 from g2l.images import read_mask
 from g2l.models import load_model
@@ -92,6 +92,51 @@ def test_the_probe_finds_what_tokens_hold_in_unseen_patients_and_nothing_in_nois
     blind = segmentation(noise, classes, group, study(tmp_path))
     assert np.mean([r["value"] for r in blind if r["metric"] == "balanced accuracy"]) < 0.45
     assert not segmentation(noise, np.full((60, 4, 4), 2), group, study(tmp_path))
+
+
+def test_a_test_part_of_one_class_is_no_test(tmp_path):
+    classes = np.full((12, 4, 4), 3)
+    classes[:2, :2] = 5  # in the first patient alone
+    told = torch.from_numpy(np.eye(6)[classes].transpose(0, 3, 1, 2)).float()
+    rows = segmentation(told, classes, np.arange(12) // 2, study(tmp_path, seeds=6))
+    assert not rows
+
+
+def random_model(name: str):
+    return load_model(name, "random", input_size=SIDE)
+
+
+def measured(folder) -> dict:
+    """Rows of one model without a teacher, by model, metric and seed."""
+    name = "timm:test_vit"
+    how = study(folder.parent, cards={name: {"fingerprint": "f"}}, load=random_model)
+    found = load_multicentre(folder, 1, 1)[0]
+    rows = dense_rows(found, [name], how)
+    return {(row["model"], row["metric"], row["seed"]): row["value"] for row in rows}
+
+
+def test_masks_that_are_changed_are_measured_anew(folder):
+    before = measured(folder)
+    assert before and measured(folder) == before
+    for path in folder.glob("m*.png"):
+        mask = np.array(Image.open(path))
+        mask[: SIDE // 2] = 3
+        mask[SIDE // 2 :] = 5  # now it says nothing of smooth and rough
+        Image.fromarray(mask).save(path)
+    after = measured(folder)
+    name = "timm:test_vit", "balanced accuracy", 0
+    assert after[name] < before[name]
+
+
+def test_what_cannot_be_measured_of_patch_tokens_is_told(folder, capsys):
+    table = folder / "labels.csv"
+    for path in folder.glob("m*.png"):
+        Image.new("L", (SIDE, SIDE), 3).save(path)
+    assert not measured(folder)
+    assert "mine: masks of fewer than two classes" in capsys.readouterr().err
+    table.write_text("\n".join(line.rpartition(",")[0] for line in table.read_text().split()))
+    assert not measured(folder)
+    assert "mine: neither masks nor a teacher" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -110,6 +110,12 @@ def test_flops_are_those_worked_out_by_hand(name, gflops):
     assert flops_per_image(model) / 1e9 == pytest.approx(gflops, rel=0.01)
 
 
+def test_flops_of_a_network_that_pools_by_attention_are_counted():
+    model = load_model("timm:test_vit3", "random")
+    free = flops_per_image(model.requires_grad_(False))
+    assert flops_per_image(model.requires_grad_(True)) == free > 1e6
+
+
 @pytest.mark.slow
 def test_table_and_speed_commands(capsys):
     done = run("g2l.models")

@@ -64,6 +64,18 @@ def test_the_tree_is_read_as_it_is_published(tree):
     assert len(some) == 9 and some == [name for name in parts[0].ids if name in some]
 
 
+def test_a_slide_that_is_there_twice_counts_once_and_a_damaged_one_is_named(tree):
+    (tree / "copy").mkdir()
+    copy = tree / "copy" / "GIV_S60_to_GMH_S60.tif.h5"
+    copy.write_bytes((tree / copy.name).read_bytes())
+    parts, kinds, _ = load_plism(tree, 100, 0)
+    assert len(parts) == 6 and kinds.shape == (4, 15)
+    damaged = tree / "MY_AT2_to_GMH_S60.tif.h5"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"MY_AT2_to_GMH_S60\.tif\.h5: .*truncated"):
+        load_plism(tree, 100, 0)
+
+
 def test_blocks_are_pieces_that_touch():
     names = ["tile_16_0_0", "tile_16_1_1", "tile_16_3_0", "tile_16_3_2", "tile_16_4_1"]
     assert blocks_of(names).tolist() == [1, 1, 2, 2, 2]

@@ -113,6 +113,7 @@ def test_means_of_slides_are_the_teachers_own_less_that_of_the_cohort(index):
 
 def test_a_view_that_is_unknown_or_impossible_is_refused(index, data, tmp_path, capsys):
     assert parse_views(" cohort, focus") == ["cohort", "focus"] and parse_views("") == []
+    assert parse_views("cohort focus") == ["cohort", "focus"]  # a sweep parts values by commas
     alone = np.arange(len(index.slides)) == 0
     with pytest.raises(UserError, match="there is none"):
         StudentView(["cohort"], 0, index, alone)
