@@ -328,8 +328,10 @@ def study(args: Namespace, load: dict) -> int:
     unseen = np.full(len(found), True)
     for model, options in load.items() if args.exclude_seen else ():
         unseen &= ~leaked(found, card(model, args.results, **options))
-    drawn = index.draw(np.flatnonzero(unseen))
-    arrays, fine, cards, failures = gather([drawn], args, load)
+    gathered = gather([index.draw(np.flatnonzero(unseen))], args, load)
+    if gathered is None:
+        return 0
+    arrays, fine, cards, failures = gathered
     index.take({model: parts[0] for model, parts in arrays.items()}, fine)
     base = index.base()
     rows = [*index.measure(), *index.design()]
@@ -369,11 +371,11 @@ def study(args: Namespace, load: dict) -> int:
 
 def gather(
     parts: list[Benchmark], args: Namespace, load: dict
-) -> tuple[dict, ndarray, dict, list[str]]:
+) -> tuple[dict, ndarray, dict, list[str]] | None:
     """Features (n, dim) of each part by model, rows (n,) that all models could read in all parts,
     cards of the models, and what failed.
 
-    Under torchrun all ranks share the images, then one goes on alone: the others end here.
+    Under torchrun all ranks share the images, then one goes on alone: None on the others.
     """
     from g2l.ranks import leave_distributed, setup_distributed
 
@@ -394,7 +396,7 @@ def gather(
         raise UserError("; ".join(failures))
     leave_distributed()
     if rank:
-        sys.exit()
+        return None
     fine = np.all([np.isfinite(array).all(1) for read in x.values() for array in read], 0)
     return x, fine, cards, failures
 
@@ -441,7 +443,10 @@ def perturb(args: Namespace, load: dict) -> int:
     parts = [dataclasses.replace(patches, name=f"{name}-unchanged")]
     for kind, strengths in steps.items():
         parts += [shifted(patches, kind, s) for s in strengths]
-    x, fine, _, failures = gather(parts, args, load)
+    gathered = gather(parts, args, load)
+    if gathered is None:
+        return 0
+    x, fine, _, failures = gathered
     found = follow(x, steps, fine)
     count = int(fine.sum())
     rows = []
@@ -483,7 +488,10 @@ def follow(x: dict[str, list[ndarray]], steps: dict[str, list], fine: ndarray) -
 def plism(args: Namespace, load: dict) -> int:
     """Find tiles of PLISM again in other stainings and on other scanners; the exit status."""
     parts, kinds, blocks = load_plism(folder_of(args), args.patches, args.seed)
-    x, fine, _, failures = gather(parts, args, load)
+    gathered = gather(parts, args, load)
+    if gathered is None:
+        return 0
+    x, fine, _, failures = gathered
     blocks = blocks[fine]
     blind = np.random.default_rng(args.seed)
     width = (len(fine), BLIND_WIDTH)
