@@ -154,7 +154,7 @@ def _first_copies(base, groups, copies):
 
 # --- plain PyTorch: the reference, and what runs on a CPU ----------------------------------------
 
-SPARE = 6  # candidates beyond k: room for rows whose order the screen cannot tell
+SPARE = 6  # candidates beyond k, half in fp64: room for rows whose order the screen cannot tell
 PANEL = 2048  # columns of scores whose minima are taken while they are in a core's cache
 QUERIES = 1024  # rows of a panel
 SCORES = 2**24  # values of a block of rows of scores, unless that is fewer than 32 rows
@@ -198,6 +198,7 @@ class _Screen:
         self.labels = labels
         self.n = len(base)
         fast = len(base) > MANY and base.shape[1] <= NARROW
+        self.spare = SPARE if fast else SPARE // 2
         found = operands(base, query, metric, FP32 if fast else FP64)
         q, b, self.squares_q, self.squares_b, self.gamma = found
         self.half_q = lower(self.squares_q, self.gamma).to(q.dtype)
@@ -214,16 +215,16 @@ class _Screen:
         self.scores = self.table.new_empty(self.height, self.width)
         self.least = self.table.new_empty(self.height, self.width // SET)
 
-    def best(self, rows, count):
-        """The `count` rows of base with the least bounds for each query of a slice.
+    def best(self, rows, k):
+        """The k rows of base and some to spare with the least bounds for each query of a slice.
 
-        -> rows (R, count), clipped to those there are, bounds in ascending order, and the bounds'
-        largest errors.
+        -> rows (R, k + spare), clipped to those there are, bounds in ascending order, and the
+        largest errors (R, k) of the first k.
         """
         scores, least = self._block(rows)
-        columns, bound = _least(scores, least, self.panel, count)
+        columns, bound = _least(scores, least, self.panel, k + self.spare)
         columns = columns.clamp(max=self.n - 1)
-        squares = self.squares_q[rows, None] + self.squares_b.take(columns)
+        squares = self.squares_q[rows, None] + self.squares_b.take(columns[:, :k])
         error = squares * (4 * self.gamma) + 4 * TINY
         return columns, bound + self.half_q[rows, None], error
 
@@ -316,13 +317,13 @@ def _reference(base, k, query, own, groups, labels, metric, exactly):
     screen = _Screen(base, query, own, groups, labels, metric)
     for start in range(0, queries, screen.height):
         rows = slice(start, start + screen.height)
-        columns, bound, error = screen.best(rows, k + SPARE)
+        columns, bound, error = screen.best(rows, k)
         distance = bound[:, :k].double()
         index = columns[:, :k].clone()
         following = bound[:, 1 : k + 1]
-        settled = ((bound + error)[:, :k] < following) | (following == inf)
+        settled = (bound[:, :k] + error < following) | (following == inf)
         # fp32, which is returned, shows nothing of a 2^30th
-        settled &= distance > 2.0**30 * error[:, :k]
+        settled &= distance > 2.0**30 * error
         sure = settled.all(1) & (not exactly)
         again = (~sure).nonzero().squeeze(1)
         if len(again):
