@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from g2l.arguments import Gigabytes, Help
+from g2l.arguments import Gigabytes, parser_of
 from g2l.augment import BLUR_SIZE
 from g2l.devices import (
     MODEL_REMEDIES,
@@ -103,7 +103,7 @@ def distill(args: Namespace) -> int:
             training.begin(index, held)
         patches = (args.seed, args.batch_size, args.crop, args.sampling)
         stream = load(
-            Batches(index, held, *patches, rank, world),
+            Batches(index, held, *patches, rank, world, sealed=bool(args.teacher_cache)),
             range(training.done * args.accumulate, args.max_steps * args.accumulate),
             default_workers(args.workers, device),
             device.type == "cuda",
@@ -314,7 +314,7 @@ def add_flags(parser: ArgumentParser, groups: dict) -> ArgumentParser:
 
 def build_parser() -> ArgumentParser:
     """All flags."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    parser = parser_of(__doc__)
     add_flags(parser, RECIPE)
     add_model_arguments(parser)
     add_flags(parser, FREE)

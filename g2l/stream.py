@@ -46,6 +46,7 @@ class Batches(torch.utils.data.Dataset):
     by: str  # "slide" or "patch", see PatchIndex.draw
     rank: int = 0
     world: int = 1
+    sealed: bool = False  # whether Params says of each patch which pixels it has
 
     def __getitem__(self, number: int) -> Item:
         first = self._first(number)
@@ -60,11 +61,12 @@ class Batches(torch.utils.data.Dataset):
         for n in range(first, first + self.batch_size):
             pixels, i = self._read(n, unreadable)
             patches.append(pixels)
-            drawn.append((zlib.crc32(np.ascontiguousarray(pixels).data), self.index.locate(i)[0]))
+            seal = zlib.crc32(np.ascontiguousarray(pixels).data) if self.sealed else -1
+            drawn.append((seal, self.index.locate(i)[0]))
         images = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2).contiguous()
         params = draw_params(self.seed, first, self.batch_size, self.index.patch_size, self.crop)
-        sums, slide = torch.tensor(drawn).T.contiguous()
-        return images, params._replace(pixels=sums, slide=slide), unreadable
+        seals, slide = torch.tensor(drawn).T.contiguous()
+        return images, params._replace(pixels=seals, slide=slide), unreadable
 
     def pack(self, item: Item) -> tuple:
         """What a process sends: arrays, which go through the pipe, not tensors; and what it has
