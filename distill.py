@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from g2l.arguments import Gigabytes, parser_of
+from g2l.arguments import MOST_SEED, Gigabytes, parser_of
 from g2l.augment import BLUR_SIZE
 from g2l.devices import (
     MODEL_REMEDIES,
@@ -59,7 +59,6 @@ from g2l.recipe import (
     parse_terms,
     set_targets,
 )
-from g2l.registry import licence_note
 from g2l.runs import Run, identify
 from g2l.speed import matmul_ceiling
 from g2l.stream import Batches, load, open_cohort
@@ -176,10 +175,9 @@ def check_cohort(args: Namespace, world: int) -> tuple[PatchIndex, np.ndarray]:
         kept = f"{int(held.sum())} slides held out to measure CKA"
         if not held.any():  # --hold-out 0, or fewer than 4 patients
             kept = "none held out, so CKA is measured on slides that are trained on"
-        notes = "".join(map(licence_note, args.teacher))
         print(
             f"{args.cancer}: {len(index):,} patches of {size} px from {len(index.slides)} "
-            f"slides of {len(index.patients)} patients; {kept}{notes}"
+            f"slides of {len(index.patients)} patients; {kept}"
         )
     return index, held
 
@@ -353,6 +351,8 @@ def check(args: Namespace) -> None:
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             why = ", since batch norm needs two samples" if name == "batch_size" else ""
             raise UserError(f"{flag_of(name)} {value}: expected a number of at least {least}{why}")
+    if args.seed > MOST_SEED:
+        raise UserError(f"--seed {args.seed}: expected a number of at most {MOST_SEED}")
     if args.hold_out > 0.5:
         raise UserError(f"--hold-out {args.hold_out}: expected a fraction from 0 to 0.5")
     if args.warmup > args.max_steps:

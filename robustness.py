@@ -530,7 +530,7 @@ def add_index_arguments(parser: ArgumentParser) -> None:
     add("--per-class N", "patches of each class; 0 takes all", 40, type=count)
     add("--per-center", "so many of each class and centre instead")
     add("--samples N", "number of seeded samples, which show the spread", 5)
-    add("--seed N", "seed of the first sample", 0, type=count)
+    add("--seed SEED", "seed of the first sample", 0)
     add(
         "--exclude-seen",
         "leave out patients that a student was distilled on; otherwise the table marks it",

@@ -179,7 +179,7 @@ def add_cohort_arguments(parser: ArgumentParser) -> None:
         1000,
         type=count,
     )
-    add("--seed N", "another seed draws another sample", 0, type=int)
+    add("--seed SEED", "another seed draws another sample", 0)
 
 
 def add_grid_arguments(parser: ArgumentParser) -> None:

@@ -55,6 +55,7 @@ def whole(text: str, least: int = 1, most: float = math.inf) -> int:
 
 
 count = functools.partial(whole, least=0)
+MOST_SEED = 2**31 - 1  # generators of NumPy, PyTorch and scikit-learn take it, and some above
 
 
 def directory(text: str) -> Path:
@@ -70,6 +71,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "FILE": Path,
     "N": whole,
     "PX": whole,
+    "SEED": functools.partial(whole, least=0, most=MOST_SEED),
     "SHARE": share,
     "UM": pixel_size,
 }

@@ -108,7 +108,7 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         "students; written to RESULTS/NAME-drawn.csv, and without models nothing else is done",
         0,
     )
-    add("--seed N", "of --draw", 0, type=int)
+    add("--seed SEED", "of --draw", 0)
     add(
         "--region-size PX",
         "side of the patches that regions (bracs, breakhis) are cut into",

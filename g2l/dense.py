@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import UserError, warn
+from g2l.errors import UserError, warn, warn_once
 from g2l.features import data_stamp, display, watched
 from g2l.files import digest
 from g2l.models import Model, resized
@@ -109,10 +109,12 @@ def measures(
 def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
     """Patch tokens (N, C, h, w) fp16 of every image, and their classes (N, h, w), -1 for none.
 
-    A token is of the class that covers at least half of it, as the network sees the image.
+    A token is of the class that covers at least half of it, as the network sees the image; an image
+    whose mask cannot be used, which is told, has none.
     """
     kept = []
     kinds = []
+    faults = []
     for numbers, images, x in batches(model, sample):
         with torch.inference_mode(), model.autocast(x):
             cells = model.grid(model.net.forward_features(x)).float()
@@ -122,14 +124,28 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
         if not len(sample.masks):
             continue
         for i, image in zip(numbers, images, strict=True):
-            mask = sample.masks[i]
-            if mask.shape != image.shape[:2]:
-                raise UserError(
-                    f"{sample.name}: the mask of {sample.ids[i]} has "
-                    f"{mask.shape} px, its image {image.shape[:2]}"
-                )
+            try:
+                mask = mask_that_fits(sample, i, image)
+            except UserError as error:
+                faults.append(str(error))
+                mask = np.full(image.shape[:2], -1)
             kinds.append(classes_of(mask, model, size))
+    if faults:
+        warn_once(
+            f"{sample.name}: {len(faults)} of {len(sample)} images are not in the probe of patch "
+            f"tokens for want of a mask, first: {faults[0]}"
+        )
     return torch.cat(kept), np.stack(kinds) if kinds else None
+
+
+def mask_that_fits(sample: Benchmark, i: int, image: ndarray) -> ndarray:
+    """Classes (H, W) of image i; UserError where its mask cannot be read or is of another size."""
+    mask = sample.masks[i]
+    if mask.shape != image.shape[:2]:
+        raise UserError(
+            f"the mask of {sample.ids[i]} has {mask.shape} px, its image {image.shape[:2]}"
+        )
+    return mask
 
 
 def batches(model: Model, sample: Benchmark) -> Iterator[tuple[range, list[ndarray], Tensor]]:

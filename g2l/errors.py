@@ -6,6 +6,7 @@ added to the message.
 """
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -69,6 +70,8 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename}: a file lies where a folder is to be; move it, or name another"
     # HDF5 and safetensors hide the operating system's error in a text
     if isinstance(error, OSError) or disk_full(error) or "I/O error" in text:
         cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
@@ -84,6 +87,9 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
 def warn(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr)
+
+
+warn_once = functools.cache(warn)  # of what is met again with every model or file
 
 
 def rank_of_torchrun() -> int:

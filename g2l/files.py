@@ -7,7 +7,6 @@ import codecs
 import contextlib
 import csv
 import fcntl
-import functools
 import glob
 import hashlib
 import io
@@ -23,7 +22,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import IO
 
-from g2l.errors import UserError, warn
+from g2l.errors import UserError, warn, warn_once
 
 LOCK_WAIT = 60.0  # seconds; what is done under a lock takes a fraction of one
 
@@ -92,8 +91,8 @@ def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
     """Hold an advisory lock on `path`, which holds nothing but the name of who has it.
 
     Yields False when it is held elsewhere and `wait` is False. Raises UserError where it is not
-    free within `limit` seconds. The kernel frees it when the holder dies, however it dies: there
-    are no stale locks to clear.
+    free within `limit` seconds. The kernel frees it when the holder dies, however it dies and
+    whatever it forked lives on: there are no stale locks to clear.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
@@ -112,7 +111,23 @@ def locked(path: Path, wait: bool = True, limit: float = LOCK_WAIT):
                 file.fileno(),
                 f"process {os.getpid()} on {socket.gethostname()}".encode(),
             )
-        yield True
+        _held.add(file)
+        try:
+            yield True
+        finally:
+            _held.discard(file)
+
+
+_held: set[IO] = set()  # open files of the locks of this process
+
+
+def _close_copies() -> None:
+    """In a forked process: a lock lives as long as any copy of its file is open."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_copies)
 
 
 def _free(file: IO, folder: Path) -> bool:
@@ -126,9 +141,8 @@ def _free(file: IO, folder: Path) -> bool:
     return True
 
 
-@functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    warn(
+    warn_once(
         f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
         "processes work there at once"
     )

@@ -8,6 +8,7 @@ rank for six times as long, since it may be waiting for its own loader.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -181,10 +183,21 @@ def run_child(command: list[str]) -> int:
             raise
 
 
-def quiet_worker(_: int) -> None:
-    """Leave signals to the process that loads for; it ends its loaders when it has saved."""
+def quiet_worker(_: int, parent: int) -> None:
+    """Leave signals to the process that it loads for, which ends its loaders when it has saved; end
+    when that process, `parent`, has ended.
+
+    PyTorch's loader sees that, too, but then waits for room in a pipe that nobody reads any more.
+    """
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -201,7 +214,7 @@ def loading(what: str, workers: int) -> Iterator[dict]:
         options = {
             "batch_size": None,
             "num_workers": workers,
-            "worker_init_fn": quiet_worker,
+            "worker_init_fn": functools.partial(quiet_worker, parent=os.getpid()),
         }
         yield options | {"timeout": WAIT if workers else 0, "collate_fn": unchanged}
     except ConnectionError:  # one was killed: `errors.explain` has words for it

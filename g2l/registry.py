@@ -89,10 +89,29 @@ def verdict(teacher: str) -> str:
     )
 
 
+def lineage(metadata: Mapping) -> list[dict]:
+    """Teacher and student by what distill.py wrote of a student, then those of every student that
+    it was made from; of another model nothing.
+    """
+    pairs = []
+    for made in [metadata, *metadata.get("earlier", [])]:
+        if "teacher" in made:
+            pairs.append({name: str(made.get(name, "")) for name in ("teacher", "student")})
+    return pairs
+
+
+def teachers_of(metadata: Mapping) -> list[str]:
+    """Names of a student's teachers, then of those of every student that it was made from."""
+    names = []
+    for made in lineage(metadata):
+        names += made["teacher"].split(PLUS)
+    return list(dict.fromkeys(names))
+
+
 def licence_note(teacher: str) -> str:
     """A line on a teacher whose licence forbids students, to be said before there is one."""
     known = find(teacher)
-    return "" if known is None or REGISTRY[known].teaches else f"\nnote: {verdict(teacher)}"
+    return "" if known is None or REGISTRY[known].teaches else f"note: {verdict(teacher)}"
 
 
 def pretrained_on(
@@ -100,7 +119,7 @@ def pretrained_on(
 ) -> dict[str, list[str]]:
     """The models that may know a benchmark's slides from pretraining, and notes on how.
 
-    `models`: what distill.py wrote of each by name, so that a student speaks for the two it comes
+    `models`: what distill.py wrote of each by name, so that a student speaks for all it comes
     from; `groups`: patients or slides of the benchmark. Where slides are of a public collection, a
     model of which nothing is known may have met them; timm's own were made from other pictures.
     """
@@ -108,8 +127,8 @@ def pretrained_on(
     collection = "TCGA" if of_tcga else DRAWN_FROM.get(benchmark)
     notes: dict[str, list[str]] = {}
     for name, metadata in models.items():
-        teachers = str(metadata.get("teacher")).split(PLUS)
-        origins = [name, *teachers, str(metadata.get("student"))]
+        students = [made["student"] for made in lineage(metadata)]
+        origins = [name, *teachers_of(metadata), *students]
         if collection and not any(find(o) or o.startswith("timm:") for o in origins):
             notes[name] = [
                 f"{name} may know these slides, of {collection}: what it was pretrained on is not "

@@ -23,7 +23,7 @@ from g2l.patches import PatchIndex
 from g2l.progress import Progress
 from g2l.ranks import Signals, Stopped, any_rank, gather_values, rank_and_world
 from g2l.recipe import Step, StopRule, cosine, joined, projected
-from g2l.registry import verdict
+from g2l.registry import licence_note, lineage, teachers_of, verdict
 from g2l.remote import Link
 from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
@@ -95,6 +95,12 @@ class Training:
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
+        self.origin = {"teacher": joined(args.teacher), "student": args.student, "earlier": []}
+        for model in (*teachers, student):
+            self.origin["earlier"] += lineage(model.metadata)
+        for name in teachers_of(self.origin):
+            if note := licence_note(name):
+                print(note)
         self.heldout = Heldout(
             index,
             held,
@@ -320,8 +326,7 @@ class Training:
         args, run, best = self.args, self.run, self.best
         student = self.step.distiller.student
         metadata = {
-            "teacher": joined(args.teacher),
-            "student": args.student,
+            **self.origin,
             "cancer": args.cancer,
             "loss": joined(args.loss),
             "steps": self.done,
@@ -333,7 +338,7 @@ class Training:
         }
         facts = {
             **{name: self.config[name] for name in TOLD},
-            "licences": [verdict(name) for name in args.teacher],
+            "licences": [verdict(name) for name in teachers_of(self.origin)],
             "patches": len(index),
             "cohort": self.identity["cohort"],
             "tiles": self.identity["settings of tile.py"],

@@ -33,6 +33,12 @@ CASES = [
     Case(
         "demo", "a signal", "the command that it runs ends first", "faults: signal_ends_the_child"
     ),
+    Case(
+        "any",
+        "SIGKILL to the main process alone",
+        "its loading processes end and its locks are free; " + EQUAL,
+        "faults: main_process_killed_alone",
+    ),
     # Loading processes.
     Case("evaluate", "loader killed", ENDS, "fault"),
     Case("robustness", "loader killed", ENDS, "fault"),

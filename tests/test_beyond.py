@@ -238,6 +238,15 @@ def test_licences_are_told_for_each_teacher(data, tmp_path, capsys, monkeypatch)
     card = (tmp_path / "r" / "student" / "README.md").read_text()
     assert "forbids models trained on its outputs" in card and 'license: "other"' in card
     assert "timm:test_vit4 is not in the registry" in card and "bioptimus/H0-mini" in card
+    first = str(tmp_path / "r" / "student")  # what is made of it comes from the same teachers
+    for name, pair in (
+        ("taught", ["--teacher", first, "--student", "timm:test_vit"]),
+        ("begun", ["--teacher", "timm:test_vit4", "--student", first]),
+    ):
+        assert distill.main(command(data, tmp_path, name, "--max-steps", 2, pair=pair)) == 0
+        assert "note: the licence of h0-mini" in capsys.readouterr().out
+        card = (tmp_path / name / "student" / "README.md").read_text()
+        assert "forbids models trained on its outputs" in card and 'license: "other"' in card
 
 
 def test_a_projector_that_cannot_be_kept_is_refused_before_training(

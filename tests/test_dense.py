@@ -179,14 +179,21 @@ def test_masks_that_the_table_names_are_no_images_left_out(folder, capsys):
     assert "1 images have no line in labels.csv" in capsys.readouterr().err
 
 
-def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder):
+def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder, capsys):
     found, _ = load_multicentre(write_tiger(tmp_path), 64, 0.75)
     assert [np.bincount(found.masks[i].ravel() + 1).argmax() - 1 for i in range(4)] == [1, 3, 5, 2]
     assert found.masks[3].shape == found.images[3].shape[:2]
     Image.new("L", (5, 5)).save(folder / "m7.png")
+    (folder / "m9.png").unlink()
+    table = folder / "labels.csv"
+    table.write_text(table.read_text().replace("m11.png", ""))  # of this one there is no mask
     bad = load_multicentre(folder, 1, 1)[0]
-    with pytest.raises(UserError, match=r"the mask of 7\.png has \(5, 5\) px"):
-        look(load_model("timm:test_vit", "random", input_size=SIDE), bad)
+    for _ in range(2):
+        classes = look(load_model("timm:test_vit", "random", input_size=SIDE), bad)[1]
+        assert [i for i in range(48) if (classes[i] == -1).all()] == [7, 9, 11]
+    told = capsys.readouterr().err
+    assert told.count("3 of 48 images are not in the probe") == 1
+    assert "the mask of 7.png has (5, 5) px, its image (64, 64)" in told
     Image.new("RGB", (5, 5)).save(folder / "m7.png")
     with pytest.raises(UserError, match="one channel of class values"):
         read_mask(folder / "m7.png")

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 from pathlib import Path
@@ -129,7 +130,8 @@ def test_ended_at_any_moment_and_resumed_equals_unbroken(data, unbroken, tmp_pat
     process = start(arguments)
     wait_for_step(process, folder, random.Random(name).randint(5, 20))
     if dies:
-        kill(process)
+        os.kill(process.pid, number)
+        process.process.join()  # its loading process may live on for a while
         (folder / ".checkpoint.1.abc.tmp.pt").write_bytes(b"left behind")
     else:
         for pid in [process.pid, *descendants(process.pid)]:  # as a terminal does
@@ -144,6 +146,8 @@ def test_ended_at_any_moment_and_resumed_equals_unbroken(data, unbroken, tmp_pat
     same(unbroken, folder)
     assert [row["step"] for row in log(folder) if "cka" in row] == [0, 20, 40]
     assert not list(folder.glob(".*.tmp*"))
+    if dies:
+        assert select.select([process.lives], [], [], 10)[0], "the loading process lives on"
 
 
 def test_a_signal_before_the_first_step_is_heard_at_once(data, tmp_path, monkeypatch, capsys):
@@ -272,6 +276,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(data, tmp_path, ca
         (("--loss", "mse", "--sync"), ("--sync", "logsum")),
         (("--tokens", "all", "--teacher-center", "slide"), ("--tokens", "cls")),
         (("--hold-out", 0.9), ("--hold-out 0.9",)),
+        (("--seed", 2**64), ("--seed", "at most 2147483647")),
     ]:
         fails(command(data, tmp_path, "r", *more), *parts, capsys=capsys)
         assert not (tmp_path / "r").exists()

@@ -29,7 +29,7 @@ from faults import CASES, WITHIN
 from jobs import FORK, LATE
 from PIL import Image
 from training import command as training
-from training import losses, write_cohort
+from training import descendants, losses, write_cohort
 
 import distill
 import embed
@@ -215,6 +215,31 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path, command, kills):
         shutil.rmtree(out)
     print(f"{command}: {done} kills in {begun} runs, {lost} lost")
     assert not lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAINS)
+def test_a_main_process_killed_alone_leaves_no_process_and_no_lock(place, tmp_path, name):
+    out = tmp_path / "out"
+    job = Job(name, place, out, more=["--workers", 1])
+    [main] = job.processes
+    while not descendants(main.pid):
+        assert main.exitcode is None, "it has started no process"
+        time.sleep(0.002)
+    time.sleep(0.3)  # what it loads ahead fills the pipes
+    main.kill()
+    main.join()
+    assert main.exitcode == -signal.SIGKILL, "ended too late to test anything"
+    assert Job(name, place, out).end(60, kill=False) == [0], job.log.read_text()
+    assert numbers(name, out) == unbroken(name, place)[0]
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            os.killpg(main.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a loading process lives on"
+        time.sleep(0.05)
 
 
 # ---- faults

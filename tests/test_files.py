@@ -2,10 +2,13 @@
 
 import errno
 import os
+import select
+import signal
 import time
 import zipfile
 
 import pytest
+from training import descendants
 
 from g2l.errors import UserError, explain
 from g2l.files import atomic, check_room, clear_leftovers, clear_stale, locked
@@ -36,6 +39,33 @@ def test_who_waits_for_a_lock_is_told_who_holds_it(tmp_path):
             pass
     with locked(tmp_path / "lock", wait=False) as free:
         assert free
+
+
+def test_a_lock_ends_with_its_holder_though_what_it_forked_lives_on(tmp_path):
+    lives, mark = os.pipe()  # at its end when the holder's child has ended
+    holder = os.fork()
+    if not holder:
+        with locked(tmp_path / "lock"):
+            os.close(lives)
+            if not os.fork():
+                time.sleep(60)
+                os._exit(0)
+            os.write(mark, str(os.getpid()).encode())
+            time.sleep(60)
+        os._exit(0)
+    os.close(mark)
+    assert int(os.read(lives, 10)) == holder
+    (child,) = descendants(holder)
+    try:
+        with locked(tmp_path / "lock", wait=False) as free:
+            assert not free, "its child has not let go of it"
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with locked(tmp_path / "lock", wait=False) as free:
+            assert free and not select.select([lives], [], [], 0)[0]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(lives)
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from g2l.models import (
     save_student,
 )
 from g2l.ranks import setup_distributed
-from g2l.registry import REGISTRY, pretrained_on, table
+from g2l.registry import REGISTRY, lineage, pretrained_on, table
 from g2l.speed import flops_per_image
 
 
@@ -72,6 +72,13 @@ def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     student = {"runs/a/student": {"teacher": "bioptimus/H0-mini", "student": "hibou-l"}}
     ((note,),) = pretrained_on(student, "tp53", ["a"]).values()
     assert "runs/a/student comes from h0-mini" in note and "40 M of TCGA's tiles" in note
+    second = {
+        "teacher": "runs/a/student",
+        "student": "timm:test_vit",
+        "earlier": lineage(*student.values()),
+    }
+    ((note,),) = pretrained_on({"runs/b/student": second}, "tp53", ["a"]).values()
+    assert "runs/b/student comes from h0-mini" in note
     assert list(pretrained_on({"phikon": {}}, "mine", ["TCGA-AA-0001"])) == ["phikon"]
     assert list(pretrained_on({"phikon": {}, "gpfm": {}}, "bracs", ["1"])) == ["gpfm"]
     assert not pretrained_on({"phikon": {}, "uni": {}}, "mine", ["P1"])

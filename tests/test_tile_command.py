@@ -201,6 +201,7 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, sound, capsys, args, t
         ("--patch-size", "4", "4: expected a whole number from 16 to 4096"),
         ("--max-slides", "-1", "-1: expected a whole number from 0"),
         ("--workers", "0", "0: expected a whole number from 1"),
+        ("--seed", "-1", "-1: expected a whole number from 0 to 2147483647"),
         ("--cancer", "../x", "'../x': expected a plain name such as brca"),
         ("--slides", __file__, f"{__file__} is a file; give its folder"),
     ],
