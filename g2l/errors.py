@@ -70,18 +70,24 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file lies where a folder is to be; move it, or name another"
     # HDF5 and safetensors hide the operating system's error in a text
     if isinstance(error, OSError) or disk_full(error) or "I/O error" in text:
-        cause = "no space left on the disk; make room" if disk_full(error) else f"{text}; mend it"
-        return f"{cause} and {GO_ON}"
+        return f"{_cause(error)} and {GO_ON}"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.split('. ')[0]}; {remedies.get('memory', 'take a smaller batch')}"
     lost = "WORLD_SIZE" in os.environ and re.search("onnection|imed out", text)
     if lost and isinstance(error, RuntimeError):
         return "another rank ended or stands still, so this one ends too; its message says why"
     return None
+
+
+def _cause(error: BaseException) -> str:
+    """What the system refused, and what mends it."""
+    if disk_full(error):
+        return "no space left on the disk; make room"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename}: a file lies where a folder is to be; move it or name another"
+    return f"{error}; mend it"
 
 
 def warn(text: str) -> None:

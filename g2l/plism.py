@@ -65,10 +65,11 @@ def load_plism(folder: Path, count: int, seed: int) -> tuple[list[Benchmark], nd
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
     names = sorted(common, key=place_of)
-    if len(slides) < 2 or len(names) < 3:
+    asked = min(count, len(names))
+    if len(slides) < 2 or asked < 3:
         raise UserError(
-            f"{folder}: {len(slides)} slides of PLISM with {len(names)} tiles in common; two "
-            "slides and three tiles are needed to find one again"
+            f"{folder}: {len(slides)} slides of PLISM with {len(names)} tiles in common, of which "
+            f"{asked} are asked for; two slides and three tiles are needed to find one again"
         )
     drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:count])
     tiles = [names[i] for i in drawn]
@@ -192,7 +193,8 @@ def plism_table(found: dict[str, tuple[dict, list[float]]], gains: dict, about: 
         "near it. *chance* is what random features score by the same code.\n\n*score*: "
         "plismbench's, the mean of four medians over pairs (cosine of all, top-10 of each kind), "
         "with its 95 % interval over blocks of tissue. Its board takes 8,139 tiles a slide; fewer "
-        "are found more easily.\n\n"
+        "are found more easily. *nan*: no two slides here differ so, and the score needs each "
+        "kind.\n\n"
         + markdown(["model", "score"], board)
         + "\n## Each measure, median (interquartile range) over pairs\n\n"
         + markdown(["model", "differs", *MEASURES], every)

@@ -100,11 +100,13 @@ def lineage(metadata: Mapping) -> list[dict]:
     return pairs
 
 
-def teachers_of(metadata: Mapping) -> list[str]:
-    """Names of a student's teachers, then of those of every student that it was made from."""
+def origins(metadata: Mapping, part: str) -> list[str]:
+    """What a student comes from, nearest first: its teachers (`part`: "teacher") or what it was at
+    the start ("student"), and the same of every student that it was made from.
+    """
     names = []
     for made in lineage(metadata):
-        names += made["teacher"].split(PLUS)
+        names += made[part].split(PLUS)
     return list(dict.fromkeys(names))
 
 
@@ -127,14 +129,13 @@ def pretrained_on(
     collection = "TCGA" if of_tcga else DRAWN_FROM.get(benchmark)
     notes: dict[str, list[str]] = {}
     for name, metadata in models.items():
-        students = [made["student"] for made in lineage(metadata)]
-        origins = [name, *teachers_of(metadata), *students]
-        if collection and not any(find(o) or o.startswith("timm:") for o in origins):
+        known_by = [name, *origins(metadata, "teacher"), *origins(metadata, "student")]
+        if collection and not any(find(o) or o.startswith("timm:") for o in known_by):
             notes[name] = [
                 f"{name} may know these slides, of {collection}: what it was pretrained on is not "
                 "known"
             ]
-        for origin in origins:
+        for origin in known_by:
             known = find(origin)
             if known and collection in REGISTRY[known].pretrained_on:
                 of = "" if origin == name else f" comes from {known}, which"

@@ -23,7 +23,7 @@ from g2l.patches import PatchIndex
 from g2l.progress import Progress
 from g2l.ranks import Signals, Stopped, any_rank, gather_values, rank_and_world
 from g2l.recipe import Step, StopRule, cosine, joined, projected
-from g2l.registry import licence_note, lineage, teachers_of, verdict
+from g2l.registry import licence_note, lineage, origins, verdict
 from g2l.remote import Link
 from g2l.runs import Readings, Run, checksums, column, describe_setting
 from g2l.stream import Heldout
@@ -98,7 +98,7 @@ class Training:
         self.origin = {"teacher": joined(args.teacher), "student": args.student, "earlier": []}
         for model in (*teachers, student):
             self.origin["earlier"] += lineage(model.metadata)
-        for name in teachers_of(self.origin):
+        for name in origins(self.origin, "teacher"):
             if note := licence_note(name):
                 print(note)
         self.heldout = Heldout(
@@ -338,7 +338,7 @@ class Training:
         }
         facts = {
             **{name: self.config[name] for name in TOLD},
-            "licences": [verdict(name) for name in teachers_of(self.origin)],
+            "licences": [verdict(name) for name in origins(self.origin, "teacher")],
             "patches": len(index),
             "cohort": self.identity["cohort"],
             "tiles": self.identity["settings of tile.py"],

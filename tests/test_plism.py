@@ -186,9 +186,11 @@ def test_an_unreadable_tile_is_left_out_and_told(tree, capsys):
 
 
 def test_faults(tree):
+    with pytest.raises(UserError, match="6 slides .* of which 2 are asked for; .* three tiles"):
+        load_plism(tree, 2, 0)
     for path in list(tree.glob("*.h5"))[1:]:
         path.unlink()
-    with pytest.raises(UserError, match="1 slides of PLISM with 24 tiles in common; two slides"):
+    with pytest.raises(UserError, match="1 slides of PLISM with 24 tiles in common, of which 9"):
         load_plism(tree, 9, 0)
     with h5py.File(next(tree.glob("*.h5")), "a") as file:
         file["thumbnail"] = 0
