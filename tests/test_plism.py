@@ -186,7 +186,7 @@ def test_an_unreadable_tile_is_left_out_and_told(tree, capsys):
 
 
 def test_faults(tree):
-    with pytest.raises(UserError, match="6 slides .* of which 2 are asked for; .* three tiles"):
+    with pytest.raises(UserError, match=r"6 slides .* of which 2 are asked for; .* three tiles"):
         load_plism(tree, 2, 0)
     for path in list(tree.glob("*.h5"))[1:]:
         path.unlink()
