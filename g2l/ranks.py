@@ -8,7 +8,6 @@ rank for six times as long, since it may be waiting for its own loader.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import multiprocessing
 import os
@@ -183,20 +182,20 @@ def run_child(command: list[str]) -> int:
             raise
 
 
-def quiet_worker(_: int, parent: int) -> None:
+def quiet_worker(_: int) -> None:
     """Leave signals to the process that it loads for, which ends its loaders when it has saved; end
-    when that process, `parent`, has ended.
+    when that process has ended, however it did.
 
     PyTorch's loader sees that, too, but then waits for room in a pipe that nobody reads any more.
     """
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
     os._exit(1)
 
 
@@ -214,7 +213,7 @@ def loading(what: str, workers: int) -> Iterator[dict]:
         options = {
             "batch_size": None,
             "num_workers": workers,
-            "worker_init_fn": functools.partial(quiet_worker, parent=os.getpid()),
+            "worker_init_fn": quiet_worker,
         }
         yield options | {"timeout": WAIT if workers else 0, "collate_fn": unchanged}
     except ConnectionError:  # one was killed: `errors.explain` has words for it

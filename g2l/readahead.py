@@ -9,7 +9,6 @@ the network: a thread takes the batches and prepares them.
 import contextlib
 import mmap
 import multiprocessing
-import os
 import signal
 import time
 from collections import deque
@@ -92,14 +91,14 @@ class Reader:
 
     def _start(self) -> None:
         self.pipe, theirs = FORK.Pipe()
-        self.process: Any = FORK.Process(target=self._work, args=(theirs, os.getpid()), daemon=True)
+        self.process: Any = FORK.Process(target=self._work, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
-    def _work(self, pipe: Connection, parent: int) -> None:
+    def _work(self, pipe: Connection) -> None:
         """The process's life: from the first batch that has not been given to the last."""
         self.pipe.close()
-        ranks.quiet_worker(0, parent)
+        ranks.quiet_worker(0)
         with contextlib.suppress(EOFError, BrokenPipeError):  # nobody wants more
             for m in range(self.given, len(self.parts)):
                 if m - self.given >= PLACES:

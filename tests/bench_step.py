@@ -11,13 +11,11 @@ are those of distill.py.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +175,7 @@ class PlainStep:
             batch_size=args.batch_size,
             num_workers=default_workers(args.workers, device),
             pin_memory=device.type == "cuda",
-            worker_init_fn=partial(quiet_worker, parent=os.getpid()),
+            worker_init_fn=quiet_worker,
         )
         self.stream = iter(loader)
 

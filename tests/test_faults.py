@@ -221,7 +221,7 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path, command, kills):
 @pytest.mark.parametrize("name", MAINS)
 def test_a_main_process_killed_alone_leaves_no_process_and_no_lock(place, tmp_path, name):
     out = tmp_path / "out"
-    job = Job(name, place, out, more=["--workers", 1])
+    job = Job(name, place, out, more=["--workers", 2])
     [main] = job.processes
     while not descendants(main.pid):
         assert main.exitcode is None, "it has started no process"
