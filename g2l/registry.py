@@ -89,15 +89,15 @@ def verdict(teacher: str) -> str:
     )
 
 
-def lineage(metadata: Mapping) -> list[dict]:
-    """Teacher and student by what distill.py wrote of a student, then those of every student that
-    it was made from; of another model nothing.
+def lineage(name: str, metadata: Mapping) -> dict[str, dict]:
+    """Teacher and student of a student called `name`, and of each that it was made from, by name.
+
+    `metadata`: what distill.py wrote of it; of another model there is nothing.
     """
-    pairs = []
-    for made in [metadata, *metadata.get("earlier", [])]:
-        if "teacher" in made:
-            pairs.append({name: str(made.get(name, "")) for name in ("teacher", "student")})
-    return pairs
+    if "teacher" not in metadata:
+        return {}
+    pair = {part: str(metadata.get(part, "")) for part in ("teacher", "student")}
+    return {name: pair, **metadata.get("earlier", {})}
 
 
 def origins(metadata: Mapping, part: str) -> list[str]:
@@ -105,9 +105,16 @@ def origins(metadata: Mapping, part: str) -> list[str]:
     the start ("student"), and the same of every student that it was made from.
     """
     names = []
-    for made in lineage(metadata):
-        names += made[part].split(PLUS)
+    for pair in lineage("", metadata).values():
+        names += pair[part].split(PLUS)
     return list(dict.fromkeys(names))
+
+
+def sources(name: str, metadata: Mapping) -> list[str]:
+    """The networks that a model comes from and that are no students: by default itself alone."""
+    made = lineage(name, metadata)
+    names = [name, *origins(metadata, "teacher"), *origins(metadata, "student")]
+    return [one for one in dict.fromkeys(names) if one not in made]
 
 
 def licence_note(teacher: str) -> str:
@@ -129,20 +136,17 @@ def pretrained_on(
     collection = "TCGA" if of_tcga else DRAWN_FROM.get(benchmark)
     notes: dict[str, list[str]] = {}
     for name, metadata in models.items():
-        known_by = [name, *origins(metadata, "teacher"), *origins(metadata, "student")]
-        if collection and not any(find(o) or o.startswith("timm:") for o in known_by):
-            notes[name] = [
-                f"{name} may know these slides, of {collection}: what it was pretrained on is not "
-                "known"
-            ]
-        for origin in known_by:
-            known = find(origin)
+        for source in sources(name, metadata):
+            known = find(source)
             if known and collection in REGISTRY[known].pretrained_on:
-                of = "" if origin == name else f" comes from {known}, which"
-                notes.setdefault(name, []).append(
-                    f"{name}{of} may know these slides: "
-                    f"{collection} was in its pretraining ({REGISTRY[known].pretraining})"
-                )
+                why = f"that was in its pretraining ({REGISTRY[known].pretraining})"
+            elif collection and not known and not source.startswith("timm:"):
+                why = "what it was pretrained on is not known"
+            else:
+                continue
+            of = "" if source == name else f" comes from {known or source}, which"
+            note = f"{name}{of} may know these slides, of {collection}: {why}"
+            notes.setdefault(name, []).append(note)
     return notes
 
 

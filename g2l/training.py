@@ -95,9 +95,11 @@ class Training:
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
-        self.origin = {"teacher": joined(args.teacher), "student": args.student, "earlier": []}
-        for model in (*teachers, student):
-            self.origin["earlier"] += lineage(model.metadata)
+        earlier: dict = {}
+        for name, model in zip(args.teacher, teachers, strict=True):
+            earlier |= lineage(name, model.metadata)
+        earlier |= lineage(args.student, student.metadata)
+        self.origin = {"teacher": joined(args.teacher), "student": args.student, "earlier": earlier}
         for name in origins(self.origin, "teacher"):
             if note := licence_note(name):
                 print(note)

@@ -72,11 +72,8 @@ def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     student = {"runs/a/student": {"teacher": "bioptimus/H0-mini", "student": "hibou-l"}}
     ((note,),) = pretrained_on(student, "tp53", ["a"]).values()
     assert "runs/a/student comes from h0-mini" in note and "40 M of TCGA's tiles" in note
-    second = {
-        "teacher": "runs/a/student",
-        "student": "timm:test_vit",
-        "earlier": lineage(*student.values()),
-    }
+    second = {"teacher": "runs/a/student", "student": "timm:test_vit"}
+    second["earlier"] = lineage(*student.popitem())
     ((note,),) = pretrained_on({"runs/b/student": second}, "tp53", ["a"]).values()
     assert "runs/b/student comes from h0-mini" in note
     assert list(pretrained_on({"phikon": {}}, "mine", ["TCGA-AA-0001"])) == ["phikon"]
@@ -92,6 +89,9 @@ def test_a_model_of_unknown_pretraining_is_not_shown_as_one_without_a_leak():
     ((name, (note,)),) = pretrained_on(models, "tp53", ["a"]).items()
     assert name == "weights/mine" and "what it was pretrained on is not known" in note
     assert not pretrained_on(models, "mine", ["P1"])  # of no public collection
+    taught = {"runs/c/student": {"teacher": "weights/mine", "student": "hibou-l"}}
+    ((note,),) = pretrained_on(taught, "tp53", ["a"]).values()
+    assert "comes from weights/mine, which" in note and "is not known" in note
 
 
 def test_the_mean_beside_the_class_token_leaves_registers_out(tiny, monkeypatch):
