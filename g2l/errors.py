@@ -85,8 +85,11 @@ def _cause(error: BaseException) -> str:
     """What the system refused, and what mends it."""
     if disk_full(error):
         return "no space left on the disk; make room"
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file lies where a folder is to be; move it or name another"
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+        file = error.filename
+        while not os.path.lexists(file) and os.path.dirname(file):  # one in it was to be made
+            file = os.path.dirname(file)
+        return f"{file}: a file lies where a folder is to be; move it or name another"
     return f"{error}; mend it"
 
 
