@@ -6,7 +6,6 @@ added to the message.
 """
 
 import errno
-import functools
 import os
 import re
 import sys
@@ -96,9 +95,6 @@ def _cause(error: BaseException) -> str:
 def warn(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr)
-
-
-warn_once = functools.cache(warn)  # of what is met again with every model or file
 
 
 def rank_of_torchrun() -> int:

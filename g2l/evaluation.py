@@ -427,6 +427,7 @@ def evaluate_all(
             rows += new
             done.append(benchmark)
             failures += without_patches(benchmark, new, list(each), study)
+            failures += [UserError(row["fault"]) for row in new if "fault" in row]
         except UserError as error:
             failures.append(error)
     return replace(study, found=done, rows=rows), lost
