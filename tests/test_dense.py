@@ -200,5 +200,9 @@ def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder):
     Image.new("RGB", (5, 5)).save(folder / "m7.png")
     with pytest.raises(UserError, match="one channel of class values"):
         read_mask(folder / "m7.png")
-    with pytest.raises(UserError, match="no mask"):
-        read_mask(folder / "gone.png")
+    good = (folder / "m8.png").read_bytes()
+    (folder / "short.png").write_bytes(good[:8] + b"\0\0\0\1" + good[12:])  # a header of one byte
+    Image.new("1", (20_000, 18_000)).save(folder / "huge.png")
+    for name in ("gone.png", "short.png", "huge.png"):
+        with pytest.raises(UserError, match="no mask"):
+            read_mask(folder / name)
