@@ -312,6 +312,7 @@ def test_the_card_tells_what_the_run_was(kept, capsys):
         "no card",
         "no config",
         "half a config",
+        "teacher",
         "no text",
     ],
 )
@@ -330,6 +331,9 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     elif what == "config":
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"steps": 12', '"steps": 13'))
+    elif what == "teacher":
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"timm:test_vit4"', "null"))
     elif what == "preprocessing":
         config = json.loads((folder / "config.json").read_text())
         config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
@@ -350,7 +354,7 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     error = capsys.readouterr().err
     if what in ("weights", "other weights"):
         assert "model.safetensors" in error
-    elif what in ("no config", "half a config"):
+    elif what in ("no config", "half a config", "teacher"):
         assert "config.json" in error
     else:
         assert "README.md" in error and "config.json does not" not in error

@@ -175,6 +175,7 @@ def test_folders_that_are_no_student(tmp_path, tiny):
         load_model(str(tmp_path))
     for text, says in (
         ("{", "not a timm configuration"),
+        ('{"architecture": "x", "g2l": {"teacher": "a", "earlier": 1}}', "not a timm config"),
         ("[]", "not a timm configuration"),
         ('{"model_type": "dinov2"}', "transformers' format"),
         ('{"architecture": "no_such_net"}', "no architecture"),
