@@ -448,6 +448,7 @@ def without_patches(
 def model_rows(study: Study) -> list[dict]:
     """One row for each model: what it is and what it costs."""
     rows = []
+    hidden = "hashed", "patients", "slides", "earlier"
     for name, about in study.cards.items():
         told = about["metadata"].items()
         row = {
@@ -456,7 +457,7 @@ def model_rows(study: Study) -> list[dict]:
             "protocol": "model",
             "metric": "parameters",
             "value": about["parameters"],
-            "metadata": {k: v for k, v in told if k not in ("hashed", "patients", "slides")},
+            "metadata": {k: v for k, v in told if k not in hidden},
             "ms_per_image": about["ms_per_image"],
             "device": study.device_used,
             "weights": about["weights"],

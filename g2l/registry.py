@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from g2l.cohort import hashed_cohort
 from g2l.files import aligned
 
 
@@ -89,8 +90,9 @@ def verdict(teacher: str) -> str:
     )
 
 
-def lineage(name: str, metadata: Mapping) -> list[dict[str, str]]:
-    """Name, teacher and student of a student called `name`, and of each that it was made from.
+def lineage(name: str, metadata: Mapping) -> list[dict]:
+    """Name, teacher, student and hashed cohort of a student called `name`, and of each that it was
+    made from.
 
     `metadata`: what distill.py wrote of it; of another model there is nothing. A name may come
     again: a folder is made anew, or two machines call theirs alike.
@@ -98,7 +100,8 @@ def lineage(name: str, metadata: Mapping) -> list[dict[str, str]]:
     if "teacher" not in metadata:
         return []
     pair = {part: str(metadata.get(part, "")) for part in ("teacher", "student")}
-    return [{"name": name, **pair}, *metadata.get("earlier", ())]
+    cohort = {kind: hashed_cohort(metadata, kind) for kind in ("patients", "slides")}
+    return [{"name": name, **pair, **cohort, "hashed": True}, *metadata.get("earlier", ())]
 
 
 def origins(metadata: Mapping, part: str) -> list[str]:

@@ -245,6 +245,8 @@ def test_licences_are_told_for_each_teacher(data, tmp_path, capsys, monkeypatch)
     ):
         assert distill.main(command(data, tmp_path, name, "--max-steps", 2, pair=pair)) == 0
         assert "note: the licence of h0-mini" in capsys.readouterr().out
+        (made,) = load_model(str(tmp_path / name / "student")).metadata["earlier"]
+        assert hashed("P3") in made["patients"]
         card = (tmp_path / name / "student" / "README.md").read_text()
         assert "forbids models trained on its outputs" in card and 'license: "other"' in card
 
