@@ -251,9 +251,14 @@ def make_benchmark(
 
 
 def cohort_of(about: dict) -> set[str]:
-    """Patients and slides that a model (its card) was distilled on, hashed."""
+    """Patients and slides that a model (its card) was distilled on, and every student that it was
+    made from, hashed.
+    """
     told = about["metadata"]
-    return {*hashed_cohort(told, "patients"), *hashed_cohort(told, "slides")}
+    names: set[str] = set()
+    for student in (told, *told.get("earlier", ())):
+        names.update(hashed_cohort(student, "patients"), hashed_cohort(student, "slides"))
+    return names
 
 
 def leaked(benchmark: Benchmark, about: dict) -> ndarray:

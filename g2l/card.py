@@ -132,7 +132,7 @@ def check_card(folder: Path) -> None:
         lost = [line for line in card(config).splitlines() if line not in text]
     except FileNotFoundError:
         wrong.append("README.md is missing")
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         wrong.append(f"config.json does not say what a card is drawn from ({error!r})")
     else:
         if lost:

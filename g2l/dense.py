@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from g2l.benchmarks import Benchmark
-from g2l.errors import UserError, warn, warn_once
+from g2l.errors import UserError, warn
 from g2l.features import data_stamp, display, watched
 from g2l.files import digest
 from g2l.models import Model, resized
@@ -32,8 +32,9 @@ BATCH = 16  # images
 
 
 def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> list[dict]:
-    """Rows of results on the patch tokens of each model, recorded; none for regions and slides, and
-    where there is neither a teacher nor a mask, which is told.
+    """Rows of results on the patch tokens of each model, recorded, and one with a "fault" where
+    masks cannot be used; none for regions and slides, and where there is neither a teacher nor a
+    mask, which is told.
     """
     if benchmark.level != "patch":
         return []
@@ -57,12 +58,13 @@ def dense_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> lis
     target: Tensor | None = None
     rows = []
     for name in sorted(models, key=lambda name: name != study.teacher):  # the teacher first
-        grids, classes = look(study.load(name), sample)
+        grids, classes, faults = look(study.load(name), sample)
         found = measures(grids, classes, target, group, study)
         rows += [{"model": display(name), **row} for row in found]
         if name == study.teacher:
             target = grids
     tell_unprobed(benchmark, rows)
+    rows += lacking(sample, faults)
     shape = len(grids), BLIND_WIDTH, *grids.shape[2:]
     for draw in range(BLIND_DRAWS):
         luck = torch.Generator().manual_seed(draw)
@@ -79,6 +81,18 @@ def tell_unprobed(benchmark: Benchmark, rows: list[dict]) -> None:
             f"{benchmark.name}: masks of fewer than two classes, or of too few groups for the "
             "probe's 6:2:2; nothing is said of the tissue of patch tokens"
         )
+
+
+def lacking(sample: Benchmark, faults: list[str]) -> list[dict]:
+    """A row that says of how many images the masks cannot be used, if there are any."""
+    if not faults:
+        return []
+    text = (
+        f"{sample.name}: {len(faults)} of {len(sample)} images are not in the probe of patch "
+        f"tokens for want of a mask, first: {faults[0]}"
+    )
+    row = {"model": "data", "metric": "masks that lack", "value": len(faults), "fault": text}
+    return [row]
 
 
 def drawn(benchmark: Benchmark) -> tuple[Benchmark, ndarray]:
@@ -106,11 +120,12 @@ def measures(
     return rows
 
 
-def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
-    """Patch tokens (N, C, h, w) fp16 of every image, and their classes (N, h, w), -1 for none.
+def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None, list[str]]:
+    """Patch tokens (N, C, h, w) fp16 of every image, their classes (N, h, w), -1 for none, and what
+    is wrong with masks.
 
     A token is of the class that covers at least half of it, as the network sees the image; an image
-    whose mask cannot be used, which is told, has none.
+    whose mask cannot be used has none.
     """
     kept = []
     kinds = []
@@ -130,12 +145,7 @@ def look(model: Model, sample: Benchmark) -> tuple[Tensor, ndarray | None]:
                 faults.append(str(error))
                 mask = np.full(image.shape[:2], -1)
             kinds.append(classes_of(mask, model, size))
-    if faults:
-        warn_once(
-            f"{sample.name}: {len(faults)} of {len(sample)} images are not in the probe of patch "
-            f"tokens for want of a mask, first: {faults[0]}"
-        )
-    return torch.cat(kept), np.stack(kinds) if kinds else None
+    return torch.cat(kept), np.stack(kinds) if kinds else None, faults
 
 
 def mask_that_fits(sample: Benchmark, i: int, image: ndarray) -> ndarray:

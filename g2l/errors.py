@@ -6,7 +6,6 @@ added to the message.
 """
 
 import errno
-import functools
 import os
 import re
 import sys
@@ -85,17 +84,17 @@ def _cause(error: BaseException) -> str:
     """What the system refused, and what mends it."""
     if disk_full(error):
         return "no space left on the disk; make room"
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file lies where a folder is to be; move it or name another"
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+        file = error.filename
+        while not os.path.lexists(file) and os.path.dirname(file):  # one in it was to be made
+            file = os.path.dirname(file)
+        return f"{file}: a file lies where a folder is to be; move it or name another"
     return f"{error}; mend it"
 
 
 def warn(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr)
-
-
-warn_once = functools.cache(warn)  # of what is met again with every model or file
 
 
 def rank_of_torchrun() -> int:

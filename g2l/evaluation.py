@@ -427,6 +427,7 @@ def evaluate_all(
             rows += new
             done.append(benchmark)
             failures += without_patches(benchmark, new, list(each), study)
+            failures += [UserError(row["fault"]) for row in new if "fault" in row]
         except UserError as error:
             failures.append(error)
     return replace(study, found=done, rows=rows), lost
@@ -447,6 +448,7 @@ def without_patches(
 def model_rows(study: Study) -> list[dict]:
     """One row for each model: what it is and what it costs."""
     rows = []
+    hidden = "hashed", "patients", "slides", "earlier"
     for name, about in study.cards.items():
         told = about["metadata"].items()
         row = {
@@ -455,7 +457,7 @@ def model_rows(study: Study) -> list[dict]:
             "protocol": "model",
             "metric": "parameters",
             "value": about["parameters"],
-            "metadata": {k: v for k, v in told if k not in ("hashed", "patients", "slides")},
+            "metadata": {k: v for k, v in told if k not in hidden},
             "ms_per_image": about["ms_per_image"],
             "device": study.device_used,
             "weights": about["weights"],

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import csv
 import fcntl
+import functools
 import glob
 import hashlib
 import io
@@ -22,7 +23,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import IO
 
-from g2l.errors import UserError, warn, warn_once
+from g2l.errors import UserError, warn
 
 LOCK_WAIT = 60.0  # seconds; what is done under a lock takes a fraction of one
 
@@ -141,8 +142,9 @@ def _free(file: IO, folder: Path) -> bool:
     return True
 
 
+@functools.cache
 def _no_locks(folder: Path, why: str) -> None:
-    warn_once(
+    warn(
         f"note: {folder}: this file system has no locks ({why}), so see to it yourself that no two "
         "processes work there at once"
     )

@@ -151,7 +151,7 @@ def read_mask(file: Path) -> ndarray:
     try:
         with Image.open(file) as image:
             mask = np.asarray(image).astype(np.int64)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: no mask ({error})") from error
     if mask.ndim != 2:
         raise UserError(f"{file}: expected one channel of class values, found shape {mask.shape}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from g2l.benchmarks import Benchmark
 from g2l.dense import batches, drawn
-from g2l.errors import UserError
+from g2l.errors import UserError, warn
 from g2l.features import data_stamp, display
 from g2l.files import digest
 from g2l.models import Model
@@ -27,10 +27,14 @@ VERSION = 1  # raised on purpose when the same input would give other numbers
 
 def layer_rows(benchmark: Benchmark, models: Sequence[str], study: Study) -> list[dict]:
     """A row of results for each model, recorded: `map` (its layers, the teacher's) and, as its
-    value, CKA of the last layers. None for regions and slides, and without a teacher.
+    value, CKA of the last layers. None for regions and slides, and without a teacher, which is
+    told.
     """
     teacher = study.teacher
-    if benchmark.level != "patch" or teacher is None or teacher not in models:
+    if benchmark.level != "patch":
+        return []
+    if teacher is None or teacher not in models:
+        warn(f"{benchmark.name}: no teacher, so nothing is said of layers")
         return []
     prints = [study.cards[name]["fingerprint"] for name in models]
     about = [

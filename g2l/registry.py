@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from g2l.cohort import hashed_cohort
 from g2l.files import aligned
 
 
@@ -89,15 +90,18 @@ def verdict(teacher: str) -> str:
     )
 
 
-def lineage(name: str, metadata: Mapping) -> dict[str, dict]:
-    """Teacher and student of a student called `name`, and of each that it was made from, by name.
+def lineage(name: str, metadata: Mapping) -> list[dict]:
+    """Name, teacher, student and hashed cohort of a student called `name`, and of each that it was
+    made from.
 
-    `metadata`: what distill.py wrote of it; of another model there is nothing.
+    `metadata`: what distill.py wrote of it; of another model there is nothing. A name may come
+    again: a folder is made anew, or two machines call theirs alike.
     """
     if "teacher" not in metadata:
-        return {}
+        return []
     pair = {part: str(metadata.get(part, "")) for part in ("teacher", "student")}
-    return {name: pair, **metadata.get("earlier", {})}
+    cohort = {kind: hashed_cohort(metadata, kind) for kind in ("patients", "slides")}
+    return [{"name": name, **pair, **cohort, "hashed": True}, *metadata.get("earlier", ())]
 
 
 def origins(metadata: Mapping, part: str) -> list[str]:
@@ -105,14 +109,14 @@ def origins(metadata: Mapping, part: str) -> list[str]:
     the start ("student"), and the same of every student that it was made from.
     """
     names = []
-    for pair in lineage("", metadata).values():
-        names += pair[part].split(PLUS)
+    for made in lineage("", metadata):
+        names += made[part].split(PLUS)
     return list(dict.fromkeys(names))
 
 
 def sources(name: str, metadata: Mapping) -> list[str]:
     """The networks that a model comes from and that are no students: by default itself alone."""
-    made = lineage(name, metadata)
+    made = {one["name"] for one in lineage(name, metadata)}
     names = [name, *origins(metadata, "teacher"), *origins(metadata, "student")]
     return [one for one in dict.fromkeys(names) if one not in made]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy import ndarray
 
 from g2l.benchmarks import Benchmark
-from g2l.files import safe
+from g2l.files import aligned, safe
 from g2l.paper import FIGURES, paper_figure
 from g2l.pathorob import LEAST, QUARTETS
 from g2l.pictures import COLORS, canvas, draw_sheet, key_below
@@ -327,10 +327,14 @@ def shift_table(name: str, count: int, steps: dict[str, list], found: dict) -> s
 
 
 def plain(text: str) -> str:
-    """Markdown for a terminal: without markup, cells of tables 18 characters apart."""
-    return re.sub(
-        r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ ", r"\1", text.replace(" | ", "\t")
-    ).expandtabs(18)
+    """Markdown for a terminal: without markup, columns as wide as their widest cells."""
+    marks = r"(?m)\\(\W)|^\| ---.*\n|^\| | \|$|\*+|</?u>|^#+ "
+    text = re.sub(marks, r"\1", text.replace(" | ", "\t"))
+    told: list[str] = []
+    for in_table, part in itertools.groupby(text.split("\n"), lambda line: "\t" in line):
+        lines = list(part)
+        told += [aligned([line.split("\t") for line in lines])] if in_table else lines
+    return "\n".join(told)
 
 
 def draw_index(title: str, counts: dict[str, list[ndarray]]):

@@ -79,16 +79,17 @@ def write_sweep(folder: Path, base: str, found: Sequence[Trial]) -> Path:
 
 
 def _after(rows: list[dict]) -> tuple[float, float]:
-    """Mean and standard deviation of the CKA at the end of repetitions."""
+    """Mean and standard deviation of the CKA at the end of repetitions; 0 of a single one."""
     values = [row["cka_after"] for row in rows]
-    return float(np.mean(values)), float(np.std(values))
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _table(names: list[str], groups: Groups) -> str:
     """Means of repetitions in Markdown, and where cohorts were varied, how many slides it took."""
     lines = []
     for key, rows in groups.items():
-        cells = [*key, str(len(rows)), f"{_after(rows)[1]:.3f}"]
+        apart = f"{_after(rows)[1]:.3f}" if len(rows) > 1 else "–"
+        cells = [*key, str(len(rows)), apart]
         for name in MEASURES:
             mean = np.mean([row[name] for row in rows])
             cells.append(f"{mean:.4g}")

@@ -95,10 +95,9 @@ class Training:
         run.write_config(self.config)
         run.cut_log(self.done)
         teachers, student = self.step.teachers, distiller.student
-        earlier: dict = {}
+        earlier = lineage(args.student, student.metadata)
         for name, model in zip(args.teacher, teachers, strict=True):
-            earlier |= lineage(name, model.metadata)
-        earlier |= lineage(args.student, student.metadata)
+            earlier += lineage(name, model.metadata)
         self.origin = {"teacher": joined(args.teacher), "student": args.student, "earlier": earlier}
         for name in origins(self.origin, "teacher"):
             if note := licence_note(name):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from g2l.errors import UserError
 from g2l.files import check_unpacked
+from g2l.registry import origins
 
 INDEX = "model.safetensors.index.json"  # of a model in several files
 WEIGHT_FILES = (
@@ -202,12 +203,14 @@ def read_config(folder: Path) -> dict:
             )
         if "g2l" in config and config.get("num_classes"):  # a student's projector
             args["num_classes"] = int(config["num_classes"])
+        metadata = dict(config.get("g2l") or {})
+        origins(metadata, "teacher")  # read here, where what it cannot be is named
         return {
             "architecture": str(config["architecture"]),
             "args": args,
             "preprocessing": _preprocessing(config),
             "embedding": config.get("embedding"),
-            "metadata": dict(config.get("g2l") or {}),
+            "metadata": metadata,
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

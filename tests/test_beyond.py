@@ -245,6 +245,8 @@ def test_licences_are_told_for_each_teacher(data, tmp_path, capsys, monkeypatch)
     ):
         assert distill.main(command(data, tmp_path, name, "--max-steps", 2, pair=pair)) == 0
         assert "note: the licence of h0-mini" in capsys.readouterr().out
+        (made,) = load_model(str(tmp_path / name / "student")).metadata["earlier"]
+        assert hashed("P3") in made["patients"]
         card = (tmp_path / name / "student" / "README.md").read_text()
         assert "forbids models trained on its outputs" in card and 'license: "other"' in card
 
@@ -312,6 +314,7 @@ def test_the_card_tells_what_the_run_was(kept, capsys):
         "no card",
         "no config",
         "half a config",
+        "teacher",
         "no text",
     ],
 )
@@ -330,6 +333,9 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     elif what == "config":
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"steps": 12', '"steps": 13'))
+    elif what == "teacher":
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"timm:test_vit4"', "null"))
     elif what == "preprocessing":
         config = json.loads((folder / "config.json").read_text())
         config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
@@ -350,7 +356,7 @@ def test_a_student_whose_parts_do_not_agree_is_named(kept, tmp_path, what, capsy
     error = capsys.readouterr().err
     if what in ("weights", "other weights"):
         assert "model.safetensors" in error
-    elif what in ("no config", "half a config"):
+    elif what in ("no config", "half a config", "teacher"):
         assert "config.json" in error
     else:
         assert "README.md" in error and "config.json does not" not in error

@@ -158,12 +158,19 @@ def test_the_protocol_by_the_command(folder, capsys):
     assert evaluate.main(list(map(str, command))) == 0
     again = [row for row in read_metrics(folder.parent / "r") if row["protocol"] == "dense"]
     assert [row["key"] for row in again] == kept
+    (folder / "m9.png").unlink()
+    capsys.readouterr()
+    for _ in range(2):  # the second time what was measured is found
+        assert evaluate.main(list(map(str, command))) == 1
+        assert (
+            capsys.readouterr().err.count("error: mine: 1 of 48 images are not in the probe") == 1
+        )
 
 
 def test_tokens_lie_where_they_are_in_the_image(folder):
     found = load_multicentre(folder, 1, 1)[0]
     for name in ("timm:test_vit", "timm:test_resnet"):
-        grids, classes = look(load_model(name, "random", input_size=SIDE), found)
+        grids, classes, _ = look(load_model(name, "random", input_size=SIDE), found)
         assert grids.shape[2:] == classes.shape[1:] and len(grids) == 48
         middle = grids.shape[3] // 2
         spread = grids.float().std((1, 2, 3))
@@ -179,7 +186,7 @@ def test_masks_that_the_table_names_are_no_images_left_out(folder, capsys):
     assert "1 images have no line in labels.csv" in capsys.readouterr().err
 
 
-def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder, capsys):
+def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder):
     found, _ = load_multicentre(write_tiger(tmp_path), 64, 0.75)
     assert [np.bincount(found.masks[i].ravel() + 1).argmax() - 1 for i in range(4)] == [1, 3, 5, 2]
     assert found.masks[3].shape == found.images[3].shape[:2]
@@ -187,14 +194,15 @@ def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder, capsys):
     (folder / "m9.png").unlink()
     Image.new("RGB", (SIDE, SIDE)).save(folder / "m11.png")
     bad = load_multicentre(folder, 1, 1)[0]
-    for _ in range(2):
-        classes = look(load_model("timm:test_vit", "random", input_size=SIDE), bad)[1]
-        assert [i for i in range(48) if (classes[i] == -1).all()] == [7, 9, 11]
-    told = capsys.readouterr().err
-    assert told.count("3 of 48 images are not in the probe") == 1
-    assert "the mask of 7.png has (5, 5) px, its image (64, 64)" in told
+    _, classes, faults = look(load_model("timm:test_vit", "random", input_size=SIDE), bad)
+    assert [i for i in range(48) if (classes[i] == -1).all()] == [7, 9, 11]
+    assert faults[0] == "the mask of 7.png has (5, 5) px, its image (64, 64)" and len(faults) == 3
     Image.new("RGB", (5, 5)).save(folder / "m7.png")
     with pytest.raises(UserError, match="one channel of class values"):
         read_mask(folder / "m7.png")
-    with pytest.raises(UserError, match="no mask"):
-        read_mask(folder / "gone.png")
+    good = (folder / "m8.png").read_bytes()
+    (folder / "short.png").write_bytes(good[:8] + b"\0\0\0\1" + good[12:])  # a header of one byte
+    Image.new("1", (20_000, 18_000)).save(folder / "huge.png")
+    for name in ("gone.png", "short.png", "huge.png"):
+        with pytest.raises(UserError, match="no mask"):
+            read_mask(folder / name)

@@ -7,11 +7,12 @@ import signal
 import time
 import zipfile
 
+import h5py
 import pytest
 from training import descendants
 
 from g2l.errors import UserError, explain
-from g2l.files import atomic, check_room, clear_leftovers, clear_stale, locked
+from g2l.files import atomic, check_room, clear_leftovers, clear_stale, locked, write_text
 from g2l.results import load_predictions
 from g2l.runs import read_checkpoint
 from g2l.weights import read_weights, verify
@@ -66,6 +67,18 @@ def test_a_lock_ends_with_its_holder_though_what_it_forked_lives_on(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.close(lives)
+
+
+def test_the_file_that_lies_where_a_folder_is_to_be_is_named(tmp_path):
+    file = tmp_path / "runs"
+    file.touch()
+    for path in (file / "x.txt", file / "name" / "x.txt"):
+        with pytest.raises(OSError) as found:
+            write_text(path, "")
+        assert explain(found.value, {}).startswith(f"{file}: a file lies")
+    with pytest.raises(OSError) as found:
+        h5py.File(file / "x.h5", "w")
+    assert "Not a directory" in explain(found.value, {})  # HDF5 tells no name
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

@@ -7,9 +7,9 @@ from PIL import Image
 
 import evaluate
 from g2l.benchmarks import load_folder
-from g2l.layers import look
+from g2l.layers import layer_rows, look
 from g2l.models import load_model
-from g2l.results import read_metrics
+from g2l.results import Study, read_metrics
 
 SIDE = 64
 
@@ -56,6 +56,12 @@ def test_layers_are_means_over_places_in_the_networks_order(tmp_path):
     first = model.num_prefix_tokens  # the class token is no place
     tokens = torch.cat(seen[:: len(layers)])[:, first:]
     torch.testing.assert_close(layers[0], tokens.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_that_layers_need_a_teacher_is_told(tmp_path, capsys):
+    study = Study(**dict.fromkeys(Study.__dataclass_fields__))
+    assert not layer_rows(load_folder(folder(tmp_path)), ["timm:test_vit"], study)
+    assert "mine: no teacher, so nothing is said of layers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

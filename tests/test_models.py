@@ -25,7 +25,7 @@ from g2l.models import (
     save_student,
 )
 from g2l.ranks import setup_distributed
-from g2l.registry import REGISTRY, lineage, pretrained_on, table
+from g2l.registry import REGISTRY, lineage, origins, pretrained_on, table
 from g2l.speed import flops_per_image
 
 
@@ -80,6 +80,19 @@ def test_the_registry_says_what_licences_forbid_and_what_pretraining_has_met():
     assert list(pretrained_on({"phikon": {}, "gpfm": {}}, "bracs", ["1"])) == ["gpfm"]
     assert not pretrained_on({"phikon": {}, "uni": {}}, "mine", ["P1"])
     assert not pretrained_on({"uni": {}, "timm:test_vit": {}}, "tils", ["TCGA-AA-0001"])
+
+
+def test_a_folder_made_anew_hides_no_teacher():
+    made: dict = {}
+    for name, teachers in (
+        ("runs/a/student", "h0-mini"),
+        ("runs/b/student", "runs/a/student"),
+        ("runs/a/student", "runs/b/student + virchow2"),
+    ):
+        earlier = lineage(*made.popitem()) if made else []
+        made[name] = {"teacher": teachers, "student": "timm:test_vit", "earlier": earlier}
+    last = {"teacher": name, "student": "hibou-l", "earlier": lineage(*made.popitem())}
+    assert {"h0-mini", "virchow2"} < set(origins(last, "teacher"))
 
 
 def test_a_model_of_unknown_pretraining_is_not_shown_as_one_without_a_leak():
@@ -162,6 +175,7 @@ def test_folders_that_are_no_student(tmp_path, tiny):
         load_model(str(tmp_path))
     for text, says in (
         ("{", "not a timm configuration"),
+        ('{"architecture": "x", "g2l": {"teacher": "a", "earlier": 1}}', "not a timm config"),
         ("[]", "not a timm configuration"),
         ('{"model_type": "dinov2"}', "transformers' format"),
         ('{"architecture": "no_such_net"}', "no architecture"),

@@ -28,6 +28,7 @@ from g2l.protocols import (
     resampled,
     vote,
 )
+from g2l.registry import lineage
 from g2l.report import families, means, ranked, verdict, with_interval
 from g2l.results import load_predictions, read_metrics, record, recorded, save_predictions
 from kernels import cka
@@ -513,6 +514,8 @@ def test_leaked_slides_are_found_by_group_and_by_name_of_the_image(image, group,
     secret = {kind: [hashed(name) for name in names if name] for kind, names in plain.items()}
     assert leaked(b, {"metadata": secret | {"hashed": True}}).tolist() == [found]
     assert not leaked(b, {"metadata": {"patients": [""]}}).any()
+    second = {"patients": ["Q1"], "earlier": lineage("a", plain | {"teacher": "t"})}
+    assert leaked(b, {"metadata": second}).tolist() == [found]  # of a student of it too
 
 
 ROW = {"model": "a", "benchmark": "b", "protocol": "knn", "metric": "accuracy", "value": 1.0}

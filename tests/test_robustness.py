@@ -19,9 +19,10 @@ from g2l.errors import UserError
 from g2l.multicentre import load_multicentre
 from g2l.pictures import save_figure
 from g2l.protocols import codes
+from g2l.report import markdown
 from g2l.results import read_metrics
 from g2l.robust import KS
-from g2l.robust_report import draw_map
+from g2l.robust_report import draw_map, plain
 
 
 @pytest.fixture
@@ -114,6 +115,16 @@ def test_command_from_images_to_table_and_pictures(folder, capsys):
     without = re.sub(r"### Pictures\n\n(!\[.*\n\n)+", "", text)
     assert other.split("Made by")[0] == without.split("Made by")[0]
     assert next(results.rglob("mine.safetensors")).stat().st_mtime_ns == features
+
+
+def test_on_a_terminal_each_column_lies_below_its_head():
+    drop = "-0.06 [-0.22, 0.24]"
+    rows = [["*chance*", drop, "<u>0.03</u>"], ["a name of over 18 letters", "", ""]]
+    told = plain("## A section\n\n" + markdown(["model", "drop", "score"], rows) + "\n*End*")
+    title, _, head, first, second, _, end = told.split("\n")
+    assert (title, second, end) == ("A section", "a name of over 18 letters", "End")
+    assert first.startswith("chance ") and first.index(drop) == head.index("drop")
+    assert first.index("0.03") == head.index("score")
 
 
 def test_command_follows_shifts_without_centres(folder, capsys):

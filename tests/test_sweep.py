@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from conftest import torchrun
 from PIL import Image
@@ -41,7 +42,8 @@ def test_a_sweep_leaves_its_runs_a_table_and_a_picture_and_goes_on(data, tmp_pat
     assert (config["arguments"]["loss"], config["arguments"]["seed"]) == (["mse"], 1)
     assert float(rows[3]["cka_after"]) == config["finished"]["best"]["last"]
     table = (tmp_path / "s_loss_seed.md").read_text()
-    assert "| loss | runs |" in table and "| mse | 2 |" in table
+    spread = np.std([float(row["cka_after"]) for row in rows[2:]], ddof=1)
+    assert "| loss | runs |" in table and f"| mse | 2 | {spread:.3f} |" in table
     Image.open(tmp_path / "s_loss_seed.png").load()
     assert distill.main(arguments) == 0
     assert capsys.readouterr().out.count("finished at step 2") == 4
@@ -52,6 +54,7 @@ def test_cohort_sizes_say_how_many_slides_it_takes(data, tmp_path):
     assert distill.main(short(data, tmp_path, "--sweep", "max-slides=2,4,0")) == 0
     table = (tmp_path / "s_max_slides.md").read_text()
     assert "As good as the largest cohort" in table and " slides." in table
+    assert "| 4 | 1 | – |" in table, "one run has no spread"
     used = {}
     for count in (2, 4, 0):
         config = json.loads((tmp_path / f"s_max_slides-{count}" / "config.json").read_text())
