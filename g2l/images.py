@@ -11,7 +11,7 @@ from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from g2l.errors import UserError
+from g2l.errors import UserError, of_the_machine
 from g2l.grid import tile_slide
 from g2l.slides import Slide
 
@@ -152,6 +152,8 @@ def read_mask(file: Path) -> ndarray:
         with Image.open(file) as image:
             mask = np.asarray(image).astype(np.int64)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if of_the_machine(error):
+            raise
         raise UserError(f"{file}: no mask ({error})") from error
     if mask.ndim != 2:
         raise UserError(f"{file}: expected one channel of class values, found shape {mask.shape}")

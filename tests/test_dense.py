@@ -1,5 +1,7 @@
 """Patch tokens: CKA on a common grid, the probe of masks, and evaluate.py's protocol of them."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +208,12 @@ def test_masks_of_tiger_and_faults_of_masks(tmp_path, folder):
     for name in ("gone.png", "short.png", "huge.png"):
         with pytest.raises(UserError, match="no mask"):
             read_mask(folder / name)
+
+
+def test_a_machine_without_file_handles_is_no_fault_of_a_mask(folder, monkeypatch):
+    def open_file(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("g2l.images.Image.open", open_file)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_mask(folder / "m8.png")
