@@ -99,7 +99,7 @@ class Reader:
         """The process's life: from the first batch that has not been given to the last."""
         self.pipe.close()
         ranks.quiet_worker(0)
-        with contextlib.suppress(EOFError, BrokenPipeError):  # nobody wants more
+        with contextlib.suppress(EOFError, ConnectionError):  # nobody wants more
             for m in range(self.given, len(self.parts)):
                 if m - self.given >= PLACES:
                     pipe.recv()
@@ -142,6 +142,10 @@ def ahead(items: Iterator, count: int) -> Iterator:
     """The items of an iterator, which a thread makes up to `count` ahead."""
     with ThreadPoolExecutor(1) as maker:
         waiting = deque(maker.submit(next, items, None) for _ in range(count))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(maker.submit(next, items, None))
-            yield item
+        try:
+            while (item := waiting.popleft().result()) is not None:
+                waiting.append(maker.submit(next, items, None))
+                yield item
+        finally:
+            for reader in multiprocessing.active_children():
+                reader.kill()  # the thread, which is waited for, would wait for one that is stuck
