@@ -247,6 +247,18 @@ def test_three_ranks_of_which_one_dies_and_then_all_equal_unbroken_ones(data, tm
     same(tmp_path / "whole", tmp_path / "r")
 
 
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_alone_save_and_end(data, tmp_path):
+    forever = ("--max-steps", 10_000, "--eval-every", 10_000, "--checkpoint-minutes", 0)
+    process = start_torchrun(command(data, tmp_path, "r", *forever), 2, (), {})
+    wait_for_step(process, tmp_path / "r", 3)
+    os.kill(process.pid, signal.SIGKILL)
+    ended = select.select([process.lives], [], [], 20)[0]
+    kill(process)
+    assert ended, "its ranks live on"
+    assert (tmp_path / "r" / "checkpoint.pt").exists()
+
+
 def ranks_of(process: Forked) -> list[int]:
     """Processes below torchrun that run distill.py."""
     found = []
