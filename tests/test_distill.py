@@ -22,6 +22,7 @@ from jobs import Forked, main_of, run_ranks
 from training import (
     CNN,
     VIT,
+    assert_ends,
     command,
     descendants,
     fails,
@@ -252,10 +253,10 @@ def test_ranks_whose_torchrun_is_killed_alone_save_and_end(data, tmp_path):
     forever = ("--max-steps", 10_000, "--eval-every", 10_000, "--checkpoint-minutes", 0)
     process = start_torchrun(command(data, tmp_path, "r", *forever), 2, (), {})
     wait_for_step(process, tmp_path / "r", 3)
-    os.kill(process.pid, signal.SIGKILL)
-    ended = select.select([process.lives], [], [], 20)[0]
-    kill(process)
-    assert ended, "its ranks live on"
+    ranks = ranks_of(process)
+    process.process.kill()
+    for rank in ranks:
+        assert_ends(rank)
     assert (tmp_path / "r" / "checkpoint.pt").exists()
 
 

@@ -28,8 +28,8 @@ from conftest import ROOT
 from faults import CASES, WITHIN
 from jobs import FORK, LATE
 from PIL import Image
+from training import assert_ends, descendants, losses, write_cohort
 from training import command as training
-from training import descendants, losses, write_cohort
 
 import demo
 import distill
@@ -387,14 +387,6 @@ def test_what_draws_a_cohort_ends_with_its_parent(tmp_path):
     process.join()
     for child in drawing:
         assert_ends(child)
-
-
-def assert_ends(pid: int) -> None:
-    """Within ten seconds."""
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline, f"process {pid} lives on"
-        time.sleep(0.02)
 
 
 def test_a_flipped_bit_of_a_student_is_noticed_when_it_is_loaded(tmp_path):

@@ -142,11 +142,15 @@ def test_a_full_disk_is_told_whoever_hides_it():
 
 def test_a_closed_output_is_told_as_such():
     """As of `command | head -1`: no loading process was killed."""
-    code = "from g2l.errors import exit_status\nexit_status(lambda: [print() for _ in range(99999)])"
+    code = (
+        "from g2l.errors import exit_status\nexit_status(lambda: [print() for _ in range(99999)])"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, cwd=ROOT) as command:
         command.stdout.close()
         said = command.stderr.read().decode()
-    assert said.startswith("error: nobody reads what is printed here any more; run the same command")
+    assert said.startswith(
+        "error: nobody reads what is printed here any more; run the same command"
+    )
     assert said.count("\n") == 1
 
 
