@@ -62,10 +62,11 @@ def leave_distributed() -> None:
 def exit_process(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    Where an error or a signal left it in the job, without the interpreter's own end: waiting for
-    what other ranks will never send could take long, and gloo's threads outlive the interpreter.
+    After an error or a signal without the interpreter's own end: that waits for threads, of which
+    one may ask a server that is silent for minutes; in a job it would wait for what other ranks
+    will never send, and gloo's threads outlive the interpreter.
     """
-    if in_job():
+    if status or in_job():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
