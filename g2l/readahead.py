@@ -140,12 +140,14 @@ class Reader:
 
 def ahead(items: Iterator, count: int) -> Iterator:
     """The items of an iterator, which a thread makes up to `count` ahead."""
-    with ThreadPoolExecutor(1) as maker:
-        waiting = deque(maker.submit(next, items, None) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not None:
-                waiting.append(maker.submit(next, items, None))
-                yield item
-        finally:
-            for reader in multiprocessing.active_children():
-                reader.kill()  # the thread, which is waited for, would wait for one that is stuck
+    maker = ThreadPoolExecutor(1)
+    waiting = deque(maker.submit(next, items, None) for _ in range(count))
+    try:
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(maker.submit(next, items, None))
+            yield item
+    finally:
+        readers = multiprocessing.active_children()
+        for reader in readers:
+            reader.kill()  # the thread would wait for one that is stuck
+        maker.shutdown(wait=bool(readers), cancel_futures=True)  # or itself be stuck

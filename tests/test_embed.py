@@ -20,7 +20,6 @@ from jobs import Forked, main_of, run_ranks
 from matplotlib.text import Text
 from mirax import write_mirax
 from PIL import Image
-from training import descendants
 
 import embed
 import tile
@@ -29,6 +28,7 @@ from g2l.embeddings import Coordinates, Origin, SlideFeatures, exports_of, read_
 from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
+from g2l.ranks import exit_process
 from g2l.readahead import Reader
 from g2l.slides import Slide
 from g2l.tissue import read_mask
@@ -630,11 +630,17 @@ def test_two_at_once_and_ctrl_c(data, monkeypatch, signals):
     assert len(list(folder(data).glob("*.h5"))) == 6
 
 
-def test_ctrl_c_does_not_wait_for_readers_that_stand_still(data, monkeypatch, signals):
-    monkeypatch.setattr(PatchIndex, "read", lambda self, number: time.sleep(60))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_does_not_wait_for_patches_that_do_not_come(data, monkeypatch, signals, workers):
+    def never(self, number):
+        (data / "begun").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(PatchIndex, "read", never)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = Forked(main_of("embed.py", *command(data, "--workers", "2", "--batch-size", "8")))
-    while len(descendants(process.pid)) < 2:
+    main = main_of("embed.py", *command(data, "--workers", workers, "--batch-size", 8))
+    process = Forked(lambda: exit_process(main()))
+    while not (data / "begun").exists():
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)  # so that the network waits for patches
