@@ -384,6 +384,8 @@ def write_cohort(data: Path, count: int) -> None:
 
     They lie below data/slides/demo and data/benchmarks/demo, the latter with labels.csv.
     """
+    from g2l.ranks import end_with_parent
+
     slides = data / "slides" / "demo"
     benchmark = data / "benchmarks" / "demo"
     images = benchmark / "images"
@@ -398,7 +400,7 @@ def write_cohort(data: Path, count: int) -> None:
         judged = [(images, *patient, 1664, 10) for patient in patients(51, count)]
     lines = ["image,label,group,center"]
     with (
-        ProcessPoolExecutor(os.cpu_count()) as pool,
+        ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent) as pool,
         Progress(len(drawn) + len(judged), "patient") as bar,
     ):
         for _ in pool.map(write_slide, drawn):

@@ -15,7 +15,6 @@ makes the pictures.
 
 import contextlib
 import functools
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter, deque
@@ -60,6 +59,7 @@ from g2l.progress import Progress
 from g2l.ranks import (
     agree,
     end_workers,
+    exit_process,
     gather_values,
     leave_distributed,
     rank_and_world,
@@ -590,4 +590,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -67,6 +67,8 @@ def explain(error: BaseException, remedies: Mapping[str, str]) -> str | None:
     text = str(error)
     if isinstance(error, UserError):
         return "; ".join(filter(None, (text, remedies.get(error.mend))))
+    if isinstance(error, BrokenPipeError):
+        return f"nobody reads what is printed here any more; {GO_ON}"
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in text:
         return KILLED
     # HDF5 and safetensors hide the operating system's error in a text

@@ -100,7 +100,7 @@ def _serve(pipe: Connection, inherited: list[Connection], work: Callable) -> Non
     def tell(what: Any) -> None:
         pipe.send(("told", what))
 
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone: so are we
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: so are we
         while (item := pipe.recv()) is not None:
             try:
                 answer = "answer", work(item, tell)

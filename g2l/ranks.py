@@ -8,6 +8,7 @@ rank for six times as long, since it may be waiting for its own loader.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -40,6 +41,8 @@ def setup_distributed(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if dist.is_torchelastic_launched():
+            end_with_parent()
         # Longer than `_meet` waits, which can name the rank that stands still; NCCL cannot.
         limit = timedelta(seconds=RANK_WAIT + 60)
         # Its defaults hold the group of the moment of import, if there is one: imported inside the
@@ -59,10 +62,11 @@ def leave_distributed() -> None:
 def exit_process(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    Where an error or a signal left it in the job, without the interpreter's own end: waiting for
-    what other ranks will never send could take long, and gloo's threads outlive the interpreter.
+    After an error or a signal without the interpreter's own end: that waits for threads, of which
+    one may ask a server that is silent for minutes; in a job it would wait for what other ranks
+    will never send, and gloo's threads outlive the interpreter.
     """
-    if in_job():
+    if status or in_job():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -172,9 +176,15 @@ class Signals:
             self.held = True
 
 
+def end_with_parent() -> None:
+    """On Linux: get SIGTERM when the process that started this one ends, if by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
 def run_child(command: list[str]) -> int:
     """The exit status of a command; a signal to this process ends it first, and waits for it."""
-    with Signals(), subprocess.Popen(command) as child:
+    with Signals(), subprocess.Popen(command, preexec_fn=end_with_parent) as child:
         try:
             return child.wait()
         except KeyboardInterrupt:

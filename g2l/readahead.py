@@ -99,7 +99,7 @@ class Reader:
         """The process's life: from the first batch that has not been given to the last."""
         self.pipe.close()
         ranks.quiet_worker(0)
-        with contextlib.suppress(EOFError, BrokenPipeError):  # nobody wants more
+        with contextlib.suppress(EOFError, ConnectionError):  # nobody wants more
             for m in range(self.given, len(self.parts)):
                 if m - self.given >= PLACES:
                     pipe.recv()
@@ -140,8 +140,14 @@ class Reader:
 
 def ahead(items: Iterator, count: int) -> Iterator:
     """The items of an iterator, which a thread makes up to `count` ahead."""
-    with ThreadPoolExecutor(1) as maker:
-        waiting = deque(maker.submit(next, items, None) for _ in range(count))
+    maker = ThreadPoolExecutor(1)
+    waiting = deque(maker.submit(next, items, None) for _ in range(count))
+    try:
         while (item := waiting.popleft().result()) is not None:
             waiting.append(maker.submit(next, items, None))
             yield item
+    finally:
+        readers = multiprocessing.active_children()
+        for reader in readers:
+            reader.kill()  # the thread would wait for one that is stuck
+        maker.shutdown(wait=bool(readers), cancel_futures=True)  # or itself be stuck

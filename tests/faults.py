@@ -39,6 +39,17 @@ CASES = [
         "its loading processes end and its locks are free; " + EQUAL,
         "faults: main_process_killed_alone",
     ),
+    Case("any", "SIGKILL to torchrun or demo alone", "what it started ends", "faults: draws_a_coh"),
+    Case(
+        "distill", "SIGKILL to torchrun alone", "ranks save and end", "distill: torchrun_is_killed"
+    ),
+    Case(
+        "embed", "Ctrl-C while storage is silent", "it ends at once", "embed: ctrl_c_does_not_wait"
+    ),
+    Case(
+        "distill", "a signal while a server is silent", "it ends at once", "ranks: not_wait_for_i"
+    ),
+    Case("any", "its output is closed", "said in words", "files: closed_output"),
     # Loading processes.
     Case("evaluate", "loader killed", ENDS, "fault"),
     Case("robustness", "loader killed", ENDS, "fault"),

@@ -22,6 +22,7 @@ from jobs import Forked, main_of, run_ranks
 from training import (
     CNN,
     VIT,
+    assert_ends,
     command,
     descendants,
     fails,
@@ -245,6 +246,18 @@ def test_three_ranks_of_which_one_dies_and_then_all_equal_unbroken_ones(data, tm
     done = torchrun(3, "distill.py", *arguments)
     assert done.returncode == 0 and "going on from step" in done.stdout, done.stdout + done.stderr
     same(tmp_path / "whole", tmp_path / "r")
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_alone_save_and_end(data, tmp_path):
+    forever = ("--max-steps", 10_000, "--eval-every", 10_000, "--checkpoint-minutes", 0)
+    process = start_torchrun(command(data, tmp_path, "r", *forever), 2, (), {})
+    wait_for_step(process, tmp_path / "r", 3)
+    ranks = ranks_of(process)
+    process.process.kill()
+    for rank in ranks:
+        assert_ends(rank)
+    assert (tmp_path / "r" / "checkpoint.pt").exists()
 
 
 def ranks_of(process: Forked) -> list[int]:

@@ -28,6 +28,8 @@ from g2l.embeddings import Coordinates, Origin, SlideFeatures, exports_of, read_
 from g2l.errors import PatchError, UserError
 from g2l.models import load_model
 from g2l.patches import PatchIndex
+from g2l.ranks import exit_process
+from g2l.readahead import Reader
 from g2l.slides import Slide
 from g2l.tissue import read_mask
 
@@ -626,6 +628,34 @@ def test_two_at_once_and_ctrl_c(data, monkeypatch, signals):
     monkeypatch.setattr(PatchIndex, "read", read)
     assert embed.main(command(data)) == 0
     assert len(list(folder(data).glob("*.h5"))) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_does_not_wait_for_patches_that_do_not_come(data, monkeypatch, signals, workers):
+    def never(self, number):
+        (data / "begun").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(PatchIndex, "read", never)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = main_of("embed.py", *command(data, "--workers", workers, "--batch-size", 8))
+    process = Forked(lambda: exit_process(main()))
+    while not (data / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # so that the network waits for patches
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(20)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_nobody_listens_to_ends_in_silence(data, capfd):
+    reader = Reader(PatchIndex(data / "tiles" / "tiny"), list(np.arange(40).reshape(5, 8)), 8)
+    assert reader.pipe.poll(20)
+    time.sleep(0.3)  # it has read ahead all that it may
+    reader.pipe.close()
+    reader.process.join(20)
+    assert reader.process.exitcode == 0 and not capfd.readouterr().err
 
 
 def test_one_model_named_twice_is_refused(data, capsys):

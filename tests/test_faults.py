@@ -28,9 +28,10 @@ from conftest import ROOT
 from faults import CASES, WITHIN
 from jobs import FORK, LATE
 from PIL import Image
+from training import assert_ends, descendants, losses, weights, write_cohort
 from training import command as training
-from training import descendants, losses, write_cohort
 
+import demo
 import distill
 import embed
 import evaluate
@@ -101,7 +102,7 @@ def numbers(name: str, out: Path) -> dict:
     found: dict = {}
     if name == "distill":
         found = {row: 0.0 for row in losses(out / "r")}
-        found["student"] = (out / "r" / "student" / "model.safetensors").read_bytes()
+        found |= {key: value.numpy().tobytes() for key, value in weights(out / "r").items()}
     elif name in ("tile", "embed"):
         inner = "patches" if name == "tile" else "features_timm_test_vit"
         for path in sorted((out / "tiles" / "tiny" / inner).glob("[!.]*.h5")):
@@ -352,7 +353,8 @@ def test_a_fault_ends_in_words_and_the_next_run_ends_the_work(place, tmp_path, c
     assert numbers(name, out)
 
 
-def test_a_signal_ends_the_child(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_child(tmp_path, number):
     """As demo.py starts commands: ended by a signal, it leaves nothing that works on."""
     started = tmp_path / "started"
     code = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
@@ -368,10 +370,23 @@ def test_a_signal_ends_the_child(tmp_path):
     deadline = time.monotonic() + 20
     while not started.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid, signal.SIGTERM)
+    [child] = descendants(process.pid)
+    os.kill(process.pid, number)
     process.join(20)
-    assert process.exitcode == 9 and not Path(f"/proc/{child}").exists()
+    assert process.exitcode == (9 if number == signal.SIGTERM else -number)
+    assert_ends(child)
+
+
+@pytest.mark.slow
+def test_what_draws_a_cohort_ends_with_its_parent(tmp_path):
+    process = FORK.Process(target=demo.write_cohort, args=(tmp_path, 1))
+    process.start()
+    while not (drawing := descendants(process.pid)):
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    for child in drawing:
+        assert_ends(child)
 
 
 def test_a_flipped_bit_of_a_student_is_noticed_when_it_is_loaded(tmp_path):

@@ -4,11 +4,14 @@ import errno
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 
 import h5py
 import pytest
+from conftest import ROOT
 from training import descendants
 
 from g2l.errors import UserError, explain
@@ -148,6 +151,20 @@ def test_a_full_disk_is_told_whoever_hides_it():
     told = explain(RuntimeError(f"{hidden}'No space left on device')"), {})
     assert told and told.startswith("no space left on the disk; make room and run")
     assert explain(RuntimeError("shapes differ"), {}) is None
+
+
+def test_a_closed_output_is_told_as_such():
+    """As of `command | head -1`: no loading process was killed."""
+    code = (
+        "from g2l.errors import exit_status\nexit_status(lambda: [print() for _ in range(99999)])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, cwd=ROOT) as command:
+        command.stdout.close()
+        said = command.stderr.read().decode()
+    assert said.startswith(
+        "error: nobody reads what is printed here any more; run the same command"
+    )
+    assert said.count("\n") == 1
 
 
 def test_room_is_made_sure_of_before_a_file_is_written(tmp_path, monkeypatch):

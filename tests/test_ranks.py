@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
-from jobs import run_ranks
+from jobs import Forked, run_ranks
 
 from g2l import ranks
 from g2l.errors import exit_status
@@ -50,6 +51,18 @@ def test_signals_are_given_back_and_remembered_while_work_must_not_be_cut():
         with pytest.raises(ranks.Stopped, match="SIGTERM"), signals.raising():
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_who_is_stopped_does_not_wait_for_its_threads():
+    """Of which one may wait for a server that says nothing."""
+
+    def work() -> int:
+        ThreadPoolExecutor(1).submit(time.sleep, 60)
+        print("stopped")
+        ranks.exit_process(143)
+
+    done = Forked(work).finish(10)
+    assert (done.returncode, done.stdout) == (143, "stopped\n")
 
 
 LEAVING = """

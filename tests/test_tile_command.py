@@ -29,6 +29,7 @@ import tile
 from g2l.cohort import CohortSlide
 from g2l.grid import tile_slide
 from g2l.patches import PatchIndex
+from g2l.pool import FORK, _serve
 from g2l.rows import read_rows
 from g2l.slides import Slide
 from g2l.tiling import Job, Limits, Settings, is_finished
@@ -557,6 +558,19 @@ def test_workers_end_with_their_parent(tmp_path, sound):
     ):
         assert time.time() < deadline, "a worker lingers"
         time.sleep(0.1)
+
+
+def test_a_worker_whose_parent_dies_ends_in_silence(capfd):
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_serve, args=(theirs, [ours], lambda item, tell: tell(item)))
+    process.start()
+    theirs.close()
+    ours.send(1)
+    assert ours.poll(20)
+    time.sleep(0.2)  # it waits for another item
+    ours.close()
+    process.join(20)
+    assert process.exitcode == 0 and not capfd.readouterr().err
 
 
 def test_ranks_share_the_slides(tmp_path, sound):

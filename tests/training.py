@@ -105,6 +105,16 @@ def descendants(pid: int) -> list[int]:
     return out
 
 
+def assert_ends(pid: int) -> None:
+    """A process ends within ten seconds; one that does not is killed."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"process {pid} lives on")
+        time.sleep(0.02)
+
+
 def start(arguments: list[str]) -> Forked:
     return Forked(main_of("distill.py", *arguments))
 
