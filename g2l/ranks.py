@@ -200,10 +200,11 @@ def quiet_worker(_: int) -> None:
     """
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _outlive_no_parent() -> None:
+    """As `end_with_parent`, whose signal a loader leaves to its parent; on every system."""
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os._exit(1)
